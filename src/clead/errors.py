@@ -1,0 +1,32 @@
+"""The one exception a user's mistake raises: value given, rule, remedy, on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The CLI prints it as one line and exits with code 2.
+
+    Args:
+        *problems: one or several one-line problems; several are listed together, so that a user mends them at once.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class MissingExtra(UserError):
+    """An optional library is not installed; the message names the install command."""
+
+    def __init__(self, library: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {library}, which is not installed; run: pip install 'clead[{extra}]'")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return the tail of an error for an unknown name: the closest known names, else all of them."""
+    known = sorted(known)
+    close = get_close_matches(given, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known) or 'none'}"

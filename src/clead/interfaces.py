@@ -1,0 +1,115 @@
+"""What flows between the rooms of this package: batches, step outputs, and the protocols of threats, attacks, methods, datasets.
+
+Shapes and ranges used everywhere: ``x`` and ``x_adv`` are (B, C, H, W) float in [0, 1]; ``labels`` is (B,) int64 in [0, K);
+``logits`` (B, K); ``features`` (B, D); ``embedding`` (B, d) of unit length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Objective = Callable[[Tensor], Tensor]
+"""Maps perturbed images (B, C, H, W) to the value to be maximised, one per image, (B,)."""
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W) float in [0, 1], labels (B,) int64, and a second random augmentation of the same images or None."""
+
+    images: Tensor
+    labels: Tensor
+    second_view: Tensor | None = None
+
+
+class StepOutput(NamedTuple):
+    """The scalar loss to be minimised, and detached scalar metrics to be logged (no device synchronisation)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images in memory.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64 in [0, K).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> ImageSet:
+        """Return the images at ``index``, (n,) int64."""
+        return ImageSet(self.images[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation (cut from training, never from test) and test images, and the K class names.
+
+    ``fingerprint`` is a hex digest of the content of all three sets (images, labels, class names); records carry it.
+    """
+
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    fingerprint: str
+
+
+@runtime_checkable
+class Threat(Protocol):
+    """A norm ball around x, intersected with the pixel box [0, 1]."""
+
+    @property
+    def norm(self) -> str:
+        """The norm's registered name: linf, l2 or l1."""
+        ...
+
+    @property
+    def eps(self) -> float:
+        """The radius in pixel units of [0, 1]."""
+        ...
+
+    def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return a random point of the set around ``x``."""
+        ...
+
+    def ascend(self, x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
+        """Return ``x_adv`` moved by ``step_size`` (in this norm) along the steepest ascent direction; not projected."""
+        ...
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return the Euclidean-nearest point of the set around ``x``, exactly."""
+        ...
+
+    def size(self, delta: Tensor) -> Tensor:
+        """Return this norm of each image's perturbation, (B,)."""
+        ...
+
+
+class Attack(Protocol):
+    """Maximises an objective inside a threat set; gradients go to inputs only."""
+
+    def __call__(
+        self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W) in [0, 1], inside the threat set around ``x``."""
+        ...
+
+
+class Dataset(Protocol):
+    """Frozen settings that load into memory."""
+
+    def load(self, seed: int) -> Splits:
+        """Read, decode and split; ``seed`` decides the validation split only."""
+        ...

@@ -1,0 +1,84 @@
+"""Settings are frozen pydantic dataclasses: one definition gives the type, default, unit, range and documentation of a key.
+
+The objects that a run is made of (a threat, an attack, a method, a model's settings …) *are* their settings; ``config.py``
+only joins them into a tree.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction as ExactFraction
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import core_schema
+
+T = TypeVar("T")
+
+
+def setting(default: Any = ..., doc: str = "", *, unit: str = "", **rules: Any) -> Any:
+    """Declare one documented key.
+
+    Args:
+        default: the default value; ``...`` for a required key. A callable ``default_factory`` may be given in ``rules``.
+        doc: one sentence on what the key does.
+        unit: the unit, such as ``"pixels in [0, 1]"`` or ``"epochs"``.
+        **rules: pydantic constraints: ``ge``, ``gt``, ``le``, ``lt``, ``min_length`` …
+    """
+    extra = {"unit": unit} if unit else None
+    if "default_factory" in rules:
+        return Field(description=doc, json_schema_extra=extra, **rules)
+    return Field(default, description=doc, json_schema_extra=extra, **rules)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting, Field))
+def settings(cls: type[T]) -> type[T]:
+    """Make ``cls`` a frozen, keyword-only, validated dataclass that refuses unknown keys."""
+    config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True, use_attribute_docstrings=False)
+    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
+
+
+class Ratio(float):
+    """A float that remembers how it was written: ``Ratio("8/255").text == "8/255"``; records keep the text.
+
+    >>> Ratio("8/255") == 8 / 255, Ratio("8/255").text, Ratio(0.15).text
+    (True, '8/255', '0.15')
+    """
+
+    text: str
+
+    def __new__(cls, value: str | float) -> Ratio:
+        """Parse ``"8/255"``, ``"0.15"`` or a number; raises ValueError otherwise."""
+        if isinstance(value, Ratio):
+            return value
+        if isinstance(value, str):
+            text = value.replace(" ", "")
+            try:
+                number = float(ExactFraction(text))
+            except (ValueError, ZeroDivisionError):
+                raise ValueError(f"must be a number or a fraction such as '8/255', got {value!r}") from None
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            number, text = float(value), repr(value)
+        else:
+            raise ValueError(f"must be a number or a fraction such as '8/255', got {value!r}")
+        made = super().__new__(cls, number)
+        made.text = text
+        return made
+
+    def __repr__(self) -> str:
+        return self.text
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> tuple[type[Ratio], tuple[str]]:
+        return (Ratio, (self.text,))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Validate through the constructor, so that text such as ``8/255`` is a number everywhere in the configuration."""
+        return core_schema.no_info_plain_validator_function(
+            cls, serialization=core_schema.plain_serializer_function_ser_schema(lambda ratio: ratio.text)
+        )
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
