@@ -1,0 +1,138 @@
+"""The JSON record of one evaluation: what a figure in a table or report must carry to be believed and obtained again.
+
+Accuracies are fractions in [0, 1]; intervals are Wilson 95 %; per-image flags are in the order of the evaluated images.
+Records of the same ``data.fingerprint``, split and n can be paired image by image (McNemar).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Estimate(_Part):
+    """A fraction of n images with its Wilson 95 % interval."""
+
+    accuracy: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1)
+    high: float = Field(ge=0, le=1)
+    n: int = Field(ge=1)
+
+
+class ThreatPart(_Part):
+    """The threat model; ``eps_text`` keeps how the radius was written, such as ``8/255``."""
+
+    norm: str
+    eps: float = Field(ge=0)
+    eps_text: str
+
+
+class ModelPart(_Part):
+    """Which model was attacked: ``fingerprint`` is a hex digest of its weights."""
+
+    name: str
+    parameters: int
+    weights: str
+    fingerprint: str
+
+
+class DataPart(_Part):
+    """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones."""
+
+    name: str
+    split: Literal["train", "val", "test"]
+    n: int = Field(ge=1)
+    classes: list[str]
+    fingerprint: str
+    images: str
+
+
+class AttackPart(_Part):
+    """One attack: an image counts as robust only if it is classified right when clean and under this attack.
+
+    ``forwards`` and ``backwards`` are passes per evaluated image; ``largest`` is the largest perturbation re-measured
+    in the threat's norm.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    robust: Estimate
+    flags: list[bool]
+    seconds: float
+    forwards: float
+    backwards: float
+    largest: float
+
+
+class CurvePoint(_Part):
+    """Robust accuracy at another radius, for the curve against epsilon."""
+
+    eps: float
+    eps_text: str
+    attack: str
+    robust: Estimate
+
+
+class ClassPart(_Part):
+    """Accuracy of the images of one class."""
+
+    name: str
+    n: int
+    clean_accuracy: float
+    robust_accuracy: float
+
+
+class TrainingPart(_Part):
+    """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
+
+    method: str
+    epochs: float
+    steps: int
+    seconds: float
+    forward_equivalents: float
+    seed: int
+
+
+class Record(_Part):
+    """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run: str
+    created: str
+    command: str
+    seed: int
+    model: ModelPart
+    data: DataPart
+    threat: ThreatPart
+    clean: Estimate
+    clean_flags: list[bool]
+    worst: Estimate
+    robust_flags: list[bool]
+    attacks: list[AttackPart]
+    curve: list[CurvePoint]
+    per_class: list[ClassPart]
+    training: TrainingPart | None
+    versions: dict[str, str]
+    seconds: float
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Fraction of the images classified right without an attack."""
+        return self.clean.accuracy
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Fraction of the images classified right when clean and under every attack."""
+        return self.worst.accuracy
+
+    @property
+    def robust(self) -> list[bool]:
+        """Per image: right when clean and under every attack."""
+        return self.robust_flags
