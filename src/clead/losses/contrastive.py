@@ -1,0 +1,108 @@
+"""Contrastive losses over any number of views of one batch; negatives are the other images of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clead.errors import UserError
+
+
+def directed_nt_xent(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
+    """l_i(a → b) = −log exp(a_i·b_i/τ) / (Σ_{j≠i} exp(a_i·a_j/τ) + Σ_j exp(a_i·b_j/τ)), one direction of NT-Xent.
+
+    Source: Chen et al. 2020, arXiv:2002.05709, eq. 1, for anchors of one view only.
+
+    Args:
+        anchor: (B, d) of unit length.
+        positive: (B, d) of unit length; row i is the positive of anchor i.
+        temperature: τ > 0.
+
+    Returns:
+        (B,) float32, one loss per anchor. Raises UserError if B < 2 or τ ≤ 0.
+
+    >>> z = torch.eye(2)
+    >>> directed_nt_xent(z, z, 1.0)  # −log e / (e + 2)
+    tensor([0.5514, 0.5514])
+    """
+    _check([anchor, positive], temperature)
+    with torch.autocast(anchor.device.type, enabled=False):
+        anchor, positive = anchor.float(), positive.float()
+        own = anchor @ anchor.T / temperature
+        own = own.masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -torch.inf)
+        other = anchor @ positive.T / temperature
+        return torch.logsumexp(torch.cat([own, other], dim=1), dim=1) - other.diagonal()
+
+
+def published(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Mean over the views v ≥ 1 of l(z_0 → z_v): the first (clean) view is the only anchor.
+
+    Source: C-LEAD (Ghosh, Kumar, Sur 2025, arXiv:2510.27249): ½ [l(z → z_aug) + l(z → z_adv)], τ = 0.1.
+
+    Args:
+        views: V ≥ 2 tensors (B, d) of unit length; the first is the clean one.
+        temperature: τ > 0.
+
+    Returns:
+        (B,) float32.
+    """
+    _check(views, temperature)
+    anchor, *others = views
+    return torch.stack([directed_nt_xent(anchor, other, temperature) for other in others]).mean(0)
+
+
+def nt_xent(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Mean of l(a → b) over all ordered pairs of different views: the symmetric NT-Xent (exactly SimCLR's for two views).
+
+    Source: Chen et al. 2020, arXiv:2002.05709, eq. 1 and algorithm 1.
+
+    Args:
+        views: V ≥ 2 tensors (B, d) of unit length.
+        temperature: τ > 0.
+
+    Returns:
+        (B,) float32.
+    """
+    _check(views, temperature)
+    pairs = [(a, b) for i, a in enumerate(views) for j, b in enumerate(views) if i != j]
+    return torch.stack([directed_nt_xent(a, b, temperature) for a, b in pairs]).mean(0)
+
+
+def supcon(views: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
+    """L_out = −1/|P(i)| Σ_{p∈P(i)} log exp(z_i·z_p/τ) / Σ_{a≠i} exp(z_i·z_a/τ); positives share the label.
+
+    Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2.
+
+    Args:
+        views: V ≥ 2 tensors (B, d) of unit length.
+        labels: (B,) int64.
+        temperature: τ > 0.
+
+    Returns:
+        (B,) float32: the mean over an image's views.
+    """
+    _check(views, temperature)
+    with torch.autocast(views[0].device.type, enabled=False):
+        z = torch.cat([view.float() for view in views])
+        labels = labels.repeat(len(views))
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)
+        log_probability = similarity - torch.logsumexp(similarity, dim=1, keepdim=True)
+        positive = (labels[:, None] == labels[None, :]) & ~itself
+        # masked_fill before the sum: 0 · −inf on the diagonal would be NaN.
+        loss = -log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1)
+        return loss.view(len(views), -1).mean(0)
+
+
+def _check(views: Sequence[Tensor], temperature: float) -> None:
+    if temperature <= 0:
+        raise UserError(f"temperature must be above 0, got {temperature}; the paper uses 0.1")
+    if len(views) < 2:
+        raise UserError(f"a contrastive loss compares at least 2 views, got {len(views)}")
+    if len(views[0]) < 2:
+        raise UserError(
+            "a contrastive loss needs a batch of at least 2 images, because the others are the negatives, "
+            f"got {len(views[0])}; raise data.batch_size"
+        )

@@ -1,0 +1,31 @@
+"""Divergences between predictions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(target_logits) ‖ softmax(logits)) per image, the TRADES regulariser (Zhang et al. 2019, arXiv:1901.08573, eq. 5).
+
+    Args:
+        target_logits: (B, K), the clean prediction in TRADES; gradients flow into it too unless it is detached.
+        logits: (B, K), the adversarial prediction.
+
+    Returns:
+        (B,) float32, ≥ 0.
+
+    >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+    tensor([0.1201])
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        log_probabilities = F.log_softmax(logits.float(), dim=1)
+        return F.kl_div(log_probabilities, F.softmax(target_logits.float(), dim=1), reduction="none").sum(1)
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 − cos(a, b) per row; (B, D) and (B, D) give (B,) float32 in [0, 2]."""
+    with torch.autocast(a.device.type, enabled=False):
+        return 1 - F.cosine_similarity(a.float(), b.float(), dim=1)

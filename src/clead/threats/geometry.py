@@ -1,0 +1,21 @@
+"""Shapes shared by the norm balls: per-image flattening, and the room that the pixel box leaves a perturbation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return (B, C·H·W) from (B, C, H, W), whatever the memory format."""
+    return x.reshape(x.shape[0], -1)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """Return (B,) values shaped to broadcast against ``like`` (B, …)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def room(x: Tensor, direction: Tensor) -> Tensor:
+    """Return how far each pixel of ``x`` in [0, 1] can move towards ``direction`` before it leaves the box (≥ 0)."""
+    return torch.where(direction > 0, 1 - x, x).clamp_min(0)
