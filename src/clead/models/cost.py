@@ -1,0 +1,86 @@
+"""What a computation costs, in forward passes of one image."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from clead.models.split import SplitModel
+
+
+class CostMeter:
+    """Count the images that go forward and backward through ``model`` inside a ``with`` block.
+
+    A forward costs 1 per image, a backward to the inputs only 1, a backward to inputs and weights 2: the usual count, each of the
+    two products of a layer's backward costing as much as its forward. A backward counts as full if any parameter required a
+    gradient when the forward ran. A SplitModel is counted by whichever of its methods runs it, compiled or not; any other module
+    by its calls. Meters nest.
+
+    Attributes:
+        forwards: images forwarded.
+        input_backwards: images in backwards that went to the inputs only.
+        full_backwards: images in backwards that also went to weights.
+
+    >>> import torch
+    >>> net = nn.Linear(2, 2)
+    >>> with CostMeter(net) as meter:
+    ...     net(torch.ones(3, 2)).sum().backward()
+    >>> meter.forwards, meter.backwards, meter.forward_equivalents
+    (3, 3, 9)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.forwards = 0
+        self.input_backwards = 0
+        self.full_backwards = 0
+
+    @property
+    def backwards(self) -> int:
+        """Images that went backward, of either kind."""
+        return self.input_backwards + self.full_backwards
+
+    @property
+    def forward_equivalents(self) -> int:
+        """Cost in forward passes of one image."""
+        return self.forwards + self.input_backwards + 2 * self.full_backwards
+
+    def __enter__(self) -> CostMeter:
+        if isinstance(self.model, SplitModel):
+            self.model._observers.append(self._observe)
+        else:
+            self._handle = self.model.register_forward_hook(self._hook, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(self.model, SplitModel):
+            self.model._observers.remove(self._observe)
+        else:
+            self._handle.remove()
+
+    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        outputs = output if isinstance(output, tuple) else (output,)
+        self._observe(x, tuple(value for value in outputs if isinstance(value, Tensor)))
+
+    def _observe(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
+        images = len(x)
+        self.forwards += images
+        # The first output is the features: if they need no gradient (frozen encoder), the backward stops at the classifier.
+        if not outputs or not outputs[0].requires_grad:
+            return
+        full = any(parameter.requires_grad for parameter in self.model.parameters())
+
+        def count(gradient: Tensor) -> None:
+            if full:
+                self.full_backwards += images
+            else:
+                self.input_backwards += images
+
+        # Once per backward, whichever of the outputs the loss used.
+        register_multi_grad_hook([value for value in outputs if value.requires_grad], count, mode="any")

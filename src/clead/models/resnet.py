@@ -1,0 +1,152 @@
+"""Residual networks for small images (He et al. 2016, arXiv:1512.03385): the paper's CIFAR family, and its ImageNet family on a CIFAR stem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clead.models import MODELS
+from clead.models.build import ModelSettings, initialise
+from clead.settings import setting, settings
+
+
+class Residual(nn.Module):
+    """relu(F(x) + shortcut(x)), F being two 3×3 convolutions, or the 1×1, 3×3, 1×1 bottleneck (He et al. 2016, eq. 2, fig. 5).
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        stride: of the (first) 3×3 convolution.
+        bottleneck: whether F is the bottleneck, ``outputs`` / 4 wide.
+        pad: shortcut A of the paper (subsample and pad with zero channels, no parameters), else B (1×1 convolution).
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool, pad: bool) -> None:
+        super().__init__()
+        inner = outputs // 4 if bottleneck else outputs
+        # (channels in, channels out, kernel, stride) of each convolution.
+        plan = (
+            [(inputs, inner, 1, 1), (inner, inner, 3, stride), (inner, outputs, 1, 1)]
+            if bottleneck
+            else [(inputs, inner, 3, stride), (inner, outputs, 3, 1)]
+        )
+        layers: list[nn.Module] = []
+        for before, after, kernel, step in plan:
+            layers += [nn.ReLU()] if layers else []
+            layers += [
+                nn.Conv2d(before, after, kernel, step, padding=kernel // 2, bias=False),
+                nn.BatchNorm2d(after),
+            ]
+        self.residual = nn.Sequential(*layers)
+        self.stride, self.padding = stride, outputs - inputs
+        self.shortcut: nn.Module | None = None
+        if not pad and (stride != 1 or inputs != outputs):
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, outputs, H / stride, W / stride)."""
+        if self.shortcut is not None:
+            identity = self.shortcut(x)
+        else:
+            identity = x[:, :, :: self.stride, :: self.stride]
+            if self.padding:
+                identity = functional.pad(identity, (0, 0, 0, 0, 0, self.padding))
+        return functional.relu(self.residual(x) + identity)
+
+
+class ResNetEncoder(nn.Module):
+    """A 3×3 stem of stride 1 and no max-pooling, stages of residual blocks each half the size of the last, and the spatial mean.
+
+    x: (B, C, H, W) -> (B, D), D the width of the last stage.
+    """
+
+    def __init__(
+        self, channels: int, width: int, depths: Sequence[int], *, bottleneck: bool, pad: bool
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        blocks: list[nn.Module] = []
+        self.feature_dim = width
+        for stage, depth in enumerate(depths):
+            outputs = width * 2**stage * (4 if bottleneck else 1)
+            for index in range(depth):
+                stride = 2 if stage and not index else 1
+                blocks.append(Residual(self.feature_dim, outputs, stride, bottleneck, pad))
+                self.feature_dim = outputs
+        self.blocks = nn.Sequential(*blocks)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features, (B, D)."""
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+
+@MODELS.register("resnet8")
+@settings
+class ResNet8(ModelSettings):
+    """ResNet-8: the CIFAR family of He et al. 2016, sec. 4.2, with n = 1 and zero-padded shortcuts (A); 0.08 M parameters."""
+
+    width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 4 × width."""
+        return ResNetEncoder(channels, self.width, (1, 1, 1), bottleneck=False, pad=True), 4 * self.width
+
+
+@MODELS.register("resnet20")
+@settings
+class ResNet20(ModelSettings):
+    """ResNet-20: the CIFAR family of He et al. 2016, table 6, with zero-padded shortcuts (A) as there; 0.27 M parameters."""
+
+    width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 4 × width."""
+        return ResNetEncoder(channels, self.width, (3, 3, 3), bottleneck=False, pad=True), 4 * self.width
+
+
+@MODELS.register("resnet18")
+@settings
+class ResNet18(ModelSettings):
+    """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem, with 1×1 convolutions as shortcuts (B); 11.2 M parameters."""
+
+    width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 8 × width."""
+        return ResNetEncoder(channels, self.width, (2, 2, 2, 2), bottleneck=False, pad=False), 8 * self.width
+
+
+@MODELS.register("resnet34")
+@settings
+class ResNet34(ModelSettings):
+    """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem, with 1×1 convolutions as shortcuts (B); 21.3 M parameters."""
+
+    width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 8 × width."""
+        return ResNetEncoder(channels, self.width, (3, 4, 6, 3), bottleneck=False, pad=False), 8 * self.width
+
+
+@MODELS.register("resnet50")
+@settings
+class ResNet50(ModelSettings):
+    """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem, with bottlenecks and 1×1 shortcuts (B); 23.5 M parameters.
+
+    The stride of a bottleneck is on its 3×3 convolution, not on the first 1×1 as in the paper: the usual variant since 2016.
+    """
+
+    width: int = setting(
+        64, "bottleneck channels of the first of four stages; each next one has twice as many", ge=1
+    )
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 32 × width."""
+        return ResNetEncoder(channels, self.width, (3, 4, 6, 3), bottleneck=True, pad=False), 32 * self.width
