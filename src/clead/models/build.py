@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -20,7 +20,7 @@ class ModelSettings(ABC):
 
     normalize: Literal["data", "none"] = setting(
         "data",
-        "data: subtract the training set's mean and divide by its std, as the first layer; none: pixels as they are",
+        "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
     )
 
     @abstractmethod
@@ -35,21 +35,39 @@ class ModelSettings(ABC):
         std: Sequence[float],
         sample_shape: tuple[int, int, int] | None = None,
     ) -> SplitModel:
-        """Return the model of (B, ``channels``, H, W) images; ``mean`` and ``std``, one per channel, are the training set's.
+        """Return the model of (B, ``channels``, H, W) images.
 
-        Initialisation draws from the global generator; ``build_model`` seeds it. ``sample_shape`` is for models that need to run
-        once to be built.
+        mean, std: the training set's, one number per channel. sample_shape: (C, H, W), for models that must
+        run once to be built. Initialisation draws from the global generator; ``build_model`` seeds it.
         """
         encoder, feature_dim = self.encoder(channels)
-        return Classifier(self.first_layer(mean, std), encoder, nn.Linear(feature_dim, num_classes))
+        return Classifier(
+            first_layer(self.normalize, mean, std), encoder, nn.Linear(feature_dim, num_classes)
+        )
 
-    def first_layer(self, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-        """Return the normalisation that these settings ask for."""
-        return Normalize(mean, std) if self.normalize == "data" else nn.Identity()
+
+def first_layer(normalize: str, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Return the normalisation that the setting ``normalize`` asks for."""
+    return Normalize(mean, std) if normalize == "data" else nn.Identity()
+
+
+class Builder(Protocol):
+    """Settings that make a model."""
+
+    def build(
+        self,
+        channels: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        sample_shape: tuple[int, int, int] | None = None,
+    ) -> SplitModel:
+        """Return the model; see ``ModelSettings.build``."""
+        ...
 
 
 def build_model(
-    settings: ModelSettings,
+    settings: Builder,
     channels: int,
     num_classes: int,
     mean: Sequence[float],
@@ -58,19 +76,20 @@ def build_model(
     seed: int,
     sample_shape: tuple[int, int, int],
 ) -> SplitModel:
-    """Return the model of ``settings`` on the CPU, its weights a function of ``seed``; the global random state stays untouched.
+    """Return the model of ``settings`` on the CPU, its weights a function of ``seed``.
 
-    sample_shape: (C, H, W) of one image. mean, std: C numbers each, in pixel units. Raises UserError for a model that cannot
-    take these images.
+    sample_shape: (C, H, W) of one image. mean, std: C numbers each, in pixel units. The global
+    random state stays untouched. Raises UserError for a model that cannot take these images.
     """
     with seeded(seed):
         return settings.build(channels, num_classes, mean, std, sample_shape)
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw convolutions from N(0, 2 / fan_out) (He et al. 2015, arXiv:1502.01852, eq. 14), the robustness field's usual start.
+    """Draw convolutions from N(0, 2 / fan_out) (He et al. 2015, arXiv:1502.01852, eq. 14).
 
-    Batch-norm has weight 1 and bias 0, and linear layers keep PyTorch's initialisation.
+    It is the robustness field's usual start. Batch-norm has weight 1 and bias 0, and linear layers keep
+    PyTorch's initialisation.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):

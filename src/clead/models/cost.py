@@ -14,10 +14,10 @@ from clead.models.split import SplitModel
 class CostMeter:
     """Count the images that go forward and backward through ``model`` inside a ``with`` block.
 
-    A forward costs 1 per image, a backward to the inputs only 1, a backward to inputs and weights 2: the usual count, each of the
-    two products of a layer's backward costing as much as its forward. A backward counts as full if any parameter required a
-    gradient when the forward ran. A SplitModel is counted by whichever of its methods runs it, compiled or not; any other module
-    by its calls. Meters nest.
+    A forward costs 1 per image, a backward to the inputs only 1, a backward to inputs and weights 2: the
+    usual count, each of the two products of a layer's backward costing as much as its forward. A backward
+    counts as full if any parameter required a gradient when the forward ran. A SplitModel is counted by
+    whichever of its methods runs it, compiled or not; any other module by its calls. Meters nest.
 
     Attributes:
         forwards: images forwarded.
@@ -71,7 +71,8 @@ class CostMeter:
     def _observe(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
         images = len(x)
         self.forwards += images
-        # The first output is the features: if they need no gradient (frozen encoder), the backward stops at the classifier.
+        # The first output is the features: if they need no gradient (frozen encoder), the backward stops at
+        # the classifier.
         if not outputs or not outputs[0].requires_grad:
             return
         full = any(parameter.requires_grad for parameter in self.model.parameters())

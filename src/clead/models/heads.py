@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """p(h) = W2 · relu(W1 · h): the non-linear head of SimCLR (Chen et al. 2020, arXiv:2002.05709, sec. 2.1), without batch-norm.
+    """p(h) = W2 · relu(W1 · h), the head of SimCLR (Chen et al. 2020, arXiv:2002.05709, sec. 2.1).
 
     Args:
         feature_dim: D, the width of the features.

@@ -16,7 +16,8 @@ class Normalize(nn.Module):
         mean: C numbers, in pixel units of [0, 1].
         std: C numbers > 0.
 
-    x: (B, C, H, W) -> the same shape. Raises ValueError if the lengths differ, a number is not finite, or a std is ≤ 0.
+    x: (B, C, H, W) -> the same shape. Raises ValueError if the lengths differ, a number is not finite, or a
+    std is ≤ 0.
 
     >>> Normalize([0.5], [0.25])(torch.ones(1, 1, 1, 1)).item()
     2.0

@@ -1,4 +1,7 @@
-"""Residual networks for small images (He et al. 2016, arXiv:1512.03385): the paper's CIFAR family, and its ImageNet family on a CIFAR stem."""
+"""Residual networks for small images (He et al. 2016, arXiv:1512.03385).
+
+The paper's CIFAR family (ResNet-8, -20), and its ImageNet family on a CIFAR stem (ResNet-18, -34, -50).
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from clead.settings import setting, settings
 
 
 class Residual(nn.Module):
-    """relu(F(x) + shortcut(x)), F being two 3×3 convolutions, or the 1×1, 3×3, 1×1 bottleneck (He et al. 2016, eq. 2, fig. 5).
+    """relu(F(x) + shortcut(x)), F two 3×3 convolutions or a bottleneck (He et al. 2016, eq. 2, fig. 5).
 
     Args:
         inputs: channels in.
         outputs: channels out.
         stride: of the (first) 3×3 convolution.
-        bottleneck: whether F is the bottleneck, ``outputs`` / 4 wide.
-        pad: shortcut A of the paper (subsample and pad with zero channels, no parameters), else B (1×1 convolution).
+        bottleneck: whether F is the 1×1, 3×3, 1×1 bottleneck, ``outputs`` / 4 wide.
+        pad: shortcut A of the paper (subsample and pad with zero channels, no parameters), else B (1×1
+            convolution).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, bottleneck: bool, pad: bool) -> None:
@@ -59,9 +63,9 @@ class Residual(nn.Module):
 
 
 class ResNetEncoder(nn.Module):
-    """A 3×3 stem of stride 1 and no max-pooling, stages of residual blocks each half the size of the last, and the spatial mean.
+    """A 3×3 stem of stride 1 without max-pooling, stages of residual blocks, and the spatial mean.
 
-    x: (B, C, H, W) -> (B, D), D the width of the last stage.
+    Each stage halves height and width. x: (B, C, H, W) -> (B, D), D the width of the last stage.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class ResNetEncoder(nn.Module):
 @MODELS.register("resnet8")
 @settings
 class ResNet8(ModelSettings):
-    """ResNet-8: the CIFAR family of He et al. 2016, sec. 4.2, with n = 1 and zero-padded shortcuts (A); 0.08 M parameters."""
+    """ResNet-8 (He et al. 2016, sec. 4.2, n = 1), zero-padded shortcuts (A) as there; 0.08 M parameters."""
 
     width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
 
@@ -102,7 +106,7 @@ class ResNet8(ModelSettings):
 @MODELS.register("resnet20")
 @settings
 class ResNet20(ModelSettings):
-    """ResNet-20: the CIFAR family of He et al. 2016, table 6, with zero-padded shortcuts (A) as there; 0.27 M parameters."""
+    """ResNet-20 (He et al. 2016, sec. 4.2, n = 3), zero-padded shortcuts (A) as there; 0.27 M parameters."""
 
     width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
 
@@ -114,7 +118,7 @@ class ResNet20(ModelSettings):
 @MODELS.register("resnet18")
 @settings
 class ResNet18(ModelSettings):
-    """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem, with 1×1 convolutions as shortcuts (B); 11.2 M parameters."""
+    """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 11.2 M parameters."""
 
     width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
 
@@ -126,7 +130,7 @@ class ResNet18(ModelSettings):
 @MODELS.register("resnet34")
 @settings
 class ResNet34(ModelSettings):
-    """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem, with 1×1 convolutions as shortcuts (B); 21.3 M parameters."""
+    """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 21.3 M parameters."""
 
     width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
 
@@ -138,9 +142,10 @@ class ResNet34(ModelSettings):
 @MODELS.register("resnet50")
 @settings
 class ResNet50(ModelSettings):
-    """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem, with bottlenecks and 1×1 shortcuts (B); 23.5 M parameters.
+    """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 23.5 M parameters.
 
-    The stride of a bottleneck is on its 3×3 convolution, not on the first 1×1 as in the paper: the usual variant since 2016.
+    The stride of a bottleneck is on its 3×3 convolution, not on the first 1×1 as in the paper: the usual
+    variant since 2016.
     """
 
     width: int = setting(

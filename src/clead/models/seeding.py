@@ -12,8 +12,8 @@ import torch
 def seeded(seed: int) -> Generator[None, None, None]:
     """Seed torch's global generators inside the block and restore them after it.
 
-    Initialisers of ``torch.nn`` draw from the global generator only; this makes them a function of ``seed``. CUDA is neither
-    initialised nor seeded if it was not in use.
+    Initialisers of ``torch.nn`` draw from the global generator only; this makes them a function of ``seed``.
+    CUDA is neither initialised nor seeded if it was not in use.
 
     >>> with seeded(3):
     ...     first = torch.rand(2)

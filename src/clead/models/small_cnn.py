@@ -14,8 +14,8 @@ from clead.settings import setting, settings
 class SmallEncoder(nn.Module):
     """Four 3×3 convolutions, strides 1 2 1 2, with batch-norm; a ``pool`` × ``pool`` mean; one linear layer.
 
-    x: (B, C, H, W) -> (B, features). A grid of means, not one mean, is kept because where a stroke is matters on digits.
-    Raises UserError if the images are so small that fewer than ``pool`` × ``pool`` cells are left.
+    x: (B, C, H, W) -> (B, features). A grid of means, not one mean, is kept because where a stroke is matters
+    on digits. Raises UserError if the images are so small that fewer than ``pool`` × ``pool`` cells are left.
     """
 
     def __init__(self, channels: int, width: int, pool: int, features: int) -> None:
@@ -40,10 +40,11 @@ class SmallEncoder(nn.Module):
         rows, columns = cells.shape[-2:]
         if min(rows, columns) < self.pool:
             raise UserError(
-                f"small_cnn leaves {rows}x{columns} cells of a {x.shape[-2]}x{x.shape[-1]} image, fewer than pool = {self.pool} "
-                "a side; lower pool or use larger images"
+                f"small_cnn leaves {rows}x{columns} cells of a {x.shape[-2]}x{x.shape[-1]} image, fewer than "
+                f"pool = {self.pool} a side; lower pool or use larger images"
             )
-        # avg_pool2d with windows that meet the border: as adaptive_avg_pool2d, but with a deterministic backward on CUDA.
+        # avg_pool2d with windows that meet the border: as adaptive_avg_pool2d, but with a deterministic
+        # backward on CUDA.
         stride = (rows // self.pool, columns // self.pool)
         window = (rows - (self.pool - 1) * stride[0], columns - (self.pool - 1) * stride[1])
         return functional.relu(self.linear(functional.avg_pool2d(cells, window, stride).flatten(1)))
@@ -52,7 +53,7 @@ class SmallEncoder(nn.Module):
 @MODELS.register("small_cnn")
 @settings
 class SmallCNN(ModelSettings):
-    """Four convolutions and a linear layer, 0.2 M parameters: trains on 8×8 digits in seconds on a CPU; images ≥ 8×8 (pool 2)."""
+    """Four convolutions and a linear layer, 0.2 M parameters; images of 5×5 and more."""
 
     width: int = setting(
         32, "channels of the first convolution; the others have 2, 2 and 4 times as many", ge=1

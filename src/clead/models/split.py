@@ -20,9 +20,10 @@ Observer = Callable[[Tensor, tuple[Tensor, Tensor]], None]
 
 
 class SplitModel(nn.Module, ABC):
-    """f(x) = g(e(x)): an encoder e to features h (B, D), a linear classifier g to logits (B, K), and, in training, a projection p.
+    """f(x) = g(e(x)): an encoder e and a linear classifier g; in training also a projection p.
 
-    x: (B, C, H, W) float in [0, 1]; normalisation is part of the model.
+    x: (B, C, H, W) float in [0, 1] -> features h = e(x), (B, D), and logits g(h), (B, K). Normalisation is
+    part of the model.
 
     Attributes:
         num_classes: K.
@@ -62,8 +63,8 @@ class SplitModel(nn.Module, ABC):
     def embedding(self, features: Tensor) -> Tensor:
         """Return z = p(h) / ‖p(h)‖₂ (Chen et al. 2020, arXiv:2002.05709, sec. 2.1).
 
-        features: (B, D) of any float type -> (B, d) of unit length, in the projection's own precision (float32) even under
-        autocast. Raises RuntimeError without a projection.
+        features: (B, D) of any float type -> (B, d) of unit length, in the projection's own precision
+            (float32) even under autocast. Raises RuntimeError without a projection.
         """
         if self.projection is None:
             raise RuntimeError(
@@ -74,7 +75,7 @@ class SplitModel(nn.Module, ABC):
             return functional.normalize(projected, dim=1)
 
     def add_projection(self, dim: int = 128, hidden: int | None = None, *, seed: int = 0) -> None:
-        """Add, or replace, the projection head D -> ``hidden`` (None: D) -> ``dim``, initialised from ``seed`` on the model's device."""
+        """Add, or replace, the projection head D -> ``hidden`` (None: D) -> ``dim``, drawn from ``seed``."""
         with seeded(seed):
             head = ProjectionHead(self.feature_dim, dim, hidden)
         self.projection = head.to(next(self.parameters()).device).train(self.training)
@@ -84,11 +85,12 @@ class SplitModel(nn.Module, ABC):
         self.projection = None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the forward in place by ``torch.compile(...)``, for ``features_and_logits`` as well as ``forward``."""
+        """Compile the forward in place by ``torch.compile``, ``features_and_logits`` included."""
         self._compiled = torch.compile(self._split, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy (of weights for averaging, say) must neither run the original's compiled forward nor report to its observers.
+        # A copy (of weights for averaging, say) must neither run the original's compiled forward nor report
+        # to its observers.
         return {**super().__getstate__(), "_observers": [], "_compiled": None}
 
 
@@ -107,17 +109,18 @@ class Classifier(SplitModel):
 
 
 class AdaptedModel(SplitModel):
-    """Any user's module, kept intact: the input of its final ``nn.Linear`` is the features, its output the logits.
+    """Any user's module, kept intact: its final ``nn.Linear`` maps the features to the logits.
 
     Args:
         module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K).
         sample_shape: (C, H, W), for one dry run in evaluation mode.
         num_classes: K of the data; None: as many as the module has.
-        classifier: the name of the final linear layer inside ``module``, such as ``"fc"``; None: found by the dry run.
+        classifier: the name of the final linear layer inside ``module``, such as ``"fc"``; None: found by the
+            dry run.
         normalize: a layer before the module; None: pixels go in as they are.
 
-    ``AdaptedModel.module.state_dict()`` has the module's own keys. Raises UserError if the module fails on that shape, does not
-    return (B, K) logits of the right K, or if no linear layer makes them.
+    ``AdaptedModel.module.state_dict()`` has the module's own keys. Raises UserError if the module fails on
+    that shape, does not return (B, K) logits of the right K, or if no linear layer makes them.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> adapted = AdaptedModel(net, sample_shape=(1, 2, 2))
@@ -137,8 +140,8 @@ class AdaptedModel(SplitModel):
         name, linear, logits = _find_classifier(module, sample_shape, classifier)
         if num_classes is not None and logits.shape[1] != num_classes:
             raise UserError(
-                f"{type(module).__name__} returns {logits.shape[1]} logits per image but the data has {num_classes} classes; "
-                f"give its final layer {name!r} {num_classes} outputs"
+                f"{type(module).__name__} returns {logits.shape[1]} logits per image but the data has "
+                f"{num_classes} classes; give its final layer {name!r} {num_classes} outputs"
             )
         super().__init__(logits.shape[1], linear.in_features)
         self.classifier_name = name
@@ -149,8 +152,9 @@ class AdaptedModel(SplitModel):
         linear.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # One slot per thread, filled only while _split waits for it, so nothing leaks when the module is used on its own.
-        if threading.get_ident() in self._slots:
+        # One slot per thread, filled only while _split waits for it, so nothing leaks when the module is used
+        # on its own.
+        if inputs and threading.get_ident() in self._slots:
             self._slots[threading.get_ident()] = inputs[0]
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,8 @@ class AdaptedModel(SplitModel):
             features = self._slots.pop(thread, None)
         if features is None:
             raise RuntimeError(
-                f"the final layer {self.classifier_name!r} did not run in this forward pass; has it been replaced?"
+                f"the final layer {self.classifier_name!r} did not run in this forward pass; "
+                "has it been replaced?"
             )
         return features, logits
 
@@ -170,7 +175,7 @@ class AdaptedModel(SplitModel):
 def _find_classifier(
     module: nn.Module, sample_shape: tuple[int, int, int], classifier: str | None
 ) -> tuple[str, nn.Linear, Tensor]:
-    """Run ``module`` once on two random images; return the linear layer that makes the logits, its name, and the logits."""
+    """Run ``module`` once on two images; return its final layer's name, that layer, and the logits."""
     kind = type(module).__name__
     layers = dict(module.named_modules())
     if classifier is not None and classifier not in layers:
@@ -180,7 +185,8 @@ def _find_classifier(
         )
     if classifier is not None and not isinstance(layers[classifier], nn.Linear):
         raise UserError(
-            f"layer {classifier!r} of {kind} (classifier) must be an nn.Linear, got {type(layers[classifier]).__name__}"
+            f"layer {classifier!r} of {kind} (classifier) must be an nn.Linear, "
+            f"got {type(layers[classifier]).__name__}"
         )
 
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
@@ -205,7 +211,8 @@ def _find_classifier(
 
     if not isinstance(logits, Tensor):
         raise UserError(
-            f"{kind} must return a tensor of logits (B, K), got a {type(logits).__name__}; wrap it to return logits only"
+            f"{kind} must return a tensor of logits (B, K), got a {type(logits).__name__}; "
+            "wrap it to return logits only"
         )
     if logits.ndim != 2 or len(logits) != 2:
         raise UserError(f"{kind} must return logits (B, K), got shape {tuple(logits.shape)} for 2 images")
@@ -217,12 +224,12 @@ def _find_classifier(
             return classifier or names[layer], layer, logits
     if classifier is not None:
         raise UserError(
-            f"the output of layer {classifier!r} (classifier) is not what {kind} returns; it must return that layer's raw output, "
-            "without softmax or scaling"
+            f"the output of layer {classifier!r} (classifier) is not what {kind} returns; "
+            "it must return that layer's raw output, without softmax or scaling"
         )
     raise UserError(
-        f"found no nn.Linear in {kind} whose output is the logits it returns; name it with --model.classifier, "
-        "and return its raw output, without softmax or scaling"
+        f"found no nn.Linear in {kind} whose output is the logits it returns; "
+        "name it with --model.classifier, and return its raw output, without softmax or scaling"
     )
 
 
@@ -233,7 +240,7 @@ def adapt(
     num_classes: int | None = None,
     classifier: str | None = None,
 ) -> SplitModel:
-    """Return ``module`` as a SplitModel: unchanged if it is one, else wrapped (see ``AdaptedModel`` for arguments and errors)."""
+    """Return ``module`` as a SplitModel: unchanged if it is one, else as an ``AdaptedModel`` (see there)."""
     if not isinstance(module, SplitModel):
         return AdaptedModel(module, sample_shape=sample_shape, num_classes=num_classes, classifier=classifier)
     if num_classes is not None and module.num_classes != num_classes:
@@ -242,7 +249,7 @@ def adapt(
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is deployed: a contiguous CPU copy of every entry of ``model.state_dict()`` but the projection head's."""
+    """Return what is deployed: a contiguous CPU copy of the state dict without the projection head."""
     return {
         name: tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.state_dict().items()

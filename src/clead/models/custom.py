@@ -1,0 +1,147 @@
+"""A user's own model, named by where its code is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from torch import nn
+
+from clead.errors import UserError, did_you_mean
+from clead.models import MODELS
+from clead.models.build import first_layer
+from clead.models.split import AdaptedModel, SplitModel
+from clead.settings import setting, settings
+
+
+@MODELS.register("custom")
+@settings
+class Custom:
+    """Any ``nn.Module`` from pixels in [0, 1], (B, C, H, W), to logits, (B, K), of a final ``nn.Linear``.
+
+    The factory is a function or a class; it is called with ``num_classes=`` if it takes that, else with no
+    arguments.
+    """
+
+    factory: str = setting(..., "what makes the model: 'package.module:factory' or 'path/to/file.py:factory'")
+    classifier: str | None = setting(None, "name of the final linear layer, such as fc; none: it is found")
+    normalize: Literal["data", "none"] = setting(
+        "none",
+        "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
+    )
+
+    def build(
+        self,
+        channels: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        sample_shape: tuple[int, int, int] | None = None,
+    ) -> SplitModel:
+        """Import the factory, call it and adapt what it returns; raises UserError if any of that fails."""
+        if sample_shape is None:
+            raise ValueError("a custom model is run once to be adapted: sample_shape (C, H, W) is required")
+        source, separator, name = self.factory.rpartition(":")
+        if not (source and separator and name):
+            raise UserError(
+                f"model.factory must be 'module:factory' or 'path/to/file.py:factory', got {self.factory!r}"
+            )
+        with _importable(Path.cwd(), Path(source).resolve().parent):
+            module = self._make(_load(source), name, num_classes)
+        if isinstance(module, SplitModel):
+            if module.num_classes != num_classes:
+                raise UserError(
+                    f"{self.factory} has {module.num_classes} classes but the data has {num_classes}"
+                )
+            return module
+        return AdaptedModel(
+            module,
+            sample_shape=sample_shape,
+            num_classes=num_classes,
+            classifier=self.classifier,
+            normalize=first_layer(self.normalize, mean, std),
+        )
+
+    def _make(self, code: ModuleType, name: str, num_classes: int) -> nn.Module:
+        if not hasattr(code, name):
+            known = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
+            raise UserError(f"model.factory: {code.__name__} has no {name!r}; {did_you_mean(name, known)}")
+        factory = getattr(code, name)
+        if isinstance(factory, nn.Module) or not callable(factory):
+            raise UserError(
+                f"model.factory: {self.factory} is a {type(factory).__name__}; "
+                "give a function or class that makes the model"
+            )
+        try:
+            made = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+        except Exception as error:
+            raise UserError(f"model.factory: {self.factory} raised {_line(error)}") from error
+        if not isinstance(made, nn.Module):
+            raise UserError(
+                f"model.factory: {self.factory} must return a torch.nn.Module, got {type(made).__name__}"
+            )
+        return made
+
+
+def _load(source: str) -> ModuleType:
+    """Import a dotted module, or a file by its path."""
+    path = Path(source)
+    if path.suffix != ".py":
+        try:
+            return importlib.import_module(source)
+        except ModuleNotFoundError as error:
+            # Only if the named module itself is missing, not one that it imports.
+            if error.name is not None and f"{source}.".startswith(f"{error.name}."):
+                raise UserError(
+                    f"model.factory: no module {source!r} here or installed; "
+                    "a file is named with its .py, such as 'nets/mine.py:Net'"
+                ) from error
+            raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+        except Exception as error:
+            raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+    if not path.is_file():
+        near = [str(other) for other in path.parent.glob("*.py")]
+        raise UserError(f"model.factory: no file {source!r}; {did_you_mean(source, near)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Classes of the file are found again by pickle and deepcopy; a module already imported by that name keeps
+    # it.
+    sys.modules.setdefault(path.stem, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        if sys.modules.get(path.stem) is module:
+            del sys.modules[path.stem]
+        raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+    return module
+
+
+@contextmanager
+def _importable(*folders: Path) -> Generator[None, None, None]:
+    """Let the code in ``folders`` be imported inside the block."""
+    before = sys.path.copy()
+    sys.path[:0] = [str(folder) for folder in folders]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _takes_num_classes(factory: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
