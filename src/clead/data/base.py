@@ -1,0 +1,253 @@
+"""The one parent of all datasets: read, check, decode, split, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clead.data.decoding import Fit, decode, fit_arrays
+from clead.data.views import Augmentation
+from clead.errors import UserError, did_you_mean
+from clead.interfaces import ImageSet, Splits
+from clead.settings import setting, settings
+
+_LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split as a reader found it, not yet decoded.
+
+    Args:
+        images: decoded (N, C, H, W) uint8 with C 1 or 3, or the bytes of N image files.
+        labels: (N,) int64.
+        names: what to call each image in an error; for decoded images empty.
+    """
+
+    images: Tensor | list[bytes]
+    labels: Tensor
+    names: Sequence[str] = ()
+
+    def subset(self, index: Tensor) -> Part:
+        """Return the images at ``index``, (n,) int64."""
+        if isinstance(self.images, Tensor):
+            return Part(self.images[index], self.labels[index])
+        chosen = index.tolist()
+        images, names = [self.images[i] for i in chosen], [self.names[i] for i in chosen]
+        return Part(images, self.labels[index], names)
+
+
+class Found(NamedTuple):
+    """What a reader returns: both parts and the class names, not yet checked."""
+
+    train: Part
+    test: Part
+    classes: tuple[str, ...]
+
+
+@settings
+class InMemoryDataset(ABC):
+    """Labelled images that fit into memory. A dataset is one file in ``datasets/`` with a ``read`` method."""
+
+    batch_size: int = setting(128, "Images per training step.", unit="images", ge=1)
+    val_fraction: float = setting(
+        0.1,
+        "Part of the training images kept back to choose the best epoch; test images never choose anything.",
+        unit="fraction",
+        gt=0,
+        le=0.5,
+    )
+    limit_train: int | None = setting(
+        None,
+        "Keep so many training images (before validation is cut), evenly by class; for quick trials.",
+        unit="images",
+        ge=1,
+    )
+    limit_test: int | None = setting(
+        None, "Keep so many test images, evenly by class; for quick trials.", unit="images", ge=1
+    )
+    image_size: int | None = setting(
+        None,
+        "Resize images to a square of this side; by default they must all have one size.",
+        unit="pixels",
+        ge=1,
+    )
+    resize: Literal["squash", "crop"] = setting(
+        "squash", "How to make them square: squash both sides, or resize the shorter one and crop the centre."
+    )
+    channels: Literal[1, 3] | None = setting(
+        None, "Channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey, else 3."
+    )
+    augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
+    view: Augmentation = setting(
+        default_factory=Augmentation, doc="Second random view, for contrastive methods."
+    )
+
+    @abstractmethod
+    def read(self) -> Found:
+        """Return the images as they are stored; raises UserError if they cannot be found or understood."""
+
+    def load(self, seed: int) -> Splits:
+        """Read, check, decode and split.
+
+        ``seed`` decides only which training images become validation images: test images, and the images that
+        a limit keeps, are the same for every seed.
+
+        Raises:
+            UserError: a path is missing, an image is broken, labels or classes are not as they should be.
+                Everything that can be checked without decoding is checked first.
+        """
+        found = self.read()
+        check(found, limit_train=self.limit_train)
+        train, test = self._decode(found.train, found.test)
+        if self.limit_train is not None and self.limit_train < len(train):
+            train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2)[0])
+        if self.limit_test is not None and self.limit_test < len(test):
+            test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0)[0])
+        val_count = round(self.val_fraction * len(train))
+        chosen, rest = stratified(train.labels, val_count, seed)
+        train, val = train.subset(rest), train.subset(chosen)
+        return Splits(train, val, test, found.classes, fingerprint([train, val, test], found.classes))
+
+    def _decode(self, train: Part, test: Part) -> tuple[ImageSet, ImageSet]:
+        fit = Fit(self.image_size, self.resize, self.channels)
+        if isinstance(train.images, Tensor) and isinstance(test.images, Tensor):
+            first, second = fit_arrays(train.images, fit), fit_arrays(test.images, fit)
+            if first.shape[1:] != second.shape[1:]:
+                raise UserError(
+                    f"training images are {_shape(first)} (channels x height x width) but test images "
+                    f"{_shape(second)}; set --data.image_size and --data.channels to bring them together"
+                )
+        else:
+            assert isinstance(train.images, list) and isinstance(test.images, list)
+            images = decode(train.images + test.images, [*train.names, *test.names], fit)
+            first, second = images[: len(train.labels)], images[len(train.labels) :]
+        return ImageSet(first, train.labels), ImageSet(second, test.labels)
+
+
+def check(found: Found, *, limit_train: int | None = None) -> None:
+    """Raise UserError, listing every problem, unless labels and classes allow training and testing."""
+    train, test, classes = found
+    if len(train.labels) == 0 or len(test.labels) == 0:
+        raise UserError(
+            f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; "
+            "check --data.path"
+        )
+    problems = [
+        f"{part} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; "
+        "number the labels from 0 and name every class"
+        for part, labels in (("training", train.labels.numpy()), ("test", test.labels.numpy()))
+        if len(row := np.flatnonzero((labels < 0) | (labels >= len(classes)))) and len(bad := labels[row])
+    ]
+    if problems:
+        raise UserError(*problems)
+    counts = np.bincount(train.labels.numpy(), minlength=len(classes))
+    in_test = np.bincount(test.labels.numpy(), minlength=len(classes)) > 0
+    if np.count_nonzero(counts) < 2:
+        only = classes[int(counts.argmax())]
+        raise UserError(
+            f"a classifier needs at least 2 classes with training images, got only {only!r}; add another"
+        )
+    if lacking := [classes[k] for k in np.flatnonzero(in_test & (counts == 0))]:
+        problems.append(
+            f"test images have {_listed('class', lacking)} without any training image; add training images "
+            "or remove the class"
+        )
+    if single := [classes[k] for k in np.flatnonzero(counts == 1)]:
+        problems.append(
+            f"every class needs at least 2 training images (one for validation), got 1 of "
+            f"{_listed('class', single)}; add images or remove the class"
+        )
+    needed = 2 * np.count_nonzero(counts)
+    if limit_train is not None and limit_train < needed:
+        problems.append(
+            f"limit_train must keep at least 2 images of each class, {needed} here, got {limit_train}; "
+            "raise --data.limit_train"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Choose ``count`` images at random with every class in proportion (largest remainders).
+
+    From every class at least ``least`` are chosen, even if that makes more than ``count``, and at least one
+    is left over if ``least`` is not 0 and the class has one to spare.
+
+    Args:
+        labels: (N,) int64.
+        count: images to choose, in [0, N].
+        seed: decides which; the draw is NumPy's frozen legacy stream, equal on every machine and version.
+        least: images to choose of each class, if it has so many.
+
+    Returns:
+        The chosen indices and the others, both (n,) int64, ascending.
+    """
+    values = labels.numpy()
+    present, sizes = np.unique(values, return_counts=True)
+    ideal = sizes * (count / max(1, len(values)))
+    low = np.minimum(least, sizes)
+    high = np.maximum(low, sizes - 1) if least else sizes
+    quota = np.clip(np.floor(ideal), low, high).astype(int)
+    for _ in range(abs(count - quota.sum())):
+        if count > quota.sum():
+            movable, step, wish = quota < high, 1, ideal - quota
+        else:
+            movable, step, wish = quota > low, -1, quota - ideal
+        if not movable.any():
+            break
+        quota[np.where(movable, wish, -np.inf).argmax()] += step
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    mask = np.zeros(len(values), dtype=bool)
+    for label, size, amount in zip(present, sizes, quota, strict=True):
+        mask[np.flatnonzero(values == label)[random.permutation(size)[:amount]]] = True
+    return torch.from_numpy(np.flatnonzero(mask)), torch.from_numpy(np.flatnonzero(~mask))
+
+
+def fingerprint(sets: Sequence[ImageSet], classes: Sequence[str]) -> str:
+    """Return a SHA-256 hex digest of images, labels and class names, order included."""
+    digest = hashlib.sha256(repr(tuple(classes)).encode())
+    for image_set in sets:
+        for tensor in (image_set.images, image_set.labels):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def existing(path: Path) -> Path:
+    """Return the path with ``~`` expanded; raises UserError with the closest name if nothing is there."""
+    path = path.expanduser()
+    if not path.exists():
+        parent = path.parent
+        if parent.is_dir():
+            hint = did_you_mean(
+                path.name, [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+            )
+        else:
+            hint = f"the folder {parent} does not exist either"
+        raise UserError(f"data.path must exist, got {str(path)!r}; {hint}")
+    return path
+
+
+def default_names(*labels: Tensor) -> tuple[str, ...]:
+    """Return "0" … "K-1" for labels without names, K - 1 being the largest label."""
+    return tuple(
+        str(k) for k in range(1 + max((int(each.max()) for each in labels if len(each)), default=-1))
+    )
+
+
+def _shape(images: Tensor) -> str:
+    return "x".join(map(str, images.shape[1:]))
+
+
+def _listed(noun: str, names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{noun} {shown}"

@@ -1,0 +1,59 @@
+"""Your own images at a path, whatever their layout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clead.data.base import Found, InMemoryDataset, existing
+from clead.data.datasets import DATASETS
+from clead.data.datasets.folder import read_folder
+from clead.data.datasets.npz import read_npz
+from clead.data.datasets.parquet import has_parquet, read_parquet
+from clead.errors import UserError
+from clead.settings import setting, settings
+
+
+@DATASETS.register("auto")
+@settings
+class Auto(InMemoryDataset):
+    """Images at a path: a folder of Parquet files, one with train/CLASS/ and test/CLASS/, or a .npz file."""
+
+    path: Path = setting(..., "The folder or file; its content decides how it is read.")
+
+    def read(self) -> Found:
+        """Return what is there; raises UserError if nothing known is."""
+        return read_any(self.path)
+
+
+def read_any(path: Path) -> Found:
+    """Read a path by its content."""
+    path = existing(path)
+    if path.is_file() and path.suffix == ".npz":
+        return read_npz(path)
+    if path.is_dir() and has_parquet(path):
+        return read_parquet(path)
+    if path.is_dir() and (path / "train").is_dir():
+        return read_folder(path)
+    inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
+    got = f"a folder with {', '.join(inside) or 'nothing'}" if path.is_dir() else "another kind of file"
+    raise UserError(
+        "data.path must be a folder with train-*.parquet and test-*.parquet, a folder with train/CLASS/, or "
+        f"a .npz file, got {str(path)!r}, {got}; check --data.path"
+    )
+
+
+def read_named(name: str, path: Path | None, classes: int) -> Found | None:
+    """Read the path, else ``$CLEAD_DATA/name``, checking the number of classes; None if neither is there."""
+    data = os.environ.get("CLEAD_DATA")
+    if path is None and data and (Path(data).expanduser() / name).exists():
+        path = Path(data) / name
+    if path is None:
+        return None
+    found = read_any(path)
+    if len(found.classes) != classes:
+        raise UserError(
+            f"{name} has {classes} classes, got {len(found.classes)} at {str(path)!r}; use --data.name auto "
+            "for other data"
+        )
+    return found

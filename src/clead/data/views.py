@@ -1,0 +1,215 @@
+"""Random views of a batch, on its device, drawn per image.
+
+The functions transform a batch by given parameters, one per image, and draw nothing; `Augmentation` draws.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import field_validator, model_validator
+from torch import Tensor
+
+from clead.settings import Probability, setting, settings
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
+_ASPECT = math.log(4 / 3)
+_JITTER_PROBABILITY = 0.8
+
+
+@settings
+class Augmentation:
+    """Random views: crop, flip, colour jitter, greyscale and cutout, in this order; all off by default.
+
+    Calling it maps (B, C, H, W) float in [0, 1] to the same shape and range; all randomness comes from the
+    given generator, which lives on the images' device. With everything off, the input itself is returned.
+
+    One-channel images: ``color_jitter`` changes brightness and contrast only, and ``greyscale`` does nothing.
+
+    >>> images = torch.rand(4, 3, 32, 32)
+    >>> Augmentation(crop=4, flip=True)(images, generator=torch.Generator().manual_seed(0)).shape
+    torch.Size([4, 3, 32, 32])
+    >>> Augmentation()(images, generator=torch.Generator()) is images
+    True
+    """
+
+    crop: int = setting(
+        0,
+        "Shift each image by up to so many pixels; what comes in is black (zero padding).",
+        unit="pixels",
+        ge=0,
+    )
+    flip: bool = setting(False, "Mirror each image left to right with probability 1/2.")
+    random_resized_crop: tuple[float, float] | None = setting(
+        None,
+        "Zoom into a random box with an area in [min, max] and an aspect ratio in [3/4, 4/3]; excludes crop.",
+        unit="fraction of the area",
+    )
+    color_jitter: float = setting(
+        0.0,
+        "SimCLR's colour jitter on 4 of 5 images: brightness, contrast, saturation by ±0.8, hue by ±0.2.",
+        unit="strength",
+        ge=0,
+        le=2.5,
+    )
+    greyscale: Probability = setting(0.0, "Probability that an image loses its colour.", unit="probability")
+    cutout: int = setting(
+        0, "Side of a black square at a random place, cut off by the image's edge.", unit="pixels", ge=0
+    )
+
+    @field_validator("random_resized_crop")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 < value[0] <= value[1] <= 1:
+            raise ValueError(
+                f"must be two areas with 0 < min <= max <= 1, got {value}; SimCLR takes 0.08 and 1"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> Augmentation:
+        if self.crop and self.random_resized_crop:
+            raise ValueError(
+                f"crop and random_resized_crop exclude each other, got {self.crop} and "
+                f"{self.random_resized_crop}; set crop to 0 or random_resized_crop to null"
+            )
+        return self
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Return random views of the images, (B, C, H, W) float in [0, 1].
+
+        Raises:
+            ValueError: the images are not a floating batch (B, C, H, W).
+        """
+        if images.ndim != 4 or not images.is_floating_point():
+            raise ValueError(
+                f"views need a float batch (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        count, channels, height, width = images.shape
+
+        def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
+            draw = torch.rand(count, generator=generator, device=images.device, dtype=torch.float32)
+            return (draw * (high - low) + low).to(images.dtype)
+
+        def integer(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (count,), generator=generator, device=images.device)
+
+        if self.crop:
+            images = shift(
+                images, integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1), self.crop
+            )
+        if self.random_resized_crop:
+            area, ratio = uniform(*self.random_resized_crop), uniform(-_ASPECT, _ASPECT).exp()
+            # A box that would stick out is cut to the image, where torchvision draws again: no loop.
+            box_h, box_w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+            images = zoom(images, uniform() * (1 - box_h), uniform() * (1 - box_w), box_h, box_w)
+        if self.flip:
+            images = mirror(images, uniform() < 0.5)
+        if self.color_jitter:
+            strength = 0.8 * self.color_jitter
+            factors = [uniform(max(0.0, 1 - strength), 1 + strength) for _ in range(3)]
+            hue, chosen = uniform(-0.2, 0.2) * self.color_jitter, uniform() < _JITTER_PROBABILITY
+            images = torch.where(_each(chosen), jitter(images, *factors, hue), images)
+        if self.greyscale and channels == 3:
+            images = torch.where(_each(uniform() < self.greyscale), grey(images), images)
+        if self.cutout:
+            images = cut(images, integer(0, height), integer(0, width), self.cutout)
+        return images
+
+
+def shift(images: Tensor, down: Tensor, right: Tensor, most: int) -> Tensor:
+    """Move each image by (down, right) pixels, (B,) int64 in [-most, most]; what comes in is 0."""
+    height, width = images.shape[2:]
+    windows = F.pad(images, (most, most, most, most)).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    return windows[torch.arange(len(images), device=images.device), :, most - down, most - right]
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Mirror the chosen images, (B,) bool, left to right."""
+    return torch.where(_each(chosen), images.flip(3), images)
+
+
+def zoom(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Enlarge each image's box, (B,) float as fractions of the image, to the whole, bilinearly."""
+    zero = torch.zeros_like(top)
+    theta = torch.stack(
+        [
+            torch.stack([width, zero, 2 * left + width - 1], 1),
+            torch.stack([zero, height, 2 * top + height - 1], 1),
+        ],
+        1,
+    )
+    grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
+    zoomed = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return zoomed.clamp_(0, 1)  # rounding may exceed 1 by an ulp
+
+
+def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Change colours per image (SimCLR, Chen et al. 2020, arXiv:2002.05709, appendix A), in this fixed order.
+
+    The paper draws the order anew for every image; a fixed order keeps the batch in one piece.
+
+    Args:
+        images: (B, C, H, W) float in [0, 1]; with C = 1 only brightness and contrast change.
+        brightness: (B,) factor on the pixels.
+        contrast: (B,) factor on the distance to the image's mean grey.
+        saturation: (B,) factor on the distance to the pixel's grey.
+        hue: (B,) turn of the hue, in full turns.
+    """
+    images = (images * _each(brightness)).clamp_(0, 1)
+    images = torch.lerp(_luma(images).mean((1, 2, 3), keepdim=True), images, _each(contrast)).clamp_(0, 1)
+    if images.shape[1] != 3:
+        return images
+    images = torch.lerp(_luma(images), images, _each(saturation)).clamp_(0, 1)
+    return turn_hue(images, hue)
+
+
+def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of RGB images in HSV space, keeping saturation and value; turns (B,), 1 a full circle."""
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    divisor = chroma.clamp(min=torch.finfo(images.dtype).tiny)
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
+    )
+    hue = hue + 6 * turns[:, None, None]
+    # Channel of hue h in sixths: value - chroma · clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1.
+    n = torch.tensor([5.0, 3.0, 1.0], device=images.device, dtype=images.dtype)[:, None, None]
+    k = (hue[:, None] + n).remainder_(6)
+    fall = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.addcmul(value[:, None], chroma[:, None], fall, value=-1).clamp_(0, 1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Return RGB images without colour, still with three channels."""
+    return _luma(images).expand_as(images)
+
+
+def cut(images: Tensor, row: Tensor, column: Tensor, side: int) -> Tensor:
+    """Black out a square at (row, column), (B,) int64 (Cutout, DeVries and Taylor 2017, arXiv:1708.04552).
+
+    The square starts ``side // 2`` above and left of the centre and is cut off by the edge. The paper fills
+    with the data's mean (it cuts after normalisation); here pixels are not normalised yet and 0 is black, as
+    in the crop's padding.
+    """
+    height, width = images.shape[2:]
+    ys = torch.arange(height, device=images.device) - (row - side // 2)[:, None]
+    xs = torch.arange(width, device=images.device) - (column - side // 2)[:, None]
+    inside = ((ys >= 0) & (ys < side))[:, :, None] & ((xs >= 0) & (xs < side))[:, None, :]
+    return images.masked_fill(inside[:, None], 0)
+
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _luma(images: Tensor) -> Tensor:
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
+    red, green, blue = images.unbind(1)
+    return (_GREY[0] * red + _GREY[1] * green + _GREY[2] * blue).unsqueeze(1)
