@@ -71,9 +71,8 @@ class CostMeter:
     def _observe(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
         images = len(x)
         self.forwards += images
-        # The first output is the features: if they need no gradient (frozen encoder), the backward stops at
-        # the classifier.
-        if not outputs or not outputs[0].requires_grad:
+        tracked = [value for value in outputs if value.requires_grad]
+        if not tracked:
             return
         full = any(parameter.requires_grad for parameter in self.model.parameters())
 
@@ -84,4 +83,4 @@ class CostMeter:
                 self.input_backwards += images
 
         # Once per backward, whichever of the outputs the loss used.
-        register_multi_grad_hook([value for value in outputs if value.requires_grad], count, mode="any")
+        register_multi_grad_hook(tracked, count, mode="any")

@@ -108,6 +108,21 @@ class Classifier(SplitModel):
         return features, self.classifier(features)
 
 
+class _Kept(threading.local):
+    """Where the final layer of a running adapted model leaves its input: one place per thread."""
+
+    features: Tensor | None = None
+    wanted = False
+
+
+_KEPT = _Kept()
+
+
+def _keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if _KEPT.wanted and inputs:
+        _KEPT.features = inputs[0]
+
+
 class AdaptedModel(SplitModel):
     """Any user's module, kept intact: its final ``nn.Linear`` maps the features to the logits.
 
@@ -147,23 +162,17 @@ class AdaptedModel(SplitModel):
         self.classifier_name = name
         self.normalize = nn.Identity() if normalize is None else normalize
         self.module = module
-        self._slots: dict[int, Tensor | None] = {}
-        # A bound method, not a closure: deepcopy and pickle then follow it to the copy's own slots.
-        linear.register_forward_pre_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # One slot per thread, filled only while _split waits for it, so nothing leaks when the module is used
-        # on its own.
-        if inputs and threading.get_ident() in self._slots:
-            self._slots[threading.get_ident()] = inputs[0]
+        linear.register_forward_pre_hook(_keep)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        thread = threading.get_ident()
-        self._slots[thread] = None
+        nested = _KEPT.wanted  # an adapted model inside an adapted one: the outer reads, and clears, after it
+        _KEPT.wanted = True
         try:
             logits = self.module(self.normalize(x))
+            features = _KEPT.features
         finally:
-            features = self._slots.pop(thread, None)
+            if not nested:
+                _KEPT.wanted, _KEPT.features = False, None
         if features is None:
             raise RuntimeError(
                 f"the final layer {self.classifier_name!r} did not run in this forward pass; "
@@ -229,7 +238,7 @@ def _find_classifier(
         )
     raise UserError(
         f"found no nn.Linear in {kind} whose output is the logits it returns; "
-        "name it with --model.classifier, and return its raw output, without softmax or scaling"
+        "name it (--model.classifier, in Python classifier=...), and return its raw output, without softmax"
     )
 
 
