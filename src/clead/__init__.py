@@ -1,1 +1,60 @@
-"""C-LEAD."""
+"""C-LEAD: robust image classifiers by adversarial training joined with contrastive learning, measured honestly.
+
+>>> import clead
+>>> config = clead.load_recipe("digits-standard", ["--train.budget", "3", "--eval.steps", "2"])
+>>> config.threat.eps
+0.15
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clead import attacks
+    from clead.api import compare, evaluate, evaluate_run, load, train
+    from clead.config import RunConfig, load_recipe
+    from clead.errors import UserError
+    from clead.models.split import adapt
+
+# PyTorch takes over a second to import, so the names below are imported when they are first used.
+_WHERE = {
+    "RunConfig": "clead.config",
+    "UserError": "clead.errors",
+    "adapt": "clead.models.split",
+    "compare": "clead.api",
+    "evaluate": "clead.api",
+    "evaluate_run": "clead.api",
+    "load": "clead.api",
+    "load_recipe": "clead.config",
+    "train": "clead.api",
+}
+
+__all__ = [
+    "RunConfig",
+    "UserError",
+    "__version__",
+    "adapt",
+    "attacks",
+    "compare",
+    "evaluate",
+    "evaluate_run",
+    "load",
+    "load_recipe",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attacks":
+        return import_module("clead.attacks")
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'clead' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

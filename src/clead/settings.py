@@ -9,9 +9,11 @@ from __future__ import annotations
 from fractions import Fraction as ExactFraction
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
+
+from clead.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -34,7 +36,9 @@ def setting(default: Any = ..., doc: str = "", *, unit: str = "", **rules: Any) 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting, Field))
 def settings(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only, validated dataclass that refuses unknown keys."""
-    config = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True, use_attribute_docstrings=False)
+    config = ConfigDict(
+        extra="forbid", validate_default=True, arbitrary_types_allowed=True, use_attribute_docstrings=False
+    )
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
 
 
@@ -82,3 +86,34 @@ class Ratio(float):
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def validated(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build settings from untrusted values; raises UserError with one line per problem (key, value given, rule, remedy).
+
+    >>> from clead.threats.linf import Linf
+    >>> validated(Linf, {"eps": 8}, "threat")
+    Traceback (most recent call last):
+        ...
+    clead.errors.UserError: threat.eps: linf eps must be in [0, 1] because pixels are, got 8; did you mean 8/255?
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise UserError(*(_one_line(problem, cls, path) for problem in error.errors())) from None
+
+
+def _one_line(problem: Any, cls: type, path: str) -> str:
+    names = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    key = ".".join([*([path] if path else []), *names])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = cls
+        for name in names[:-1]:
+            owner = owner.__pydantic_fields__[name].annotation  # type: ignore[attr-defined]
+        known = getattr(owner, "__pydantic_fields__", {})
+        return f"{key}: unknown key; {did_you_mean(names[-1], known)}"
+    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: is required"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{key}: {message}" if "got " in message else f"{key}: {message}, got {problem['input']!r}"

@@ -1,1 +1,1 @@
-"""training."""
+"""Training: the only place that runs backward and steps the optimiser."""

@@ -1,0 +1,121 @@
+"""Projected gradient ascent, the inner maximisation of adversarial training and the plainest strong attack."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.interfaces import Objective, Threat
+from clead.settings import Ratio, setting, settings, validated
+from clead.threats import THREATS
+from clead.threats.geometry import per_image
+
+
+@ATTACKS.register("pgd")
+@settings
+class PGD:
+    """Maximise the objective by projected gradient ascent (Madry et al. 2018, arXiv:1706.06083, eq. 2.1 and section 5)."""
+
+    steps: int = setting(10, "gradient steps", ge=1, unit="steps")
+    step_size: Ratio | None = setting(
+        None,
+        "length of a step; none: 2.5 · eps / steps (Madry 2018)",
+        unit="pixels in [0, 1], in the threat's norm",
+    )
+    restarts: int = setting(1, "independent starts; the best point per image is kept", ge=1, unit="starts")
+    random_start: bool = setting(True, "start from a random point of the ball instead of the image itself")
+    keep: Literal["last", "best"] = setting(
+        "last", "which point of the path to return: the last, or the one of largest objective"
+    )
+
+    def __call__(
+        self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W) in [0, 1], inside the threat set around ``x``."""
+        step_size = 2.5 * threat.eps / self.steps if self.step_size is None else float(self.step_size)
+        track = self.keep == "best" or self.restarts > 1
+        best, best_value = x, torch.full((len(x),), -torch.inf, device=x.device)
+        for _ in range(self.restarts):
+            x_adv = threat.random_start(x, generator=generator) if self.random_start else x
+            for step in range(self.steps):
+                x_adv = x_adv.detach().requires_grad_()
+                value = objective(x_adv)
+                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+                x_adv = x_adv.detach()
+                if self.keep == "best" and step > 0:
+                    best, best_value = _better(x_adv, value.detach(), best, best_value)
+                x_adv = threat.project(threat.ascend(x_adv, gradient, step_size), x)
+            if not track:
+                return x_adv
+            with torch.no_grad():
+                best, best_value = _better(x_adv, objective(x_adv), best, best_value)
+        return best
+
+
+def _better(x_adv: Tensor, value: Tensor, best: Tensor, best_value: Tensor) -> tuple[Tensor, Tensor]:
+    better = value > best_value
+    return torch.where(per_image(better, x_adv), x_adv, best), torch.where(better, value, best_value)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    steps: int = 50,
+    step_size: float | str | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    objective: str = "cross_entropy",
+    keep: Literal["last", "best"] = "best",
+    seed: int = 0,
+) -> Tensor:
+    """Attack ``model`` by projected gradient ascent (Madry et al. 2018, arXiv:1706.06083).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
+        norm: linf, l2 or l1.
+        steps: gradient steps per restart.
+        step_size: in pixel units; None: 2.5 · eps / steps.
+        restarts: independent random starts.
+        random_start: start from a random point of the ball instead of the image.
+        objective: cross_entropy, margin, dlr, kl, embedding or contrastive.
+        keep: return the best point of the path or the last.
+        seed: of the random starts.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]. Raises UserError on pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> x_adv = pgd(model, x, torch.tensor([0]), eps="8/255", steps=5)
+    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+    True
+    """
+    from clead.attacks.run import attack_images
+
+    attack = PGD(
+        steps=steps,
+        step_size=None if step_size is None else Ratio(step_size),
+        restarts=restarts,
+        random_start=random_start,
+        keep=keep,
+    )
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return attack_images(
+        attack,
+        model,
+        x,
+        y,
+        validated(THREATS.get(norm), {"eps": eps}),
+        objective=objective,
+        generator=generator,
+    )

@@ -1,0 +1,72 @@
+"""Run an attack on a model: inputs checked, model untouched in every bit, gradients to inputs only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import OBJECTIVES
+from clead.errors import UserError
+from clead.interfaces import Attack, Threat
+from clead.models.modes import attack_mode
+
+
+def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
+    """Raise UserError unless ``x`` is (B, C, H, W) float in [0, 1] without NaN and ``y`` is (B,) int64 in [0, K)."""
+    if x.dim() != 4 or not x.is_floating_point():
+        raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+    if y.shape != (len(x),) or y.dtype != torch.int64:
+        raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+    if not len(x):
+        raise UserError("there is no image to attack, got a batch of 0")
+    if not torch.isfinite(x).all():  # synchronises the device
+        raise UserError("images must be finite, got NaN or infinity")
+    low, high = x.min().item(), x.max().item()
+    if low < 0 or high > 1:
+        hint = (
+            "divide by 255"
+            if low >= 0
+            else "give raw pixels and let the model normalise (clead.models.normalize.Normalize as its first layer)"
+        )
+        raise UserError(f"pixels must be in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
+    least, most = int(y.min()), int(y.max())
+    if least < 0 or (num_classes is not None and most >= num_classes):
+        bound = "K" if num_classes is None else str(num_classes)
+        raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}")
+
+
+def attack_images(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    objective: str = "cross_entropy",
+    generator: torch.Generator | None = None,
+    checked: bool = False,
+) -> Tensor:
+    """Maximise a named objective of ``model`` inside the threat set around ``x``.
+
+    Args:
+        attack: how the objective is maximised.
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        threat: the set of allowed images around ``x``.
+        objective: a name of ``OBJECTIVES``.
+        generator: source of the random starts, on the device of ``x``; a fixed seed if None, never the global RNG.
+        checked: skip the checks of ``x`` and ``y`` because the caller has made them.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on wrong shapes, ranges or names.
+    """
+    make = OBJECTIVES.get(objective)
+    if not checked:
+        with attack_mode(model), torch.no_grad():
+            logits = model(x[:1])
+        check_inputs(x, y, logits.shape[1])
+    if generator is None:
+        generator = torch.Generator(x.device).manual_seed(0)
+    with attack_mode(model):
+        return attack(make(model, x, y), x, threat, generator=generator)

@@ -1,0 +1,239 @@
+"""The run directory, and everything that is written to it: atomically, with checksums, never as something that runs code.
+
+config.yaml         complete configuration
+metrics.jsonl       one JSON object per log line
+last.safetensors    weights at the end (EMA weights if EMA is on); ``best`` at the best validation robust accuracy
+resume.state        optimiser, schedule, EMA, RNG and position; ``resume.previous.state`` is one checkpoint older
+environment.json    versions and machine
+results/            one JSON record per evaluation, with its images beside it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from clead.config import RunConfig, parse_yaml
+from clead.errors import UserError
+
+_MAGIC = b"clead-state-1\n"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raises UserError if the disk refuses, and leaves what was there before."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another directory"
+        ) from error
+    except BaseException:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write weights and JSON metadata as safetensors, atomically."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_atomically(path, to_safetensors(content, {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (weights, metadata) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
+    if not path.is_file():
+        raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file")
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  (not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy or train it again") from None
+
+
+def check_weights(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
+    """Raise UserError naming the first leaf that differs, with what was expected and found."""
+    for name, tensor in expected.items():
+        if name not in given:
+            raise UserError(
+                f"{source} is of another architecture: {name} {tuple(tensor.shape)} is missing; check the model settings"
+            )
+        if given[name].shape != tensor.shape:
+            raise UserError(
+                f"{source} is of another architecture: {name} should be {tuple(tensor.shape)}, found {tuple(given[name].shape)}; "
+                "check the model settings"
+            )
+    extra = sorted(set(given) - set(expected))
+    if extra:
+        raise UserError(
+            f"{source} is of another architecture: {extra[0]} is not in this model; check the model settings"
+        )
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return a hex digest of names, shapes, types and values of the weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def environment() -> dict[str, str]:
+    """Return the versions that a result may depend on."""
+    import numpy
+
+    from clead import __version__
+
+    return {
+        "clead": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run directory. ``create`` makes a new one, ``open`` reads one."""
+
+    path: Path
+
+    @staticmethod
+    def default_path(name: str) -> Path:
+        """Return ``runs/NAME-TIME``, which does not exist yet."""
+        stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path, count = Path("runs") / stem, 1
+        while path.exists():
+            path, count = Path("runs") / f"{stem}-{count}", count + 1
+        return path
+
+    @staticmethod
+    def create(path: Path, config: RunConfig) -> RunDir:
+        """Start a run; raises UserError if ``path`` holds anything already."""
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            what = "holds another run" if (path / "config.yaml").exists() else "is not empty"
+            raise UserError(f"--out {path} {what}; give an empty directory, or --resume to continue the run")
+        run = RunDir(path)
+        write_atomically(path / "config.yaml", config.to_yaml().encode())
+        details = {
+            **environment(),
+            "command": " ".join(sys.argv),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_atomically(path / "environment.json", json.dumps(details, indent=2).encode())
+        return run
+
+    @staticmethod
+    def open(path: Path) -> RunDir:
+        """Return an existing run; raises UserError if ``path`` is none."""
+        if not (path / "config.yaml").is_file():
+            raise UserError(
+                f"{path} is not a run directory (no config.yaml in it); give a directory that clead train made"
+            )
+        return RunDir(path)
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.path.resolve().name
+
+    def config(self) -> RunConfig:
+        """Return the run's complete configuration."""
+        path = self.path / "config.yaml"
+        return RunConfig.from_dict(parse_yaml(path.read_text(), str(path)))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}/metrics.jsonl: {error.strerror}; free some space, then --resume"
+            ) from error
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+    def truncate_log(self, size: int) -> None:
+        """Cut metrics.jsonl back to ``size`` bytes, so that a resumed run does not log a step twice."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            os.truncate(path, size)
+
+    def log_size(self) -> int:
+        """Return the size of metrics.jsonl in bytes."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Write the resume state (plain dicts and tensors) with its checksum; the one before is kept as ``resume.previous.state``."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        payload = buffer.getvalue()
+        current = self.path / "resume.state"
+        staged = self.path / "resume.next.state"
+        write_atomically(staged, _MAGIC + hashlib.sha256(payload).digest() + payload)
+        if current.exists():
+            os.replace(current, self.path / "resume.previous.state")
+        os.replace(staged, current)
+
+    def load_state(self) -> tuple[dict[str, Any] | None, str]:
+        """Return (state or None, note): the newest checkpoint whose checksum holds; the note says if an older one had to be used."""
+        broken = []
+        # A kill between the two renames of save_state leaves the newest state under its staging name.
+        for name in ("resume.next.state", "resume.state", "resume.previous.state"):
+            path = self.path / name
+            if not path.exists():
+                continue
+            content = path.read_bytes()
+            digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+            if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest:
+                state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+                return state, f"{', '.join(broken)} damaged, continuing from {name}" if broken else ""
+            broken.append(name)
+        if broken:
+            raise UserError(
+                f"no checkpoint of {self.path} is whole ({', '.join(broken)} damaged); start the run again elsewhere"
+            )
+        return None, ""

@@ -1,0 +1,321 @@
+"""The command line: a thin layer over ``clead.api``. PyTorch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clead.errors import UserError
+
+if TYPE_CHECKING:
+    from clead.config import RunConfig
+
+app = typer.Typer(
+    name="clead",
+    help="Train image classifiers that withstand adversarial attacks, measure them honestly, and see it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file too.")]
+
+
+def _documented(value: bool) -> None:
+    if value:
+        from clead.config import documented_keys, recipe_names
+
+        print("Usage: clead train RECIPE [--group.key VALUE ...] [--out DIR] [--resume] [--show]\n")
+        print("Train a model. RECIPE is a shipped name or a YAML file; every key below can be overridden.\n")
+        print("  --out DIR   run directory, new or empty; runs/NAME-TIME by default")
+        print("  --resume    continue the run in --out, or the newest run of this recipe")
+        print("  --show      print the complete configuration and stop\n")
+        print(f"Shipped recipes: {', '.join(recipe_names())}\n")
+        title = None
+        for group, name, key, default, allowed, doc in documented_keys():
+            if title != (group, name):
+                title = (group, name)
+                print(f"\n{group}{f' = {name}' if name else ''}")
+            print(f"  --{group}.{key}  (default {default}{f'; {allowed}' if allowed else ''})\n      {doc}")
+        raise typer.Exit
+
+
+@app.command(context_settings=_OPEN, add_help_option=False)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Shipped name or YAML file.")],
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
+    documented: Annotated[bool, typer.Option("--help", is_eager=True, callback=_documented, help="Every key.")] = False,
+) -> None:
+    """Train a model: clead train RECIPE [--group.key VALUE ...]; its --help documents every key."""
+    from clead import api
+    from clead.config import load_recipe
+
+    config = load_recipe(recipe, context.args)
+    if show:
+        print(config.to_yaml(), end="")
+        return
+    if resume and out is None:
+        out = _newest(config.name)
+    run = api.train(config, out=out, resume=resume)
+    o = run.outcome
+    which = "robust" if config.method.uses_attack else "clean"
+    _say(
+        f"{o.steps} steps, {o.epochs:.1f} epochs, {o.forward_equivalents:.0f} forward-equivalents per image, "
+        f"{o.seconds:.0f} s; best validation {which} accuracy {o.best_validation:.1%} at step {o.best_step}"
+    )
+    _say(f"run: {run.path}\nnext: clead evaluate {run.path}")
+
+
+@app.command(context_settings=_OPEN)
+def evaluate(context: typer.Context, json_file: Json = None) -> None:
+    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--threat.eps 8/255] [--eval.steps 100]."""
+    from clead import api
+    from clead.report.build import report
+
+    runs, overrides = _runs(context.args)
+    configs = [_changed(run, overrides) for run in runs]
+    records = []
+    for run, config in zip(runs, configs, strict=True):
+        record = api.evaluate_run(run, config=config).record
+        records.append(record)
+        _print_record(record)
+        page = report([run], Path(run) / "report.html", title=f"Robustness of {record.run}")
+        _say(f"record: {run}/results/evaluation.json\nreport: {page}")
+    if json_file:
+        content: Any = [json.loads(record.model_dump_json()) for record in records]
+        _write_json(json_file, content[0] if len(content) == 1 else content)
+
+
+@app.command(context_settings=_OPEN)
+def attack(
+    context: typer.Context,
+    objective: Annotated[str, typer.Option(help="What the attack maximises.")] = "cross_entropy",
+    save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
+    json_file: Json = None,
+) -> None:
+    """Run one attack on a run: clead attack RUN ... [--attack.name pgd] [--attack.steps 100] [--objective margin]."""
+    from clead import api
+    from clead.attacks import OBJECTIVES
+    from clead.evaluation.robust import NamedAttack
+
+    OBJECTIVES.get(objective)
+    runs, overrides = _runs(context.args)
+    if save and len(runs) > 1:
+        raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
+    contents = []
+    for run in runs:
+        config = _changed(run, [*overrides, "--eval.curve_points", "0"])
+        name = config.to_dict()["attack"]["name"]
+        if save:
+            config = _changed(run, [*overrides, "--eval.curve_points", "0", "--eval.gallery", "1000000000"])
+        evaluation = api.evaluate_run(
+            run,
+            config=config,
+            attacks=[NamedAttack(f"{name} {objective}", config.attack, objective)],
+            result=f"attack-{name}",
+        )
+        _print_record(evaluation.record)
+        contents.append(json.loads(evaluation.record.model_dump_json()))
+        if save:
+            _save_images(save, evaluation)
+    if json_file:
+        _write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run directories or record files.")],
+    json_file: Json = None,
+    out: Annotated[Path | None, typer.Option(help="Write a report of all runs to this HTML file too.")] = None,
+) -> None:
+    """Print a table of evaluated runs, with McNemar's exact test between runs on the same images."""
+    from clead import api
+
+    comparison = api.compare(runs)
+    _print_comparison(comparison)
+    if json_file:
+        _write_json(json_file, comparison)
+    if out:
+        from clead.report.build import report as write
+
+        _say(f"report: {write(runs, out)}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run directories or record files.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html for one run.")] = None,
+) -> None:
+    """Write one self-contained HTML report of evaluated runs."""
+    from clead.report.build import report as write
+
+    first = Path(runs[0])
+    path = out or (first / "report.html" if len(runs) == 1 and first.is_dir() else Path("report.html"))
+    _say(f"report: {write(runs, path)}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Output directory; runs/demo-TIME by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under 40 seconds: the workings, not a result.")] = False,
+) -> None:
+    """Train standard, PGD-AT, TRADES and C-LEAD on digits at equal compute, attack them, and draw the report."""
+    from clead.demo import run_demo
+
+    comparison = run_demo(out, quick=quick)
+    _print_comparison(comparison)
+    _say(f"report: {Path(comparison['report']).resolve()}")
+
+
+@app.command("list")
+def list_() -> None:
+    """List recipes, datasets, models, threats, attacks, objectives and methods."""
+    from clead import config
+    from clead.attacks import OBJECTIVES
+
+    print(f"recipes: {', '.join(config.recipe_names())}")
+    for group, (registry, _) in config._CHOSEN.items():
+        print(f"{group}: {', '.join(registry.names())}")
+    print(f"objectives: {', '.join(OBJECTIVES.names())}")
+
+
+def _runs(arguments: list[str]) -> tuple[list[str], list[str]]:
+    first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
+    runs, overrides = arguments[:first], arguments[first:]
+    if not runs:
+        raise UserError("which run? give one or several run directories first, then settings")
+    return runs, overrides
+
+
+def _changed(run: str, overrides: list[str]) -> RunConfig:
+    from clead.checkpoint import RunDir
+    from clead.config import load_recipe
+
+    opened = RunDir.open(Path(run))
+    return load_recipe(str(opened.path / "config.yaml"), overrides)
+
+
+def _newest(name: str) -> Path:
+    found = sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--resume: there is no run of {name} in runs/; give its directory with --out")
+    return found[-1].parent
+
+
+def _print_record(record: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    threat = f"{record.threat.norm} {record.threat.eps_text}"
+    table = Table(title=f"{record.run}: {record.data.n} {record.data.split} images, {threat}")
+    for column in ("attack", "accuracy", "95 % interval", "seconds"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    table.add_row("none (clean)", *_shown(record.clean), "")
+    for part in record.attacks:
+        table.add_row(part.name, *_shown(part.robust), f"{part.seconds:.1f}")
+    table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
+    Console().print(table)
+
+
+def _shown(estimate: Any) -> tuple[str, str]:
+    return f"{estimate.accuracy:.2%}", f"{estimate.low:.1%} – {estimate.high:.1%}"
+
+
+def _print_comparison(comparison: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = comparison["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
+    threats = sorted({row["threat"] for row in rows})
+    table = Table(
+        title=f"Accuracy on {', '.join(sorted({str(row['n']) for row in rows}))} images, {', '.join(threats)}"
+    )
+    for column in ("run", "clean", *names, "worst case", "95 % interval", "compute"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for row in rows:
+        cells = [f"{row['attacks'][name]:.1%}" if name in row["attacks"] else "–" for name in names]
+        compute = f"{row['forward_equivalents']:.0f}" if row["forward_equivalents"] else "–"
+        interval = f"{row['robust_low']:.1%} – {row['robust_high']:.1%}"
+        table.add_row(
+            row["run"], f"{row['clean_accuracy']:.1%}", *cells, f"{row['robust_accuracy']:.1%}", interval, compute
+        )
+    Console(width=max(100, Console().width)).print(table)
+    print(
+        "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
+    )
+    for pair in comparison["pairs"]:
+        print(
+            f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, {pair['only_b']} only by the second, "
+            f"McNemar exact p = {pair['p_value']:.2g}"
+        )
+
+
+def _save_images(path: Path, evaluation: Any) -> None:
+    import io
+
+    import numpy as np
+
+    from clead.checkpoint import write_atomically
+
+    parts = evaluation.artifacts
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        x=parts["x"].numpy(),
+        x_adv=parts["x_adv"].numpy(),
+        labels=parts["labels"].numpy(),
+        robust=np.array(evaluation.record.robust_flags),
+    )
+    write_atomically(path, buffer.getvalue())
+    _say(f"images: {path}")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    from clead.checkpoint import write_atomically
+
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(format="clead: %(message)s", level=logging.WARNING)
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"clead: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(f"clead: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line
+            print(f"clead: error: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        if type(error).__name__ == "NonFiniteLoss":
+            print(f"clead: error: {error}", file=sys.stderr)
+            sys.exit(1)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""The configuration of a run: one frozen tree, whose leaves are the settings of the objects themselves; YAML in and out.
+
+YAML and command-line overrides go through the same validation, and every problem is listed at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks.pgd import PGD
+from clead.data.datasets import DATASETS
+from clead.errors import UserError, did_you_mean
+from clead.methods import METHODS
+from clead.models import MODELS
+from clead.registry import Registry
+from clead.settings import Ratio, setting, settings, validated
+from clead.threats import THREATS
+
+_LARGEST_YAML = 1_000_000
+
+
+@settings
+class Optim:
+    """The optimiser, its learning-rate schedule and gradient clipping."""
+
+    name: Literal["sgd", "adamw"] = setting("sgd", "optimiser: SGD with Nesterov momentum, or AdamW")
+    lr: float = setting(0.1, "largest learning rate", gt=0)
+    momentum: float = setting(0.9, "momentum of SGD; β₁ of AdamW", ge=0, lt=1)
+    weight_decay: float = setting(5e-4, "weight decay of every parameter", ge=0)
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = setting("one_cycle", "learning rate over training")
+    warmup: float = setting(0.2, "part of training in which the rate rises", ge=0, lt=1, unit="fraction of training")
+    milestones: tuple[float, ...] = setting((0.5, 0.75), "where the step schedule falls", unit="fractions of training")
+    decay: float = setting(0.1, "factor of each fall of the step schedule", gt=0, lt=1)
+    clip_norm: float | None = setting(None, "largest gradient norm; none: no clipping", gt=0)
+
+
+@settings
+class Train:
+    """How long, how often checked, and at which precision."""
+
+    seed: int = setting(
+        0,
+        "decides the initial weights, the order of the images, the augmentations and the perturbations",
+        ge=0,
+    )
+    epochs: float | None = setting(
+        None, "length in passes over the training set; give this or budget", gt=0, unit="epochs"
+    )
+    budget: float | None = setting(
+        None,
+        "length in compute, so that methods are compared fairly; give this or epochs",
+        gt=0,
+        unit="forward-equivalents per training image (forward 1, backward to inputs 1, full backward 2)",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast of the training step")
+    channels_last: bool = setting(False, "channels-last memory format, faster with convolutions in bfloat16")
+    compile: bool = setting(False, "compile the encoder with torch.compile")
+    ema: float = setting(
+        0.0,
+        "decay of the exponential moving average of the weights, which is then what is kept; 0: off",
+        ge=0,
+        lt=1,
+    )
+    validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
+    validate_images: int = setting(512, "most validation images to attack", ge=1)
+    validate_steps: int = setting(10, "PGD steps of the validation attack", ge=1)
+    patience: int | None = setting(
+        None, "stop after so many validations without a better robust accuracy; none: never", ge=1
+    )
+    checkpoint_seconds: float = setting(60.0, "time between resume checkpoints", ge=0, unit="seconds")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        """Ask for exactly one of epochs and budget."""
+        if (self.epochs is None) == (self.budget is None):
+            raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
+
+
+@settings
+class Eval:
+    """The worst case of FGSM and PGD under several objectives, on images that training never saw."""
+
+    split: Literal["test", "val"] = setting("test", "which images")
+    images: int | None = setting(None, "evaluate only the first so many; none: all", ge=1)
+    weights: Literal["best", "last"] = setting("best", "weights of the best validation robust accuracy, or the last")
+    batch_size: int = setting(256, "images per batch", ge=1)
+    fgsm: bool = setting(True, "attack with FGSM too")
+    steps: int = setting(50, "PGD steps", ge=1)
+    restarts: int = setting(1, "PGD restarts", ge=1)
+    objectives: tuple[str, ...] = setting(
+        ("cross_entropy", "margin"), "what PGD maximises, one attack each", min_length=1
+    )
+    curve_points: int = setting(6, "radii up to twice eps at which robust accuracy is drawn; 0: no curve", ge=0)
+    curve_images: int = setting(256, "images of the curve", ge=1)
+    curve_steps: int = setting(20, "PGD steps of the curve", ge=1)
+    gallery: int = setting(24, "images kept for the report's gallery", ge=0)
+    seed: int = setting(0, "of the random starts", ge=0)
+
+
+_CHOSEN: dict[str, tuple[Registry[Any], str]] = {
+    "data": (DATASETS, "name"),
+    "model": (MODELS, "name"),
+    "threat": (THREATS, "norm"),
+    "attack": (ATTACKS, "name"),
+    "method": (METHODS, "name"),
+}
+_FIXED: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
+GROUPS = (*_CHOSEN, *_FIXED)
+_DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run, complete and frozen.
+
+    >>> from clead.data.datasets.digits import Digits
+    >>> RunConfig(data=Digits(), train=Train(epochs=1)).threat.eps
+    8/255
+    """
+
+    data: Any
+    train: Train
+    name: str = "run"
+    model: Any = dataclasses.field(default_factory=lambda: MODELS.get("small_cnn")())
+    threat: Any = dataclasses.field(default_factory=lambda: THREATS.get("linf")())
+    attack: Any = dataclasses.field(default_factory=PGD)
+    method: Any = dataclasses.field(default_factory=lambda: METHODS.get("clead")())
+    optim: Optim = dataclasses.field(default_factory=Optim)
+    eval: Eval = dataclasses.field(default_factory=Eval)
+
+    def __post_init__(self) -> None:
+        """Check what concerns several groups at once."""
+        problems = []
+        if getattr(self.method, "uses_embedding", False) and self.data.batch_size < 2:
+            problems.append(
+                f"data.batch_size: a contrastive loss needs at least 2 images, the others are the negatives, got {self.data.batch_size}"
+            )
+        for objective in self.eval.objectives:
+            if objective not in OBJECTIVES.names():
+                problems.append(
+                    f"eval.objectives: unknown objective {objective!r}; {did_you_mean(objective, OBJECTIVES.names())}"
+                )
+        if problems:
+            raise UserError(*problems)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dicts, complete, in the form that ``from_dict`` and YAML take."""
+        tree: dict[str, Any] = {"name": self.name}
+        for group in GROUPS:
+            value = getattr(self, group)
+            tree[group] = {**_chosen_name(group, value), **_plain(value)}
+        return tree
+
+    def to_yaml(self) -> str:
+        """Return the complete configuration as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @staticmethod
+    def from_dict(tree: Any) -> RunConfig:
+        """Validate nested dicts; raises UserError that lists every problem with its full key."""
+        problems: list[str] = []
+        if not isinstance(tree, dict):
+            raise UserError(f"a recipe must be a mapping of {', '.join(GROUPS)}, got {type(tree).__name__}")
+        parts: dict[str, Any] = {}
+        if "name" in tree:
+            parts["name"] = str(tree["name"])
+        for group in tree:
+            if group not in (*GROUPS, "name"):
+                problems.append(f"{group}: unknown group; {did_you_mean(str(group), GROUPS)}")
+        for group in GROUPS:
+            values = tree.get(group) or {}
+            try:
+                if not isinstance(values, dict):
+                    raise UserError(f"{group}: must be a mapping of keys, got {values!r}")
+                parts[group] = _build(group, {str(key): value for key, value in values.items()})
+            except UserError as error:
+                problems.extend(error.problems)
+        if problems:
+            raise UserError(*problems)
+        return RunConfig(**parts)
+
+
+def _build(group: str, values: dict[str, Any]) -> Any:
+    if group in _FIXED:
+        return validated(_FIXED[group], values, group)
+    registry, key = _CHOSEN[group]
+    values = dict(values)
+    name = values.pop(key, _DEFAULT_NAME[group])
+    if name is None:
+        raise UserError(f"{group}.{key}: is required; known: {', '.join(registry.names())}")
+    if group == "model" and ":" in str(name):
+        name, values["factory"] = "custom", str(name)
+    try:
+        cls = registry.get(str(name))
+    except UserError as error:
+        raise UserError(f"{group}.{key}: {error}") from None
+    return validated(cls, values, group)
+
+
+def _chosen_name(group: str, value: Any) -> dict[str, str]:
+    if group not in _CHOSEN:
+        return {}
+    registry, key = _CHOSEN[group]
+    return {key: next(name for name, cls in registry.items() if cls is type(value))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Ratio):
+        return value.text if "/" in value.text else float(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes."""
+    folder = resources.files("clead") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def recipe_text(recipe: str) -> tuple[str, str]:
+    """Return (name, YAML text) of a shipped recipe's name or of a YAML file's path; raises UserError if there is neither."""
+    if recipe in recipe_names():
+        return recipe, (resources.files("clead") / "recipes" / f"{recipe}.yaml").read_text()
+    path = Path(recipe)
+    if path.is_file():
+        if path.stat().st_size > _LARGEST_YAML:
+            raise UserError(f"a recipe must be under {_LARGEST_YAML} bytes, got {path.stat().st_size}: {path}")
+        try:
+            return path.stem, path.read_text()
+        except UnicodeDecodeError:
+            raise UserError(f"a recipe must be YAML text, got a binary file: {path}") from None
+    raise UserError(f"unknown recipe {recipe!r}, neither shipped nor a file; {did_you_mean(recipe, recipe_names())}")
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and apply overrides ``--group.key VALUE``; raises UserError that lists every problem.
+
+    Naming another threat, attack, model or method starts from that one's defaults; naming another dataset keeps the keys
+    that it knows too (batch size, augmentation …).
+    """
+    name, text = recipe_text(recipe)
+    tree = parse_yaml(text, recipe)
+    if isinstance(tree, dict):
+        tree = {"name": name, **tree}
+        for path, value in parse_overrides(overrides):
+            _override(tree, path, value)
+    return RunConfig.from_dict(tree)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Return what safe YAML holds; raises UserError naming the line of a syntax error."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{source} is not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot be parsed'}"
+        ) from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Return (key path, value) pairs from ``--group.key VALUE`` or ``--group.key=VALUE``; values are read as YAML scalars or lists.
+
+    >>> parse_overrides(["--threat.eps", "8/255", "--data.flip=true"])
+    [(['threat', 'eps'], '8/255'), (['data', 'flip'], True)]
+    """
+    pairs, waiting, problems = [], list(arguments), []
+    while waiting:
+        argument = waiting.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not key:
+            problems.append(f"unexpected argument {argument!r}; settings are given as --group.key VALUE")
+            continue
+        if not equals:
+            if not waiting:
+                problems.append(f"{argument}: a value is missing; give {argument} VALUE")
+                continue
+            value = waiting.pop(0)
+        if "." not in key:
+            problems.append(f"{argument}: unknown option; settings are --group.key with a group of {', '.join(GROUPS)}")
+            continue
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        pairs.append((key.replace("-", "_").split("."), parsed))
+    if problems:
+        raise UserError(*problems)
+    return pairs
+
+
+def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    group, *rest = path
+    values = tree.get(group)
+    values = dict(values) if isinstance(values, dict) else {}
+    if group in _CHOSEN and rest == [_CHOSEN[group][1]] and values.get(rest[0]) != value:
+        registry, key = _CHOSEN[group]
+        known: Iterable[str] = ()
+        if group == "data" and value in registry.names():
+            known = registry.get(value).__pydantic_fields__
+        values = {k: v for k, v in values.items() if k in known}
+    tree[group] = values
+    for part in rest[:-1]:
+        child = values.get(part)
+        values[part] = dict(child) if isinstance(child, dict) else {}
+        values = values[part]
+    values[rest[-1]] = value
+
+
+def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
+    """Return (group, class name, key, default, range and unit, doc) of every key of every group, for ``--help``."""
+    rows = []
+    for group in GROUPS:
+        classes = _CHOSEN[group][0].items() if group in _CHOSEN else [("", _FIXED[group])]
+        for name, cls in classes:
+            rows.extend((group, name, *row) for row in _rows(cls, ""))
+    return rows
+
+
+def _rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
+    rows = []
+    for key, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        default = field.get_default(call_default_factory=True)
+        if dataclasses.is_dataclass(default):
+            rows.extend(_rows(type(default), f"{prefix}{key}."))
+            continue
+        rules = [
+            f"{sign} {bound}"
+            for rule in field.metadata
+            for word, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+            if (bound := getattr(rule, word, None)) is not None
+        ]
+        choices = [repr(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+        unit = (field.json_schema_extra or {}).get("unit", "")
+        allowed = "; ".join(filter(None, [" | ".join(choices), ", ".join(rules), unit]))
+        shown = "required" if field.is_required() else yaml.safe_dump(_plain(default), default_flow_style=True)
+        rows.append((prefix + key, shown.replace("...", "").strip(), allowed, field.description or ""))
+    return rows

@@ -1,0 +1,24 @@
+"""The joint objective with other defaults: pgd_at."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from clead.methods import METHODS
+from clead.methods.clead import CLead
+from clead.settings import setting, settings
+
+
+@METHODS.register("pgd_at")
+@settings
+class PGDAT(CLead):
+    """Adversarial training: CE(f(x_adv), y), x_adv maximising the same (Madry et al. 2018, arXiv:1706.06083, eq. 2.1)."""
+
+    adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)
+    clean_weight: float = setting(0.0, "β: weight of the cross-entropy of clean images", ge=0)
+    kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
+    contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
+    inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
+        "cross_entropy",
+        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, embedding distance, NT-Xent",
+    )

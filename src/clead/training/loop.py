@@ -1,0 +1,387 @@
+"""The training loop, top to bottom: batch → method → backward → step → log → validate → checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from clead.attacks.pgd import PGD
+from clead.checkpoint import RunDir, check_weights, save_weights
+from clead.config import RunConfig
+from clead.data.loaders import Loader, seeded
+from clead.errors import UserError
+from clead.evaluation.robust import accuracy_under_attack
+from clead.interfaces import Batch, Splits
+from clead.models.cost import CostMeter
+from clead.models.split import SplitModel, weights
+from clead.progress import progress
+from clead.training.optim import make_optimizer, make_schedule
+
+_LOG_STEPS = 10
+_PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
+_PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the message names step, term and the last good checkpoint."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the step was finished and the state saved."""
+
+
+@dataclass
+class Position:
+    """Where a run stands; what resume needs besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    best_step: int = -1
+    validations_since_best: int = 0
+    collapsed_at: int = -1
+    sums: dict[str, float] = field(default_factory=dict)
+    sum_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished training reports."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    forward_equivalents: float
+    best_validation: float
+    best_step: int
+    stopped_early: bool
+    collapsed_at: int
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device that ``train.device`` means; raises UserError if there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"train.device: no device {name!r} here ({reason}); use auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+def cost_per_image(config: RunConfig, model: SplitModel, images: Batch) -> float:
+    """Return what one training step costs per image in forward-equivalents, measured on a copy of the model.
+
+    Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps.
+    """
+    probe = copy.deepcopy(model).train()
+    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter:
+        generator = torch.Generator(images.images.device).manual_seed(0)
+        config.method(probe, images, threat=config.threat, attack=config.attack, generator=generator).loss.backward()
+    return meter.forward_equivalents / len(images.labels)
+
+
+def fit(
+    config: RunConfig,
+    splits: Splits,
+    model: SplitModel,
+    run: RunDir,
+    *,
+    resume: bool = False,
+    show: bool = True,
+) -> Outcome:
+    """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
+
+    Every batch, view and perturbation is a function of (seed, step), so a resumed run continues bit-identically on a CPU.
+    Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
+    """
+    settings = config.train
+    device = device_of(settings.device)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    if config.method.uses_embedding and model.projection is None:
+        model.add_projection(config.method.embedding_dim, seed=settings.seed)
+    model.to(device=device, memory_format=layout).train()  # ty: ignore[no-matching-overload]
+    loader = Loader(
+        splits.train,
+        config.data.batch_size,
+        device=device,
+        seed=settings.seed,
+        drop_last=True,
+        augment=config.data.augment,
+        view=config.data.view if config.method.uses_second_view else None,
+    )
+    cost = cost_per_image(config, model, _first(loader.batch(0, 0), 2))
+    per_epoch = loader.steps_per_epoch
+    batch_images = min(config.data.batch_size, len(splits.train))
+    epochs = settings.epochs if settings.epochs is not None else (settings.budget or 0) / cost
+    images_seen = epochs * (per_epoch * batch_images if settings.epochs is not None else len(splits.train))
+    steps = max(1, round(images_seen / batch_images))
+    every = max(1, round(settings.validate_every * per_epoch))
+
+    optimizer = make_optimizer(model.parameters(), config.optim)
+    schedule = make_schedule(optimizer, config.optim, steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+    average = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        if settings.ema
+        else None
+    )
+    at = Position()
+    torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
+    if resume:
+        at = _restore(run, model, average, optimizer, schedule, scaler, show)
+    if settings.compile:
+        model.compile()
+
+    def kept() -> SplitModel:
+        return average.module if average is not None else model  # type: ignore[return-value]
+
+    def save() -> None:
+        run.save_state(
+            {
+                "model": model.state_dict(),
+                "average": average.state_dict() if average is not None else None,
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "scaler": scaler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+                "position": dict(vars(at)),
+                "log_size": run.log_size(),
+            }
+        )
+
+    def passes() -> float:
+        return at.step * batch_images * cost / len(splits.train)
+
+    amp = torch.autocast(device.type, dtype=_PRECISION[settings.precision], enabled=settings.precision != "float32")
+    validation = splits.val.subset(torch.arange(min(settings.validate_images, len(splits.val))))
+    validation_attack = PGD(steps=settings.validate_steps)
+    stopped_early, robust_training, recent = False, math.nan, {}
+    started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
+
+    with _signals() as interrupted, progress(f"train {config.name}", steps, done=at.step, show=show) as tick:
+        while at.step < steps and not stopped_early:
+            batch = loader.batch(*divmod(at.step, per_epoch))
+            if settings.channels_last:
+                batch = Batch(*(part.contiguous(memory_format=layout) if _is_image(part) else part for part in batch))
+            generator = seeded(device, settings.seed, at.step, _PERTURBATION)
+            with amp:
+                loss, metrics = config.method(
+                    model, batch, threat=config.threat, attack=config.attack, generator=generator
+                )
+            if not math.isfinite(loss.item()):  # synchronises the device
+                raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            if config.optim.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            if average is not None:
+                average.update_parameters(model)
+            at.step += 1
+            at.seconds = seconds_before + time.monotonic() - started
+
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                at.sums[name] = at.sums.get(name, 0.0) + value.item()
+            at.sum_steps += 1
+            if at.step % _LOG_STEPS == 0 or at.step == steps:
+                recent = {name: total / at.sum_steps for name, total in at.sums.items()}
+                at.sums, at.sum_steps = {}, 0
+                robust_training = recent.get("robust_accuracy", math.nan)
+                run.log(
+                    {
+                        "kind": "train",
+                        **_where(at, per_epoch, passes()),
+                        "learning_rate": schedule.get_last_lr()[0],
+                        **recent,
+                    }
+                )
+            status = {
+                "loss": loss.item(),
+                **{k: metrics[k].item() for k in ("clean_accuracy", "robust_accuracy") if k in metrics},
+            }
+
+            if at.step % every == 0 or at.step == steps:
+                clean, robust = accuracy_under_attack(
+                    kept(),
+                    validation,
+                    config.threat,
+                    validation_attack,
+                    "margin",
+                    seed=settings.seed,
+                    device=device,
+                )
+                run.log(
+                    {
+                        "kind": "validation",
+                        **_where(at, per_epoch, passes()),
+                        "clean_accuracy": clean,
+                        "robust_accuracy": robust,
+                        "images": len(validation),
+                    }
+                )
+                status["validation_robust"] = robust
+                if at.collapsed_at < 0 and _collapsed(robust_training, robust, at.best):
+                    at.collapsed_at = at.step
+                    _say_collapse(robust_training, robust, at, run, per_epoch, passes())
+                at.validations_since_best += 1
+                # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained weights win.
+                score = robust if config.method.uses_attack else clean
+                if score >= at.best:
+                    at.best, at.best_step, at.validations_since_best = score, at.step, 0
+                    _save(run, "best", kept(), config, splits, at, cost)
+                stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
+            tick(1, **status)
+            if interrupted():
+                save()
+                raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
+            if time.monotonic() - last_save >= settings.checkpoint_seconds and at.step < steps and not stopped_early:
+                save()
+                last_save = time.monotonic()
+    _save(run, "last", kept(), config, splits, at, cost)
+    save()
+    return Outcome(
+        steps=at.step,
+        epochs=at.step / per_epoch,
+        seconds=at.seconds,
+        forward_equivalents=passes(),
+        best_validation=at.best,
+        best_step=at.best_step,
+        stopped_early=stopped_early,
+        collapsed_at=at.collapsed_at,
+    )
+
+
+def _first(batch: Batch, n: int) -> Batch:
+    return Batch(*(part if part is None else part[:n] for part in batch))
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.dim() == 4
+
+
+def _where(at: Position, per_epoch: int, passes: float) -> dict[str, Any]:
+    return {
+        "step": at.step,
+        "epoch": round(at.step / per_epoch, 4),
+        "seconds": round(at.seconds, 2),
+        "forward_equivalents": round(passes, 2),
+    }
+
+
+def _collapsed(training: float, validation: float, best: float) -> bool:
+    """Say whether robust training accuracy soars while the multi-step validation accuracy has collapsed (Wong 2020, section 5)."""
+    return training - validation > 0.4 and best > 0.1 and validation < 0.3 * best
+
+
+def _say_collapse(training: float, validation: float, at: Position, run: RunDir, per_epoch: int, passes: float) -> None:
+    import logging
+
+    message = (
+        f"catastrophic overfitting at step {at.step}: robust accuracy on training batches {training:.1%}, under multi-step "
+        f"validation PGD {validation:.1%} (best {at.best:.1%} at step {at.best_step}); the inner attack has become too weak, "
+        "use more steps, a smaller step or a random start; best.safetensors keeps the weights from before"
+    )
+    run.log({"kind": "warning", **_where(at, per_epoch, passes), "message": message})
+    logging.getLogger("clead").warning(message)
+
+
+def _not_finite(step: int, loss: float, metrics: dict[str, torch.Tensor], run: RunDir) -> str:
+    terms = [name for name, value in metrics.items() if not math.isfinite(value.item())] or ["loss"]
+    good = run.path / "resume.state"
+    kept = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been written yet"
+    return (
+        f"loss became {loss} at step {step} (in {', '.join(terms)}); {kept}; "
+        "lower optim.lr, set optim.clip_norm, or use precision float32"
+    )
+
+
+def _save(
+    run: RunDir, name: str, model: nn.Module, config: RunConfig, splits: Splits, at: Position, cost: float
+) -> None:
+    metadata = {
+        "classes": list(splits.classes),
+        "shape": list(splits.train.images.shape[1:]),
+        "mean_std": [*mean_std(splits)],
+        "step": at.step,
+        "validation_accuracy": at.best if name == "best" else None,
+        "forward_equivalents_per_step_image": cost,
+        "data_fingerprint": splits.fingerprint,
+        "config": config.to_dict(),
+    }
+    save_weights(run.path / f"{name}.safetensors", weights(model), metadata)
+
+
+def mean_std(splits: Splits) -> tuple[list[float], list[float]]:
+    """Return per-channel mean and standard deviation of the training images, in [0, 1]; a constant channel gets std 1."""
+    # By histogram: exact, and without a float copy of the whole set.
+    channels = splits.train.images.unbind(1)
+    counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in channels])
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = (counts * value).sum(1) / counts.sum(1)
+    std = ((counts * value**2).sum(1) / counts.sum(1) - mean**2).clamp_min(0).sqrt()
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
+    return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
+
+
+def _restore(
+    run: RunDir, model: nn.Module, average: Any, optimizer: Any, schedule: Any, scaler: Any, show: bool
+) -> Position:
+    state, note = run.load_state()
+    if state is None:
+        return Position()
+    if note and show:
+        import logging
+
+        logging.getLogger("clead").warning("%s: %s", run.path, note)
+    check_weights(model.state_dict(), state["model"], f"{run.path}/resume.state")
+    model.load_state_dict(state["model"])
+    if average is not None:
+        average.load_state_dict(state["average"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    run.truncate_log(state["log_size"])
+    return Position(**state["position"])
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Any]:
+    """Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once."""
+    caught: list[int] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals stay with the caller
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
