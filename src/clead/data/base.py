@@ -109,9 +109,9 @@ class InMemoryDataset(ABC):
         check(found, limit_train=self.limit_train)
         train, test = self._decode(found.train, found.test)
         if self.limit_train is not None and self.limit_train < len(train):
-            train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2)[0])
+            train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
         if self.limit_test is not None and self.limit_test < len(test):
-            test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0)[0])
+            test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
         val_count = round(self.val_fraction * len(train))
         chosen, rest = stratified(train.labels, val_count, seed)
         train, val = train.subset(rest), train.subset(chosen)
@@ -176,17 +176,19 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
         raise UserError(*problems)
 
 
-def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1) -> tuple[Tensor, Tensor]:
+def stratified(
+    labels: Tensor, count: int, seed: int, *, least: int = 1, spare: int = 1
+) -> tuple[Tensor, Tensor]:
     """Choose ``count`` images at random with every class in proportion (largest remainders).
 
-    From every class at least ``least`` are chosen, even if that makes more than ``count``, and at least one
-    is left over if ``least`` is not 0 and the class has one to spare.
+    The bounds ``least`` and ``spare`` hold even where that makes more or fewer than ``count``.
 
     Args:
         labels: (N,) int64.
         count: images to choose, in [0, N].
         seed: decides which; the draw is NumPy's frozen legacy stream, equal on every machine and version.
-        least: images to choose of each class, if it has so many.
+        least: images to choose of each class at least, if it has so many.
+        spare: images to leave over of each class at least, as far as ``least`` allows.
 
     Returns:
         The chosen indices and the others, both (n,) int64, ascending.
@@ -195,7 +197,7 @@ def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1) -> tupl
     present, sizes = np.unique(values, return_counts=True)
     ideal = sizes * (count / max(1, len(values)))
     low = np.minimum(least, sizes)
-    high = np.maximum(low, sizes - 1) if least else sizes
+    high = np.maximum(low, sizes - spare)
     quota = np.clip(np.floor(ideal), low, high).astype(int)
     for _ in range(abs(count - quota.sum())):
         if count > quota.sum():

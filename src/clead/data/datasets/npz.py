@@ -35,7 +35,7 @@ class Npz(InMemoryDataset):
 def read_npz(path: Path) -> Found:
     """Read the file; pickled content is refused."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in (*_KEYS, "classes")}
             keys = file.files
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:

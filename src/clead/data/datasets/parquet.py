@@ -44,13 +44,12 @@ def has_parquet(path: Path) -> bool:
 def read_parquet(path: Path) -> Found:
     """Read all shards of both splits."""
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
     folder = path / "data" if not any(path.glob("*.parquet")) and (path / "data").is_dir() else path
-    (train, names), (test, test_names) = (
-        _read_part(folder, part, pyarrow.parquet) for part in ("train", "test")
-    )
+    (train, names), (test, test_names) = (_read_part(folder, part, pyarrow) for part in ("train", "test"))
     if names != test_names:
         raise UserError(
             f"{folder}: train and test must name the same classes in one order, got {names} and "
@@ -59,7 +58,7 @@ def read_parquet(path: Path) -> Found:
     return Found(train, test, tuple(names) if names else default_names(train.labels, test.labels))
 
 
-def _read_part(folder: Path, part: str, parquet: Any) -> tuple[Part, list[str] | None]:
+def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] | None]:
     shards = sorted(folder.glob(f"{part}-*.parquet"))
     if not shards:
         raise UserError(
@@ -76,19 +75,12 @@ def _read_part(folder: Path, part: str, parquet: Any) -> tuple[Part, list[str] |
     names: list[list[str] | None] = []
     for shard in shards:
         try:
-            schema = parquet.read_schema(shard)
+            schema = pyarrow.parquet.read_schema(shard)
             columns = [_column(schema, wanted, shard) for wanted in (_IMAGE, _LABEL)]
-            table = parquet.read_table(shard, columns=columns, partitioning=None)
-        except OSError as error:  # ArrowInvalid, a ValueError, is handled below
-            raise UserError(
-                f"{shard}: cannot be read ({str(error).splitlines()[0]}); fetch the file again"
-            ) from None
-        except ValueError as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{shard}: not a readable Parquet file ({str(error).splitlines()[0]}); fetch it again"
-            ) from None
+            table = pyarrow.parquet.read_table(shard, columns=columns, partitioning=None)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{shard}: not a readable Parquet file ({reason}); fetch it again") from None
         images = [image and image.get("bytes") for image in table[columns[0]].to_pylist()]
         if None in images:
             raise UserError(
