@@ -111,8 +111,10 @@ class Classifier(SplitModel):
 class _Kept(threading.local):
     """Where the final layer of a running adapted model leaves its input: one place per thread."""
 
-    features: Tensor | None = None
-    wanted = False
+    def __init__(self) -> None:
+        # Not class attributes: torch.compile guards on what each thread's own dictionary holds.
+        self.features: Tensor | None = None
+        self.wanted = False
 
 
 _KEPT = _Kept()
