@@ -102,6 +102,10 @@ def test_every_common_key_changes_the_result(name, tmp_path):
     limited = cls(**path, limit_train=4 * k, limit_test=k, val_fraction=0.25).load(0)
     assert (len(limited.train), len(limited.val), len(limited.test)) == (3 * k, k, k)
     assert torch.bincount(limited.val.labels).tolist() == [1] * k
+    whole = len(plain.train) + len(plain.val)
+    all_but_one = cls(**path, limit_train=whole - 1, limit_test=len(plain.test) + 1).load(0)
+    assert len(all_but_one.train) + len(all_but_one.val) == whole - 1
+    assert len(all_but_one.test) == len(plain.test)
     big = cls(**path, image_size=16, channels=3).load(0)
     assert big.train.images.shape[1:] == big.test.images.shape[1:] == (3, 16, 16)
     grey = cls(**path, channels=1).load(0)
