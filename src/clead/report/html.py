@@ -156,8 +156,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f}{space}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes}{space}min {rest}{space}s"
-    return f"{minutes // 60:,}{space}h {minutes % 60}{space}min"
+        return f"{minutes}{space}min{space}{rest}{space}s"
+    return f"{minutes // 60:,}{space}h{space}{minutes % 60}{space}min"
 
 
 def p_value(p: float) -> str:
@@ -394,9 +394,7 @@ def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Return the last value of ``key``: of validation if it was logged there, else of training."""
     for kind in ("validation", "train"):
         values = [
-            line[key]
-            for line in history
-            if line.get("kind") == kind and isinstance(line.get(key), (int, float))
+            line[key] for line in history if line.get("kind") == kind and plots.is_number(line.get(key))
         ]
         if values:
             return float(values[-1])
