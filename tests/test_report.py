@@ -71,7 +71,7 @@ def fake_record(
     return Record.model_validate(parts | changes)
 
 
-def fake_run(name="clead", robust=0.541, clean=0.82, *, per_step=11, m=120, **changes):
+def fake_run(name="clead", robust=0.541, clean=0.82, *, per_step=11, m=20, **changes):
     rng = np.random.default_rng(len(name))
     n = 32
     x = (DIGITS.images[:n, None] / 16).astype(np.float32)
@@ -198,7 +198,7 @@ def test_page_can_be_read_without_seeing(several):
 
 
 def test_same_runs_give_the_same_file(tmp_path):
-    run = fake_run(m=30)
+    run = fake_run()
     assert write(tmp_path / "a", run)[0] == write(tmp_path / "b", run)[0]
 
 
@@ -221,7 +221,7 @@ def test_missing_artifacts_drop_their_sections(tmp_path):
     _, page = write(tmp_path, bare)
     assert {"verdict", "trained", "results", "cost", "made"} <= set(page.ids)
     assert not {"epsilon", "training", "gallery", "classes", "embedding"} & set(page.ids)
-    _, page = write(tmp_path, bare, fake_run(m=30))
+    _, page = write(tmp_path, bare, fake_run())
     assert {"epsilon", "training", "gallery", "classes", "embedding"} <= set(page.ids)
 
 
@@ -258,7 +258,7 @@ def test_autoattack_suite_is_not_called_weaker_than_itself(tmp_path):
 
 def test_large_images_stay_within_the_size_limit(tmp_path):
     rng = np.random.default_rng(0)
-    x = rng.random((64, 3, 224, 224), dtype=np.float32)
+    x = rng.random((64, 3, 150, 150), dtype=np.float32)
     p = rng.random((64, 10))
     arrays = {
         "x": x,
@@ -310,7 +310,7 @@ def test_mistakes_are_named(tmp_path, runs, options, message):
 def test_missing_library_names_the_extra(tmp_path, monkeypatch, module):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(MissingExtra, match=r"clead\[report\]"):
-        write_report([fake_run(m=30)], tmp_path / "r.html", title="t")
+        write_report([fake_run()], tmp_path / "r.html", title="t")
 
 
 def test_plot_takes_the_colours_of_the_page():
