@@ -87,9 +87,7 @@ class InMemoryDataset(ABC):
         None, "Channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey, else 3."
     )
     augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
-    view: Augmentation = setting(
-        default_factory=Augmentation, doc="Second random view, for contrastive methods."
-    )
+    view: Augmentation = setting(default_factory=Augmentation, doc="Second random view, for contrastive methods.")
 
     @abstractmethod
     def read(self) -> Found:
@@ -138,8 +136,7 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
     train, test, classes = found
     if len(train.labels) == 0 or len(test.labels) == 0:
         raise UserError(
-            f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; "
-            "check --data.path"
+            f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; check --data.path"
         )
     problems = [
         f"{part} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; "
@@ -153,9 +150,7 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
     in_test = np.bincount(test.labels.numpy(), minlength=len(classes)) > 0
     if np.count_nonzero(counts) < 2:
         only = classes[int(counts.argmax())]
-        raise UserError(
-            f"a classifier needs at least 2 classes with training images, got only {only!r}; add another"
-        )
+        raise UserError(f"a classifier needs at least 2 classes with training images, got only {only!r}; add another")
     if lacking := [classes[k] for k in np.flatnonzero(in_test & (counts == 0))]:
         problems.append(
             f"test images have {_listed('class', lacking)} without any training image; add training images "
@@ -176,9 +171,7 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
         raise UserError(*problems)
 
 
-def stratified(
-    labels: Tensor, count: int, seed: int, *, least: int = 1, spare: int = 1
-) -> tuple[Tensor, Tensor]:
+def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1, spare: int = 1) -> tuple[Tensor, Tensor]:
     """Choose ``count`` images at random with every class in proportion (largest remainders).
 
     The bounds ``least`` and ``spare`` hold even where that makes more or fewer than ``count``.
@@ -230,9 +223,7 @@ def existing(path: Path) -> Path:
     if not path.exists():
         parent = path.parent
         if parent.is_dir():
-            hint = did_you_mean(
-                path.name, [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
-            )
+            hint = did_you_mean(path.name, [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")])
         else:
             hint = f"the folder {parent} does not exist either"
         raise UserError(f"data.path must exist, got {str(path)!r}; {hint}")
@@ -241,9 +232,7 @@ def existing(path: Path) -> Path:
 
 def default_names(*labels: Tensor) -> tuple[str, ...]:
     """Return "0" … "K-1" for labels without names, K - 1 being the largest label."""
-    return tuple(
-        str(k) for k in range(1 + max((int(each.max()) for each in labels if len(each)), default=-1))
-    )
+    return tuple(str(k) for k in range(1 + max((int(each.max()) for each in labels if len(each)), default=-1)))
 
 
 def _shape(images: Tensor) -> str:

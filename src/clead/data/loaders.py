@@ -22,9 +22,7 @@ def seeded(device: torch.device | str, *integers: int) -> torch.Generator:
     (True, False)
     """
     digest = hashlib.blake2b(repr(tuple(map(int, integers))).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(
-        int.from_bytes(digest, "little") >> 1
-    )  # 63 bits suit every device
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits suit every device
 
 
 class Loader:
@@ -87,9 +85,7 @@ class Loader:
         for index in range(start, self.steps_per_epoch):
             yield self.batch(epoch, index)
 
-    def _draw(
-        self, augment: Augmentation | None, plain: Tensor, epoch: int, index: int, stream: int
-    ) -> Tensor:
+    def _draw(self, augment: Augmentation | None, plain: Tensor, epoch: int, index: int, stream: int) -> Tensor:
         if augment is None:
             return plain
         return augment(plain, generator=seeded(self.device, self.seed, epoch, index, stream))
@@ -102,15 +98,11 @@ class Loader:
         return self._order
 
 
-def evaluation_batches(
-    image_set: ImageSet, batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
+def evaluation_batches(image_set: ImageSet, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
     """Yield all images once, in order, without randomness; the last batch holds what is left."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for images, labels in zip(
-        image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True
-    ):
+    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
         yield Batch(_as_float(images.to(device)), labels.to(device))
 
 

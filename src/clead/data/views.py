@@ -63,9 +63,7 @@ class Augmentation:
     @classmethod
     def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and not 0 < value[0] <= value[1] <= 1:
-            raise ValueError(
-                f"must be two areas with 0 < min <= max <= 1, got {value}; SimCLR takes 0.08 and 1"
-            )
+            raise ValueError(f"must be two areas with 0 < min <= max <= 1, got {value}; SimCLR takes 0.08 and 1")
         return value
 
     @model_validator(mode="after")
@@ -84,9 +82,7 @@ class Augmentation:
             ValueError: the images are not a floating batch (B, C, H, W).
         """
         if images.ndim != 4 or not images.is_floating_point():
-            raise ValueError(
-                f"views need a float batch (B, C, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
+            raise ValueError(f"views need a float batch (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         count, channels, height, width = images.shape
 
         def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -97,9 +93,7 @@ class Augmentation:
             return torch.randint(low, high, (count,), generator=generator, device=images.device)
 
         if self.crop:
-            images = shift(
-                images, integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1), self.crop
-            )
+            images = shift(images, integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1), self.crop)
         if self.random_resized_crop:
             area, ratio = uniform(*self.random_resized_crop), uniform(-_ASPECT, _ASPECT).exp()
             # A box that would stick out is cut to the image, where torchvision draws again: no loop.

@@ -99,13 +99,9 @@ def fetch(name: str, archive: Archive) -> Path:
     file = folder / archive.url.rsplit("/", 1)[1]
     if file.is_file():
         if (md5 := _md5(file)) != archive.md5:
-            raise UserError(
-                f"{file}: the MD5 checksum must be {archive.md5}, got {md5}; delete the file and run again"
-            )
+            raise UserError(f"{file}: the MD5 checksum must be {archive.md5}, got {md5}; delete the file and run again")
         return file
-    remedy = (
-        f"give --data.path, set CLEAD_DATA to a folder that holds {name}/, or save {archive.url} as {file}"
-    )
+    remedy = f"give --data.path, set CLEAD_DATA to a folder that holds {name}/, or save {archive.url} as {file}"
     partial = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +109,7 @@ def fetch(name: str, archive: Archive) -> Path:
         os.close(handle)
         _download(archive.url, Path(partial), name)
         if (md5 := _md5(Path(partial))) != archive.md5:
-            raise UserError(
-                f"{archive.url}: the MD5 checksum must be {archive.md5}, got {md5}; try again, or {remedy}"
-            )
+            raise UserError(f"{archive.url}: the MD5 checksum must be {archive.md5}, got {md5}; try again, or {remedy}")
         os.replace(partial, file)
         return file
     except OSError as error:  # also URLError and timeouts
@@ -135,9 +129,7 @@ def read_archive(file: Path, archive: Archive) -> Found:
         test = _records(members[archive.test], archive.label_bytes)
         return Found(train, test, tuple(members[archive.names].decode().split()))
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
-        raise UserError(
-            f"{file}: not the CIFAR binary archive ({error}); delete the file and run again"
-        ) from None
+        raise UserError(f"{file}: not the CIFAR binary archive ({error}); delete the file and run again") from None
 
 
 def _member(tar: tarfile.TarFile, name: str) -> bytes:

@@ -34,9 +34,7 @@ class Folder(InMemoryDataset):
 def read_folder(root: Path) -> Found:
     """Read the files of train/CLASS/ and test/CLASS/; classes are train's folder names, sorted."""
     if not (root / "train").is_dir():
-        raise UserError(
-            f"{root} must hold a folder train/ with one folder per class; put the images in train/CLASS/"
-        )
+        raise UserError(f"{root} must hold a folder train/ with one folder per class; put the images in train/CLASS/")
     classes = [folder.name for folder in _folders(root / "train")]
     if not classes:
         raise UserError(f"{root / 'train'} holds no class folder; put the images in train/CLASS/")
@@ -61,13 +59,9 @@ def _part(root: Path, part: str, classes: list[str]) -> Part:
     for label, name in enumerate(classes):
         folder = root / part / name
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        images = [
-            file for file in inside if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
-        ]
+        images = [file for file in inside if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")]
         if not images and (part == "train" or folder.is_dir()):
-            raise UserError(
-                f"{folder} holds no image ({', '.join(EXTENSIONS)}); add images or remove the folder"
-            )
+            raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)}); add images or remove the folder")
         files += images
         labels += [label] * len(images)
     try:

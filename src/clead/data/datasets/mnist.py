@@ -16,9 +16,7 @@ from clead.settings import setting, settings
 class Mnist(InMemoryDataset):
     """MNIST, 28×28 grey, 10 classes, from a path or $CLEAD_DATA/mnist."""
 
-    path: Path | None = setting(
-        None, "Where it is, in any layout that auto knows; by default $CLEAD_DATA/mnist."
-    )
+    path: Path | None = setting(None, "Where it is, in any layout that auto knows; by default $CLEAD_DATA/mnist.")
 
     def read(self) -> Found:
         """Return the images; raises UserError if they are nowhere."""

@@ -45,9 +45,7 @@ def read_npz(path: Path) -> Found:
             "and plain arrays"
         ) from None
     if missing := [key for key in _KEYS if key not in arrays]:
-        raise UserError(
-            f"{path}: must hold {', '.join(_KEYS)}, lacks {', '.join(missing)}; it holds {', '.join(keys)}"
-        )
+        raise UserError(f"{path}: must hold {', '.join(_KEYS)}, lacks {', '.join(missing)}; it holds {', '.join(keys)}")
     train, test = (_part(arrays, part, path) for part in ("train", "test"))
     if "classes" in arrays:
         return Found(train, test, tuple(map(str, arrays["classes"].ravel())))

@@ -34,11 +34,7 @@ class Parquet(InMemoryDataset):
 
 def has_parquet(path: Path) -> bool:
     """Tell whether the folder looks like this layout."""
-    return any(
-        any(folder.glob(f"{part}-*.parquet"))
-        for folder in (path, path / "data")
-        for part in ("train", "test")
-    )
+    return any(any(folder.glob(f"{part}-*.parquet")) for folder in (path, path / "data") for part in ("train", "test"))
 
 
 def read_parquet(path: Path) -> Found:
@@ -62,13 +58,10 @@ def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] |
     shards = sorted(folder.glob(f"{part}-*.parquet"))
     if not shards:
         raise UserError(
-            f"{folder} must hold train-*.parquet and test-*.parquet, got no {part}-*.parquet; "
-            "check --data.path"
+            f"{folder} must hold train-*.parquet and test-*.parquet, got no {part}-*.parquet; check --data.path"
         )
     if (match := re.search(r"-of-(\d+)", shards[0].name)) and int(match[1]) != len(shards):
-        raise UserError(
-            f"{folder}: {shards[0].name} says {int(match[1])} files, got {len(shards)}; fetch the others"
-        )
+        raise UserError(f"{folder}: {shards[0].name} says {int(match[1])} files, got {len(shards)}; fetch the others")
     blobs: list[bytes] = []
     labels: list[int] = []
     where: list[str] = []
@@ -89,9 +82,7 @@ def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] |
             )
         numbers = table[columns[1]].to_pylist()
         if None in numbers:
-            raise UserError(
-                f"{shard} row {numbers.index(None)}: the label is empty; fill it in or remove the row"
-            )
+            raise UserError(f"{shard} row {numbers.index(None)}: the label is empty; fill it in or remove the row")
         blobs += images
         labels += numbers
         where += [f"{shard} row {row}" for row in range(len(images))]
@@ -111,8 +102,7 @@ def _column(schema: Any, wanted: tuple[str, ...], shard: Path) -> str:
                 return name
             rule = "a struct of bytes and path" if name in _IMAGE else "integers"
             raise UserError(
-                f"{shard}: the column {name!r} must be {rule}, got {kind}; rewrite the file in Hugging "
-                "Face's layout"
+                f"{shard}: the column {name!r} must be {rule}, got {kind}; rewrite the file in Hugging Face's layout"
             )
     raise UserError(
         f"{shard}: needs a column {' or '.join(map(repr, wanted))}, got {', '.join(schema.names)}; rename one"
