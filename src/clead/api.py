@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from clead.attacks.run import check_inputs
+from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
 from clead.config import Eval, RunConfig
 from clead.errors import UserError
@@ -91,7 +91,7 @@ def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = N
 
     Raises UserError if the weights are missing, truncated, a pickle, or of another architecture.
 
-    >>> clead.load("runs/nothing")
+    >>> load("runs/nothing")
     Traceback (most recent call last):
         ...
     clead.errors.UserError: runs/nothing is not a run directory (no config.yaml in it); give a directory that clead train made
@@ -134,17 +134,16 @@ def evaluate(
     """
     threat = validated(THREATS.get(norm), {"eps": eps})
     options = validated(Eval, settings)
-    if images.dtype != torch.uint8:
-        check_inputs(images, labels)
+    as_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8
+    first = images[:1] / 255 if as_bytes else images
+    check_inputs(first, labels[:1] if as_bytes else labels)
+    if len(images) != len(labels):
+        raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
     if options.images is not None:
         images, labels = images[: options.images], labels[: options.images]
     if classes is None:
-        with torch.no_grad():
-            first = images[:1].float() / (255 if images.dtype == torch.uint8 else 1)
-            was_training = model.training
-            found = model.eval()(first.to(next(model.parameters(), first).device))
-            model.train(was_training)
-        classes = [str(k) for k in range(found.shape[1])]
+        first = first[:1].to(next(model.parameters(), first).device)
+        classes = [str(k) for k in range(logits_of(model, first).shape[1])]
     images, labels = images.cpu(), labels.cpu()
     subject = Subject(name, "given", "given", "test", "given", tuple(classes))
     return evaluate_model(model, ImageSet(images, labels), threat, options, subject, show=show).record

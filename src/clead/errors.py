@@ -28,5 +28,5 @@ class MissingExtra(UserError):
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return the tail of an error for an unknown name: the closest known names, else all of them."""
     known = sorted(known)
-    close = get_close_matches(given, known, n=3, cutoff=0.5)
+    close = get_close_matches(str(given), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known) or 'none'}"

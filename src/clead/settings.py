@@ -6,12 +6,14 @@ only joins them into a tree.
 
 from __future__ import annotations
 
-from fractions import Fraction as ExactFraction
-from typing import Annotated, Any, TypeVar, dataclass_transform
+import math
+from numbers import Integral, Real
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import core_schema
+from typing_extensions import dataclass_transform  # in typing from Python 3.11 on
 
 from clead.errors import UserError, did_you_mean
 
@@ -27,7 +29,7 @@ def setting(default: Any = ..., doc: str = "", *, unit: str = "", **rules: Any) 
         unit: the unit, such as ``"pixels in [0, 1]"`` or ``"epochs"``.
         **rules: pydantic constraints: ``ge``, ``gt``, ``le``, ``lt``, ``min_length`` …
     """
-    extra = {"unit": unit} if unit else None
+    extra: dict[str, Any] | None = {"unit": unit} if unit else None
     if "default_factory" in rules:
         return Field(description=doc, json_schema_extra=extra, **rules)
     return Field(default, description=doc, json_schema_extra=extra, **rules)
@@ -37,9 +39,14 @@ def setting(default: Any = ..., doc: str = "", *, unit: str = "", **rules: Any) 
 def settings(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only, validated dataclass that refuses unknown keys."""
     config = ConfigDict(
-        extra="forbid", validate_default=True, arbitrary_types_allowed=True, use_attribute_docstrings=False
+        extra="forbid",
+        validate_default=True,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=False,
+        allow_inf_nan=False,
     )
-    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
+    make: Any = pydantic_dataclass(frozen=True, kw_only=True, config=config)
+    return make(cls)
 
 
 class Ratio(float):
@@ -58,12 +65,17 @@ class Ratio(float):
         if isinstance(value, str):
             text = value.replace(" ", "")
             try:
-                number = float(ExactFraction(text))
+                over, *under = map(float, text.split("/"))  # not fractions.Fraction: it refuses 2.5/255
+                number = over / under[0] if under else over
+                finite = len(under) < 2 and all(map(math.isfinite, (over, *under, number)))
             except (ValueError, ZeroDivisionError):
-                raise ValueError(f"must be a number or a fraction such as '8/255', got {value!r}") from None
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            number, text = float(value), repr(value)
+                finite = False
+        elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's scalars too
+            number, text = float(value), repr(int(value) if isinstance(value, Integral) else float(value))
+            finite = math.isfinite(number)
         else:
+            finite = False
+        if not finite:
             raise ValueError(f"must be a number or a fraction such as '8/255', got {value!r}")
         made = super().__new__(cls, number)
         made.text = text
@@ -107,13 +119,16 @@ def _one_line(problem: Any, cls: type, path: str) -> str:
     names = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
     key = ".".join([*([path] if path else []), *names])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner = cls
+        owner: Any = cls
         for name in names[:-1]:
-            owner = owner.__pydantic_fields__[name].annotation  # type: ignore[attr-defined]
+            owner = owner.__pydantic_fields__[name].annotation
         known = getattr(owner, "__pydantic_fields__", {})
         return f"{key}: unknown key; {did_you_mean(names[-1], known)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: is required"
     message = str(problem["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return f"{key}: {message}" if "got " in message else f"{key}: {message}, got {problem['input']!r}"
+    if "got " in message:
+        return f"{key}: {message}"
+    given = repr(problem["input"])
+    return f"{key}: {message}, got {given if len(given) <= 80 else f'{given[:77]}...'}"

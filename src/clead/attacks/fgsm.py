@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
+from clead.attacks.gradient import value_and_gradient
 from clead.interfaces import Objective, Threat
 from clead.settings import Ratio, setting, settings, validated
 from clead.threats import THREATS
@@ -21,7 +22,7 @@ class FGSM:
 
     random_start: bool = setting(False, "start from a random point of the ball instead of the image itself")
     step_size: Ratio = setting(
-        Ratio("1"), "length of the step", unit="multiples of eps; 1.25 with random start in Wong 2020"
+        Ratio("1"), "length of the step", unit="multiples of eps; 1.25 with random start in Wong 2020", gt=0
     )
 
     def __call__(
@@ -29,9 +30,8 @@ class FGSM:
     ) -> Tensor:
         """Return x_adv, (B, C, H, W) in [0, 1], after one projected step."""
         start = threat.random_start(x, generator=generator) if self.random_start else x
-        start = start.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(objective(start).sum(), start)
-        return threat.project(threat.ascend(start.detach(), gradient, float(self.step_size) * threat.eps), x)
+        _, gradient = value_and_gradient(objective, start)
+        return threat.project(threat.ascend(start, gradient, float(self.step_size) * threat.eps), x)
 
 
 def fgsm(
@@ -42,7 +42,7 @@ def fgsm(
     eps: float | str,
     norm: str = "linf",
     random_start: bool = False,
-    step_size: float | None = None,
+    step_size: float | str | None = None,
     objective: str = "cross_entropy",
     seed: int = 0,
 ) -> Tensor:
@@ -70,7 +70,7 @@ def fgsm(
     from clead.attacks.run import attack_images
 
     length = step_size if step_size is not None else (1.25 if random_start else 1.0)
-    attack = FGSM(random_start=random_start, step_size=Ratio(length))
+    attack = validated(FGSM, {"random_start": random_start, "step_size": length})
     generator = torch.Generator(x.device).manual_seed(seed)
     return attack_images(
         attack,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
+from clead.attacks.gradient import value_and_gradient
 from clead.interfaces import Objective, Threat
 from clead.settings import Ratio, setting, settings, validated
 from clead.threats import THREATS
@@ -24,6 +25,7 @@ class PGD:
         None,
         "length of a step; none: 2.5 · eps / steps (Madry 2018)",
         unit="pixels in [0, 1], in the threat's norm",
+        gt=0,
     )
     restarts: int = setting(1, "independent starts; the best point per image is kept", ge=1, unit="starts")
     random_start: bool = setting(True, "start from a random point of the ball instead of the image itself")
@@ -38,15 +40,12 @@ class PGD:
         step_size = 2.5 * threat.eps / self.steps if self.step_size is None else float(self.step_size)
         track = self.keep == "best" or self.restarts > 1
         best, best_value = x, torch.full((len(x),), -torch.inf, device=x.device)
-        for _ in range(self.restarts):
+        for _restart in range(self.restarts):
             x_adv = threat.random_start(x, generator=generator) if self.random_start else x
-            for step in range(self.steps):
-                x_adv = x_adv.detach().requires_grad_()
-                value = objective(x_adv)
-                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
-                x_adv = x_adv.detach()
-                if self.keep == "best" and step > 0:
-                    best, best_value = _better(x_adv, value.detach(), best, best_value)
+            for _ in range(self.steps):
+                value, gradient = value_and_gradient(objective, x_adv)
+                if self.keep == "best":
+                    best, best_value = _better(x_adv, value, best, best_value)
                 x_adv = threat.project(threat.ascend(x_adv, gradient, step_size), x)
             if not track:
                 return x_adv
@@ -56,7 +55,8 @@ class PGD:
 
 
 def _better(x_adv: Tensor, value: Tensor, best: Tensor, best_value: Tensor) -> tuple[Tensor, Tensor]:
-    better = value > best_value
+    # NaN counts as best: hidden behind an earlier point, a model whose gradient is broken would look robust.
+    better = (value > best_value) | value.isnan()
     return torch.where(per_image(better, x_adv), x_adv, best), torch.where(better, value, best_value)
 
 
@@ -102,13 +102,8 @@ def pgd(
     """
     from clead.attacks.run import attack_images
 
-    attack = PGD(
-        steps=steps,
-        step_size=None if step_size is None else Ratio(step_size),
-        restarts=restarts,
-        random_start=random_start,
-        keep=keep,
-    )
+    values = {"steps": steps, "step_size": step_size, "restarts": restarts, "random_start": random_start, "keep": keep}
+    attack = validated(PGD, values)
     generator = torch.Generator(x.device).manual_seed(seed)
     return attack_images(
         attack,

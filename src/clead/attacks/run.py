@@ -13,8 +13,12 @@ from clead.models.modes import attack_mode
 
 def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
     """Raise UserError unless ``x`` is (B, C, H, W) float in [0, 1] without NaN and ``y`` is (B,) int64 in [0, K)."""
+    for name, value in (("images", x), ("labels", y)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
     if x.dim() != 4 or not x.is_floating_point():
-        raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}")
+        hint = "; divide by 255" if x.dtype == torch.uint8 else ""
+        raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
         raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
     if not len(x):
@@ -29,10 +33,33 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
             else "give raw pixels and let the model normalise (clead.models.normalize.Normalize as its first layer)"
         )
         raise UserError(f"pixels must be in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
+    _check_labels(y, num_classes)
+
+
+def _check_labels(y: Tensor, num_classes: int | None) -> None:
     least, most = int(y.min()), int(y.max())
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
         raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}")
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits (B, K) of ``model`` in eval mode, without gradients; raises UserError if it fails or returns no such."""
+    kind = type(model).__name__
+    try:
+        with attack_mode(model), torch.no_grad():
+            logits = model(x)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{kind} fails on images {x.dtype} {tuple(x.shape)}: {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UserError(f"the model must return logits (B, K) for {len(x)} images, got {what}")
+    return logits
 
 
 def attack_images(
@@ -63,10 +90,16 @@ def attack_images(
     """
     make = OBJECTIVES.get(objective)
     if not checked:
-        with attack_mode(model), torch.no_grad():
-            logits = model(x[:1])
-        check_inputs(x, y, logits.shape[1])
+        check_inputs(x, y)
+        _check_labels(y, logits_of(model, x[:1]).shape[1])
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0)
-    with attack_mode(model):
-        return attack(make(model, x, y), x, threat, generator=generator)
+    with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
+        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+        x_adv = attack(make(model, x, y), x, threat, generator=generator)
+    if not torch.isfinite(x_adv).all():  # synchronises the device
+        raise UserError(
+            f"the gradient of {objective!r} to the images is NaN or infinite, so the attack says nothing; "
+            "look for sqrt, log or division at 0 in the model, or attack in float32"
+        )
+    return x_adv

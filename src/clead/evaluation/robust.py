@@ -6,15 +6,15 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs
+from clead.attacks.run import attack_images, check_inputs, logits_of
 from clead.checkpoint import environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
@@ -56,7 +56,7 @@ class Subject:
     name: str
     weights: str
     data: str
-    split: str
+    split: Literal["train", "val", "test"]
     data_fingerprint: str
     classes: tuple[str, ...]
     training: TrainingPart | None = None
@@ -111,6 +111,8 @@ def evaluate_model(
     Raises UserError if the model's logits are not (B, K), not finite, or the images are not valid.
     """
     start = time.monotonic()
+    if not len(images):
+        raise UserError("there is no image to evaluate, got 0")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     attacks = list(suite(settings) if attacks is None else attacks)
     radii = _radii(threat, settings.curve_points)
@@ -133,12 +135,13 @@ def evaluate_model(
             flags = torch.tensor(part.flags)
             # The picture shows, per image, the first attack that broke it, else the last one tried.
             for index in range(shown):
-                if found[index] is not None and (robust_flags[index] or not clean_flags[index]):
-                    adversarial[index] = found[index]
+                image = found[index]
+                if image is not None and robust_flags[index]:
+                    adversarial[index] = image
             robust_flags &= flags
         curve = []
         for radius in radii:
-            at = replace(threat, eps=radius)  # type: ignore[type-var]
+            at = replace(cast(Any, threat), eps=radius)
             named = NamedAttack(
                 f"PGD-{settings.curve_steps} margin", PGD(steps=settings.curve_steps, keep="best"), "margin"
             )
@@ -170,7 +173,7 @@ def evaluate_model(
         ),
         data=DataPart(
             name=subject.data,
-            split=subject.split,  # type: ignore[arg-type]
+            split=subject.split,
             n=len(images),
             classes=list(subject.classes),
             fingerprint=subject.data_fingerprint,
@@ -205,15 +208,20 @@ def accuracy_under_attack(
     right = robust = 0
     for number, (x, y) in enumerate(_batches(images, 256, device)):
         generator = seeded(device, seed, number)
-        with attack_mode(model), torch.no_grad():
-            flags = model(x).argmax(1) == y
+        flags = _right(model, x, y)
         right += int(flags.sum())  # synchronises the device
         if flags.any():
             x, y = x[flags], y[flags]
             x_adv = attack_images(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
-            with attack_mode(model), torch.no_grad():
-                robust += int((model(x_adv).argmax(1) == y).sum())
+            robust += int(_right(model, x_adv, y).sum())
     return right / len(images), robust / len(images)
+
+
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest."""
+    with attack_mode(model), torch.no_grad():
+        logits = model(x)
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
 
 
 def _attack(
@@ -250,8 +258,7 @@ def _attack(
                     generator=generator,
                     checked=True,
                 )
-                with attack_mode(model), torch.no_grad():
-                    held = (model(x_adv).argmax(1) == y).cpu()
+                held = _right(model, x_adv, y).cpu()
                 size = threat.size(x_adv - x).max().item()
                 if not size <= threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
                     raise AssertionError(f"{named.name} left the threat set: size {size}, eps {threat.eps}")
@@ -264,7 +271,7 @@ def _attack(
             tick(here.stop - here.start, attack=named.name, robust_accuracy=running)
     part = AttackPart(
         name=named.name,
-        settings={"objective": named.objective, **{k: _json(v) for k, v in asdict(named.attack).items()}},  # type: ignore[call-overload]
+        settings={"objective": named.objective, **_settings(named.attack)},
         robust=estimate(flags.tolist()),
         flags=flags.tolist(),
         seconds=time.monotonic() - start,
@@ -282,11 +289,7 @@ def _classify(
     out = []
     for x, y in _batches(images, settings.batch_size, device):
         check_inputs(x, y, num_classes)
-        with attack_mode(model), torch.no_grad():
-            logits = model(x)
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
-            what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"the model must return logits (B, K), got {what}")
+        logits = logits_of(model, x)
         if logits.shape[1] != num_classes:
             raise UserError(f"the model returns {logits.shape[1]} logits, the data has {num_classes} classes")
         broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
@@ -368,5 +371,7 @@ def _digest(images: ImageSet) -> str:
     return digest.hexdigest()[:32]
 
 
-def _json(value: Any) -> Any:
-    return value.text if isinstance(value, Ratio) else value
+def _settings(attack: Attack) -> dict[str, Any]:
+    if not is_dataclass(attack) or isinstance(attack, type):
+        return {"attack": type(attack).__name__}
+    return {key: value.text if isinstance(value, Ratio) else value for key, value in asdict(attack).items()}

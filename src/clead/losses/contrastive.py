@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clead.errors import UserError
+from clead.losses.precision import at_least_float32
 
 
 def directed_nt_xent(anchor: Tensor, positive: Tensor, temperature: float) -> Tensor:
@@ -29,7 +30,7 @@ def directed_nt_xent(anchor: Tensor, positive: Tensor, temperature: float) -> Te
     """
     _check([anchor, positive], temperature)
     with torch.autocast(anchor.device.type, enabled=False):
-        anchor, positive = anchor.float(), positive.float()
+        anchor, positive = at_least_float32(anchor), at_least_float32(positive)
         own = anchor @ anchor.T / temperature
         own = own.masked_fill(torch.eye(len(own), dtype=torch.bool, device=own.device), -torch.inf)
         other = anchor @ positive.T / temperature
@@ -85,7 +86,7 @@ def supcon(views: Sequence[Tensor], labels: Tensor, temperature: float) -> Tenso
     """
     _check(views, temperature)
     with torch.autocast(views[0].device.type, enabled=False):
-        z = torch.cat([view.float() for view in views])
+        z = torch.cat([at_least_float32(view) for view in views])
         labels = labels.repeat(len(views))
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         similarity = (z @ z.T / temperature).masked_fill(itself, -torch.inf)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clead.losses.precision import at_least_float32
+
 
 def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(softmax(target_logits) ‖ softmax(logits)) per image, the TRADES regulariser (Zhang et al. 2019, arXiv:1901.08573, eq. 5).
@@ -21,11 +23,13 @@ def kl_divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
     tensor([0.1201])
     """
     with torch.autocast(logits.device.type, enabled=False):
-        log_probabilities = F.log_softmax(logits.float(), dim=1)
-        return F.kl_div(log_probabilities, F.softmax(target_logits.float(), dim=1), reduction="none").sum(1)
+        log_q = F.log_softmax(at_least_float32(logits), dim=1)
+        # The target as logarithms: where a probability underflows to 0, the gradient of p·log p by p is NaN.
+        log_p = F.log_softmax(at_least_float32(target_logits), dim=1)
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 − cos(a, b) per row; (B, D) and (B, D) give (B,) float32 in [0, 2]."""
     with torch.autocast(a.device.type, enabled=False):
-        return 1 - F.cosine_similarity(a.float(), b.float(), dim=1)
+        return 1 - F.cosine_similarity(at_least_float32(a), at_least_float32(b), dim=1)

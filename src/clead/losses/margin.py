@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clead.errors import UserError
+from clead.losses.precision import at_least_float32
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """−log softmax(logits)_y per image; (B, K) and (B,) give (B,) float32."""
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     >>> margin(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
     tensor([-1.])
     """
-    logits = logits.float()
+    logits = at_least_float32(logits)
     true = logits.gather(1, labels[:, None])[:, 0]
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.amax(1) - true
@@ -34,5 +35,5 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.shape[1] < 3:
         raise UserError(f"the DLR loss needs at least 3 classes, got {logits.shape[1]}; use the margin instead")
-    ordered = logits.float().topk(3, dim=1).values
+    ordered = at_least_float32(logits).topk(3, dim=1).values
     return margin(logits, labels) / (ordered[:, 0] - ordered[:, 2] + 1e-12)

@@ -5,6 +5,7 @@ Plain training, PGD-AT and TRADES are settings of it (``standard.py``, ``pgd_at.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.losses.contrastive import nt_xent, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
+from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
@@ -52,6 +54,15 @@ class CLead:
     separate_forwards: bool = setting(
         False,
         "forward each view by itself, so that batch-norm statistics are per view, instead of all views in one batch",
+    )
+
+    def __post_init__(self) -> None:
+        """Ask for something to learn from."""
+        if not (self.adversarial_weight or self.clean_weight or self.kl_weight or self.contrastive_weight):
+            raise ValueError("at least one weight must be above 0, got all four 0; clean_weight = 1 is plain training")
+
+    fold_batch_norm: bool = setting(
+        False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
     )
 
     @property
@@ -129,7 +140,7 @@ class CLead:
         attack: Attack,
         generator: torch.Generator,
     ) -> Tensor:
-        with attack_mode(model):
+        with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective: Objective = OBJECTIVES.get(self.inner)(model, x, y)
             if self.inner_contrastive_weight:
                 base, contrast = objective, OBJECTIVES.get("contrastive")(model, x, y)

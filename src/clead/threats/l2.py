@@ -32,7 +32,7 @@ class L2:
     @classmethod
     def _in_pixel_units(cls, eps: Ratio) -> Ratio:
         if not 0 <= eps <= _LARGEST:
-            hint = f"; did you mean {eps.text}/255?" if eps > 0 else ""
+            hint = f"; did you mean {eps.text}/255?" if 0 < eps <= 255 * _LARGEST and "/" not in eps.text else ""
             raise ValueError(f"l2 eps must be in [0, {_LARGEST:g}] because pixels are in [0, 1], got {eps.text}{hint}")
         return eps
 

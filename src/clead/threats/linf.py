@@ -30,7 +30,7 @@ class Linf:
     @classmethod
     def _in_pixel_units(cls, eps: Ratio) -> Ratio:
         if not 0 <= eps <= 1:
-            hint = f"; did you mean {eps.text}/255?" if 1 < eps <= 255 else ""
+            hint = f"; did you mean {eps.text}/255?" if 1 < eps <= 255 and "/" not in eps.text else ""
             raise ValueError(f"linf eps must be in [0, 1] because pixels are, got {eps.text}{hint}")
         return eps
 

@@ -49,11 +49,13 @@ def make_schedule(optimizer: Optimizer, settings: Optim, steps: int) -> LRSchedu
     rising = round(settings.warmup * steps)
     if settings.schedule == "one_cycle":
         # PyTorch counts the last step in: one more avoids its error when a resumed run steps exactly ``steps`` times.
+        # Its rise lasts pct_start · (steps + 1) − 1 steps and is divided by that: never exactly 0.
+        rise = settings.warmup * (steps + 1)
         return OneCycleLR(
             optimizer,
             settings.lr,
             total_steps=steps + 1,
-            pct_start=max(settings.warmup, 1e-6),
+            pct_start=max(settings.warmup if abs(rise - 1) > 1e-6 else settings.warmup * (1 - 1e-6), 1e-6),
             cycle_momentum=False,
         )
     main: LRScheduler
