@@ -1,0 +1,114 @@
+"""Batch-norm folded into the convolutions of a frozen model, so that an inner attack pays for convolutions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+_PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
+
+
+@contextmanager
+def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
+    """Fold w' = w·γ/σ, b' = (b − μ)·γ/σ + β of each convolution before a batch-norm (Jacob et al. 2018, arXiv:1712.05877, eq. 14).
+
+    The outputs are the same up to rounding; gradients go to inputs only. Inside a bfloat16 or float16 autocast the folded weights
+    are cast once. Everything is restored bit-exactly on exit, also on exception. Call it under ``attack_mode(model)``.
+
+    Args:
+        model: in eval mode, parameters frozen.
+        sample: (n, C, H, W), a few images; used once per model to find the pairs and to check that folding changes nothing; a pair
+            where it would (a convolution whose output is used twice) is left as it is.
+    """
+    if getattr(model, "_compiled", None) is not None:  # the compiler fuses these layers itself, and would not see the swap
+        yield
+        return
+    if model not in _PAIRS:
+        _PAIRS[model] = _find(model, sample[:2])
+    with _fold(_PAIRS[model], _autocast_dtype(sample)):
+        yield
+
+
+@contextmanager
+def _fold(pairs: list[Pair], dtype: torch.dtype | None) -> Iterator[None]:
+    saved: list[tuple[nn.Conv2d, nn.BatchNorm2d, Any, Any]] = []
+    try:
+        for conv, norm in pairs:
+            assert norm.running_mean is not None and norm.running_var is not None
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            saved.append((conv, norm, conv._parameters["weight"], conv._parameters["bias"]))
+            layout = (
+                torch.channels_last
+                if conv.weight.is_contiguous(memory_format=torch.channels_last)
+                else torch.contiguous_format
+            )
+            conv._parameters["weight"] = _frozen(weight.to(dtype or weight.dtype).contiguous(memory_format=layout))
+            conv._parameters["bias"] = _frozen(bias.to(dtype or bias.dtype))
+            norm.forward = _identity  # ty: ignore[invalid-assignment]
+        yield
+    finally:
+        for conv, norm, weight, bias in saved:
+            conv._parameters["weight"], conv._parameters["bias"] = weight, bias
+            norm.__dict__.pop("forward", None)
+
+
+def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
+    """Return the (convolution, batch-norm) pairs seen in one forward pass, or none if folding them changed the output."""
+    made: dict[int, nn.Conv2d] = {}
+    kept: list[Tensor] = []  # keeps every output alive, so that an id is never used twice
+    pairs: list[Pair] = []
+    calls: dict[nn.Module, int] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[layer] = calls.get(layer, 0) + 1
+        if isinstance(layer, nn.Conv2d):
+            made[id(output)] = layer
+            kept.append(output)
+        elif isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and id(inputs[0]) in made:
+            pairs.append((made[id(inputs[0])], layer))
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    run: Callable[[Tensor], Any] = getattr(model, "features_and_logits", model)
+    try:
+        with torch.no_grad(), torch.autocast(sample.device.type, enabled=False):
+            plain = run(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs = [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+
+    def harmless(chosen: list[Pair]) -> bool:
+        with torch.no_grad(), torch.autocast(sample.device.type, enabled=False), _fold(chosen, None):
+            changed = run(sample)
+        before, after = (out if isinstance(out, tuple) else (out,) for out in (plain, changed))
+        return all(
+            torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+            for a, b in zip(before, after, strict=True)
+        )
+
+    if not harmless(pairs):  # say, a convolution whose output also goes past its batch-norm: leave out just that one
+        pairs = [pair for pair in pairs if harmless([pair])]
+    return pairs if harmless(pairs) else []
+
+
+def _autocast_dtype(sample: Tensor) -> torch.dtype | None:
+    device = sample.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
