@@ -98,7 +98,7 @@ def supcon(views: Sequence[Tensor], labels: Tensor, temperature: float) -> Tenso
 
 
 def _check(views: Sequence[Tensor], temperature: float) -> None:
-    if temperature <= 0:
+    if not temperature > 0:
         raise UserError(f"temperature must be above 0, got {temperature}; the paper uses 0.1")
     if len(views) < 2:
         raise UserError(f"a contrastive loss compares at least 2 views, got {len(views)}")
