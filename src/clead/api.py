@@ -22,6 +22,7 @@ from clead.evaluation.robust import Evaluation, NamedAttack, Subject, evaluate_m
 from clead.evaluation.statistics import mcnemar
 from clead.interfaces import ImageSet, Splits
 from clead.models.build import build_model
+from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt, weights
 from clead.report.record import Record, TrainingPart
@@ -71,6 +72,7 @@ def train(
     splits = data if data is not None else config.data.load(config.train.seed)
     own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else _build(config, splits)
+    _dry_run(split_model, _shape(splits), config.to_dict()["model"]["name"])
     run = RunDir(path) if continuing else RunDir.create(path, config)
     with seeded(config.train.seed):  # leaves the caller's global random state as it was
         outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
@@ -145,7 +147,7 @@ def evaluate(
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
     images, labels = images.cpu(), labels.cpu()
-    subject = Subject(name, "given", "given", "test", "given", tuple(classes))
+    subject = Subject(name, type(model).__name__, "given", "given", "test", "given", tuple(classes))
     return evaluate_model(model, ImageSet(images, labels), threat, options, subject, show=show).record
 
 
@@ -153,6 +155,8 @@ def evaluate_run(
     path: str | Path,
     *,
     config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
     attacks: Sequence[NamedAttack] | None = None,
     result: str = "evaluation",
     show: bool = True,
@@ -162,33 +166,46 @@ def evaluate_run(
     Args:
         path: a run directory.
         config: the run's configuration with changes (another eps, other data); the run's own if None.
+        model: your own module with the architecture that was trained; needed if it was given as an object in Python.
+        data: loaded images instead of ``config.data``.
         attacks: instead of the suite that ``config.eval`` describes.
         result: file name of the record, without ``.json``.
         show: show progress on stderr.
     """
     run = RunDir.open(Path(path))
-    config = config or run.config()
-    model = _load(run, config, config.eval.weights, None)
-    splits = config.data.load(config.train.seed)
+    trained = run.config()
+    config = config or trained
+    loaded = _load(run, config, config.eval.weights, model)
+    # The run's own seed: another one would move training images into the validation split.
+    splits = data if data is not None else config.data.load(trained.train.seed)
     _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
     if tuple(metadata["classes"]) != splits.classes:
-        raise UserError(f"{path} was trained on classes {metadata['classes']}, the data has {list(splits.classes)}")
+        raise UserError(
+            f"{path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
+            "give data of the same classes"
+        )
+    if tuple(metadata["shape"]) != _shape(splits):
+        raise UserError(
+            f"{path} was trained on images of shape {tuple(metadata['shape'])}, the data has {_shape(splits)}; "
+            "set data.image_size and data.channels"
+        )
     images = splits.test if config.eval.split == "test" else splits.val
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
-    data_name = config.to_dict()["data"]["name"]
+    tree = config.to_dict()
     subject = Subject(
         name=run.name,
+        model=tree["model"].get("factory") or tree["model"]["name"],
         weights=config.eval.weights,
-        data=data_name,
+        data=tree["data"]["name"],
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
-        training=_training(run, config),
+        training=_training(run, trained),
     )
     device = device_of(config.train.device)
     evaluation = evaluate_model(
-        model.to(device),
+        loaded.to(device),
         images,
         config.threat,
         config.eval,
@@ -261,9 +278,26 @@ def _build(config: RunConfig, splits: Splits) -> SplitModel:
     )
 
 
+def _dry_run(model: SplitModel, shape: tuple[int, int, int], name: str) -> None:
+    """Raise UserError, before anything is written, if the model cannot take images of this shape."""
+    try:
+        parameter = next(model.parameters(), torch.zeros(()))
+        with attack_mode(model), seeded(0), torch.no_grad():
+            model(torch.zeros(2, *shape, device=parameter.device))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+
+
 def _load(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> SplitModel:
     path = run.path / f"{which}.safetensors"
     content, metadata = load_weights(path)
+    if lacking := [key for key in ("shape", "classes", "mean_std") if key not in metadata]:
+        raise UserError(
+            f"{path} lacks {', '.join(lacking)}, which clead train writes into it; give a run's own weights"
+        )
     shape, k = tuple(metadata["shape"]), len(metadata["classes"])
     if model is not None:
         built = adapt(model, sample_shape=shape, num_classes=k)
@@ -305,12 +339,10 @@ def _training(run: RunDir, config: RunConfig) -> TrainingPart | None:
     path = run.path / "outcome.json"
     if not path.exists():
         return None
-    outcome = json.loads(path.read_text())
-    return TrainingPart(
-        method=config.to_dict()["method"]["name"],
-        epochs=outcome["epochs"],
-        steps=outcome["steps"],
-        seconds=outcome["seconds"],
-        forward_equivalents=outcome["forward_equivalents"],
-        seed=config.train.seed,
-    )
+    try:
+        outcome = json.loads(path.read_text())
+        keys = ("epochs", "steps", "seconds", "forward_equivalents")
+        costs = {key: outcome[key] for key in keys}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; remove it, or repeat clead train with --resume") from None
+    return TrainingPart(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)

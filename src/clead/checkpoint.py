@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import platform
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from clead.config import RunConfig, parse_yaml
 from clead.errors import UserError
 
 _MAGIC = b"clead-state-1\n"
+# Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
+_STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -61,9 +64,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write weights and JSON metadata as safetensors, atomically."""
+    """Write weights and JSON metadata as safetensors, atomically, with a checksum of both."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, to_safetensors(content, {key: json.dumps(value) for key, value in metadata.items()}))
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    texts["checksum"] = json.dumps(_checksum(content, texts))
+    write_atomically(path, to_safetensors(content, texts))
+
+
+def _checksum(content: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    return hashlib.sha256(f"{fingerprint(content)}{sorted(texts.items())}".encode()).hexdigest()
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -76,10 +85,17 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  (not a dict)
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy or train it again") from None
+            texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
+            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    except (SafetensorError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is truncated or not a safetensors file ({reason}); copy or train it again") from None
+    # Weights from elsewhere have no checksum.
+    checksum = metadata.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(content, {k: v for k, v in texts.items() if k != "checksum"}):
+        raise UserError(f"{path} is damaged: its checksum does not match its content; copy or train it again")
+    return content, metadata
 
 
 def check_weights(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
@@ -178,7 +194,10 @@ class RunDir:
     def config(self) -> RunConfig:
         """Return the run's complete configuration."""
         path = self.path / "config.yaml"
-        return RunConfig.from_dict(parse_yaml(path.read_text(), str(path)))
+        try:
+            return RunConfig.from_dict(parse_yaml(path.read_text(), str(path)))
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is damaged: it is not text; copy the run again") from None
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -191,15 +210,23 @@ class RunDir:
             ) from error
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl."""
+        """Return the lines of metrics.jsonl; a last line that a kill or a full disk cut off is left out."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        found = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(lines):
+                    raise UserError(f"{path} line {number} is damaged; remove that line") from None
+        return found
 
     def truncate_log(self, size: int) -> None:
         """Cut metrics.jsonl back to ``size`` bytes, so that a resumed run does not log a step twice."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            os.truncate(path, size)
+        # Never longer: a power cut may have lost lines that the state counts, and truncating upwards writes zeros.
+        if self.log_size() > size:
+            os.truncate(self.path / "metrics.jsonl", size)
 
     def log_size(self) -> int:
         """Return the size of metrics.jsonl in bytes."""
@@ -207,30 +234,40 @@ class RunDir:
         return path.stat().st_size if path.exists() else 0
 
     def save_state(self, state: Mapping[str, Any]) -> None:
-        """Write the resume state (plain dicts and tensors) with its checksum; the one before is kept as ``resume.previous.state``."""
+        """Write the resume state (plain dicts and tensors) with its checksum; keep the one before as ``resume.previous.state``."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
         payload = buffer.getvalue()
         current = self.path / "resume.state"
         staged = self.path / "resume.next.state"
         write_atomically(staged, _MAGIC + hashlib.sha256(payload).digest() + payload)
-        if current.exists():
-            os.replace(current, self.path / "resume.previous.state")
-        os.replace(staged, current)
+        try:
+            if current.exists():
+                os.replace(current, self.path / "resume.previous.state")
+            os.replace(staged, current)
+        except OSError as error:
+            raise UserError(f"cannot write {current}: {error.strerror or error}; free some space") from error
+
+    def has_state(self) -> bool:
+        """Say whether there is a checkpoint to resume from."""
+        return any((self.path / name).exists() for name in _STATES)
 
     def load_state(self) -> tuple[dict[str, Any] | None, str]:
-        """Return (state or None, note): the newest checkpoint whose checksum holds; the note says if an older one had to be used."""
+        """Return the newest checkpoint whose checksum holds, or None, and a note if an older one had to be used."""
+        for left in self.path.glob(".*.state.*"):  # of a kill while a checkpoint was written
+            left.unlink(missing_ok=True)
         broken = []
-        # A kill between the two renames of save_state leaves the newest state under its staging name.
-        for name in ("resume.next.state", "resume.state", "resume.previous.state"):
+        for name in _STATES:
             path = self.path / name
             if not path.exists():
                 continue
             content = path.read_bytes()
             digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
             if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest:
-                state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-                return state, f"{', '.join(broken)} damaged, continuing from {name}" if broken else ""
+                # weights_only: a checksum is no signature, and a pickle could run code.
+                with contextlib.suppress(pickle.UnpicklingError, RuntimeError):
+                    state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+                    return state, f"{', '.join(broken)} damaged, continuing from {name}" if broken else ""
             broken.append(name)
         if broken:
             raise UserError(

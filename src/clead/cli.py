@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.errors import UserError
+from clead.errors import MissingExtra, UserError
 
 if TYPE_CHECKING:
     from clead.config import RunConfig
@@ -31,7 +34,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the result to t
 
 def _documented(value: bool) -> None:
     if value:
-        from clead.config import documented_keys, recipe_names
+        from clead.config import key_reference, recipe_names
 
         print("Usage: clead train RECIPE [--group.key VALUE ...] [--out DIR] [--resume] [--show]\n")
         print("Train a model. RECIPE is a shipped name or a YAML file; every key below can be overridden.\n")
@@ -39,19 +42,16 @@ def _documented(value: bool) -> None:
         print("  --resume    continue the run in --out, or the newest run of this recipe")
         print("  --show      print the complete configuration and stop\n")
         print(f"Shipped recipes: {', '.join(recipe_names())}\n")
-        title = None
-        for group, name, key, default, allowed, doc in documented_keys():
-            if title != (group, name):
-                title = (group, name)
-                print(f"\n{group}{f' = {name}' if name else ''}")
-            print(f"  --{group}.{key}  (default {default}{f'; {allowed}' if allowed else ''})\n      {doc}")
+        print(
+            "Naming another threat, attack, model or method starts from its defaults; another dataset keeps shared keys."
+        )
+        print(key_reference())
         raise typer.Exit
 
 
 @app.command(context_settings=_OPEN, add_help_option=False)
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Shipped name or YAML file.")],
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
@@ -59,15 +59,21 @@ def train(
 ) -> None:
     """Train a model: clead train RECIPE [--group.key VALUE ...]; its --help documents every key."""
     from clead import api
-    from clead.config import load_recipe
+    from clead.config import load_recipe, parse_overrides, recipe_names
 
-    config = load_recipe(recipe, context.args)
+    recipes, overrides = _positional(context.args)
+    if len(recipes) != 1:
+        parse_overrides(overrides)  # raises first: an option without a value may have taken the recipe for it
+        known = f"a shipped name ({', '.join(recipe_names())}) or a YAML file"
+        raise UserError(f"give one recipe, {known}, got {' '.join(recipes) or 'none'}")
+    config = load_recipe(recipes[0], overrides)
     if show:
         print(config.to_yaml(), end="")
         return
     if resume and out is None:
         out = _newest(config.name)
-    run = api.train(config, out=out, resume=resume)
+    with _interruptible():
+        run = api.train(config, out=out, resume=resume)
     o = run.outcome
     which = "robust" if config.method.uses_attack else "clean"
     _say(
@@ -81,17 +87,27 @@ def train(
 def evaluate(context: typer.Context, json_file: Json = None) -> None:
     """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--threat.eps 8/255] [--eval.steps 100]."""
     from clead import api
-    from clead.report.build import report
 
     runs, overrides = _runs(context.args)
+    _only(
+        overrides,
+        ("data", "threat", "eval"),
+        "use --eval.steps, --eval.restarts and --eval.objectives, or clead attack",
+    )
     configs = [_changed(run, overrides) for run in runs]
     records = []
     for run, config in zip(runs, configs, strict=True):
-        record = api.evaluate_run(run, config=config).record
+        with _interruptible():
+            record = api.evaluate_run(run, config=config).record
         records.append(record)
         _print_record(record)
-        page = report([run], Path(run) / "report.html", title=f"Robustness of {record.run}")
-        _say(f"record: {run}/results/evaluation.json\nreport: {page}")
+        _say(f"record: {run}/results/evaluation.json")
+        try:
+            from clead.report.build import report
+
+            _say(f"report: {report([run], Path(run) / 'report.html', title=f'Robustness of {record.run}')}")
+        except MissingExtra as error:  # the record is what was asked for
+            _say(f"no report: {error}")
     if json_file:
         content: Any = [json.loads(record.model_dump_json()) for record in records]
         _write_json(json_file, content[0] if len(content) == 1 else content)
@@ -111,20 +127,21 @@ def attack(
 
     OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
+    _only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
+    fixed = ["--eval.curve_points", "0", *(["--eval.gallery", "1000000000"] if save else [])]
+    configs = [_changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
-    for run in runs:
-        config = _changed(run, [*overrides, "--eval.curve_points", "0"])
+    for run, config in zip(runs, configs, strict=True):
         name = config.to_dict()["attack"]["name"]
-        if save:
-            config = _changed(run, [*overrides, "--eval.curve_points", "0", "--eval.gallery", "1000000000"])
-        evaluation = api.evaluate_run(
-            run,
-            config=config,
-            attacks=[NamedAttack(f"{name} {objective}", config.attack, objective)],
-            result=f"attack-{name}",
-        )
+        with _interruptible():
+            evaluation = api.evaluate_run(
+                run,
+                config=config,
+                attacks=[NamedAttack(f"{name} {objective}", config.attack, objective)],
+                result=f"attack-{name}",
+            )
         _print_record(evaluation.record)
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
@@ -173,7 +190,8 @@ def demo(
     """Train standard, PGD-AT, TRADES and C-LEAD on digits at equal compute, attack them, and draw the report."""
     from clead.demo import run_demo
 
-    comparison = run_demo(out, quick=quick)
+    with _interruptible():
+        comparison = run_demo(out, quick=quick)
     _print_comparison(comparison)
     _say(f"report: {Path(comparison['report']).resolve()}")
 
@@ -185,17 +203,45 @@ def list_() -> None:
     from clead.attacks import OBJECTIVES
 
     print(f"recipes: {', '.join(config.recipe_names())}")
-    for group, (registry, _) in config._CHOSEN.items():
-        print(f"{group}: {', '.join(registry.names())}")
+    for group, (_, _, names) in config.choice_keys().items():
+        print(f"{group}: {', '.join(names)}")
     print(f"objectives: {', '.join(OBJECTIVES.names())}")
 
 
 def _runs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    first = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
-    runs, overrides = arguments[:first], arguments[first:]
+    from clead.config import parse_overrides
+
+    runs, overrides = _positional(arguments)
     if not runs:
-        raise UserError("which run? give one or several run directories first, then settings")
+        parse_overrides(overrides)
+        raise UserError("which run? give one or several run directories, such as runs/NAME-TIME, got none")
     return runs, overrides
+
+
+def _positional(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part what stands by itself from ``--key VALUE`` and ``--key=VALUE``, in whatever order they were given."""
+    alone: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        waits = bool(overrides) and overrides[-1].startswith("--") and "=" not in overrides[-1]
+        (overrides if argument.startswith("--") or waits else alone).append(argument)
+    return alone, overrides
+
+
+def _only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
+    """Refuse settings that would change nothing here, because the run is trained already."""
+    from clead.config import GROUPS, parse_overrides
+
+    suite = ("steps", "restarts", "objectives", "fgsm", "curve_points", "curve_images", "curve_steps")
+    problems = []
+    for path, _ in parse_overrides(overrides):
+        key = ".".join(path)
+        useless = path[0] in GROUPS and path[0] not in groups and key != "train.device"
+        if useless or ("attack" in groups and path[0] == "eval" and path[-1] in suite):
+            hint = instead if path[0] in ("attack", "eval") else f"settings of {', '.join(groups)} and train.device do"
+            problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
+    if problems:
+        raise UserError(*problems)
 
 
 def _changed(run: str, overrides: list[str]) -> RunConfig:
@@ -207,7 +253,9 @@ def _changed(run: str, overrides: list[str]) -> RunConfig:
 
 
 def _newest(name: str) -> Path:
-    found = sorted(Path("runs").glob(f"{name}-*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    made = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
+    found = [path for path in Path("runs").glob("*/config.yaml") if made.fullmatch(path.parent.name)]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError(f"--resume: there is no run of {name} in runs/; give its directory with --out")
     return found[-1].parent
@@ -257,8 +305,8 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
     )
     for pair in comparison["pairs"]:
         print(
-            f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, {pair['only_b']} only by the second, "
-            f"McNemar exact p = {pair['p_value']:.2g}"
+            f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, "
+            f"{pair['only_b']} only by the second, McNemar exact p = {pair['p_value']:.2g}"
         )
 
 
@@ -292,6 +340,18 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
+class _Stopped(Exception):
+    """Ctrl-C: the command line's library would swallow a KeyboardInterrupt's message."""
+
+
+@contextmanager
+def _interruptible() -> Generator[None, None, None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise _Stopped(str(error) or "interrupted") from error
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     logging.basicConfig(format="clead: %(message)s", level=logging.WARNING)
@@ -301,17 +361,28 @@ def main() -> None:
         for problem in error.problems:
             print(f"clead: error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt as error:
+    except (_Stopped, KeyboardInterrupt, typer.Abort) as error:
         print(f"clead: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"clead: error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of the command line
-            print(f"clead: error: {error.format_message()}", file=sys.stderr)
+        kind, usage = type(error).__name__, getattr(error, "format_message", None)
+        if usage is not None and kind == "NoArgsIsHelpError":
+            print(usage(), file=sys.stderr)
             sys.exit(2)
-        if type(error).__name__ == "NonFiniteLoss":
+        if usage is not None:  # a usage error of the command line
+            print(f"clead: error: {' '.join(usage().split())}", file=sys.stderr)
+            sys.exit(2)
+        if kind == "NonFiniteLoss":
             print(f"clead: error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if kind == "OutOfMemoryError":
+            print(
+                "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size", file=sys.stderr
+            )
             sys.exit(1)
         raise
     sys.exit(code if isinstance(code, int) else 0)

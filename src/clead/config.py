@@ -6,12 +6,15 @@ YAML and command-line overrides go through the same validation, and every proble
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import Field, field_validator
+from yaml.error import MarkedYAMLError
 
 from clead.attacks import ATTACKS, OBJECTIVES
 from clead.attacks.pgd import PGD
@@ -24,6 +27,7 @@ from clead.settings import Ratio, setting, settings, validated
 from clead.threats import THREATS
 
 _LARGEST_YAML = 1_000_000
+_LARGEST_SEED = 2**63 - 1
 
 
 @settings
@@ -36,7 +40,9 @@ class Optim:
     weight_decay: float = setting(5e-4, "weight decay of every parameter", ge=0)
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = setting("one_cycle", "learning rate over training")
     warmup: float = setting(0.2, "part of training in which the rate rises", ge=0, lt=1, unit="fraction of training")
-    milestones: tuple[float, ...] = setting((0.5, 0.75), "where the step schedule falls", unit="fractions of training")
+    milestones: tuple[Annotated[float, Field(gt=0, le=1)], ...] = setting(
+        (0.5, 0.75), "where the step schedule falls, each in (0, 1]", unit="fractions of training"
+    )
     decay: float = setting(0.1, "factor of each fall of the step schedule", gt=0, lt=1)
     clip_norm: float | None = setting(None, "largest gradient norm; none: no clipping", gt=0)
 
@@ -49,6 +55,7 @@ class Train:
         0,
         "decides the initial weights, the order of the images, the augmentations and the perturbations",
         ge=0,
+        le=_LARGEST_SEED,
     )
     epochs: float | None = setting(
         None, "length in passes over the training set; give this or budget", gt=0, unit="epochs"
@@ -101,7 +108,15 @@ class Eval:
     curve_images: int = setting(256, "images of the curve", ge=1)
     curve_steps: int = setting(20, "PGD steps of the curve", ge=1)
     gallery: int = setting(24, "images kept for the report's gallery", ge=0)
-    seed: int = setting(0, "of the random starts", ge=0)
+    seed: int = setting(0, "of the random starts", ge=0, le=_LARGEST_SEED)
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        for name in objectives:
+            if name not in OBJECTIVES.names():
+                raise ValueError(f"unknown objective, got {name!r}; {did_you_mean(name, OBJECTIVES.names())}")
+        return objectives
 
 
 _CHOSEN: dict[str, tuple[Registry[Any], str]] = {
@@ -137,17 +152,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what concerns several groups at once."""
-        problems = []
-        if getattr(self.method, "uses_embedding", False) and self.data.batch_size < 2:
-            problems.append(
-                f"data.batch_size: a contrastive loss needs at least 2 images, the others are the negatives, got {self.data.batch_size}"
-            )
-        for objective in self.eval.objectives:
-            if objective not in OBJECTIVES.names():
-                problems.append(
-                    f"eval.objectives: unknown objective {objective!r}; {did_you_mean(objective, OBJECTIVES.names())}"
-                )
-        if problems:
+        parts = {group: getattr(self, group) for group in GROUPS}
+        problems = [f"{group}: {problem}" for group, value in parts.items() if (problem := _stranger(group, value))]
+        if problems or (problems := _joint_problems(parts)):
             raise UserError(*problems)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,20 +178,48 @@ class RunConfig:
         parts: dict[str, Any] = {}
         if "name" in tree:
             parts["name"] = str(tree["name"])
+            if not re.fullmatch(r"\w[\w .+-]*", parts["name"]):
+                problems.append(f"name: becomes part of a directory's name: letters, digits, '-', got {tree['name']!r}")
         for group in tree:
             if group not in (*GROUPS, "name"):
                 problems.append(f"{group}: unknown group; {did_you_mean(str(group), GROUPS)}")
         for group in GROUPS:
-            values = tree.get(group) or {}
+            values = {} if tree.get(group) is None else tree[group]
             try:
                 if not isinstance(values, dict):
                     raise UserError(f"{group}: must be a mapping of keys, got {values!r}")
                 parts[group] = _build(group, {str(key): value for key, value in values.items()})
             except UserError as error:
                 problems.extend(error.problems)
+        problems.extend(_joint_problems(parts))
         if problems:
             raise UserError(*problems)
         return RunConfig(**parts)
+
+
+def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
+    """Return the problems that concern several groups at once; groups that are not valid themselves may be lacking."""
+    method, data = parts.get("method"), parts.get("data")
+    if method is None or data is None:
+        return []
+    inner = getattr(method, "inner", "") == "contrastive" or getattr(method, "inner_contrastive_weight", 0) > 0
+    contrasts = getattr(method, "uses_embedding", False) or (inner and getattr(method, "uses_attack", False))
+    if contrasts and data.batch_size < 2:
+        return [
+            "data.batch_size: a contrastive loss needs at least 2 images, because the others are the negatives, "
+            f"got {data.batch_size}; raise it, or set the contrastive weights to 0"
+        ]
+    return []
+
+
+def _stranger(group: str, value: Any) -> str:
+    """Say what is wrong if ``value``, given in Python, is none of the settings that this group can hold."""
+    if group in _FIXED:
+        return "" if isinstance(value, _FIXED[group]) else f"must be {_FIXED[group].__name__}(...), got {value!r}"
+    known = {name: cls.__name__ for name, cls in _CHOSEN[group][0].items()}
+    if type(value) in [cls for _, cls in _CHOSEN[group][0].items()]:
+        return ""
+    return f"must be the settings of a registered {_CHOSEN[group][0].kind} ({', '.join(known.values())}), got {value!r}"
 
 
 def _build(group: str, values: dict[str, Any]) -> Any:
@@ -248,22 +283,44 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply overrides ``--group.key VALUE``; raises UserError that lists every problem.
 
     Naming another threat, attack, model or method starts from that one's defaults; naming another dataset keeps the keys
-    that it knows too (batch size, augmentation …).
+    that it knows too (batch size, augmentation …). Of ``train.epochs`` and ``train.budget``, the one given replaces the other.
     """
     name, text = recipe_text(recipe)
     tree = parse_yaml(text, recipe)
     if isinstance(tree, dict):
         tree = {"name": name, **tree}
-        for path, value in parse_overrides(overrides):
+        changes = parse_overrides(overrides)
+        # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
+        changes.sort(key=lambda change: not _chooses(change[0]))
+        for path, value in changes:
             _override(tree, path, value)
+        _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
     return RunConfig.from_dict(tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without what hides a mistake or explodes: a key given twice and aliases are errors."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise MarkedYAMLError(None, None, f"aliases are not supported, got *{event.anchor}", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise MarkedYAMLError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else key)
+        return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """Return what safe YAML holds; raises UserError naming the line of a syntax error."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(
@@ -285,16 +342,20 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
             problems.append(f"unexpected argument {argument!r}; settings are given as --group.key VALUE")
             continue
         if not equals:
-            if not waiting:
+            if not waiting or waiting[0].startswith("--"):
                 problems.append(f"{argument}: a value is missing; give {argument} VALUE")
                 continue
             value = waiting.pop(0)
         if "." not in key:
-            problems.append(f"{argument}: unknown option; settings are --group.key with a group of {', '.join(GROUPS)}")
+            full = sorted({f"--{row[0]}.{row[2]}" for row in documented_keys() if row[2] == key.replace("-", "_")})
+            hint = (
+                f"did you mean {' or '.join(full)}?" if full else f"settings are --group.key with {', '.join(GROUPS)}"
+            )
+            problems.append(f"--{key}: unknown option; {hint}")
             continue
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
+        except (yaml.YAMLError, ValueError, RecursionError):
             parsed = value
         pairs.append((key.replace("-", "_").split("."), parsed))
     if problems:
@@ -302,12 +363,23 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
     return pairs
 
 
+def _chooses(path: list[str]) -> bool:
+    return path[0] in _CHOSEN and path[1:] == [_CHOSEN[path[0]][1]]
+
+
+def _one_length(tree: dict[str, Any], given: set[str]) -> None:
+    """Let an override of epochs replace the recipe's budget, and the reverse."""
+    for key, other in (("epochs", "budget"), ("budget", "epochs")):
+        if key in given and other not in given:
+            tree["train"].pop(other, None)
+
+
 def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
     group, *rest = path
     values = tree.get(group)
     values = dict(values) if isinstance(values, dict) else {}
-    if group in _CHOSEN and rest == [_CHOSEN[group][1]] and values.get(rest[0]) != value:
-        registry, key = _CHOSEN[group]
+    if _chooses(path) and values.get(rest[0], _DEFAULT_NAME[group]) != value:
+        registry, _ = _CHOSEN[group]
         known: Iterable[str] = ()
         if group == "data" and value in registry.names():
             known = registry.get(value).__pydantic_fields__
@@ -320,6 +392,43 @@ def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
     values[rest[-1]] = value
 
 
+def key_reference() -> str:
+    """Return the text of ``clead train --help`` on every key; what classes of a group share is said once."""
+    lines, choices, rows = [], choice_keys(), documented_keys()
+    for group in GROUPS:
+        here = [row for row in rows if row[0] == group]
+        classes = list(dict.fromkeys(name for _, name, *_ in here)) if group in _FIXED else choices[group][2]
+        found: dict[tuple[str, str, str], dict[str, str]] = {}
+        for _, name, key, default, allowed, doc in here:
+            found.setdefault((key, allowed, doc), {})[name] = default
+        owners = {what: tuple(defaults) for what, defaults in found.items()}
+        lines.append(f"\n{group}")
+        if group in choices:
+            key, default, names = choices[group]
+            lines.append(f"  --{group}.{key}  ({f'default {default}' if default else 'required'}; {' | '.join(names)})")
+        # Stable: the keys of every class first, then those of some, class by class.
+        for owner in sorted(dict.fromkeys(owners.values()), key=lambda names: (-len(names), classes.index(names[0]))):
+            if len(owner) < len(classes):
+                lines.append(f"\n  only {group} {', '.join(owner)}")
+            for (key, allowed, doc), defaults in found.items():
+                if owners[key, allowed, doc] != owner:
+                    continue
+                shown = _shown_default(defaults)
+                lines.append(f"  --{group}.{key}  ({shown}{f'; {allowed}' if allowed else ''})\n      {doc}")
+    return "\n".join(lines)
+
+
+def _shown_default(defaults: Mapping[str, str]) -> str:
+    """Return the default of a key, given class by class, as one phrase."""
+    by_value = {value: [name for name in defaults if defaults[name] == value] for value in defaults.values()}
+    if len(by_value) == 1:
+        value = next(iter(by_value))
+        return value if value == "required" else f"default {value}"
+    most = max(by_value, key=lambda value: len(by_value[value]))
+    shown = [f"{'/'.join(names)} {value}" for value, names in by_value.items() if len(names) <= 3 or value != most]
+    return "default " + ", ".join([*shown, *([f"else {most}"] if len(by_value[most]) > 3 else [])])
+
+
 def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
     """Return (group, class name, key, default, range and unit, doc) of every key of every group, for ``--help``."""
     rows = []
@@ -330,9 +439,21 @@ def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
     return rows
 
 
-def _rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
+def choice_keys() -> dict[str, tuple[str, str | None, list[str]]]:
+    """Return group -> (key, default, known names) of every group whose class is chosen by name."""
+    return {group: (key, _DEFAULT_NAME[group], registry.names()) for group, (registry, key) in _CHOSEN.items()}
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """Return what a Literal, alone or in a union, allows."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _rows(cls: Any, prefix: str) -> list[tuple[str, str, str, str]]:
     rows = []
-    for key, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
+    for key, field in cls.__pydantic_fields__.items():
         default = field.get_default(call_default_factory=True)
         if dataclasses.is_dataclass(default):
             rows.extend(_rows(type(default), f"{prefix}{key}."))
@@ -343,7 +464,7 @@ def _rows(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
             for word, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
             if (bound := getattr(rule, word, None)) is not None
         ]
-        choices = [repr(choice) for choice in get_args(field.annotation) if isinstance(choice, str)]
+        choices = [repr(choice) for choice in _choices(field.annotation)]
         unit = (field.json_schema_extra or {}).get("unit", "")
         allowed = "; ".join(filter(None, [" | ".join(choices), ", ".join(rules), unit]))
         shown = "required" if field.is_required() else yaml.safe_dump(_plain(default), default_flow_style=True)

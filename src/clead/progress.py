@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -30,7 +30,7 @@ class Tick(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: float, *, done: float = 0, show: bool = True) -> Iterator[Tick]:
+def progress(description: str, total: float, *, done: float = 0, show: bool = True) -> Generator[Tick, None, None]:
     """Show progress on stderr while the block runs.
 
     Args:
@@ -53,7 +53,8 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
             TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task(description, total=total, completed=done, status="")
+            task = bar.add_task(description, total=total, status="")
+            bar.update(task, completed=done)
 
             def tick(advance: float = 1, **status: float | str) -> None:
                 if status:
@@ -63,21 +64,17 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
 
             yield tick
         return
-    state = {"done": done, "last": time.monotonic(), "status": ""}
-    start = time.monotonic()
+    start = last = time.monotonic()
+    at, shown = done, ""
 
     def log(advance: float = 1, **status: float | str) -> None:
-        state["done"] += advance
-        if status:
-            state["status"] = _text(status)
+        nonlocal at, last, shown
+        before, at = at, at + advance
+        shown = _text(status) if status else shown
         now = time.monotonic()
-        if now - state["last"] >= _LOG_SECONDS or state["done"] >= total:
-            state["last"] = now
-            print(
-                f"{description}: {state['done']:g}/{total:g} in {now - start:.0f} s  {state['status']}",
-                file=sys.stderr,
-                flush=True,
-            )
+        if now - last >= _LOG_SECONDS or before < total <= at:
+            last = now
+            print(f"{description}: {at:g}/{total:g} in {now - start:.0f} s  {shown}", file=sys.stderr, flush=True)
 
     yield log
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +29,9 @@ from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.training.optim import make_optimizer, make_schedule
 
+_log = logging.getLogger("clead")
 _LOG_STEPS = 10
+_REMEDY = "lower optim.lr, set optim.clip_norm, or use precision float32"
 _PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
 _PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +54,8 @@ class Position:
     best_step: int = -1
     validations_since_best: int = 0
     collapsed_at: int = -1
+    stopped_early: bool = False
+    robust_training: float = math.nan
     sums: dict[str, float] = field(default_factory=dict)
     sum_steps: int = 0
 
@@ -75,6 +80,8 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -142,27 +149,35 @@ def fit(
     at = Position()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
-        at = _restore(run, model, average, optimizer, schedule, scaler, show)
+        at = _restore(run, splits, model, average, optimizer, schedule, scaler)
     if settings.compile:
         model.compile()
 
     def kept() -> SplitModel:
-        return average.module if average is not None else model  # type: ignore[return-value]
+        return cast(SplitModel, average.module) if average is not None else model
 
     def save() -> None:
-        run.save_state(
-            {
-                "model": model.state_dict(),
-                "average": average.state_dict() if average is not None else None,
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
-                "position": dict(vars(at)),
-                "log_size": run.log_size(),
-            }
-        )
+        if broken := _first_not_finite(model):
+            raise NonFiniteLoss(
+                f"the weights became NaN or infinite by step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
+            )
+        state = {
+            "model": model.state_dict(),
+            "average": average.state_dict() if average is not None else None,
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+            "position": dict(vars(at)),
+            "log_size": run.log_size(),
+            "data": splits.fingerprint,
+        }
+        try:
+            run.save_state(state)
+        except UserError as error:
+            kept = "the checkpoint before is kept, --resume continues from it" if run.has_state() else "none was before"
+            raise UserError(f"{error} (training stopped at step {at.step}; {kept})") from error
 
     def passes() -> float:
         return at.step * batch_images * cost / len(splits.train)
@@ -170,14 +185,15 @@ def fit(
     amp = torch.autocast(device.type, dtype=_PRECISION[settings.precision], enabled=settings.precision != "float32")
     validation = splits.val.subset(torch.arange(min(settings.validate_images, len(splits.val))))
     validation_attack = PGD(steps=settings.validate_steps)
-    stopped_early, robust_training, recent = False, math.nan, {}
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
     with _signals() as interrupted, progress(f"train {config.name}", steps, done=at.step, show=show) as tick:
-        while at.step < steps and not stopped_early:
+        while at.step < steps and not at.stopped_early:
             batch = loader.batch(*divmod(at.step, per_epoch))
             if settings.channels_last:
-                batch = Batch(*(part.contiguous(memory_format=layout) if _is_image(part) else part for part in batch))
+                x, y, second = batch
+                second = second if second is None else second.contiguous(memory_format=layout)
+                batch = Batch(x.contiguous(memory_format=layout), y, second)
             generator = seeded(device, settings.seed, at.step, _PERTURBATION)
             with amp:
                 loss, metrics = config.method(
@@ -204,7 +220,7 @@ def fit(
             if at.step % _LOG_STEPS == 0 or at.step == steps:
                 recent = {name: total / at.sum_steps for name, total in at.sums.items()}
                 at.sums, at.sum_steps = {}, 0
-                robust_training = recent.get("robust_accuracy", math.nan)
+                at.robust_training = recent.get("robust_accuracy", math.nan)
                 run.log(
                     {
                         "kind": "train",
@@ -238,25 +254,28 @@ def fit(
                     }
                 )
                 status["validation_robust"] = robust
-                if at.collapsed_at < 0 and _collapsed(robust_training, robust, at.best):
+                if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
                     at.collapsed_at = at.step
-                    _say_collapse(robust_training, robust, at, run, per_epoch, passes())
+                    _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
                 at.validations_since_best += 1
-                # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained weights win.
+                # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
+                # weights win.
                 score = robust if config.method.uses_attack else clean
-                if score >= at.best:
-                    at.best, at.best_step, at.validations_since_best = score, at.step, 0
+                if score > at.best:
+                    at.validations_since_best = 0
+                if score >= at.best:  # of equals the later one, which has learnt longer
+                    at.best, at.best_step = score, at.step
                     _save(run, "best", kept(), config, splits, at, cost)
-                stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
+                at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
             tick(1, **status)
             if interrupted():
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
-            if time.monotonic() - last_save >= settings.checkpoint_seconds and at.step < steps and not stopped_early:
+            if time.monotonic() - last_save >= settings.checkpoint_seconds and at.step < steps and not at.stopped_early:
                 save()
                 last_save = time.monotonic()
+    save()  # first: it refuses weights that are not finite
     _save(run, "last", kept(), config, splits, at, cost)
-    save()
     return Outcome(
         steps=at.step,
         epochs=at.step / per_epoch,
@@ -264,17 +283,14 @@ def fit(
         forward_equivalents=passes(),
         best_validation=at.best,
         best_step=at.best_step,
-        stopped_early=stopped_early,
+        stopped_early=at.stopped_early,
         collapsed_at=at.collapsed_at,
     )
 
 
 def _first(batch: Batch, n: int) -> Batch:
-    return Batch(*(part if part is None else part[:n] for part in batch))
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, torch.Tensor) and part.dim() == 4
+    second = batch.second_view
+    return Batch(batch.images[:n], batch.labels[:n], second if second is None else second[:n])
 
 
 def _where(at: Position, per_epoch: int, passes: float) -> dict[str, Any]:
@@ -292,25 +308,29 @@ def _collapsed(training: float, validation: float, best: float) -> bool:
 
 
 def _say_collapse(training: float, validation: float, at: Position, run: RunDir, per_epoch: int, passes: float) -> None:
-    import logging
-
     message = (
         f"catastrophic overfitting at step {at.step}: robust accuracy on training batches {training:.1%}, under multi-step "
         f"validation PGD {validation:.1%} (best {at.best:.1%} at step {at.best_step}); the inner attack has become too weak, "
         "use more steps, a smaller step or a random start; best.safetensors keeps the weights from before"
     )
     run.log({"kind": "warning", **_where(at, per_epoch, passes), "message": message})
-    logging.getLogger("clead").warning(message)
+    _log.warning(message)
 
 
 def _not_finite(step: int, loss: float, metrics: dict[str, torch.Tensor], run: RunDir) -> str:
     terms = [name for name, value in metrics.items() if not math.isfinite(value.item())] or ["loss"]
+    return f"loss became {loss} at step {step} (in {', '.join(terms)}); {_last_good(run)}; {_REMEDY}"
+
+
+def _last_good(run: RunDir) -> str:
     good = run.path / "resume.state"
-    kept = f"the last good checkpoint is {good}" if good.exists() else "no checkpoint had been written yet"
-    return (
-        f"loss became {loss} at step {step} (in {', '.join(terms)}); {kept}; "
-        "lower optim.lr, set optim.clip_norm, or use precision float32"
-    )
+    return f"the last good checkpoint is {good}" if run.has_state() else "no checkpoint had been written yet"
+
+
+def _first_not_finite(model: nn.Module) -> str:
+    """Return the name of the first parameter that is NaN or infinite, or an empty string."""
+    # Not of buffers: a user's model may hold infinities there on purpose, such as a mask.
+    return next((name for name, part in model.named_parameters() if not torch.isfinite(part).all()), "")
 
 
 def _save(
@@ -342,15 +362,18 @@ def mean_std(splits: Splits) -> tuple[list[float], list[float]]:
 
 
 def _restore(
-    run: RunDir, model: nn.Module, average: Any, optimizer: Any, schedule: Any, scaler: Any, show: bool
+    run: RunDir, splits: Splits, model: nn.Module, average: Any, optimizer: Any, schedule: Any, scaler: Any
 ) -> Position:
     state, note = run.load_state()
     if state is None:
+        run.truncate_log(0)  # stopped before its first checkpoint: everything is done again
         return Position()
-    if note and show:
-        import logging
-
-        logging.getLogger("clead").warning("%s: %s", run.path, note)
+    if note:
+        _log.warning("%s: %s", run.path, note)
+    if state["data"] != splits.fingerprint:
+        raise UserError(
+            f"--resume continues on the same images; the data of {run.path} has changed since; restore it, or train anew"
+        )
     check_weights(model.state_dict(), state["model"], f"{run.path}/resume.state")
     model.load_state_dict(state["model"])
     if average is not None:
@@ -366,7 +389,7 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Any]:
+def _signals() -> Generator[Any, None, None]:
     """Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once."""
     caught: list[int] = []
 
