@@ -176,7 +176,7 @@ class RunConfig:
         if not isinstance(tree, dict):
             raise UserError(f"a recipe must be a mapping of {', '.join(GROUPS)}, got {type(tree).__name__}")
         parts: dict[str, Any] = {}
-        if "name" in tree:
+        if tree.get("name") is not None:
             parts["name"] = str(tree["name"])
             if not re.fullmatch(r"\w[\w .+-]*", parts["name"]):
                 problems.append(f"name: becomes part of a directory's name: letters, digits, '-', got {tree['name']!r}")
