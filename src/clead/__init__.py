@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from clead import attacks
-    from clead.api import compare, evaluate, evaluate_run, load, train
+    from clead.api import compare, evaluate, evaluate_run, load, train, write_report
     from clead.config import RunConfig, load_recipe
     from clead.errors import UserError
     from clead.models.split import adapt
@@ -31,6 +31,7 @@ _WHERE = {
     "load": "clead.api",
     "load_recipe": "clead.config",
     "train": "clead.api",
+    "write_report": "clead.api",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_recipe",
     "train",
+    "write_report",
 ]
 
 

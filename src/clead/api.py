@@ -25,6 +25,7 @@ from clead.models.build import build_model
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt, weights
+from clead.report import html
 from clead.report.record import Record, TrainingPart
 from clead.settings import validated
 from clead.threats import THREATS
@@ -246,7 +247,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, each attack's accuracy, and training
     cost. ``pairs``: McNemar's exact test for every two records of the same images under the same threat.
     """
-    records = [source if isinstance(source, Record) else read_record(source) for source in sources]
+    records = _records(sources)
     rows = [
         {
             "run": record.run,
@@ -268,6 +269,36 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             result = mcnemar(a.robust_flags, b.robust_flags)
             pairs.append({"a": a.run, "b": b.run, **result._asdict()})
     return {"rows": rows, "pairs": pairs}
+
+
+def write_report(sources: Sequence[str | Path], path: str | Path, *, title: str = "Robustness report") -> Path:
+    """Write one self-contained HTML page about runs or record files and return its path.
+
+    A record file alone gives tables and curves; a run directory also has training curves, images and embeddings.
+    """
+    records = _records(sources)
+    results = []
+    for source, record in zip(map(Path, sources), records, strict=True):
+        if source.is_dir():
+            run = RunDir.open(source)
+            images = source / "results" / "evaluation.safetensors"
+            artifacts = {k: v.numpy() for k, v in load_weights(images)[0].items()} if images.exists() else {}
+            results.append(html.RunResult(record.run, record, artifacts, run.history(), run.config().to_dict()))
+        else:
+            results.append(html.RunResult(record.run, record))
+    return html.write_report(results, Path(path), title=title, pairs=compare(records)["pairs"])
+
+
+def _records(sources: Sequence[str | Path | Record]) -> list[Record]:
+    """Return the records; runs of one name are told apart by their paths."""
+    records = [source if isinstance(source, Record) else read_record(source) for source in sources]
+    names = [record.run for record in records]
+    return [
+        record
+        if names.count(record.run) == 1 or isinstance(source, Record)
+        else record.model_copy(update={"run": str(source)})
+        for source, record in zip(sources, records, strict=True)
+    ]
 
 
 def _build(config: RunConfig, splits: Splits) -> SplitModel:

@@ -103,8 +103,6 @@ def evaluate(context: typer.Context, json_file: Json = None) -> None:
         _print_record(record)
         _say(f"record: {run}/results/evaluation.json")
         try:
-            from clead.report.build import report
-
             _say(f"report: {report([run], Path(run) / 'report.html', title=f'Robustness of {record.run}')}")
         except MissingExtra as error:  # the record is what was asked for
             _say(f"no report: {error}")
@@ -164,9 +162,7 @@ def compare(
     if json_file:
         _write_json(json_file, comparison)
     if out:
-        from clead.report.build import report as write
-
-        _say(f"report: {write(runs, out)}")
+        _say(f"report: {api.write_report(runs, out)}")
 
 
 @app.command()
@@ -175,11 +171,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The HTML file; RUN/report.html for one run.")] = None,
 ) -> None:
     """Write one self-contained HTML report of evaluated runs."""
-    from clead.report.build import report as write
+    from clead import api
 
     first = Path(runs[0])
     path = out or (first / "report.html" if len(runs) == 1 and first.is_dir() else Path("report.html"))
-    _say(f"report: {write(runs, path)}")
+    _say(f"report: {api.write_report(runs, path)}")
 
 
 @app.command()

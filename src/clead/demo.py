@@ -7,11 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clead.api import compare, evaluate_run, train
+from clead.api import compare, evaluate_run, train, write_report
 from clead.checkpoint import write_atomically
 from clead.config import load_recipe
 from clead.errors import UserError
-from clead.report.build import report
 
 RECIPES = ("digits-standard", "digits-pgd-at", "digits-trades", "digits-clead")
 _QUICK = ("--train.budget", "60", "--eval.steps", "20", "--eval.images", "180", "--eval.curve_points", "4")
@@ -42,5 +41,5 @@ def run_demo(out: Path | None, *, quick: bool = False, show: bool = True) -> dic
     rows = [{**row, "method": row["run"]} for row in comparison["rows"]]
     write_atomically(out / "summary.json", json.dumps(rows, indent=1).encode())
     title = "C-LEAD demo: four ways to train on handwritten digits" + (" (quick)" if quick else "")
-    comparison["report"] = report(paths, out / "report.html", title=title)
+    comparison["report"] = write_report(paths, out / "report.html", title=title)
     return comparison

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ _PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
 @contextmanager
-def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
+def folded(model: nn.Module, sample: Tensor) -> Generator[None, None, None]:
     """Fold w' = w·γ/σ, b' = (b − μ)·γ/σ + β of each convolution before a batch-norm (Jacob et al. 2018, arXiv:1712.05877, eq. 14).
 
     The outputs are the same up to rounding; gradients go to inputs only. Inside a bfloat16 or float16 autocast the folded weights
@@ -27,7 +27,9 @@ def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
         sample: (n, C, H, W), a few images; used once per model to find the pairs and to check that folding changes nothing; a pair
             where it would (a convolution whose output is used twice) is left as it is.
     """
-    if getattr(model, "_compiled", None) is not None:  # the compiler fuses these layers itself, and would not see the swap
+    if (
+        getattr(model, "_compiled", None) is not None
+    ):  # the compiler fuses these layers itself, and would not see the swap
         yield
         return
     if model not in _PAIRS:
@@ -37,7 +39,7 @@ def folded(model: nn.Module, sample: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _fold(pairs: list[Pair], dtype: torch.dtype | None) -> Iterator[None]:
+def _fold(pairs: list[Pair], dtype: torch.dtype | None) -> Generator[None, None, None]:
     saved: list[tuple[nn.Conv2d, nn.BatchNorm2d, Any, Any]] = []
     try:
         for conv, norm in pairs:

@@ -68,9 +68,7 @@ class RunResult:
     config: dict = field(default_factory=dict)
 
 
-def write_report(
-    runs: Sequence[RunResult], path: Path, *, title: str, pairs: Sequence[Mapping[str, Any]] = ()
-) -> Path:
+def write_report(runs: Sequence[RunResult], path: Path, *, title: str, pairs: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write the report of ``runs`` to ``path`` atomically (a reader sees the old file or all of the new one); return it.
 
     Args:
@@ -89,9 +87,7 @@ def write_report(
         raise UserError("a report needs at least one run, got none; give the folder of an evaluated run")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise UserError(
-            f"the names of a report's runs must differ, got {twice} more than once; rename one of them"
-        )
+        raise UserError(f"the names of a report's runs must differ, got {twice} more than once; rename one of them")
     for pair in pairs:
         for side in (pair["a"], pair["b"]):
             if side not in names:
@@ -252,9 +248,7 @@ def _plain(value: object) -> Any:
 def _has_autoattack(record: Record) -> bool:
     names = [attack.name.lower().replace("_", "-") for attack in record.attacks]
     parts = ("apgd-ce", "apgd-t", "fab", "square")
-    return any("autoattack" in name for name in names) or all(
-        any(name.startswith(p) for name in names) for p in parts
-    )
+    return any("autoattack" in name for name in names) or all(any(name.startswith(p) for name in names) for p in parts)
 
 
 def _care(run: RunResult, *, many: bool) -> list[str]:
@@ -270,9 +264,7 @@ def _care(run: RunResult, *, many: bool) -> list[str]:
                 f"ε is {record.threat.eps:.5g}; its numbers do not count."
             )
     for a in record.curve:
-        above = [
-            b for b in record.curve if b.attack == a.attack and b.eps > a.eps and b.robust.low > a.robust.high
-        ]
+        above = [b for b in record.curve if b.attack == a.attack and b.eps > a.eps and b.robust.low > a.robust.high]
         if above:
             notes.append(
                 f"{who}accuracy under {a.attack} rises from {percent(a.robust.accuracy)} at ε = {a.eps_text} to "
@@ -282,9 +274,7 @@ def _care(run: RunResult, *, many: bool) -> list[str]:
             break
     trained = _trained(run)
     if trained and abs(trained[0] - record.threat.eps) > 1e-9 and trained[2] == record.threat.norm.lower():
-        notes.append(
-            f"{who}the training threat has ε = {trained[1]}, the evaluation ε = {record.threat.eps_text}."
-        )
+        notes.append(f"{who}the training threat has ε = {trained[1]}, the evaluation ε = {record.threat.eps_text}.")
     return notes
 
 
@@ -337,9 +327,7 @@ def _curves(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         )
         svg = plots.epsilon_curve(records, trained, prefix=f"eps-{len(found)}", label=label, indices=indices)
         names = [(i, runs[i].name) for i in indices]
-        found.append(
-            {"svg": svg, "norm": _NORMS.get(norm, norm), "names": names, "rows": rows, "attacks": attacks}
-        )
+        found.append({"svg": svg, "norm": _NORMS.get(norm, norm), "names": names, "rows": rows, "attacks": attacks})
     return found
 
 
@@ -370,9 +358,7 @@ def _training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
         terms = [
             key
             for key in keys
-            if key != "loss"
-            and not any(word in key for word in _NOT_A_TERM)
-            and _last(run.history, key) is not None
+            if key != "loss" and not any(word in key for word in _NOT_A_TERM) and _last(run.history, key) is not None
         ][:8]
         if terms:
             last = ", ".join(f"{term.replace('_', ' ')} {_last(run.history, term):.3g}" for term in terms)
@@ -393,9 +379,7 @@ def _training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """Return the last value of ``key``: of validation if it was logged there, else of training."""
     for kind in ("validation", "train"):
-        values = [
-            line[key] for line in history if line.get("kind") == kind and plots.is_number(line.get(key))
-        ]
+        values = [line[key] for line in history if line.get("kind") == kind and plots.is_number(line.get(key))]
         if values:
             return float(values[-1])
     return None
@@ -426,9 +410,7 @@ def _arrays(run: RunResult, *keys: str) -> list[np.ndarray] | None:
     arrays = [np.asarray(run.artifacts[key]) for key in keys]
     lengths = {key: len(array) for key, array in zip(keys, arrays, strict=True)}
     if len(set(lengths.values())) > 1:
-        raise UserError(
-            f"artifacts of run {run.name!r} must have one row per image, got {lengths}; write them again"
-        )
+        raise UserError(f"artifacts of run {run.name!r} must have one row per image, got {lengths}; write them again")
     return arrays if len(arrays[0]) else None
 
 
@@ -499,8 +481,7 @@ def _galleries(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             )
         if items:
             outcomes = {
-                name: sum(item["outcome"] == name for item in items)
-                for name in ("held", "broken", "wrong anyway")
+                name: sum(item["outcome"] == name for item in items) for name in ("held", "broken", "wrong anyway")
             }
             truths = {_class(classes, int(k)) for k in np.unique(labels[: len(items)])}
             names = [name for name in classes if name in truths] + sorted(truths - set(classes))
@@ -520,9 +501,7 @@ def _png(image: np.ndarray, *, sharp: bool = False) -> str:
     pixels = (np.clip(np.nan_to_num(image), 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
     picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.mean(2).round().astype(np.uint8))
     if max(picture.size) > _THUMBNAIL:
-        picture.thumbnail(
-            (_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-        )
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -119,9 +119,7 @@ def _svg(figure: Figure, prefix: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # A <style> inside an inline SVG would apply to the whole page.
-    text = re.sub(
-        r"<!--.*?-->|<style.*?</style>|<metadata.*?</metadata>|<defs>\s*</defs>", "", text, flags=re.DOTALL
-    )
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata.*?</metadata>|<defs>\s*</defs>", "", text, flags=re.DOTALL)
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text))
 
     def mend(match: re.Match[str]) -> str:
@@ -207,18 +205,14 @@ def epsilon_curve(
     return _svg(figure, prefix, label)
 
 
-def _series(
-    history: Sequence[Mapping[str, Any]], kind: str, x: str, y: str
-) -> tuple[list[float], list[float]]:
+def _series(history: Sequence[Mapping[str, Any]], kind: str, x: str, y: str) -> tuple[list[float], list[float]]:
     """Return the finite (x, y) of one kind of line, averaged in order into at most 150 points."""
     pairs = [
         (line[x], line[y])
         for line in history
         if line.get("kind") == kind and is_number(line.get(x)) and is_number(line.get(y))
     ]
-    groups = np.array_split(
-        np.asarray(pairs, dtype=float).reshape(-1, 2), max(1, min(len(pairs), _MAX_POINTS))
-    )
+    groups = np.array_split(np.asarray(pairs, dtype=float).reshape(-1, 2), max(1, min(len(pairs), _MAX_POINTS)))
     means = [group.mean(0) for group in groups if len(group)]
     return [float(m[0]) for m in means], [float(m[1]) for m in means]
 
@@ -302,9 +296,7 @@ def class_bars(parts: Sequence[ClassPart], index: int, *, title: str, prefix: st
         shown = sorted(shown, key=lambda part: part.robust_accuracy)[:_MAX_CLASSES]
     figure, axes = _new(390, 62 + 19 * len(shown))
     color, rows = style(index).color, np.arange(len(shown))
-    axes.barh(
-        rows, [part.clean_accuracy for part in shown], height=0.72, color=color, alpha=0.26, linewidth=0
-    )
+    axes.barh(rows, [part.clean_accuracy for part in shown], height=0.72, color=color, alpha=0.26, linewidth=0)
     axes.barh(rows, [part.robust_accuracy for part in shown], height=0.4, color=color, linewidth=0)
     for row, part in enumerate(shown):
         numbers = f"{100 * part.robust_accuracy:.0f} / {100 * part.clean_accuracy:.0f} %"
@@ -370,9 +362,7 @@ def embedding_map(
     from matplotlib.collections import LineCollection
 
     colors = [PALETTE[int(k) % len(PALETTE)] for k in labels]
-    axes.add_collection(
-        LineCollection(np.stack([clean, adv], 1).tolist(), colors=colors, linewidths=0.5, alpha=0.35)
-    )
+    axes.add_collection(LineCollection(np.stack([clean, adv], 1).tolist(), colors=colors, linewidths=0.5, alpha=0.35))
     for k in np.unique(labels):
         color, of = PALETTE[int(k) % len(PALETTE)], labels == k
         axes.plot(*clean[of].T, "o", color=color, markersize=3.6, markeredgewidth=0, alpha=0.85)
