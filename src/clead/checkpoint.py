@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import platform
 import sys
 import tempfile
@@ -264,8 +263,9 @@ class RunDir:
             content = path.read_bytes()
             digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
             if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest:
-                # weights_only: a checksum is no signature, and a pickle could run code.
-                with contextlib.suppress(pickle.UnpicklingError, RuntimeError):
+                # weights_only: a checksum is no signature, and a pickle could run code; whatever torch.load says then,
+                # the file is of no use.
+                with contextlib.suppress(Exception):
                     state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
                     return state, f"{', '.join(broken)} damaged, continuing from {name}" if broken else ""
             broken.append(name)
