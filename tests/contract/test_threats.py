@@ -167,6 +167,17 @@ def test_saturated_gradients_still_move(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_nan_gradient_is_not_taken_for_a_flat_one(name):
+    """torch.sign(NaN) is 0: an image whose gradient is broken would stay where it is and look robust."""
+    x = torch.rand(3, 1, 4, 4, generator=generator())
+    x[1] = 0
+    gradient = torch.randn(x.shape, generator=generator(1))
+    gradient[1], gradient[2, 0, 1, 1] = torch.nan, torch.nan
+    moved = make(name, 0.5).project(make(name, 0.5).ascend(x, gradient, 0.1), x)
+    assert moved[0].isfinite().all() and moved[1].isnan().any() and moved[2].isnan().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bad", [-0.1, 1000, float("nan"), float("inf"), "8/0", "eight", True, None])
 def test_wrong_eps_is_one_line_with_the_value(name, bad):
     with pytest.raises(UserError) as caught:

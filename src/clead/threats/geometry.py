@@ -16,6 +16,11 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
+def sign(gradient: Tensor) -> Tensor:
+    """Return −1, 0 or 1 per pixel, and NaN for NaN: ``torch.sign`` makes it 0, and a broken gradient would look like robustness."""
+    return torch.where(gradient.isnan(), gradient, gradient.sign())
+
+
 def room(x: Tensor, direction: Tensor) -> Tensor:
     """Return how far each pixel of ``x`` in [0, 1] can move towards ``direction`` before it leaves the box (≥ 0)."""
     return torch.where(direction > 0, 1 - x, x).clamp_min(0)

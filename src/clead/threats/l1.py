@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, room
+from clead.threats.geometry import flat, room, sign
 
 _LARGEST = 255.0
 
@@ -53,10 +53,10 @@ class L1:
         practice; a fraction ``sparsity`` of the pixels is moved instead.
         """
         slope = flat(gradient)
-        useful = torch.where(flat(room(x_adv, gradient)) > 0, slope.abs(), 0)
+        useful = torch.where((flat(room(x_adv, gradient)) > 0) | slope.isnan(), slope.abs(), 0)
         count = max(1, math.ceil(self.sparsity * slope.shape[1]))
         steepest = useful.topk(count, dim=1).indices
-        step = torch.zeros_like(slope).scatter_(1, steepest, slope.gather(1, steepest).sign() * (step_size / count))
+        step = torch.zeros_like(slope).scatter_(1, steepest, sign(slope.gather(1, steepest)) * (step_size / count))
         return x_adv + step.view_as(x_adv)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat
+from clead.threats.geometry import flat, sign
 
 
 @THREATS.register("linf")
@@ -41,7 +41,7 @@ class Linf:
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
         """Return ``x_adv + step_size · sign(gradient)``."""
-        return x_adv + step_size * gradient.sign()
+        return x_adv + step_size * sign(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return the nearest point of the set: ball and box are both boxes, so clipping twice is exact."""
