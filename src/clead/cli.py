@@ -103,7 +103,7 @@ def evaluate(context: typer.Context, json_file: Json = None) -> None:
         _print_record(record)
         _say(f"record: {run}/results/evaluation.json")
         try:
-            _say(f"report: {report([run], Path(run) / 'report.html', title=f'Robustness of {record.run}')}")
+            _say(f"report: {api.write_report([run], Path(run) / 'report.html', title=f'Robustness of {record.run}')}")
         except MissingExtra as error:  # the record is what was asked for
             _say(f"no report: {error}")
     if json_file:
