@@ -1,0 +1,374 @@
+"""The methods against straightforward implementations of their formulas, to the last bit of the loss and of every gradient."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clead.attacks.pgd import PGD
+from clead.errors import UserError
+from clead.interfaces import Batch
+from clead.losses.contrastive import nt_xent, published, supcon
+from clead.methods.clead import CLead
+from clead.methods.pgd_at import PGDAT
+from clead.methods.standard import Standard
+from clead.methods.trades import TRADES
+from clead.models.build import build_model
+from clead.models.cost import CostMeter
+from clead.models.small_cnn import SmallCNN
+from clead.models.split import SplitModel
+from clead.settings import validated
+from clead.threats.linf import Linf
+
+EPS, STEPS, STEP = 0.1, 3, 0.05
+THREAT, ATTACK = Linf(eps=EPS), PGD(steps=STEPS, step_size=STEP)
+
+
+def generator(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_model(embedding_dim: int = 6) -> SplitModel:
+    model = build_model(SmallCNN(width=4, features=8), 1, 4, (0.4,), (0.3,), seed=0, sample_shape=(1, 8, 8))
+    model.add_projection(embedding_dim, seed=1)
+    return model.train()
+
+
+def make_batch(count: int = 6) -> Batch:
+    x = torch.rand(count, 1, 8, 8, generator=generator(1))
+    second = (x + 0.1 * torch.randn(x.shape, generator=generator(2))).clamp(0, 1)
+    return Batch(x, torch.arange(count) % 4, second)
+
+
+def run(method: Any, model: SplitModel | None = None, batch: Batch | None = None, seed: int = 5, attack: Any = ATTACK):
+    """Return (loss, metrics, gradients and buffers by name)."""
+    model = copy.deepcopy(model) if model is not None else make_model()
+    output = method(model, batch or make_batch(), threat=THREAT, attack=attack, generator=generator(seed))
+    output.loss.backward()
+    return output.loss.detach(), output.metrics, state_after(model)
+
+
+def state_after(model: SplitModel) -> dict[str, Tensor | None]:
+    gradients = {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return {**gradients, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
+def assert_same_bits(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> None:
+    assert a.keys() == b.keys()
+    for name, left in a.items():
+        right = b[name]
+        assert (left is None) == (right is None), name
+        assert left is None or torch.equal(left, right), name
+
+
+# --- The textbook, written again: no objective registry, no attack_mode, no method class -------------------------------------
+
+
+def textbook_pgd(model: SplitModel, x: Tensor, loss: Any, seed: int = 5) -> Tensor:
+    """Madry et al. 2018 with the model in eval mode; ``loss`` maps logits to a sum."""
+    model.eval()
+    x_adv = torch.empty_like(x).uniform_(-EPS, EPS, generator=generator(seed)).add_(x).clamp_(0, 1)
+    for _ in range(STEPS):
+        x_adv.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(model(x_adv)), x_adv)
+        x_adv = x_adv.detach() + STEP * gradient.sign()
+        x_adv = torch.minimum(torch.maximum(x_adv, x - EPS), x + EPS).clamp(0, 1)
+    model.train()
+    return x_adv
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(p_logits, 1), F.log_softmax(q_logits, 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def textbook(name: str, model: SplitModel, x: Tensor, y: Tensor, separate: bool) -> Tensor:
+    if name == "standard":
+        return F.cross_entropy(model(x), y)
+    if name == "pgd_at":
+        x_adv = textbook_pgd(model, x, lambda logits: F.cross_entropy(logits, y, reduction="sum"))
+        return F.cross_entropy(model(x_adv), y)
+    with torch.no_grad():
+        target = model.eval()(x)
+    x_adv = textbook_pgd(model, x, lambda logits: kl(target, logits).sum())
+    if separate:
+        clean, adversarial = model(x), model(x_adv)
+    else:
+        clean, adversarial = model(torch.cat([x, x_adv])).split(len(x))
+    return F.cross_entropy(clean, y) + 6.0 * kl(clean, adversarial).mean()
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize(("name", "method"), [("standard", Standard), ("pgd_at", PGDAT), ("trades", TRADES)])
+def test_equals_the_textbook_to_the_last_bit(name, method, separate):
+    loss, _, state = run(method(separate_forwards=separate))
+    model, batch = make_model(), make_batch()
+    expected = textbook(name, model, batch.images, batch.labels, separate)
+    expected.backward()
+    assert torch.equal(loss, expected.detach())
+    assert_same_bits(state, state_after(model))
+
+
+def test_trades_equals_kl_div_as_its_authors_wrote_it():
+    """The same up to rounding with F.kl_div(log_softmax, softmax, batchmean)."""
+    loss, _, state = run(TRADES(separate_forwards=True))
+    model, (x, y, _) = make_model(), make_batch()
+    with torch.no_grad():
+        target = model.eval()(x).softmax(1)
+    x_adv = textbook_pgd(model, x, lambda z: F.kl_div(F.log_softmax(z, 1), target, reduction="sum"))
+    clean, adversarial = model(x), model(x_adv)
+    robust = F.kl_div(F.log_softmax(adversarial, 1), clean.softmax(1), reduction="batchmean")
+    (F.cross_entropy(clean, y) + 6 * robust).backward()
+    for name, value in state_after(model).items():
+        if value is not None:
+            torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon"])
+@pytest.mark.parametrize("two_views", [True, False])
+def test_every_term_with_its_weight_equals_the_formula(separate, form, two_views):
+    method = CLead(
+        adversarial_weight=0.5,
+        clean_weight=0.7,
+        kl_weight=2.0,
+        contrastive_weight=0.3,
+        contrastive_loss=form,
+        temperature=0.2,
+        augmented_view=two_views,
+        separate_forwards=separate,
+    )
+    loss, metrics, state = run(method)
+    model, (x, y, x_aug) = make_model(), make_batch()
+    with torch.no_grad():
+        target = model.eval()(x)
+    x_adv = textbook_pgd(model, x, lambda logits: kl(target, logits).sum())
+    views = [x, x_adv, x_aug] if two_views else [x, x_adv]
+    if separate:
+        outputs = [model.features_and_logits(view) for view in views]
+    else:
+        outputs = list(zip(*(part.split(len(x)) for part in model.features_and_logits(torch.cat(views))), strict=True))
+    (h, clean), (h_adv, adversarial) = outputs[:2]
+    z = [model.embedding(part) for part in (h, *([outputs[2][0]] if two_views else []), h_adv)]
+    contrast = {"published": published(z, 0.2), "nt_xent": nt_xent(z, 0.2), "supcon": supcon(z, y, 0.2)}[form].mean()
+    terms = {
+        "adversarial_cross_entropy": F.cross_entropy(adversarial, y),
+        "clean_cross_entropy": F.cross_entropy(clean, y),
+        "kl": kl(clean, adversarial).mean(),
+        "contrastive": contrast,
+    }
+    expected = sum(w * term for w, term in zip((0.5, 0.7, 2.0, 0.3), terms.values(), strict=True))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+    for name, value in terms.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-6, atol=1e-7)
+    assert metrics["clean_accuracy"] == (clean.argmax(1) == y).float().mean()
+    assert metrics["robust_accuracy"] == (adversarial.argmax(1) == y).float().mean()
+    for name, value in state_after(model).items():
+        torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-4)
+
+
+REDUCTIONS = {
+    "standard": (Standard(), {"kl_weight": 0, "clean_weight": 1, "inner": "cross_entropy"}),
+    "pgd_at": (PGDAT(), {"kl_weight": 0, "clean_weight": 0, "adversarial_weight": 1, "inner": "cross_entropy"}),
+    "trades": (TRADES(), {}),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_without_the_contrastive_term_it_reduces_to_the_last_bit(name):
+    method, changes = REDUCTIONS[name]
+    loss, metrics, state = run(method)
+    reduced_loss, reduced_metrics, reduced_state = run(CLead(contrastive_weight=0, **changes))
+    assert torch.equal(loss, reduced_loss)
+    assert metrics.keys() == reduced_metrics.keys()
+    assert_same_bits(state, reduced_state)
+    assert state["projection.output.weight.grad"] is None
+
+
+BASE: dict[str, Any] = {
+    "adversarial_weight": 0.5,
+    "clean_weight": 0.7,
+    "kl_weight": 2.0,
+    "contrastive_weight": 0.3,
+    "contrastive_loss": "supcon",
+    "temperature": 0.2,
+    "augmented_view": True,
+    "embedding_dim": 6,
+    "inner": "kl",
+    "inner_contrastive_weight": 0.5,
+    "separate_forwards": False,
+}
+CHANGES: list[tuple[str, Any]] = [
+    ("adversarial_weight", 0.0),
+    ("clean_weight", 0.0),
+    ("kl_weight", 0.0),
+    ("contrastive_weight", 0.0),
+    ("contrastive_loss", "published"),
+    ("contrastive_loss", "nt_xent"),
+    ("temperature", 0.5),
+    ("augmented_view", False),
+    ("embedding_dim", 7),
+    ("inner", "cross_entropy"),
+    ("inner", "embedding"),
+    ("inner", "contrastive"),
+    ("inner_contrastive_weight", 0.0),
+    ("separate_forwards", True),
+]
+
+
+def test_every_option_is_tested():
+    """fold_batch_norm is about speed alone: its own test says that it changes no more than rounding."""
+    assert set(BASE) == {key for key, _ in CHANGES} == {field.name for field in fields(CLead)} - {"fold_batch_norm"}
+
+
+@pytest.mark.parametrize("method", [PGDAT, TRADES, CLead])
+def test_folding_batch_norm_changes_no_more_than_rounding(method):
+    loss, _, state = run(method())
+    folded_loss, _, folded_state = run(method(fold_batch_norm=True))
+    torch.testing.assert_close(folded_loss, loss, rtol=1e-4, atol=0)
+    for name, value in state.items():
+        if value is not None:
+            torch.testing.assert_close(folded_state[name], value, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES)
+def test_every_option_changes_the_result(key, value):
+    results = []
+    for values in (BASE, {**BASE, key: value}):
+        method = CLead(**values)
+        _, _, state = run(method, make_model(method.embedding_dim))
+        gradient = state["encoder.linear.weight.grad"]
+        assert gradient is not None and torch.isfinite(gradient).all()
+        results.append(gradient)
+    assert not torch.equal(*results)
+
+
+def test_the_seed_changes_the_result_and_repeats_it():
+    (first, _, a), (again, _, b), (other, _, _) = (run(CLead(), seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon"])
+def test_the_contrastive_gradient_reaches_encoder_and_projection_only(form):
+    only = {"adversarial_weight": 0, "clean_weight": 0, "kl_weight": 0, "contrastive_weight": 1}
+    _, metrics, state = run(CLead(**only, contrastive_loss=form))
+    for name, value in state.items():
+        if name.startswith("classifier."):
+            assert value is None or not value.any(), name
+        elif name.endswith(".grad"):
+            assert value is not None and value.any(), name
+    assert "contrastive" in metrics
+
+
+def test_the_inner_attack_leaves_batch_norm_alone():
+    """Running statistics move by exactly the one training forward, however long the attack is."""
+    _, _, short = run(PGDAT(), attack=PGD(steps=1, step_size=1e-9, random_start=False))
+    model, batch = make_model(), make_batch()
+    model(batch.images)
+    name = "encoder.convolutions.1.running_mean"
+    torch.testing.assert_close(short[name], dict(model.named_buffers())[name])
+    for method in (Standard(), PGDAT(), TRADES(), CLead()):
+        _, _, state = run(method)
+        assert state["encoder.convolutions.1.num_batches_tracked"] == 1
+    for method, views in ((Standard(separate_forwards=True), 1), (CLead(separate_forwards=True), 3)):
+        _, _, state = run(method)
+        assert state["encoder.convolutions.1.num_batches_tracked"] == views
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_cost_in_forward_equivalents(k):
+    n = 6
+    expected = [
+        (Standard(), 3),
+        (PGDAT(), 2 * k + 3),
+        (TRADES(), 2 * k + 1 + 6),
+        (TRADES(separate_forwards=True), 2 * k + 1 + 6),
+        (CLead(), 2 * k + 1 + 9),
+        (CLead(augmented_view=False), 2 * k + 1 + 6),
+        (CLead(inner="cross_entropy", augmented_view=False), 2 * k + 6),
+        (CLead(inner_contrastive_weight=1), 4 * k + 2 + 9),
+    ]
+    for method, per_image in expected:
+        model = make_model()
+        with CostMeter(model) as meter:
+            run_on = method(model, make_batch(n), threat=THREAT, attack=PGD(steps=k), generator=generator())
+            run_on.loss.backward()
+        assert meter.forward_equivalents == per_image * n, method
+
+
+def test_what_a_method_needs():
+    assert not Standard().uses_attack and not Standard().uses_embedding and not Standard().uses_second_view
+    assert PGDAT().uses_attack and TRADES().uses_attack and not TRADES().uses_embedding
+    assert CLead().uses_attack and CLead().uses_embedding and CLead().uses_second_view
+    assert not CLead(augmented_view=False).uses_second_view
+    assert not CLead(contrastive_weight=0).uses_second_view
+    # A batch with no second view is enough where none is used.
+    batch = make_batch()._replace(second_view=None)
+    assert torch.isfinite(run(CLead(augmented_view=False), batch=batch)[0])
+
+
+def test_the_model_is_left_in_training_mode_with_its_frozen_parts():
+    model = make_model()
+    model.encoder.get_submodule("convolutions.1").eval()
+    model.classifier.requires_grad_(False)
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    output = CLead()(model, make_batch(), threat=THREAT, attack=ATTACK, generator=generator())
+    output.loss.backward()
+    assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert all(p.grad is None for p in model.classifier.parameters())
+
+
+def test_under_bfloat16_autocast_the_loss_is_float32_and_close():
+    full, _, _ = run(CLead())
+    model = make_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = CLead()(model, make_batch(), threat=THREAT, attack=ATTACK, generator=generator())
+    output.loss.backward()
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss.detach(), full, rtol=0.1, atol=0)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"kl_weight": -1}, "method.kl_weight: input should be greater than or equal to 0, got -1"),
+        ({"temperature": 0}, "method.temperature: input should be greater than 0, got 0"),
+        (
+            {"contrastive_loss": "sup_con"},
+            "method.contrastive_loss: input should be 'published', 'nt_xent' or 'supcon'",
+        ),
+        ({"lambda": 1}, "method.lambda: unknown key"),
+        ({"kl_weigth": 1}, "method.kl_weigth: unknown key; did you mean 'kl_weight'"),
+        (
+            {"clean_weight": 0, "kl_weight": 0, "contrastive_weight": 0},
+            "at least one weight must be above 0, got all four 0",
+        ),
+    ],
+)
+def test_bad_settings_are_one_line(values, says):
+    with pytest.raises(UserError) as caught:
+        validated(CLead, values, "method")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_training_on_one_batch_lowers_the_loss():
+    model, batch = make_model(), make_batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(12):
+        output = CLead()(model, batch, threat=THREAT, attack=ATTACK, generator=generator(step))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert isinstance(model, nn.Module) and model.training
