@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import shutil
 import tempfile
 
@@ -28,8 +29,8 @@ from clead.config import RunConfig, Train, load_recipe
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
 
-TINY = """--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --method.name trades
---attack.steps 1 --train.epochs 1 --train.validate_steps 1 --train.device cpu""".split()
+TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --method.name trades
+--attack.steps 1 --train.epochs 1 --train.validate_steps 1 --train.device cpu""")
 
 
 @pytest.fixture(scope="module")
