@@ -114,6 +114,8 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     assert_same_run(killed, whole)
     steps = [line["step"] for line in log(killed) if line["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == resumed.outcome.steps == 120
+    seconds = [line["seconds"] for line in log(killed, seconds=True)]
+    assert seconds == sorted(seconds)
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
@@ -166,7 +168,7 @@ def test_a_damaged_checkpoint_is_said_and_the_older_one_used(tmp_path, monkeypat
     overrides = ("--train.checkpoint_seconds", "0", "--train.epochs", "4")
     fit(tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch:
-        kill_after_saves(patch, 7)
+        kill_after_saves(patch, 6)  # the validation after step 6 is logged; the older checkpoint is of step 5
         with pytest.raises(Killed):
             fit(tmp_path / "killed", *overrides)
     state = tmp_path / "killed" / "resume.state"
