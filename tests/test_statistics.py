@@ -1,0 +1,48 @@
+"""Wilson's interval and McNemar's test against their formulas by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clead.errors import UserError
+from clead.evaluation.statistics import estimate, mcnemar
+
+
+@given(n=st.integers(1, 400), data=st.data())
+def test_estimate_is_wilsons_interval(n, data):
+    """Wilson 1927: (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n)."""
+    right = data.draw(st.integers(0, n))
+    result = estimate([True] * right + [False] * (n - right))
+    z, p = 1.959963984540054, right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert result.accuracy == p and result.n == n
+    assert result.low == pytest.approx((centre - half) / (1 + z * z / n), abs=1e-12)
+    assert result.high == pytest.approx((centre + half) / (1 + z * z / n), abs=1e-12)
+    assert 0 <= result.low <= result.accuracy <= result.high <= 1
+
+
+def test_estimate_at_the_ends():
+    assert estimate([True] * 50).high == 1 and 0.9 < estimate([True] * 50).low < 1
+    assert estimate([False] * 50).low == 0 and 0 < estimate([False] * 50).high < 0.1
+    assert estimate([True]).n == 1
+
+
+@given(only_a=st.integers(0, 25), only_b=st.integers(0, 25), both=st.integers(0, 5), neither=st.integers(0, 5))
+def test_mcnemar_is_the_exact_binomial_test(only_a, only_b, both, neither):
+    a = [True] * only_a + [False] * only_b + [True] * both + [False] * neither
+    b = [False] * only_a + [True] * only_b + [True] * both + [False] * neither
+    result = mcnemar(a, b)
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    assert (result.only_a, result.only_b) == (only_a, only_b)
+    assert result.p_value == pytest.approx(min(1, 2 * tail))
+    assert mcnemar(b, a).p_value == result.p_value
+
+
+def test_mcnemar_refuses_different_images():
+    with pytest.raises(UserError, match="same images, got 2 and 3"):
+        mcnemar([True] * 2, [True] * 3)
