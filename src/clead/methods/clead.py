@@ -36,12 +36,12 @@ class CLead:
     adversarial_weight: float = setting(0.0, "α: weight of the cross-entropy of adversarial images", ge=0)
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(6.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
-    contrastive_weight: float = setting(0.1, "λ: weight of the contrastive term", ge=0)
+    contrastive_weight: float = setting(0.3, "λ: weight of the contrastive term", ge=0)
     contrastive_loss: Literal["published", "nt_xent", "supcon"] = setting(
         "supcon",
         "form of the contrastive term: clean anchors as published, symmetric NT-Xent, or label-aware SupCon",
     )
-    temperature: float = setting(0.1, "τ of the contrastive term", gt=0)
+    temperature: float = setting(0.5, "τ of the contrastive term; 0.1 as published", gt=0)
     augmented_view: bool = setting(
         True, "contrast a second augmentation of the image (data.view) too, not only x and x_adv"
     )
