@@ -51,9 +51,10 @@ class NamedAttack:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated and where it comes from; goes into the record."""
+    """What is evaluated and where it comes from; goes into the record. ``model`` is the architecture's name."""
 
     name: str
+    model: str
     weights: str
     data: str
     split: Literal["train", "val", "test"]
@@ -166,7 +167,7 @@ def evaluate_model(
         command=" ".join(sys.argv),
         seed=settings.seed,
         model=ModelPart(
-            name=type(model).__name__,
+            name=subject.model,
             parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("projection.")),
             weights=subject.weights,
             fingerprint=fingerprint(weights(model)),
