@@ -380,3 +380,13 @@ def test_objective_receives_the_seeded_start():
     model, (x, y) = curved(), images(classes=4)
     a, b = (attack_images(PGD(steps=1), model, x, y, Linf(eps=0.3), generator=generator(s)) for s in (0, 1))
     assert not torch.equal(a, b)
+
+
+def test_contrastive_objective_of_a_single_image_is_the_cosine_distance():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    model = adapt(net, sample_shape=(1, 2, 2))
+    x = torch.rand(1, 1, 2, 2)
+    x_adv = pgd(model, x, torch.tensor([0]), eps=0.2, steps=5, objective="contrastive")
+    same = torch.nn.functional.cosine_similarity(model.features(x_adv), model.features(x))
+    assert same.item() < 0.999

@@ -142,8 +142,6 @@ def evaluate(
     check_inputs(first, labels[:1] if as_bytes else labels)
     if len(images) != len(labels):
         raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
-    if options.images is not None:
-        images, labels = images[: options.images], labels[: options.images]
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]

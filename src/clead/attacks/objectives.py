@@ -57,7 +57,8 @@ def embedding(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
 def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """NT-Xent of (x, x_adv) at τ = 0.1 in the projected embedding (in the features if the model has no projection head).
 
-    Source: the instance-wise attack of Kim et al. 2020, arXiv:2006.07589, eq. 2.
+    Source: the instance-wise attack of Kim et al. 2020, arXiv:2006.07589, eq. 2. A single image has no negatives: what is left
+    is the cosine distance.
     """
     split = _split(model, "contrastive")
 
@@ -69,6 +70,8 @@ def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
 
     with torch.no_grad():
         clean = embed(x)
+    if len(x) == 1:
+        return lambda x_adv: cosine_distance(embed(x_adv), clean)
     return lambda x_adv: nt_xent([clean, embed(x_adv)], 0.1)
 
 

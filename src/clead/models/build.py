@@ -41,9 +41,7 @@ class ModelSettings(ABC):
         run once to be built. Initialisation draws from the global generator; ``build_model`` seeds it.
         """
         encoder, feature_dim = self.encoder(channels)
-        return Classifier(
-            first_layer(self.normalize, mean, std), encoder, nn.Linear(feature_dim, num_classes)
-        )
+        return Classifier(first_layer(self.normalize, mean, std), encoder, nn.Linear(feature_dim, num_classes))
 
 
 def first_layer(normalize: str, mean: Sequence[float], std: Sequence[float]) -> nn.Module:

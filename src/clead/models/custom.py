@@ -57,9 +57,7 @@ class Custom:
             module = self._make(_load(source), name, num_classes)
         if isinstance(module, SplitModel):
             if module.num_classes != num_classes:
-                raise UserError(
-                    f"{self.factory} has {module.num_classes} classes but the data has {num_classes}"
-                )
+                raise UserError(f"{self.factory} has {module.num_classes} classes but the data has {num_classes}")
             return module
         return AdaptedModel(
             module,
@@ -84,9 +82,7 @@ class Custom:
         except Exception as error:
             raise UserError(f"model.factory: {self.factory} raised {_line(error)}") from error
         if not isinstance(made, nn.Module):
-            raise UserError(
-                f"model.factory: {self.factory} must return a torch.nn.Module, got {type(made).__name__}"
-            )
+            raise UserError(f"model.factory: {self.factory} must return a torch.nn.Module, got {type(made).__name__}")
         return made
 
 

@@ -30,9 +30,7 @@ class Normalize(nn.Module):
         super().__init__()
         mean, std = [float(value) for value in mean], [float(value) for value in std]
         if not mean or len(mean) != len(std):
-            raise ValueError(
-                f"mean and std need one number per channel, got {len(mean)} and {len(std)} numbers"
-            )
+            raise ValueError(f"mean and std need one number per channel, got {len(mean)} and {len(std)} numbers")
         if not all(math.isfinite(value) for value in mean + std):
             raise ValueError(f"mean and std must be finite, got {mean} and {std}")
         if min(std) <= 0:

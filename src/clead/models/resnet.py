@@ -47,9 +47,7 @@ class Residual(nn.Module):
         self.stride, self.padding = stride, outputs - inputs
         self.shortcut: nn.Module | None = None
         if not pad and (stride != 1 or inputs != outputs):
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, outputs, H / stride, W / stride)."""
@@ -68,9 +66,7 @@ class ResNetEncoder(nn.Module):
     Each stage halves height and width. x: (B, C, H, W) -> (B, D), D the width of the last stage.
     """
 
-    def __init__(
-        self, channels: int, width: int, depths: Sequence[int], *, bottleneck: bool, pad: bool
-    ) -> None:
+    def __init__(self, channels: int, width: int, depths: Sequence[int], *, bottleneck: bool, pad: bool) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -148,9 +144,7 @@ class ResNet50(ModelSettings):
     variant since 2016.
     """
 
-    width: int = setting(
-        64, "bottleneck channels of the first of four stages; each next one has twice as many", ge=1
-    )
+    width: int = setting(64, "bottleneck channels of the first of four stages; each next one has twice as many", ge=1)
 
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 32 × width."""

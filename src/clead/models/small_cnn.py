@@ -55,9 +55,7 @@ class SmallEncoder(nn.Module):
 class SmallCNN(ModelSettings):
     """Four convolutions and a linear layer, 0.2 M parameters; images of 5×5 and more."""
 
-    width: int = setting(
-        32, "channels of the first convolution; the others have 2, 2 and 4 times as many", ge=1
-    )
+    width: int = setting(32, "channels of the first convolution; the others have 2, 2 and 4 times as many", ge=1)
     pool: int = setting(2, "cells per side that the last convolution's output is averaged to", ge=1)
     features: int = setting(128, "dimension of the features", ge=1)
 

@@ -177,8 +177,7 @@ class AdaptedModel(SplitModel):
                 _KEPT.wanted, _KEPT.features = False, None
         if features is None:
             raise RuntimeError(
-                f"the final layer {self.classifier_name!r} did not run in this forward pass; "
-                "has it been replaced?"
+                f"the final layer {self.classifier_name!r} did not run in this forward pass; has it been replaced?"
             )
         return features, logits
 
@@ -191,13 +190,10 @@ def _find_classifier(
     layers = dict(module.named_modules())
     if classifier is not None and classifier not in layers:
         linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
-        raise UserError(
-            f"{kind} has no layer {classifier!r} (classifier); {did_you_mean(classifier, linears)}"
-        )
+        raise UserError(f"{kind} has no layer {classifier!r} (classifier); {did_you_mean(classifier, linears)}")
     if classifier is not None and not isinstance(layers[classifier], nn.Linear):
         raise UserError(
-            f"layer {classifier!r} of {kind} (classifier) must be an nn.Linear, "
-            f"got {type(layers[classifier]).__name__}"
+            f"layer {classifier!r} of {kind} (classifier) must be an nn.Linear, got {type(layers[classifier]).__name__}"
         )
 
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
