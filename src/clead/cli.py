@@ -49,6 +49,21 @@ def _documented(value: bool) -> None:
         raise typer.Exit
 
 
+def _version(value: bool) -> None:
+    if value:
+        from clead import __version__
+
+        print(f"clead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+) -> None:
+    pass
+
+
 @app.command(context_settings=_OPEN, add_help_option=False)
 def train(
     context: typer.Context,

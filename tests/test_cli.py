@@ -1,0 +1,251 @@
+"""The command line, from a newcomer's side: whole ways through it, and what it prints."""
+
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clead
+from clead import cli, config
+from clead.checkpoint import RunDir, load_weights
+
+TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
+--attack.steps 1 --train.epochs 2 --train.validate_steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1
+--eval.gallery 3 --train.device cpu""")
+SMALL = TINY[4:]  # for other models
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run ``clead …`` in an empty directory, in this process; return (exit code, stdout, stderr)."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clead", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two evaluated runs, made through Python."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, method in (("plain", "standard"), ("robust", "pgd_at")):
+        clead.train(clead.load_recipe(f"digits-{method.replace('_', '-')}", TINY), out=folder / name, show=False)
+        clead.evaluate_run(folder / name, show=False)
+    return folder
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def well(result):
+    code, out, err = result
+    assert code == 0, err
+    assert "Traceback" not in err and "error" not in err
+    return out
+
+
+def test_the_whole_way_on_digits(command):
+    out = well(command("train", "digits-clead", *TINY, "--out", "a"))
+    assert "6 steps, 2.0 epochs" in out and "next: clead evaluate a" in out
+    well(command("train", *TINY, "digits-standard", "--out=b", "--train.seed=3"))  # options before the recipe
+
+    out = well(command("evaluate", "a", "--json", "a.json", "--eval.steps", "1", "--threat.eps", "8/255"))
+    assert "worst case per image" in out and "a: 40 test images, linf 8/255" in out
+    record = read("a.json")
+    assert (
+        record["threat"]["eps_text"] == "8/255"
+        and record["data"]["n"] == 40
+        and record["training"]["method"] == "clead"
+    )
+    assert record == read("a/results/evaluation.json")
+    assert os.path.getsize("a/report.html") > 10_000
+    assert RunDir.open(Path("a")).config().threat.eps == 0.15  # the run itself is not changed
+
+    out = well(command("evaluate", "--eval.steps=1", "--json", "both.json", "a", "b"))
+    assert [r["run"] for r in read("both.json")] == ["a", "b"]
+
+    out = well(
+        command(
+            "attack", "a", "--save", "a.npz", "--json", "attack.json", "--attack.steps", "3", "--objective", "margin"
+        )
+    )
+    assert "pgd margin" in out
+    arrays = np.load("a.npz")
+    assert arrays["x"].shape == arrays["x_adv"].shape == (40, 1, 8, 8) and arrays["labels"].shape == arrays[
+        "robust"
+    ].shape == (40,)
+    assert np.abs(arrays["x"] - arrays["x_adv"]).max() <= 0.15 + 1e-6
+    model, _ = clead.load("a"), torch.manual_seed(0)
+    right = (model(torch.from_numpy(arrays["x_adv"])).argmax(1) == torch.from_numpy(arrays["labels"])).numpy()
+    assert (arrays["robust"] <= right).all()  # robust images are right under attack
+    settings = read("attack.json")["attacks"][0]["settings"]
+    assert settings["steps"] == 3 and settings["objective"] == "margin"
+    well(command("attack", "a", "--attack.name", "fgsm"))
+
+    out = well(command("compare", "a", "b", "--json", "c.json", "--out", "c.html"))
+    assert "a against b:" in out and "McNemar exact p = " in out
+    comparison = read("c.json")
+    assert [row["run"] for row in comparison["rows"]] == ["a", "b"] and len(comparison["pairs"]) == 1
+    assert all(0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1 for row in comparison["rows"])
+    assert well(command("compare", "a.json", "b/results/evaluation.json"))  # records as well as runs
+    out = well(command("report", "a", "b"))
+    assert "report: report.html" in out and os.path.exists("report.html") and os.path.exists("c.html")
+    out = well(command("train", "digits-clead", *TINY, "--out", "a", "--resume"))
+    assert "6 steps" in out
+
+
+def test_default_run_directories_and_resume_by_name(command):
+    out = well(command("train", "digits-standard", *TINY))
+    (made,) = [line.removeprefix("run: ") for line in out.splitlines() if line.startswith("run: ")]
+    assert made.startswith("runs/digits-standard-")
+    # A longer name is another recipe's.
+    os.makedirs("runs/digits-standard-mine-20300101-000000")
+    open("runs/digits-standard-mine-20300101-000000/config.yaml", "w").close()
+    assert f"run: {made}\n" in well(command("train", "digits-standard", *TINY, "--resume"))
+    code, _, err = command("train", "digits-trades", *TINY, "--resume")
+    assert code == 2 and err.startswith("clead: error: --resume: there is no run of digits-trades in runs/")
+
+
+def noise(*shape, seed):
+    return np.random.RandomState(seed).randint(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_an_image_folder_of_many_sizes(command):
+    for part, count in (("train", 8), ("test", 4)):
+        for c, name in enumerate(("cat", "dög")):
+            os.makedirs(f"pets/{part}/{name}")
+            for n in range(count):
+                with open(f"pets/{part}/{name}/{n}.png", "wb") as file:
+                    file.write(encoded(noise(9 + n, 12 - n, 3, seed=10 * c + n)))
+    common = ("--data.name", "auto", "--data.path", "pets", *TINY[:4], *TINY[8:], "--data.augment.flip", "true")
+    code, _, err = command("train", "digits-clead", *common)
+    assert code == 2 and "--data.image_size" in err and err.count("\n") == 1 and not os.path.exists("runs")
+    well(command("train", "digits-clead", *common, "--data.image_size", "12", "--data.resize", "crop", "--out", "run"))
+    assert "8 test images" in well(command("evaluate", "run"))
+    assert load_weights(Path("run/best.safetensors"))[1]["classes"] == ["cat", "dög"]
+
+
+def test_parquet_in_the_hugging_face_layout(command):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    os.mkdir("flags")
+    for part, count in (("train", 20), ("test", 6)):
+        images = [{"bytes": encoded(noise(8, 8, 3, seed=n)), "path": None} for n in range(count)]
+        table = pa.table({"img": images, "label": [n % 2 for n in range(count)]})
+        info = {"info": {"features": {"label": {"names": ["red", "blue"], "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(table, f"flags/{part}-00000-of-00001.parquet")
+    common = ("--data.name", "parquet", "--data.path", "flags", *TINY[:4], *TINY[8:])
+    well(command("train", "digits-clead", *common, "--out", "run"))
+    assert "6 test images" in well(command("evaluate", "run", "--json", "r.json"))
+    assert read("r.json")["data"]["classes"] == ["red", "blue"]
+
+
+def test_arrays_and_a_users_model_from_a_file(command):
+    labels = np.arange(30) % 3
+    np.savez("a.npz", x_train=noise(30, 6, 6, seed=0), y_train=labels, x_test=noise(9, 6, 6, seed=1), y_test=labels[:9])
+    os.mkdir("nets")
+    with open("nets/mine.py", "w") as file:
+        file.write(
+            "from torch import nn\n\ndef factory(num_classes):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, num_classes))\n"
+        )
+    common = ("--data.name", "auto", "--data.path", "a.npz", *TINY[8:], "--model.name", "nets/mine.py:factory")
+    well(command("train", "digits-clead", *common, "--out", "run"))
+    assert "9 test images" in well(command("evaluate", "run", "--eval.steps", "1"))
+    model = clead.load("run")
+    assert model.num_classes == 3 and model.module[3].weight.shape == (3, 8)
+    well(command("report", "run"))
+
+
+def test_show_prints_a_recipe_that_can_be_used(command):
+    out = well(command("train", "digits-clead", "--threat.eps", "8/255", "--show"))
+    assert "eps: 8/255" in out and not os.path.exists("runs")
+    with open("mine.yaml", "w") as file:
+        file.write(out)
+    assert well(command("train", "mine.yaml", "--show")) == out
+
+
+def test_help_documents_every_key(command):
+    out = well(command("train", "--help"))
+    assert config.key_reference() in out
+    for option in ("--out", "--resume", "--show", "digits-clead"):
+        assert option in out
+    out = well(command("--help"))
+    for name in ("train", "attack", "evaluate", "compare", "report", "demo", "list"):
+        assert name in out
+        assert well(command(name, "--help"))
+    code, out, err = command()
+    assert code == 2 and "Usage" in err and "error" not in err
+
+
+def test_list_and_version(command):
+    out = well(command("list"))
+    for word in ("digits-clead", "resnet18", "linf", "pgd", "trades", "margin"):
+        assert word in out
+    assert well(command("--version")) == f"clead {clead.__version__}\n"
+
+
+def test_missing_report_libraries_do_not_lose_the_record(command, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    run = trained / "plain"
+    out = well(command("evaluate", run, "--eval.steps", "1"))
+    assert "record: " in out and "no report: " in out and "pip install 'clead[report]'" in out
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_help_is_quick():
+    """Neither the help nor ``import clead`` waits for PyTorch."""
+    code = "import sys; import clead; from clead import cli; sys.argv = ['clead', '--help']\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\n"
+    result = python(code + "print([m for m in ('torch', 'numpy', 'pydantic', 'sklearn') if m in sys.modules])")
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_a_real_process(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    clead_ = [sys.executable, "-m", "clead"]
+    wrong = subprocess.run(
+        [*clead_, "train", "digits-claed"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
+    assert wrong.stderr.startswith("clead: error: unknown recipe 'digits-claed'")
+    arguments = ["train", "digits-standard", *TINY, "--train.epochs", "100000", "--out", "run"]
+    process = subprocess.Popen([*clead_, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+    for _ in range(3000):
+        if (tmp_path / "run" / "metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)  # what Ctrl-C sends
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error.count("\n") == 1
+    assert error.startswith("clead: stopped at step ") and "--resume --out run" in error
+    assert (tmp_path / "run" / "resume.state").exists()
