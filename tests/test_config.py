@@ -397,3 +397,10 @@ def test_objectives_are_validated_against_the_registry():
     for name in OBJECTIVES.names():
         assert RunConfig.from_dict(tree(eval={"objectives": [name]})).eval.objectives == (name,)
     assert problems(lambda: RunConfig.from_dict(tree(eval={"objectives": []})))[0].startswith("eval.objectives")
+
+
+def test_a_path_for_a_dataset_that_has_none_means_the_users_own_images():
+    config = load_recipe("digits-clead", ["--data.path", "my/images"])
+    assert config.to_dict()["data"]["name"] == "auto"
+    assert str(config.data.path) == "my/images"
+    assert config.data.batch_size == load_recipe("digits-clead").data.batch_size

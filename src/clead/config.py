@@ -283,19 +283,29 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply overrides ``--group.key VALUE``; raises UserError that lists every problem.
 
     Naming another threat, attack, model or method starts from that one's defaults; naming another dataset keeps the keys
-    that it knows too (batch size, augmentation …). Of ``train.epochs`` and ``train.budget``, the one given replaces the other.
+    that it knows too (batch size, augmentation …). A ``data.path`` for a dataset that has none (digits) means ``auto``.
+    Of ``train.epochs`` and ``train.budget``, the one given replaces the other.
     """
     name, text = recipe_text(recipe)
     tree = parse_yaml(text, recipe)
     if isinstance(tree, dict):
         tree = {"name": name, **tree}
         changes = parse_overrides(overrides)
+        keys = [path for path, _ in changes]
+        if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):
+            changes.append((["data", "name"], "auto"))
         # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
         changes.sort(key=lambda change: not _chooses(change[0]))
         for path, value in changes:
             _override(tree, path, value)
         _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
     return RunConfig.from_dict(tree)
+
+
+def _has_path(tree: dict[str, Any]) -> bool:
+    data = tree.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    return name not in DATASETS.names() or "path" in DATASETS.get(name).__pydantic_fields__
 
 
 class _Loader(yaml.SafeLoader):
