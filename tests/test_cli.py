@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from PIL import Image
 import clead
 from clead import cli, config
 from clead.checkpoint import RunDir, load_weights
+from clead.progress import progress
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
 --attack.steps 1 --train.epochs 2 --train.validate_steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1
@@ -249,3 +251,23 @@ def test_a_real_process(tmp_path):
     assert process.returncode == 130 and error.count("\n") == 1
     assert error.startswith("clead: stopped at step ") and "--resume --out run" in error
     assert (tmp_path / "run" / "resume.state").exists()
+
+
+def test_progress_in_a_log_is_one_line_at_the_end(capsys):
+    with progress("work", 3) as tick:
+        for n in range(4):  # one more than was foreseen
+            tick(1, loss=0.123456, validation_robust=float(n))
+    assert capsys.readouterr().err == "work: 3/3 in 0 s  loss 0.123  val robust 2\n"
+    with progress("work", 3, show=False) as tick:
+        tick(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_fits_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress("train digits-clead", 9999, done=10) as tick:
+        tick(1, loss=0.5, clean_accuracy=0.25, robust_accuracy=0.125, validation_robust=0.1)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err).splitlines()
+    shown = [line for line in lines if "11/9999" in line]
+    assert shown and "loss 0.5" in shown[-1] and all(len(line.rstrip()) <= 80 and "…" not in line for line in lines)

@@ -29,7 +29,8 @@ from clead.training.loop import Interrupted, NonFiniteLoss
 from clead.training.optim import make_optimizer, make_schedule
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 16 --attack.steps 1
---train.validate_every 1 --train.validate_steps 1 --train.device cpu --optim.clip_norm null""")
+--train.validate_every 1 --train.validate_steps 1 --train.device cpu --optim.name adamw --optim.lr 0.002
+--optim.clip_norm null""")
 
 NET = """
 from torch import nn
@@ -659,7 +660,8 @@ def clead_reference(tmp_path_factory):
     return stored(fit(folder, *METHOD, recipe="digits-clead").path)
 
 
-METHOD = ("--data.view.crop", "1", "--method.contrastive_weight", "0.5", "--attack.steps", "2")
+METHOD = shlex.split("""--data.view.crop 1 --attack.steps 2 --method.contrastive_weight 0.5 --method.temperature 0.1
+--method.contrastive_loss supcon --method.augmented_view true --threat.eps 0.15""")
 
 
 @pytest.mark.parametrize("key, value", [("method." + k, v) for k, v in METHOD_CHANGES.items()] + [

@@ -46,7 +46,7 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
     if console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -58,7 +58,9 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
 
             def tick(advance: float = 1, **status: float | str) -> None:
                 if status:
-                    bar.update(task, advance=advance, status=_text(status))
+                    # Cut to the line: else the bar and the times shrink to nothing on a narrow terminal.
+                    room = max(0, console.width - len(description) - 2 * len(f"{total:g}") - 34)
+                    bar.update(task, advance=advance, status=_text(status)[:room])
                 else:
                     bar.update(task, advance=advance)
 
@@ -80,6 +82,7 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
 
 
 def _text(status: dict[str, float | str]) -> str:
-    return "  ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in status.items()
-    )
+    shown = {
+        key.replace("_accuracy", "").replace("validation", "val").replace("_", " "): v for key, v in status.items()
+    }
+    return "  ".join(f"{key} {v:.3g}" if isinstance(v, float) else f"{key} {v}" for key, v in shown.items())
