@@ -740,3 +740,23 @@ def test_unknown_devices_are_refused_before_anything_is_written(name, tmp_path):
     with pytest.raises(UserError, match="train.device"):
         fit(tmp_path / "run", "--train.device", repr(name))
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_draws_what_the_log_says(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    clead.train(load_recipe("digits-trades", [*TINY, "--train.epochs", "4"]), out=tmp_path / "run", show=False)
+    drawn = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = [line for line in log(tmp_path / "run") if line["kind"] == "train"]
+    assert [(e.step, pytest.approx(e.value)) for e in drawn.Scalars("train/kl")] == [
+        (x["step"], x["kl"]) for x in lines
+    ]
+    assert {"validation/robust_accuracy", "train/learning_rate"} <= set(drawn.Tags()["scalars"])
+
+
+def test_training_does_not_need_tensorboard(tmp_path, monkeypatch):
+    import clead.training.tracking as tracking
+
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    clead.train(load_recipe("digits-standard", [*TINY, "--train.epochs", "1"]), out=tmp_path / "run", show=False)
+    assert not (tmp_path / "run" / "tensorboard").exists()

@@ -36,6 +36,8 @@ _MAGIC = b"clead-state-1\n"
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
+_WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", "outcome.json")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; raises UserError if the disk refuses, and leaves what was there before."""
@@ -253,8 +255,9 @@ class RunDir:
 
     def load_state(self) -> tuple[dict[str, Any] | None, str]:
         """Return the newest checkpoint whose checksum holds, or None, and a note if an older one had to be used."""
-        for left in self.path.glob(".*.state.*"):  # of a kill while a checkpoint was written
-            left.unlink(missing_ok=True)
+        for left in self.path.glob(".*"):  # of a kill in the middle of write_atomically
+            if left.name.startswith(tuple(f".{name}." for name in _WRITTEN)):
+                left.unlink(missing_ok=True)
         broken = []
         for name in _STATES:
             path = self.path / name

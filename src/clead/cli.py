@@ -153,7 +153,7 @@ def attack(
                 run,
                 config=config,
                 attacks=[NamedAttack(f"{name} {objective}", config.attack, objective)],
-                result=f"attack-{name}",
+                result=f"attack-{name}-{objective}",
             )
         _print_record(evaluation.record)
         contents.append(json.loads(evaluation.record.model_dump_json()))

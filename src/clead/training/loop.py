@@ -28,6 +28,7 @@ from clead.models.cost import CostMeter
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.training.optim import make_optimizer, make_schedule
+from clead.training.tracking import tensorboard
 
 _log = logging.getLogger("clead")
 _LOG_STEPS = 10
@@ -187,7 +188,18 @@ def fit(
     validation_attack = PGD(steps=settings.validate_steps)
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
-    with _signals() as interrupted, progress(f"train {config.name}", steps, done=at.step, show=show) as tick:
+    with (
+        _signals() as interrupted,
+        tensorboard(run.path / "tensorboard", at.step) as draw,
+        progress(f"train {config.name}", steps, done=at.step, show=show) as tick,
+    ):
+
+        def log(kind: str, **figures: float) -> None:
+            line = {"kind": kind, **_where(at, per_epoch, passes()), **figures}
+            run.log(line)
+            draw(line)
+
+        validated: dict[str, float] = {}
         while at.step < steps and not at.stopped_early:
             batch = loader.batch(*divmod(at.step, per_epoch))
             if settings.channels_last:
@@ -221,14 +233,7 @@ def fit(
                 recent = {name: total / at.sum_steps for name, total in at.sums.items()}
                 at.sums, at.sum_steps = {}, 0
                 at.robust_training = recent.get("robust_accuracy", math.nan)
-                run.log(
-                    {
-                        "kind": "train",
-                        **_where(at, per_epoch, passes()),
-                        "learning_rate": schedule.get_last_lr()[0],
-                        **recent,
-                    }
-                )
+                log("train", learning_rate=float(schedule.get_last_lr()[0]), **recent)
             status = {
                 "loss": loss.item(),
                 **{k: metrics[k].item() for k in ("clean_accuracy", "robust_accuracy") if k in metrics},
@@ -244,16 +249,8 @@ def fit(
                     seed=settings.seed,
                     device=device,
                 )
-                run.log(
-                    {
-                        "kind": "validation",
-                        **_where(at, per_epoch, passes()),
-                        "clean_accuracy": clean,
-                        "robust_accuracy": robust,
-                        "images": len(validation),
-                    }
-                )
-                status["validation_robust"] = robust
+                log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
+                validated = {"validation_clean": clean, "validation_robust": robust}
                 if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
                     at.collapsed_at = at.step
                     _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
@@ -267,7 +264,7 @@ def fit(
                     at.best, at.best_step = score, at.step
                     _save(run, "best", kept(), config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
-            tick(1, **status)
+            tick(1, **status, **validated)
             if interrupted():
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
