@@ -7,6 +7,7 @@ import pytest
 
 from clead import cli, demo
 from clead.config import load_recipe
+from clead.errors import UserError
 
 SHORT = (
     *("--train.budget", "12", "--model.width", "4", "--data.limit_train", "60", "--data.limit_test", "40"),
@@ -54,3 +55,11 @@ def test_the_demo_never_writes_into_a_used_directory(tmp_path, monkeypatch, caps
         cli.main()
     assert stopped.value.code == 2 and "is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_demo_misses_a_library_before_it_computes(tmp_path, monkeypatch):
+    find = demo.importlib.util.find_spec
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "jinja2" else find(name))
+    with pytest.raises(UserError, match=r"the demo needs jinja2, .* run: pip install 'clead\[demo\]'"):
+        demo.run_demo(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from clead.api import compare, evaluate_run, train, write_report
 from clead.checkpoint import write_atomically
 from clead.config import load_recipe
-from clead.errors import UserError
+from clead.errors import MissingExtra, UserError
 
 RECIPES = ("digits-standard", "digits-pgd-at", "digits-trades", "digits-clead")
 _QUICK = ("--train.budget", "60", "--eval.steps", "20", "--eval.images", "180", "--eval.curve_points", "4")
@@ -29,6 +30,9 @@ def run_demo(out: Path | None, *, quick: bool = False, show: bool = True) -> dic
     out = out or Path("runs") / f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"--out {out} is not empty; give an empty or new directory")
+    for library in ("matplotlib", "jinja2", "sklearn"):  # before minutes of work, not after
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtra(library.replace("sklearn", "scikit-learn"), "demo", "the demo")
     overrides = _QUICK if quick else ()
     configs = [load_recipe(recipe, overrides) for recipe in RECIPES]
     paths = []
