@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from clead.models import MODELS
+from clead.models.cost import CostMeter
 from clead.models.fold import _PAIRS, folded
 from clead.models.modes import attack_mode
 from clead.models.split import adapt
@@ -89,3 +90,11 @@ def test_a_convolution_that_is_used_twice_is_not_folded():
         with folded(model, x):
             torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert _PAIRS[model] == [(net.second, net.norm2)]
+
+
+def test_looking_for_pairs_is_not_counted_as_work():
+    model = _trained_a_little("resnet8", width=4)
+    x = torch.rand(4, 3, 16, 16)
+    with CostMeter(model) as meter, attack_mode(model), folded(model, x):
+        model(x)
+    assert meter.forward_equivalents == 4
