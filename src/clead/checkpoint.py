@@ -16,6 +16,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -128,6 +129,12 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
+def command() -> str:
+    """Return the command line that is running, without the folder that the program lies in."""
+    name = Path(sys.argv[0]).name.replace("__main__.py", "clead")
+    return shlex.join([name, *sys.argv[1:]])
+
+
 def environment() -> dict[str, str]:
     """Return the versions that a result may depend on."""
     import numpy
@@ -172,7 +179,7 @@ class RunDir:
         write_atomically(path / "config.yaml", config.to_yaml().encode())
         details = {
             **environment(),
-            "command": " ".join(sys.argv),
+            "command": command(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_atomically(path / "environment.json", json.dumps(details, indent=2).encode())

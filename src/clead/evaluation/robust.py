@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
 from clead.attacks.run import attack_images, check_inputs, logits_of
-from clead.checkpoint import environment, fingerprint
+from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
 from clead.errors import UserError
@@ -164,7 +163,7 @@ def evaluate_model(
     record = Record(
         run=subject.name,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=" ".join(sys.argv),
+        command=command(),
         seed=settings.seed,
         model=ModelPart(
             name=subject.model,
