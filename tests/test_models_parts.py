@@ -213,9 +213,7 @@ def test_user_module_is_split_and_kept_intact(name: str | None) -> None:
     assert [key.removeprefix("module.") for key in weights(adapted)] == keys
     x = torch.rand(4, *SHAPE)
     adapted.train()
-    features, logits = adapted.features_and_logits(
-        x
-    )  # dropout on: the features are those that gave the logits
+    features, logits = adapted.features_and_logits(x)  # dropout on: the features are those that gave the logits
     torch.testing.assert_close(net[5](features), logits)
     adapted.eval()
     assert torch.equal(adapted.features(x), net[:5](x)) and torch.equal(adapted(x), net(x))
@@ -228,9 +226,7 @@ def test_adapted_module_inside_an_adapted_one() -> None:
     after = adapt(nn.Sequential(inner, nn.ReLU(), nn.Linear(3, 2)), sample_shape=SHAPE).eval()
     x = torch.rand(4, *SHAPE)
     assert torch.equal(around.features(x), inner.features(x))
-    assert torch.equal(after.features(x), inner(x).relu()) and torch.equal(
-        inner.features(x), around.features(x)
-    )
+    assert torch.equal(after.features(x), inner(x).relu()) and torch.equal(inner.features(x), around.features(x))
 
 
 def test_adapting_changes_neither_the_module_nor_the_global_state() -> None:
@@ -356,9 +352,7 @@ def build(factory: str, **changes: Any) -> SplitModel:
     return build_model(Custom(factory=factory, **changes), 1, 3, [0.5], [0.5], seed=0, sample_shape=SHAPE)
 
 
-@pytest.mark.parametrize(
-    "factory", ["nets/mine_of_test.py:Net", "nets/mine_of_test.py:fixed", "top_of_test:net"]
-)
+@pytest.mark.parametrize("factory", ["nets/mine_of_test.py:Net", "nets/mine_of_test.py:fixed", "top_of_test:net"])
 def test_custom_model_is_imported_and_adapted(folder: Path, factory: str) -> None:
     import sys
 

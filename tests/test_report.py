@@ -24,9 +24,7 @@ def wilson(k, n):
     return {"accuracy": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
 
 
-def fake_record(
-    name="clead", robust=0.541, clean=0.82, *, n=1000, classes=None, images="a1b2", curve=True, **changes
-):
+def fake_record(name="clead", robust=0.541, clean=0.82, *, n=1000, classes=None, images="a1b2", curve=True, **changes):
     classes = classes or [f"digit {k}" for k in range(10)]
     attacks = [
         ("fgsm", robust + 0.06, 1, 2),
@@ -80,8 +78,7 @@ def fake_run(name="clead", robust=0.541, clean=0.82, *, per_step=11, m=20, **cha
 
     def probabilities(accuracy):
         logits = (
-            rng.normal(size=(n, 10))
-            + 5 * np.eye(10)[np.where(rng.random(n) < accuracy, labels, (labels + 3) % 10)]
+            rng.normal(size=(n, 10)) + 5 * np.eye(10)[np.where(rng.random(n) < accuracy, labels, (labels + 3) % 10)]
         )
         return (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float32)
 
@@ -136,9 +133,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         if "id" in attrs:
             self.ids.append(attrs["id"])
-        self.links += [
-            attrs[key] for key in ("href", "src", "xlink:href", "action", "data", "srcset") if key in attrs
-        ]
+        self.links += [attrs[key] for key in ("href", "src", "xlink:href", "action", "data", "srcset") if key in attrs]
         self.links += re.findall(r"url\(([^)]*)\)", " ".join(str(value) for value in attrs.values()))
         if tag == "img":
             self.images.append(attrs)
@@ -237,9 +232,7 @@ def test_mcnemar_is_shown_for_the_same_images_only(tmp_path):
 def test_signs_of_a_failed_attack_are_said(tmp_path):
     record = fake_record()
     far = record.attacks[0].model_copy(update={"largest": 9 / 255})
-    rising = [
-        p.model_copy(update={"robust": record.clean}) if p.eps_text == "16/255" else p for p in record.curve
-    ]
+    rising = [p.model_copy(update={"robust": record.clean}) if p.eps_text == "16/255" else p for p in record.curve]
     _, page = write(tmp_path, RunResult("a", record.model_copy(update={"attacks": [far], "curve": rising})))
     assert "went outside the threat" in page.text and "gradient masking" in page.text
     _, page = write(tmp_path, RunResult("a", record))
@@ -248,10 +241,7 @@ def test_signs_of_a_failed_attack_are_said(tmp_path):
 
 def test_autoattack_suite_is_not_called_weaker_than_itself(tmp_path):
     record = fake_record()
-    four = [
-        record.attacks[0].model_copy(update={"name": name})
-        for name in ("apgd-ce", "apgd-t", "fab-t", "square")
-    ]
+    four = [record.attacks[0].model_copy(update={"name": name}) for name in ("apgd-ce", "apgd-t", "fab-t", "square")]
     _, page = write(tmp_path, RunResult("a", record.model_copy(update={"attacks": four})))
     assert "weaker than AutoAttack" not in page.text and "upper bound" in page.text
 
