@@ -1,6 +1,6 @@
 """Run variants of recipes over seeds on validation data, two at a time, and keep every result: a resumable queue.
 
-    python benchmarks/study.py benchmarks/study_digits.yaml
+python benchmarks/study.py benchmarks/study_digits.yaml
 
 The YAML file names the recipes, seeds, common overrides and variants. Results go to the JSON file of the same name: one row per
 (variant, seed) with validation accuracies (the test set is not touched), overrides and seconds; rows that exist are not run again.
@@ -59,7 +59,9 @@ def main() -> None:
                     jobs[pool.submit(run, variant["recipe"], overrides, seed)] = (name, seed, variant, overrides)
         for job in as_completed(jobs):
             name, seed, variant, overrides = jobs[job]
-            rows.append({"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()})
+            rows.append(
+                {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()}
+            )
             rows.sort(key=lambda row: (row["variant"], row["seed"]))
             out.write_text(json.dumps(rows, indent=1) + "\n")
             print(f"{name} seed {seed}: {job.result()}", flush=True)

@@ -1,6 +1,6 @@
 """Print the README's tables from the committed results.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 import json
@@ -31,7 +31,9 @@ def digits():
 
 
 def cifar():
-    print("| recipe | clean % | FGSM % | PGD-50 CE % | PGD-50 margin % | worst case % | compute |\n|---|---|---|---|---|---|---|")
+    print(
+        "| recipe | clean % | FGSM % | PGD-50 CE % | PGD-50 margin % | worst case % | compute |\n|---|---|---|---|---|---|---|"
+    )
     for key, name in NAMES.items():
         record = json.loads((HERE / "records" / f"cifar10-small-{key}.json").read_text())
         attacks = " | ".join(f"{100 * part['robust']['accuracy']:.1f}" for part in record["attacks"])

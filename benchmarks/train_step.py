@@ -3,10 +3,11 @@
     pip install --no-deps torchattacks==3.5.1 && pip install requests
     python benchmarks/train_step.py --out benchmarks/train_step.json
 
-The straightforward step is float32: torchattacks' PGD with gradients to all parameters, then one forward per view, losses from their
-formulas. Ours runs in float32 and in bfloat16 with channels_last. All are measured interleaved in one process, medians quoted; peak
-memory in one process each. ``bound`` is what the arithmetic allows: forward-equivalents × a measured training-mode forward in the
-same precision, so ``over_bound`` is 1 for a step that does nothing but its forwards and backwards at a forward's speed.
+The straightforward step is float32: torchattacks' PGD with gradients to all parameters, then one forward per view, losses
+from their formulas. Ours runs in float32 and in bfloat16 with channels_last, batch-norm folded in the inner loop. All are measured
+interleaved in one process, medians quoted; peak memory in one process each. ``bound`` is what the arithmetic allows:
+forward-equivalents × a measured training-mode forward in the same precision, so ``over_bound`` is 1 for a step that does nothing
+but its forwards and backwards at a forward's speed.
 """
 
 import argparse
@@ -30,7 +31,11 @@ from clead.models.cost import CostMeter
 from clead.threats.linf import Linf
 
 EPS, STEP, STEPS, TAU, WEIGHT = 8 / 255, 2 / 255, 7, 0.1, 0.1
-MODES = {"peer float32": None, "clead float32": (torch.float32, False), "clead bfloat16 channels_last": (torch.bfloat16, True)}
+MODES = {
+    "peer float32": None,
+    "clead float32": (torch.float32, False),
+    "clead bfloat16 channels_last": (torch.bfloat16, True),
+}
 
 
 def build(name):
@@ -72,13 +77,20 @@ def peer_step(model, optimizer, batch, random_start=True):
 
 def our_step(model, optimizer, batch, dtype, channels_last, random_start=True, separate=False):
     method = CLead(
-        contrastive_loss="published", contrastive_weight=WEIGHT, temperature=TAU, inner="cross_entropy", separate_forwards=separate
+        contrastive_loss="published",
+        contrastive_weight=WEIGHT,
+        temperature=TAU,
+        inner="cross_entropy",
+        separate_forwards=separate,
+        fold_batch_norm=not separate,
     )
     attack = PGD(steps=STEPS, step_size="2/255", random_start=random_start)
     if channels_last:
         batch = Batch(*(p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in batch))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        loss, _ = method(model, batch, threat=Linf(eps="8/255"), attack=attack, generator=torch.Generator().manual_seed(0))
+        loss, _ = method(
+            model, batch, threat=Linf(eps="8/255"), attack=attack, generator=torch.Generator().manual_seed(0)
+        )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -91,7 +103,9 @@ def stepper(name, mode, size):
     settings = MODES[mode]
     if settings and settings[1]:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=settings is not None)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=settings is not None
+    )
     batch = batch_of(size)
     if settings is None:
         return lambda **options: peer_step(model, optimizer, batch, **options)
@@ -139,11 +153,18 @@ def main():
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
         print(int(peak.split()[1]) / 1024)
         return
-    result = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.processor(), "batch": arguments.batch}
+    result = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.processor(),
+        "batch": arguments.batch,
+    }
     result["command"] = "python benchmarks/train_step.py " + " ".join(sys.argv[1:])
     for name in arguments.models:
         losses = {mode: stepper(name, mode, arguments.batch)(random_start=False) for mode in MODES}
-        losses["clead float32, separate forwards"] = stepper(name, "clead float32", arguments.batch)(random_start=False, separate=True)
+        losses["clead float32, separate forwards"] = stepper(name, "clead float32", arguments.batch)(
+            random_start=False, separate=True
+        )
         steps = {mode: stepper(name, mode, arguments.batch) for mode in MODES}
         times = {mode: [] for mode in MODES}
         for round_ in range(arguments.rounds + 1):
@@ -156,7 +177,10 @@ def main():
         rows = {}
         for mode, seconds in times.items():
             memory = subprocess.run(
-                [sys.executable, __file__, "--batch", str(arguments.batch), "--memory", name, mode], capture_output=True, text=True, check=True
+                [sys.executable, __file__, "--batch", str(arguments.batch), "--memory", name, mode],
+                capture_output=True,
+                text=True,
+                check=True,
             )
             per_image = statistics.median(seconds) / arguments.batch
             bound = equivalents * forward_seconds(name, mode, arguments.batch, arguments.rounds)
