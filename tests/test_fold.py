@@ -78,11 +78,13 @@ class _UsedTwice(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_a_convolution_that_is_used_twice_is_not_folded():
+@pytest.mark.parametrize("fresh", [False, True], ids=["trained", "fresh"])  # fresh, where batch-norm is the identity
+def test_a_convolution_that_is_used_twice_is_not_folded(fresh):
     torch.manual_seed(0)
     net = _UsedTwice()
-    nn.init.uniform_(net.norm.weight, 0.2, 3)
-    nn.init.uniform_(net.norm.bias, -1, 1)
+    if not fresh:
+        nn.init.uniform_(net.norm.weight, 0.2, 3)
+        nn.init.uniform_(net.norm.bias, -1, 1)
     model = adapt(net, sample_shape=(3, 8, 8))
     x = torch.rand(4, 3, 8, 8)
     with attack_mode(model):
