@@ -55,15 +55,14 @@ class CLead:
         False,
         "forward each view by itself, so that batch-norm statistics are per view, instead of all views in one batch",
     )
+    fold_batch_norm: bool = setting(
+        False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
+    )
 
     def __post_init__(self) -> None:
         """Ask for something to learn from."""
         if not (self.adversarial_weight or self.clean_weight or self.kl_weight or self.contrastive_weight):
             raise ValueError("at least one weight must be above 0, got all four 0; clean_weight = 1 is plain training")
-
-    fold_batch_norm: bool = setting(
-        False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
-    )
 
     @property
     def uses_embedding(self) -> bool:

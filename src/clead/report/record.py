@@ -1,7 +1,7 @@
 """The JSON record of one evaluation: what a figure in a table or report must carry to be believed and obtained again.
 
 Accuracies are fractions in [0, 1]; intervals are Wilson 95 %; per-image flags are in the order of the evaluated images.
-Records of the same ``data.fingerprint``, split and n can be paired image by image (McNemar).
+Records of the same ``data.images``, norm and eps can be paired image by image (McNemar).
 """
 
 from __future__ import annotations
@@ -131,8 +131,3 @@ class Record(_Part):
     def robust_accuracy(self) -> float:
         """Fraction of the images classified right when clean and under every attack."""
         return self.worst.accuracy
-
-    @property
-    def robust(self) -> list[bool]:
-        """Per image: right when clean and under every attack."""
-        return self.robust_flags

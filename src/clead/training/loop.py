@@ -379,8 +379,9 @@ def _restore(
     schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    # train.device may change on resume: as many generators as there are here.
+    for index, rng in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(rng, index)
     run.truncate_log(state["log_size"])
     return Position(**state["position"])
 
