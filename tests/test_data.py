@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clead.data import decoding
-from clead.data.base import Found, Part, check, fingerprint, stratified
+from clead.data.base import Found, Part, check, fingerprint, mixed, stratified
 from clead.data.datasets import DATASETS
 from clead.data.decoding import Fit, decode, fit_arrays
 from clead.errors import MissingExtra, UserError
@@ -495,3 +495,14 @@ def test_names_are_found_in_clead_data(tmp_path, monkeypatch):
     monkeypatch.setenv("CLEAD_DATA", str(tmp_path))
     assert DATASETS.get("mnist")().load(0).classes == classes
     one_line_error(lambda: load("cifar100", tmp_path / "mnist"), "cifar100 has 100 classes, got 10")
+
+
+def test_images_that_lie_class_by_class_are_mixed_and_others_kept():
+    images = torch.arange(60, dtype=torch.uint8)[:, None, None, None]
+    blocks = ImageSet(images, torch.arange(60) // 20)
+    found = mixed(blocks)
+    assert torch.equal(found.labels, found.images[:, 0, 0, 0].long() // 20)
+    assert torch.equal(found.labels.bincount(), blocks.labels.bincount())
+    assert set(found.labels[:20].tolist()) == {0, 1, 2} and torch.equal(found.labels, mixed(blocks).labels)
+    shuffled = ImageSet(images, torch.arange(60) % 3)
+    assert mixed(shuffled) is shuffled

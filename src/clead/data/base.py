@@ -207,6 +207,18 @@ def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1, spare: 
     return torch.from_numpy(np.flatnonzero(mask)), torch.from_numpy(np.flatnonzero(~mask))
 
 
+def mixed(image_set: ImageSet) -> ImageSet:
+    """Return images that lie class by class (as folders hold them) in a fixed random order, others as they are.
+
+    So the first n of them stand for all classes.
+    """
+    labels = image_set.labels.numpy()
+    if np.count_nonzero(np.diff(labels)) != len(np.unique(labels)) - 1:
+        return image_set
+    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(_LIMIT_SEED)))
+    return image_set.subset(torch.from_numpy(random.permutation(len(labels))))
+
+
 def fingerprint(sets: Sequence[ImageSet], classes: Sequence[str]) -> str:
     """Return a SHA-256 hex digest of images, labels and class names, order included."""
     digest = hashlib.sha256(repr(tuple(classes)).encode())

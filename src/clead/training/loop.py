@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clead.attacks.pgd import PGD
 from clead.checkpoint import RunDir, check_weights, save_weights
 from clead.config import RunConfig
+from clead.data.base import mixed
 from clead.data.loaders import Loader, seeded
 from clead.errors import UserError
 from clead.evaluation.robust import accuracy_under_attack
@@ -184,7 +185,7 @@ def fit(
         return at.step * batch_images * cost / len(splits.train)
 
     amp = torch.autocast(device.type, dtype=_PRECISION[settings.precision], enabled=settings.precision != "float32")
-    validation = splits.val.subset(torch.arange(min(settings.validate_images, len(splits.val))))
+    validation = mixed(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
     validation_attack = PGD(steps=settings.validate_steps)
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
