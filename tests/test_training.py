@@ -666,12 +666,25 @@ METHOD = shlex.split("""--data.view.crop 1 --attack.steps 2 --method.contrastive
 
 @pytest.mark.parametrize("key, value", [("method." + k, v) for k, v in METHOD_CHANGES.items()] + [
     ("threat.eps", "0.1"), ("threat.norm", "l2"), ("threat.norm", "l1"), ("attack.steps", "1"), ("attack.step_size", "0.01"),
-    ("attack.restarts", "2"), ("attack.random_start", "false"), ("attack.keep", "best"),
+    ("attack.restarts", "2"), ("attack.keep", "best"),
     ("data.view.crop", "2"), ("data.view.cutout", "3"),
 ])  # fmt: skip
 def test_every_option_of_the_method_changes_the_result(key, value, clead_reference, tmp_path):
     run = fit(tmp_path / "run", *METHOD, f"--{key}", value, recipe="digits-clead")
     assert not same(stored(run.path), clead_reference)
+
+
+def test_the_random_start_changes_the_result_and_a_flat_start_is_refused(tmp_path):
+    off = ("--attack.random_start", "false")
+    for inner in ("kl", "embedding"):
+        with pytest.raises(UserError, match=f"method.inner {inner} .*random_start true"):
+            fit(tmp_path / "none", *METHOD, *off, "--method.inner", inner, recipe="digits-clead")
+    assert not (tmp_path / "none").exists()
+    inner = ("--method.inner", "cross_entropy")
+    runs = [
+        fit(tmp_path / name, *METHOD, *inner, *more, recipe="digits-clead") for name, more in (("on", ()), ("off", off))
+    ]
+    assert not same(*(stored(run.path) for run in runs))
 
 
 def test_no_option_of_the_method_is_forgotten_here():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
 from clead.config import Eval, RunConfig
+from clead.data.base import mixed
 from clead.errors import UserError
 from clead.evaluation.robust import Evaluation, NamedAttack, Subject, evaluate_model
 from clead.evaluation.statistics import mcnemar
@@ -70,6 +71,7 @@ def train(
     elif path.is_file() or (path.is_dir() and any(path.iterdir())):
         RunDir.create(path, config)  # raises: there is something else
     device_of(config.train.device)
+    _check_start(config)
     splits = data if data is not None else config.data.load(config.train.seed)
     own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else _build(config, splits)
@@ -188,7 +190,7 @@ def evaluate_run(
             f"{path} was trained on images of shape {tuple(metadata['shape'])}, the data has {_shape(splits)}; "
             "set data.image_size and data.channels"
         )
-    images = splits.test if config.eval.split == "test" else splits.val
+    images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     tree = config.to_dict()
@@ -298,6 +300,21 @@ def _records(sources: Sequence[str | Path | Record]) -> list[Record]:
         else record.model_copy(update={"run": str(source)})
         for source, record in zip(sources, records, strict=True)
     ]
+
+
+def _check_start(config: RunConfig) -> None:
+    """Raise UserError if the inner attack starts where its objective is flat, so that it would climb rounding errors."""
+    inner = getattr(config.method, "inner", "")
+    if (
+        config.method.uses_attack
+        and inner in ("kl", "embedding")
+        and not config.method.inner_contrastive_weight
+        and getattr(config.attack, "random_start", True) is False
+    ):
+        raise UserError(
+            f"attack.random_start: method.inner {inner} is smallest, so without slope, at the image itself, got false; "
+            "set attack.random_start true, or method.inner cross_entropy"
+        )
 
 
 def _build(config: RunConfig, splits: Splits) -> SplitModel:
