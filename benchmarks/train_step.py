@@ -3,8 +3,8 @@
     pip install --no-deps torchattacks==3.5.1 && pip install requests
     python benchmarks/train_step.py --out benchmarks/train_step.json
 
-The straightforward step is float32: torchattacks' PGD with gradients to all parameters, then one forward per view, losses
-from their formulas. Ours runs in float32 and in bfloat16 with channels_last, batch-norm folded in the inner loop. All are measured
+The straightforward step is float32: torchattacks' PGD on the unfrozen model, then one forward per view, losses from
+their formulas. Ours runs in float32 and in bfloat16 with channels_last, batch-norm folded in the inner loop. All are measured
 interleaved in one process, medians quoted; peak memory in one process each. ``bound`` is what the arithmetic allows:
 forward-equivalents × a measured training-mode forward in the same precision, so ``over_bound`` is 1 for a step that does nothing
 but its forwards and backwards at a forward's speed.

@@ -26,6 +26,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+_STRONG_PGD = (
+    *("--attack.name", "pgd", "--attack.steps", "50", "--attack.step_size", "null", "--attack.restarts", "1"),
+    *("--attack.random_start", "true", "--attack.keep", "best"),
+)
 _OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
@@ -133,9 +137,10 @@ def attack(
     save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
     json_file: Json = None,
 ) -> None:
-    """Run one attack on a run: clead attack RUN ... [--attack.name pgd] [--attack.steps 100] [--objective margin]."""
+    """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
     from clead import api
     from clead.attacks import OBJECTIVES
+    from clead.config import parse_overrides
     from clead.evaluation.robust import NamedAttack
 
     OBJECTIVES.get(objective)
@@ -144,6 +149,10 @@ def attack(
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
     fixed = ["--eval.curve_points", "0", *(["--eval.gallery", "1000000000"] if save else [])]
+    # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
+    settings = parse_overrides(overrides)
+    if dict((".".join(key), value) for key, value in settings).get("attack.name", "pgd") == "pgd":
+        overrides = [*_STRONG_PGD, *overrides]
     configs = [_changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):

@@ -54,8 +54,8 @@ def embedding(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
 
 
 @OBJECTIVES.register("contrastive")
-def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
-    """NT-Xent of (x, x_adv) at τ = 0.1 in the projected embedding (in the features if the model has no projection head).
+def contrastive(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1) -> Objective:
+    """NT-Xent of (x, x_adv) in the projected embedding (in the features if the model has no projection head).
 
     Source: the instance-wise attack of Kim et al. 2020, arXiv:2006.07589, eq. 2. A single image has no negatives: what is left
     is the cosine distance.
@@ -72,7 +72,7 @@ def contrastive(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
         clean = embed(x)
     if len(x) == 1:
         return lambda x_adv: cosine_distance(embed(x_adv), clean)
-    return lambda x_adv: nt_xent([clean, embed(x_adv)], 0.1)
+    return lambda x_adv: nt_xent([clean, embed(x_adv)], temperature)
 
 
 def _split(model: nn.Module, objective: str) -> SplitModel:

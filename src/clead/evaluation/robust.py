@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal, cast
 
@@ -119,7 +120,7 @@ def evaluate_model(
     curve_images = images.subset(torch.arange(min(settings.curve_images, len(images))))
     total = len(images) * (1 + len(attacks)) + len(curve_images) * len(radii)
 
-    with progress(f"evaluate {subject.name}", total, show=show) as tick:
+    with exact_float32(), progress(f"evaluate {subject.name}", total, show=show) as tick:
         clean = _classify(model, images, settings, device, len(subject.classes), tick)
         labels = images.labels
         clean_flags = clean.argmax(1) == labels
@@ -192,6 +193,17 @@ def evaluate_model(
         seconds=time.monotonic() - start,
     )
     return Evaluation(record, _artifacts(model, images, adversarial, settings, device))
+
+
+@contextmanager
+def exact_float32() -> Generator[None, None, None]:
+    """Compute convolutions in float32 proper on CUDA, whose default rounds their inputs to 10 bits (TF32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def accuracy_under_attack(

@@ -48,7 +48,7 @@ class CLead:
     embedding_dim: int = setting(128, "size of the projected embedding", ge=2)
     inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
         "kl",
-        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, embedding distance, NT-Xent",
+        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
     )
     inner_contrastive_weight: float = setting(0.0, "μ: weight of NT-Xent(x, x_adv) added to J", ge=0)
     separate_forwards: bool = setting(
@@ -140,9 +140,9 @@ class CLead:
         generator: torch.Generator,
     ) -> Tensor:
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            objective: Objective = OBJECTIVES.get(self.inner)(model, x, y)
+            objective: Objective = self._objective(self.inner, model, x, y)
             if self.inner_contrastive_weight:
-                base, contrast = objective, OBJECTIVES.get("contrastive")(model, x, y)
+                base, contrast = objective, self._objective("contrastive", model, x, y)
                 # Two forwards per step: the price of keeping every objective a function of x_adv alone.
                 return attack(
                     lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv),
@@ -151,6 +151,10 @@ class CLead:
                     generator=generator,
                 )
             return attack(objective, x, threat, generator=generator)
+
+    def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor) -> Objective:
+        options = {"temperature": self.temperature} if name == "contrastive" else {}
+        return OBJECTIVES.get(name)(model, x, y, **options)
 
     def _forward(self, model: SplitModel, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if self.separate_forwards or len(views) == 1:

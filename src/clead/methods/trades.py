@@ -20,5 +20,5 @@ class TRADES(CLead):
     contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
     inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
         "kl",
-        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, embedding distance, NT-Xent",
+        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
     )
