@@ -101,6 +101,9 @@ def test_the_whole_way_on_digits(command):
     settings = read("attack.json")["attacks"][0]["settings"]
     assert settings["steps"] == 3 and settings["objective"] == "margin"
     well(command("attack", "a", "--attack.name", "fgsm"))
+    # What is not given is a strong attack's, not that of the training.
+    strong = read("attack.json")["attacks"][0]["settings"]
+    assert strong["steps"] == 3 and strong["keep"] == "best" and strong["step_size"] is None
 
     out = well(command("compare", "a", "b", "--json", "c.json", "--out", "c.html"))
     assert "a against b:" in out and "McNemar exact p = " in out
