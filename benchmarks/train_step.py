@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --out benchmarks/train_step.json
 
 The straightforward step is float32: torchattacks' PGD on the unfrozen model, then one forward per view, losses from
-their formulas. Ours runs in float32 and in bfloat16 with channels_last, batch-norm folded in the inner loop. All are measured
+their formulas. Ours runs in float32 and in bfloat16, both channels_last, batch-norm folded in the inner loop. All are measured
 interleaved in one process, medians quoted; peak memory in one process each. ``bound`` is what the arithmetic allows:
 forward-equivalents × a measured training-mode forward in the same precision, so ``over_bound`` is 1 for a step that does nothing
 but its forwards and backwards at a forward's speed.
@@ -33,7 +33,7 @@ from clead.threats.linf import Linf
 EPS, STEP, STEPS, TAU, WEIGHT = 8 / 255, 2 / 255, 7, 0.1, 0.1
 MODES = {
     "peer float32": None,
-    "clead float32": (torch.float32, False),
+    "clead float32 channels_last": (torch.float32, True),
     "clead bfloat16 channels_last": (torch.bfloat16, True),
 }
 
@@ -162,7 +162,7 @@ def main():
     result["command"] = "python benchmarks/train_step.py " + " ".join(sys.argv[1:])
     for name in arguments.models:
         losses = {mode: stepper(name, mode, arguments.batch)(random_start=False) for mode in MODES}
-        losses["clead float32, separate forwards"] = stepper(name, "clead float32", arguments.batch)(
+        losses["clead float32, separate forwards"] = stepper(name, "clead float32 channels_last", arguments.batch)(
             random_start=False, separate=True
         )
         steps = {mode: stepper(name, mode, arguments.batch) for mode in MODES}

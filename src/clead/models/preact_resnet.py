@@ -61,7 +61,8 @@ class PreActEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features, (B, D)."""
-        return functional.relu(self.norm(self.blocks(self.stem(x)))).mean((2, 3))
+        cells = functional.relu(self.norm(self.blocks(self.stem(x))))
+        return functional.avg_pool2d(cells, cells.shape[-2:]).flatten(1)  # as in resnet.py: keeps channels_last
 
 
 @MODELS.register("preact_resnet18")
