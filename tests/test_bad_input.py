@@ -236,16 +236,16 @@ def test_a_directory_that_holds_another_run(fails, here, trained):
 
 def test_damaged_runs(fails, here, trained):
     run = shutil.copytree(trained, here / "run")
-    weights = run / "best.safetensors"
+    weights = run / "last.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:1000])
-    fails("evaluate", "run", has="best.safetensors is truncated")
+    fails("evaluate", "run", has="last.safetensors is truncated")
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 64]))
-    fails("evaluate", "run", has="best.safetensors is damaged")
+    fails("evaluate", "run", has="last.safetensors is damaged")
     torch.save({"a": torch.zeros(2)}, weights)
     fails("evaluate", "run", has="is a pickle")
     weights.unlink()
-    fails("attack", "run", has="no weights at run/best.safetensors")
+    fails("attack", "run", has="no weights at run/last.safetensors")
     weights.write_bytes(whole)
     (run / "outcome.json").write_text("{")
     fails("evaluate", "run", has="outcome.json is damaged")
