@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clead.data.loaders import Loader, evaluation_batches, seeded
+from clead.data.loaders import Loader, seeded
 from clead.data.views import Augmentation
 from clead.interfaces import ImageSet
 
@@ -79,19 +79,9 @@ def test_views_are_drawn_apart():
     assert len(kinds) == 4
 
 
-def test_evaluation_is_in_order_and_complete():
-    data = image_set(10)
-    batches = list(evaluation_batches(data, 4))
-    assert [len(batch.labels) for batch in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([batch.images for batch in batches]), data.images / 255)
-    assert torch.equal(torch.cat([batch.labels for batch in batches]), data.labels)
-
-
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Loader(image_set(), 0)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        list(evaluation_batches(image_set(), 0))
     with pytest.raises(ValueError, match="empty"):
         Loader(image_set(0), 4)
     with pytest.raises(IndexError, match=r"\[0, 3\), got 3"):

@@ -98,13 +98,5 @@ class Loader:
         return self._order
 
 
-def evaluation_batches(image_set: ImageSet, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """Yield all images once, in order, without randomness; the last batch holds what is left."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
-        yield Batch(_as_float(images.to(device)), labels.to(device))
-
-
 def _as_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
