@@ -89,7 +89,7 @@ def test_the_whole_way_on_digits(command):
             "attack", "a", "--save", "a.npz", "--json", "attack.json", "--attack.steps", "3", "--objective", "margin"
         )
     )
-    assert "pgd margin" in out
+    assert "PGD-3 margin" in out and "record: a/results/attack-pgd-3-margin.json" in out
     arrays = np.load("a.npz")
     assert arrays["x"].shape == arrays["x_adv"].shape == (40, 1, 8, 8) and arrays["labels"].shape == arrays[
         "robust"

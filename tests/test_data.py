@@ -178,7 +178,7 @@ def test_small_limit_is_refused():
 
 def test_missing_path_suggests_a_neighbour(tmp_path):
     (tmp_path / "pictures").mkdir()
-    one_line_error(lambda: load("folder", tmp_path / "pictrues"), "did you mean 'pictures'?")
+    one_line_error(lambda: load("folder", tmp_path / "pictrues"), f"did you mean '{tmp_path / 'pictures'}'?")
     one_line_error(lambda: load("folder", tmp_path / "no" / "way"), "does not exist")
 
 

@@ -141,7 +141,7 @@ def attack(
     from clead import api
     from clead.attacks import OBJECTIVES
     from clead.config import parse_overrides
-    from clead.evaluation.robust import NamedAttack
+    from clead.evaluation.robust import NamedAttack, attack_name
 
     OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
@@ -156,15 +156,17 @@ def attack(
     configs = [_changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
-        name = config.to_dict()["attack"]["name"]
+        name = attack_name(config.attack, objective)
+        result = "attack-" + re.sub(r"[^a-z0-9]+", "-", name.lower().replace("×", "x"))
         with _interruptible():
             evaluation = api.evaluate_run(
                 run,
                 config=config,
-                attacks=[NamedAttack(f"{name} {objective}", config.attack, objective)],
-                result=f"attack-{name}-{objective}",
+                attacks=[NamedAttack(name, config.attack, objective)],
+                result=result,
             )
         _print_record(evaluation.record)
+        _say(f"record: {run}/results/{result}.json")
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
             _save_images(save, evaluation)

@@ -235,7 +235,7 @@ def existing(path: Path) -> Path:
     if not path.exists():
         parent = path.parent
         if parent.is_dir():
-            hint = did_you_mean(path.name, [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")])
+            hint = did_you_mean(str(path), [str(entry) for entry in parent.iterdir() if not entry.name.startswith(".")])
         else:
             hint = f"the folder {parent} does not exist either"
         raise UserError(f"data.path must exist, got {str(path)!r}; {hint}")

@@ -38,6 +38,7 @@ from clead.report.record import (
 from clead.settings import Ratio, validated
 
 _MAP_POINTS = 300
+_SHORT = {"cross_entropy": "CE"}
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,19 @@ class Evaluation:
     artifacts: dict[str, Tensor]
 
 
+def attack_name(attack: Attack, objective: str) -> str:
+    """Return the name that tables show, such as ``PGD-50×5 margin``."""
+    if isinstance(attack, PGD):
+        times = f"×{attack.restarts}" if attack.restarts > 1 else ""
+        return f"PGD-{attack.steps}{times} {_SHORT.get(objective, objective)}"
+    return f"{type(attack).__name__} {_SHORT.get(objective, objective)}"
+
+
 def suite(settings: Eval) -> list[NamedAttack]:
     """Return the attacks that ``eval`` asks for: FGSM, and PGD once per objective."""
     attacks = [NamedAttack("FGSM", FGSM())] if settings.fgsm else []
     pgd = PGD(steps=settings.steps, restarts=settings.restarts, keep="best")
-    short = {"cross_entropy": "CE"}
-    times = f"×{settings.restarts}" if settings.restarts > 1 else ""
-    attacks += [
-        NamedAttack(f"PGD-{settings.steps}{times} {short.get(name, name)}", pgd, name) for name in settings.objectives
-    ]
-    return attacks
+    return attacks + [NamedAttack(attack_name(pgd, name), pgd, name) for name in settings.objectives]
 
 
 def evaluate_model(
@@ -143,12 +147,12 @@ def evaluate_model(
         curve = []
         for radius in radii:
             at = replace(cast(Any, threat), eps=radius)
-            named = NamedAttack(
-                f"PGD-{settings.curve_steps} margin", PGD(steps=settings.curve_steps, keep="best"), "margin"
-            )
+            pgd = PGD(steps=settings.curve_steps, keep="best")
+            named = NamedAttack(f"curve at eps {radius.text}", pgd, "margin")
             flags = clean_flags[: len(curve_images)]
             part, _ = _attack(model, curve_images, flags, at, named, len(attacks), settings, device, tick, flags)
-            curve.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=named.name, robust=part.robust))
+            name = attack_name(pgd, "margin")
+            curve.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=name, robust=part.robust))
 
     per_class = [
         ClassPart(
