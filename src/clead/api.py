@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from clead.attacks import ATTACKS
 from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
 from clead.config import Eval, RunConfig
@@ -21,7 +22,7 @@ from clead.data.base import mixed
 from clead.errors import UserError
 from clead.evaluation.robust import Evaluation, NamedAttack, Subject, evaluate_model
 from clead.evaluation.statistics import mcnemar
-from clead.interfaces import ImageSet, Splits
+from clead.interfaces import ImageSet, Search, Splits
 from clead.models.build import build_model
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
@@ -303,7 +304,13 @@ def _records(sources: Sequence[str | Path | Record]) -> list[Record]:
 
 
 def _check_start(config: RunConfig) -> None:
-    """Raise UserError if the inner attack starts where its objective is flat, so that it would climb rounding errors."""
+    """Raise UserError if the inner attack has no objective, or starts where it is flat and would climb rounding errors."""
+    if config.method.uses_attack and isinstance(config.attack, Search):
+        usable = ", ".join(name for name, kind in ATTACKS.items() if not issubclass(kind, Search))
+        raise UserError(
+            f"attack.name: training needs an attack that maximises the method's objective ({usable}), got "
+            f"{config.to_dict()['attack']['name']}, which searches by itself; use it with clead attack"
+        )
     inner = getattr(config.method, "inner", "")
     if (
         config.method.uses_attack

@@ -107,6 +107,28 @@ class Attack(Protocol):
         ...
 
 
+Model = Callable[[Tensor], Tensor]
+"""Maps images (B, C, H, W) in [0, 1] to logits (B, K). Any ``nn.Module`` classifier is one."""
+
+
+@runtime_checkable
+class Search(Protocol):
+    """An attack that looks at more than one objective: logits, other classes, or answers to queries only.
+
+    An attack class has either this method or ``__call__`` of ``Attack``; only the latter can serve inside training.
+    """
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W) in the threat set around ``x``: misclassified where the search succeeded.
+
+        ``model`` is in evaluation mode with frozen parameters and may be compiled, folded or in lower precision; the caller
+        verifies every result on the model itself. Images misclassified already may be returned as they are.
+        """
+        ...
+
+
 class Dataset(Protocol):
     """Frozen settings that load into memory."""
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
 from clead.interfaces import Objective, Threat
-from clead.settings import Ratio, setting, settings, validated
-from clead.threats import THREATS
+from clead.settings import Ratio, setting, settings
 
 
 @ATTACKS.register("fgsm")
@@ -67,17 +66,8 @@ def fgsm(
     >>> (fgsm(model, x, torch.tensor([0]), eps=0.1) - x).abs().max()
     tensor(0.1000)
     """
-    from clead.attacks.run import attack_images
+    from clead.attacks.run import call
 
     length = step_size if step_size is not None else (1.25 if random_start else 1.0)
-    attack = validated(FGSM, {"random_start": random_start, "step_size": length})
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return attack_images(
-        attack,
-        model,
-        x,
-        y,
-        validated(THREATS.get(norm), {"eps": eps}),
-        objective=objective,
-        generator=generator,
-    )
+    values = {"random_start": random_start, "step_size": length}
+    return call(FGSM, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

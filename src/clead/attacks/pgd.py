@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
 from clead.interfaces import Objective, Threat
-from clead.settings import Ratio, setting, settings, validated
-from clead.threats import THREATS
+from clead.settings import Ratio, setting, settings
 from clead.threats.geometry import per_image
 
 
@@ -100,17 +99,7 @@ def pgd(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import attack_images
+    from clead.attacks.run import call
 
     values = {"steps": steps, "step_size": step_size, "restarts": restarts, "random_start": random_start, "keep": keep}
-    attack = validated(PGD, values)
-    generator = torch.Generator(x.device).manual_seed(seed)
-    return attack_images(
-        attack,
-        model,
-        x,
-        y,
-        validated(THREATS.get(norm), {"eps": eps}),
-        objective=objective,
-        generator=generator,
-    )
+    return call(PGD, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from clead.attacks import OBJECTIVES
 from clead.errors import UserError
-from clead.interfaces import Attack, Threat
+from clead.interfaces import Attack, Model, Search, Threat
+from clead.models.fold import folded
 from clead.models.modes import attack_mode
+from clead.settings import validated
+from clead.threats import THREATS
 
 
 def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
@@ -63,7 +70,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def attack_images(
-    attack: Attack,
+    attack: Attack | Search,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -73,21 +80,26 @@ def attack_images(
     generator: torch.Generator | None = None,
     checked: bool = False,
 ) -> Tensor:
-    """Maximise a named objective of ``model`` inside the threat set around ``x``.
+    """Run an attack on a model inside the threat set around ``x``.
 
     Args:
-        attack: how the objective is maximised.
+        attack: how a named objective is maximised, or a search that needs none.
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
         x: (B, C, H, W) float in [0, 1].
         y: (B,) int64 in [0, K).
         threat: the set of allowed images around ``x``.
-        objective: a name of ``OBJECTIVES``.
-        generator: source of the random starts, on the device of ``x``; a fixed seed if None, never the global RNG.
+        objective: a name of ``OBJECTIVES``; a search ignores it.
+        generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
         checked: skip the checks of ``x`` and ``y`` because the caller has made them.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on wrong shapes, ranges or names.
+        x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on wrong shapes, ranges or names, or if the
+        attack is not made for this norm.
     """
+    searching = isinstance(attack, Search)
+    norms = getattr(attack, "norms", None)
+    if norms is not None and threat.norm not in norms:
+        raise UserError(f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {threat.norm}")
     make = OBJECTIVES.get(objective)
     if not checked:
         check_inputs(x, y)
@@ -96,10 +108,55 @@ def attack_images(
         generator = torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
-        x_adv = attack(make(model, x, y), x, threat, generator=generator)
+        if isinstance(attack, Search):
+            with torch.no_grad(), prepared(model, x) as answer:
+                x_adv = attack.search(answer, x, y, threat, generator=generator)
+        else:
+            x_adv = attack(make(model, x, y), x, threat, generator=generator)
     if not torch.isfinite(x_adv).all():  # synchronises the device
+        what = type(attack).__name__ if searching else f"{objective!r}"
         raise UserError(
-            f"the gradient of {objective!r} to the images is NaN or infinite, so the attack says nothing; "
+            f"the gradient of {what} to the images is NaN or infinite, so the attack says nothing; "
             "look for sqrt, log or division at 0 in the model, or attack in float32"
         )
     return x_adv
+
+
+@contextmanager
+def prepared(model: nn.Module, sample: Tensor) -> Generator[Model, None, None]:
+    """Give ``model`` as a function that answers faster and the same up to rounding; the model is as before on exit.
+
+    Batch-norm is folded into the convolutions, and on a CPU images and weights are laid out channels_last. Call it under
+    ``attack_mode(model)``.
+
+    sample: (n, C, H, W), a few images, to find what can be folded.
+    """
+    convolutional = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    if not convolutional or sample.dtype != torch.float32:
+        yield model
+        return
+    last = sample.device.type == "cpu"
+    layout = torch.channels_last if last else torch.contiguous_format
+    with folded(model, sample, channels_last=last):
+        yield lambda x: model(x.contiguous(memory_format=layout))
+
+
+def call(
+    kind: Any,
+    values: dict[str, Any],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str,
+    eps: float | str,
+    seed: int,
+    objective: str = "cross_entropy",
+) -> Tensor:
+    """Run an attack given by its class and settings: the body of every ``clead.attacks.NAME(model, x, y, …)``.
+
+    Returns x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on any value that is out of its range.
+    """
+    attack, threat = validated(kind, values), validated(THREATS.get(norm), {"eps": eps})
+    generator = torch.Generator(x.device).manual_seed(seed) if isinstance(x, Tensor) else None
+    return attack_images(attack, model, x, y, threat, objective=objective, generator=generator)

@@ -16,7 +16,7 @@ _PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
 @contextmanager
-def folded(model: nn.Module, sample: Tensor) -> Generator[None, None, None]:
+def folded(model: nn.Module, sample: Tensor, *, channels_last: bool = False) -> Generator[None, None, None]:
     """Fold w' = w·γ/σ, b' = (b − μ)·γ/σ + β of each convolution before a batch-norm (Jacob et al. 2018, arXiv:1712.05877, eq. 14).
 
     The outputs are the same up to rounding; gradients go to inputs only. Inside a bfloat16 or float16 autocast the folded weights
@@ -26,6 +26,7 @@ def folded(model: nn.Module, sample: Tensor) -> Generator[None, None, None]:
         model: in eval mode, parameters frozen.
         sample: (n, C, H, W), a few images; used once per model to find the pairs and to check that folding changes nothing; a pair
             where it would (a convolution whose output is used twice) is left as it is.
+        channels_last: lay the weights of all convolutions out for channels_last images, whatever their own layout is.
     """
     if (
         getattr(model, "_compiled", None) is not None
@@ -34,12 +35,30 @@ def folded(model: nn.Module, sample: Tensor) -> Generator[None, None, None]:
         return
     if model not in _PAIRS:
         _PAIRS[model] = _find(model, sample[:2])
-    with _fold(_PAIRS[model], _autocast_dtype(sample)):
-        yield
+    with _fold(_PAIRS[model], _autocast_dtype(sample), channels_last):
+        if not channels_last:
+            yield
+            return
+        pairs = {conv for conv, _ in _PAIRS[model]}
+        with _in_channels_last([m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in pairs]):
+            yield
 
 
 @contextmanager
-def _fold(pairs: list[Pair], dtype: torch.dtype | None) -> Generator[None, None, None]:
+def _in_channels_last(convs: list[nn.Conv2d]) -> Generator[None, None, None]:
+    saved = [(conv, conv._parameters["weight"]) for conv in convs]
+    try:
+        for conv, weight in saved:
+            if weight is not None:
+                conv._parameters["weight"] = _frozen(weight.contiguous(memory_format=torch.channels_last))
+        yield
+    finally:
+        for conv, weight in saved:
+            conv._parameters["weight"] = weight
+
+
+@contextmanager
+def _fold(pairs: list[Pair], dtype: torch.dtype | None, channels_last: bool = False) -> Generator[None, None, None]:
     saved: list[tuple[nn.Conv2d, nn.BatchNorm2d, Any, Any]] = []
     try:
         for conv, norm in pairs:
@@ -50,7 +69,7 @@ def _fold(pairs: list[Pair], dtype: torch.dtype | None) -> Generator[None, None,
             saved.append((conv, norm, conv._parameters["weight"], conv._parameters["bias"]))
             layout = (
                 torch.channels_last
-                if conv.weight.is_contiguous(memory_format=torch.channels_last)
+                if channels_last or conv.weight.is_contiguous(memory_format=torch.channels_last)
                 else torch.contiguous_format
             )
             conv._parameters["weight"] = _frozen(weight.to(dtype or weight.dtype).contiguous(memory_format=layout))
