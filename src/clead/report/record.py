@@ -89,6 +89,15 @@ class ClassPart(_Part):
     robust_accuracy: float
 
 
+class CheckPart(_Part):
+    """One sign of gradient masking: what was measured, whether it is as it should be, and what it means in plain words."""
+
+    name: str
+    passed: bool
+    numbers: dict[str, float]
+    explanation: str
+
+
 class TrainingPart(_Part):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
