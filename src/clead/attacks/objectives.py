@@ -15,6 +15,7 @@ from clead.interfaces import Objective
 from clead.losses import margin as margins
 from clead.losses.contrastive import nt_xent
 from clead.losses.divergence import cosine_distance, kl_divergence
+from clead.losses.precision import at_least_float32
 from clead.models.split import SplitModel
 
 
@@ -73,6 +74,61 @@ def contrastive(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1
     if len(x) == 1:
         return lambda x_adv: cosine_distance(embed(x_adv), clean)
     return lambda x_adv: nt_xent([clean, embed(x_adv)], temperature)
+
+
+@OBJECTIVES.register("embedding_logits")
+def embedding_logits(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0) -> Objective:
+    """−log p(y | x_adv) + weight · (1 − cos(h(x_adv), h(x))): wrong at the logits and away from the clean features at once.
+
+    An adaptive attack is aimed at what the defence was trained on (Tramèr et al. 2020, arXiv:2002.08347), here the agreement
+    of features beside the classification. With ``weight`` 1 the logits lead near the image, where the cosine is flat; at
+    most 2, it leads where the cross-entropy of a confident model has no gradient left.
+    """
+    split = _split(model, "embedding_logits")
+    with torch.no_grad():
+        clean = split.features(x)
+
+    def value(x_adv: Tensor) -> Tensor:
+        features, logits = split.features_and_logits(x_adv)
+        return margins.cross_entropy(logits, y) + weight * cosine_distance(features, clean)
+
+    return value
+
+
+@OBJECTIVES.register("prototype")
+def prototype(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """cos(h(x_adv), p_k) − cos(h(x_adv), p_y): in the features towards the nearest other class k of the clean image, and off y.
+
+    Source: the targeted attack on features of Sabour et al. 2016, arXiv:1511.05122, eq. 1. It departs in the target: an
+    objective is given no guide image, so a class's prototype p_k stands for one. That is its row of the linear classifier
+    less the mean row, to which the class means of the features align in training (Papyan et al. 2020, arXiv:2008.08186);
+    the mean row moves all logits alike and so no decision. Cosines make it blind to the lengths of features and rows and
+    to the biases, unlike the margin.
+    """
+    split = _split(model, "prototype")
+    prototypes = _prototypes(split, x)
+
+    def cosines(images: Tensor) -> Tensor:
+        return nn.functional.normalize(at_least_float32(split.features(images)), dim=1) @ prototypes.T
+
+    with torch.no_grad():
+        nearest = cosines(x).scatter(1, y[:, None], -torch.inf).argmax(1)
+
+    def value(x_adv: Tensor) -> Tensor:
+        near = cosines(x_adv)
+        return (near.gather(1, nearest[:, None]) - near.gather(1, y[:, None]))[:, 0]
+
+    return value
+
+
+def _prototypes(split: SplitModel, x: Tensor) -> Tensor:
+    """Return the unit rows of the classifier less their mean, (K, D): found as ∂logit_k/∂features, wherever the layer is."""
+    with torch.enable_grad():
+        # Not compiled: there features and logits leave one opaque function, and no gradient leads from one to the other.
+        features, logits = split._split(x[:1].detach().requires_grad_())
+        rows = [torch.autograd.grad(logit, features, retain_graph=True)[0][0] for logit in logits[0]]
+    weight = at_least_float32(torch.stack(rows))
+    return nn.functional.normalize(weight - weight.mean(0), dim=1)
 
 
 def _split(model: nn.Module, objective: str) -> SplitModel:
