@@ -12,8 +12,16 @@ from clead.registry import Registry
 
 ATTACKS: Registry[Any] = Registry("attack", "clead.attacks")
 OBJECTIVES: Registry[Any] = Registry("objective", "clead.attacks")
+UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 
+from clead.attacks.cw import cw  # noqa: E402
+from clead.attacks.deepfool import deepfool  # noqa: E402
+from clead.attacks.eot import eot_pgd, expectation  # noqa: E402
 from clead.attacks.fgsm import fgsm  # noqa: E402  (the files register themselves in the registries above)
+from clead.attacks.fmn import fmn  # noqa: E402
+from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
+from clead.attacks.patch import patch  # noqa: E402
 from clead.attacks.pgd import pgd  # noqa: E402
+from clead.attacks.spatial import spatial  # noqa: E402
 
-__all__ = ["ATTACKS", "OBJECTIVES", "fgsm", "pgd"]
+__all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "cw", "deepfool", "eot_pgd", "expectation", "fgsm", "fmn", "mi_fgsm", "patch", "pgd", "spatial"]

@@ -1,0 +1,126 @@
+"""Expectation over transformation: attack the mean of a randomised model, not one draw of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.attacks.pgd import PGD
+from clead.interfaces import Objective, Threat
+from clead.models.seeding import seeded
+from clead.settings import setting, settings
+
+
+def expectation(objective: Objective, draws: int, *, generator: torch.Generator | None = None) -> Objective:
+    """Return x -> mean of J(x) over draws of a randomised model (Athalye et al. 2018, arXiv:1707.07397, eq. 1).
+
+    The gradient is the mean gradient. A model draws from the global generators, which are seeded from ``generator`` for each
+    call and restored after it: the result is a function of the generator's seed alone, and the caller's stream goes on
+    undisturbed. The graphs of all draws are in memory until the gradient is taken.
+
+    Args:
+        objective: J, of a model that draws anew in every call.
+        draws: how many, ≥ 1.
+        generator: decides the draws; every call takes new ones from it. If None every call has the same draws.
+
+    Raises ValueError if draws < 1.
+
+    >>> noisy = lambda x: (x + torch.randn_like(x)).flatten(1).sum(1)
+    >>> state = torch.get_rng_state()
+    >>> expectation(noisy, 10_000)(torch.full((1, 1, 1, 1), 3.0)).round()
+    tensor([3.])
+    >>> torch.equal(torch.get_rng_state(), state)
+    True
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+
+    def mean(x: Tensor) -> Tensor:
+        seed = 0
+        if generator is not None:  # synchronises the device
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        with seeded(seed):
+            total = objective(x)
+            for _ in range(draws - 1):
+                total = total + objective(x)
+        return total / draws
+
+    return mean
+
+
+@ATTACKS.register("eot_pgd")
+@settings
+class EOTPGD(PGD):
+    """PGD on the expected objective of a randomised model (Athalye et al. 2018, arXiv:1802.00420, section 4.1).
+
+    On a model that draws nothing it is PGD at ``draws`` times the cost.
+    """
+
+    draws: int = setting(20, "draws of the model per step, whose gradients are averaged", unit="draws", ge=1)
+
+    def __call__(
+        self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W) in [0, 1], inside the threat set around ``x``."""
+        return PGD.__call__(
+            self, expectation(objective, self.draws, generator=generator), x, threat, generator=generator
+        )
+
+
+def eot_pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    draws: int = 20,
+    steps: int = 50,
+    step_size: float | str | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    objective: str = "cross_entropy",
+    keep: Literal["last", "best"] = "best",
+    seed: int = 0,
+) -> Tensor:
+    """Attack a randomised ``model`` by PGD on the mean over draws (Athalye et al. 2018, arXiv:1802.00420).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K), drawing from the global generators; left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
+        norm: linf, l2 or l1.
+        draws: draws of the model per step.
+        steps: gradient steps per restart.
+        step_size: in pixel units; None: 2.5 · eps / steps.
+        restarts: independent random starts.
+        random_start: start from a random point of the ball instead of the image.
+        objective: cross_entropy, margin, dlr, kl, embedding or contrastive.
+        keep: return the point of the largest mean objective of the path or the last.
+        seed: of the random starts and of the model's draws; the global generators are restored.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]. Raises UserError on pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> x_adv = eot_pgd(model, x, torch.tensor([0]), eps="8/255", draws=2, steps=5)
+    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+    True
+    """
+    from clead.attacks.run import call
+
+    values = {
+        "draws": draws,
+        "steps": steps,
+        "step_size": step_size,
+        "restarts": restarts,
+        "random_start": random_start,
+        "keep": keep,
+    }
+    with seeded(seed):  # the check of the logits and the clean prediction of some objectives draw too
+        return call(EOTPGD, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

@@ -1,0 +1,174 @@
+"""The patch attack: a square of the image may take any values, and the search also chooses where it is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import UNRESTRICTED
+from clead.attacks.unrestricted import call_unrestricted, fallen
+from clead.errors import UserError
+from clead.interfaces import Model
+from clead.losses.margin import cross_entropy
+from clead.settings import Ratio, setting, settings
+from clead.threats.geometry import per_image, sign
+
+
+@UNRESTRICTED.register("patch")
+@settings
+class Patch:
+    """Maximise the cross-entropy over the content and the place of one square patch per image.
+
+    Source: the location-optimised patches of Rao et al. 2020, arXiv:2005.02313, section 3: random start, sign-gradient ascent on
+    the pixels of the patch, and after each step a move of the patch, content included, by ``stride`` pixels in one random
+    direction of four if it raises the loss. (Brown et al. 2017, arXiv:1712.09665, learn one patch for all images; this is one
+    per image, the worst case.) Departures: an image that has just moved keeps its content for one step, whose gradient belongs to
+    the place it has left; an image leaves the search when it falls.
+    """
+
+    size: Ratio = setting(
+        Ratio("1/16"),
+        "how large the square is: 8×8 of 32×32 by default",
+        unit="fraction of the image's area if below 1, else pixels of its side",
+        gt=0,
+    )
+    steps: int = setting(100, "gradient steps per restart", unit="steps", ge=1)
+    step_size: Ratio = setting(Ratio("0.05"), "length of a step", unit="pixels in [0, 1]", gt=0)
+    stride: int = setting(2, "how far the patch moves at once; 0: it stays where it started", unit="pixels", ge=0)
+    restarts: int = setting(5, "independent random places and contents", unit="starts", ge=1)
+
+    def side(self, height: int, width: int) -> int:
+        """Return the patch's side in pixels, at least 1; raises UserError if it does not fit into the image."""
+        side = round(self.size) if self.size >= 1 else max(1, round(math.sqrt(self.size * height * width)))
+        if side > min(height, width):
+            raise UserError(
+                f"the patch must fit into the image of {height}×{width} pixels, got size {self.size} = a side of {side}"
+            )
+        return side
+
+    def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return each image with a patch that it falls to, else with the patch of the largest loss."""
+        side = self.side(*x.shape[2:])
+        result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+        here = torch.arange(len(x), device=x.device)
+        here = here[~fallen(model(x), y)]
+        for _ in range(self.restarts):
+            if len(here):  # synchronises the device
+                here = self._restart(model, x, y, side, here, result, largest, generator)
+        return result
+
+    def _restart(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        side: int,
+        here: Tensor,
+        result: Tensor,
+        largest: Tensor,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Optimise one random patch per image of ``here``, note the best in ``result``, and return which images hold."""
+        content = torch.rand((len(here), x.shape[1], side, side), generator=generator, device=x.device, dtype=x.dtype)
+        room = torch.tensor([x.shape[2] - side, x.shape[3] - side], device=x.device)
+        place = (torch.rand((len(here), 2), generator=generator, device=x.device) * (room + 1)).long().clamp_max(room)
+        for step in range(self.steps + 1):
+            x_adv = paste(x[here], content, place)
+            with torch.enable_grad():
+                x_adv.requires_grad_()
+                logits = model(x_adv)
+                value = cross_entropy(logits, y[here])
+                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            x_adv, value = x_adv.detach(), value.detach().to(x.dtype)
+            fell = fallen(logits.detach(), y[here])
+            better = fell | (value > largest[here])
+            result[here[better]], largest[here[better]] = x_adv[better], value[better]
+            content, place, value, here = content[~fell], place[~fell], value[~fell], here[~fell]
+            if step == self.steps or not len(here):  # synchronises the device
+                break
+            slope = cut(gradient[~fell], place, side)
+            moved = torch.zeros(len(here), dtype=torch.bool, device=x.device)
+            if self.stride:
+                heading = torch.randint(4, (len(here),), generator=generator, device=x.device)
+                ways = self.stride * torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]], device=x.device)
+                there = torch.minimum((place + ways[heading]).clamp_min(0), room)
+                gain = cross_entropy(model(paste(x[here], content, there)), y[here]) - value
+                moved = gain > 0
+                place = torch.where(moved[:, None], there, place)
+            stepped = (content + self.step_size * sign(slope)).clamp_(0, 1)
+            content = torch.where(per_image(moved, content), content, stepped)
+        return here
+
+    def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return which images differ from ``x`` inside one square of the patch's side only, (B,); exactly, without rounding."""
+        side = self.side(*x.shape[2:])
+        changed = (x_adv != x).any(1)
+        extent = []
+        for axis in (2, 1):
+            lines = changed.any(axis)  # which rows, then which columns have a changed pixel
+            number = torch.arange(lines.shape[1], device=x.device)
+            last = torch.where(lines, number, -1).amax(1)
+            first = torch.where(lines, number, lines.shape[1]).amin(1)
+            extent.append(last - first + 1)  # negative if nothing has changed
+        return (extent[0] <= side) & (extent[1] <= side)
+
+
+def _window(place: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the index (image, row, column) of every pixel of the patches, each broadcastable to (B, side, side)."""
+    along = torch.arange(side, device=place.device)
+    rows, columns = place[:, :1] + along, place[:, 1:] + along
+    return torch.arange(len(place), device=place.device)[:, None, None], rows[:, :, None], columns[:, None, :]
+
+
+def paste(x: Tensor, content: Tensor, place: Tensor) -> Tensor:
+    """Return a copy of ``x``, (B, C, H, W), with ``content``, (B, C, s, s), at ``place``, (B, 2) int64: top, left."""
+    image, rows, columns = _window(place, content.shape[-1])
+    pasted = x.clone()
+    pasted[image, :, rows, columns] = content.permute(0, 2, 3, 1)
+    return pasted
+
+
+def cut(x: Tensor, place: Tensor, side: int) -> Tensor:
+    """Return the squares (B, C, side, side) of ``x`` at ``place``, (B, 2) int64: top, left."""
+    image, rows, columns = _window(place, side)
+    return x[image, :, rows, columns].permute(0, 3, 1, 2)
+
+
+def patch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    size: float | str = "1/16",
+    steps: int = 100,
+    step_size: float | str = 0.05,
+    stride: int = 2,
+    restarts: int = 5,
+    seed: int = 0,
+) -> Tensor:
+    """Attack ``model`` by a square patch per image, its place optimised too (Rao et al. 2020, arXiv:2005.02313).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        size: fraction of the image's area if below 1, else pixels of the side.
+        steps: gradient steps per restart.
+        step_size: of the pixels in the patch, in pixel units of [0, 1].
+        stride: pixels that the patch moves at once; 0: it stays where it started.
+        restarts: independent random places and contents.
+        seed: of places, contents and directions.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1], that differs from ``x`` in one square. Raises UserError on pixels outside [0, 1], NaN, wrong
+        labels, settings out of range or a patch larger than the image.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    >>> x = torch.full((1, 1, 4, 4), 0.5)
+    >>> int((patch(model, x, torch.tensor([0]), size=2, steps=3) != x).sum()) <= 4
+    True
+    """
+    values = {"size": size, "steps": steps, "step_size": step_size, "stride": stride, "restarts": restarts}
+    return call_unrestricted(Patch, values, model, x, y, seed=seed)
