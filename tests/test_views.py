@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from clead.config import RunConfig
 from clead.data import views
 from clead.data.views import Augmentation
 from clead.errors import UserError
@@ -171,7 +172,7 @@ def test_range_shape_and_input_are_kept(crop, zoom, flip, jitter, greyscale, cut
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_dtype_is_kept(dtype):
-    for keys in ({"crop": 2}, {"random_resized_crop": (0.2, 1.0)}):
+    for keys in ({"crop": 2, "gaussian": 0.1}, {"random_resized_crop": (0.2, 1.0)}):
         assert Augmentation(**ALL_ON, **keys)(batch().to(dtype), generator=generator()).dtype == dtype
 
 
@@ -195,6 +196,7 @@ def test_randomness_comes_from_the_generator_only():
         {"color_jitter": 0.5},
         {"greyscale": 0.5},
         {"cutout": 3},
+        {"gaussian": 0.1},
     ],
 )
 def test_every_image_is_drawn_alone(keys):
@@ -240,6 +242,45 @@ def test_zoom_area_and_aspect():
     assert 0.73 < aspect.min() < 0.78 and 1.28 < aspect.max() < 1.35
 
 
+def test_gaussian_noise_is_independent_unclipped_and_of_the_given_size():
+    images = batch(200).round()  # 0 and 1: clipping would cut half of the noise away
+    noise = (Augmentation(gaussian=0.25)(images, generator=generator()) - images).double().flatten()
+    assert noise.mean().abs() < 5 * 0.25 / len(noise) ** 0.5
+    assert noise.std() == pytest.approx(0.25, rel=5 / (2 * len(noise)) ** 0.5)
+    assert noise.pow(4).mean() == pytest.approx(3 * 0.25**4, rel=0.1)  # the kurtosis of a Gaussian
+    assert abs(torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1]) < 5 / len(noise) ** 0.5
+
+
+def test_gaussian_noise_comes_last_and_leaves_the_other_draws_as_they_are():
+    images = batch()
+    plain = Augmentation(**ALL_ON, crop=2)(images, generator=generator(3))
+    noisy = Augmentation(**ALL_ON, crop=2, gaussian=1e-3)(images, generator=generator(3))
+    assert 0 < (noisy - plain).abs().max() < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [
+        ({"name": "standard"}, False),
+        ({"name": "pgd_at"}, True),
+        ({"name": "trades"}, True),
+        ({"name": "clead"}, True),
+        ({"name": "standard", "kl_weight": 1}, True),
+        ({"name": "trades", "kl_weight": 0}, False),
+    ],
+)
+def test_gaussian_noise_is_refused_where_images_are_attacked(method, refused):
+    tree = {"data": {"name": "digits", "augment": {"gaussian": 0.25}}, "method": method, "train": {"epochs": 1}}
+    if refused:
+        with pytest.raises(
+            UserError, match=r"^data.augment.gaussian: .*leaves \[0, 1\].*got 0.25; set it to 0"
+        ) as error:
+            RunConfig.from_dict(tree)
+        assert len(error.value.problems) == 1
+    else:
+        assert RunConfig.from_dict(tree).data.augment.gaussian == 0.25
+
+
 def test_one_channel_jitter_has_no_colour():
     images = batch(channels=1)
     one = torch.ones(6)
@@ -256,6 +297,8 @@ def test_one_channel_jitter_has_no_colour():
         ({"crop": -1}, "greater than or equal to 0"),
         ({"greyscale": 1.5}, "less than or equal to 1"),
         ({"color_jitter": 3}, "less than or equal to 2.5"),
+        ({"gaussian": -0.1}, "greater than or equal to 0"),
+        ({"gaussian": 25}, "less than or equal to 2"),
         ({"croop": 4}, "croop"),
     ],
 )

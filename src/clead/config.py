@@ -209,6 +209,11 @@ def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
             "data.batch_size: a contrastive loss needs at least 2 images, because the others are the negatives, "
             f"got {data.batch_size}; raise it, or set the contrastive weights to 0"
         ]
+    if data.augment.gaussian and getattr(method, "uses_attack", False):
+        return [
+            "data.augment.gaussian: unclipped noise leaves [0, 1], in which an attack's images must lie, got "
+            f"{data.augment.gaussian:g}; set it to 0, or take a method without an attack (method.name standard)"
+        ]
     return []
 
 

@@ -21,10 +21,11 @@ _JITTER_PROBABILITY = 0.8
 
 @settings
 class Augmentation:
-    """Random views: crop, flip, colour jitter, greyscale and cutout, in this order; all off by default.
+    """Random views: crop, flip, colour jitter, greyscale, cutout and Gaussian noise, in this order; all off by default.
 
-    Calling it maps (B, C, H, W) float in [0, 1] to the same shape and range; all randomness comes from the
-    given generator, which lives on the images' device. With everything off, the input itself is returned.
+    Calling it maps (B, C, H, W) float in [0, 1] to the same shape, and to the same range unless ``gaussian`` is on; all
+    randomness comes from the given generator, which lives on the images' device. With everything off, the input itself is
+    returned.
 
     One-channel images: ``color_jitter`` changes brightness and contrast only, and ``greyscale`` does nothing.
 
@@ -58,6 +59,14 @@ class Augmentation:
     cutout: int = setting(
         0, "Side of a black square at a random place, cut off by the image's edge.", unit="pixels", ge=0
     )
+    gaussian: float = setting(
+        0.0,
+        "Standard deviation of the noise added to every pixel, not clipped, as randomised smoothing adds it; for methods "
+        "without an attack.",
+        unit="pixels in [0, 1]",
+        ge=0,
+        le=2,
+    )
 
     @field_validator("random_resized_crop")
     @classmethod
@@ -76,7 +85,7 @@ class Augmentation:
         return self
 
     def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
-        """Return random views of the images, (B, C, H, W) float in [0, 1].
+        """Return random views of the images, (B, C, H, W) float in [0, 1], or beyond where ``gaussian`` leads out of it.
 
         Raises:
             ValueError: the images are not a floating batch (B, C, H, W).
@@ -110,6 +119,10 @@ class Augmentation:
             images = torch.where(_each(uniform() < self.greyscale), grey(images), images)
         if self.cutout:
             images = cut(images, integer(0, height), integer(0, width), self.cutout)
+        if self.gaussian:
+            # Not clipped: certification does not clip either (Cohen et al. 2019, arXiv:1902.02918, sections 3.2 and 3.3).
+            noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+            images = images + self.gaussian * noise
         return images
 
 
