@@ -24,4 +24,18 @@ from clead.attacks.patch import patch  # noqa: E402
 from clead.attacks.pgd import pgd  # noqa: E402
 from clead.attacks.spatial import spatial  # noqa: E402
 
-__all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "cw", "deepfool", "eot_pgd", "expectation", "fgsm", "fmn", "mi_fgsm", "patch", "pgd", "spatial"]
+__all__ = [
+    "ATTACKS",
+    "OBJECTIVES",
+    "UNRESTRICTED",
+    "cw",
+    "deepfool",
+    "eot_pgd",
+    "expectation",
+    "fgsm",
+    "fmn",
+    "mi_fgsm",
+    "patch",
+    "pgd",
+    "spatial",
+]

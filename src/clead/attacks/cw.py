@@ -1,0 +1,123 @@
+"""The attack of Carlini and Wagner: distance and margin weighed against each other, the weight by binary search."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.attacks.minimal import Found, call_minimal
+from clead.interfaces import Model, Threat
+from clead.losses.margin import margin
+from clead.settings import setting, settings
+from clead.threats.geometry import flat
+
+_INSIDE = 1 - 1e-6  # atanh of the box's border itself is infinite
+
+
+@ATTACKS.register("cw")
+@settings
+class CW:
+    """min_w ‖x′ − x‖₂² + c · max(z_y − max_{k≠y} z_k, 0) with x′ = (tanh w + 1) / 2, by Adam; c by binary search.
+
+    Source: Carlini & Wagner 2017, arXiv:1608.04644, sections V-B (f_6), VI-A and VI-D, with confidence 0. As in the authors'
+    code c is multiplied by 10 until a first success, and Adam stops where the loss no longer falls. The paper takes 10,000
+    steps and restarts; the default here is 1,000 and one start.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("l2",)
+    steps: int = setting(1000, "Adam steps for one weight of the margin", ge=1, unit="steps")
+    search_steps: int = setting(9, "weights of the margin that are tried per image", ge=1, unit="weights")
+    step_size: float = setting(0.01, "Adam's step size", unit="units of w, whose tanh is the image", gt=0)
+    weight: float = setting(1e-3, "first weight c of the margin against the squared distance", gt=0)
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
+        return self._run(model, x, y, float(threat.eps)).within(float(threat.eps))
+
+    def minimal(
+        self, model: Model, x: Tensor, y: Tensor, norm: str = "l2", *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
+        return self._run(model, x, y, 0.0).images
+
+    def _run(self, model: Model, x: Tensor, y: Tensor, enough: float) -> Found:
+        found = Found(x, "l2")
+        everything = torch.arange(len(x), device=x.device)
+        found.offer(everything, x, margin(model(x), y))  # what is wrong already has distance 0
+        weight = torch.full_like(found.sizes, self.weight)
+        low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
+        for _ in range(self.search_steps):
+            left = found.left(enough)
+            if not len(left):
+                break
+            crossed = torch.zeros_like(weight, dtype=torch.bool)
+            crossed[left] = self._descend(model, x[left], y[left], weight[left], left, found)
+            high, low = torch.where(crossed, weight, high), torch.where(crossed, low, weight)
+            weight = torch.where(high.isinf(), 10 * weight, (low + high) / 2)
+        return found
+
+    def _descend(self, model: Model, x: Tensor, y: Tensor, weight: Tensor, index: Tensor, found: Found) -> Tensor:
+        """Minimise for one weight per image, offering every point of the path; returns which images were ever wrong, (B,)."""
+        w = ((2 * x - 1) * _INSIDE).atanh()
+        adam = torch.optim.Adam([w], lr=self.step_size)
+        crossed = torch.zeros_like(weight, dtype=torch.bool)
+        before = torch.full_like(weight, torch.inf)
+        for step in range(self.steps):
+            with torch.enable_grad():
+                w.requires_grad_()
+                x_adv = (w.tanh() + 1) / 2
+                lead = margin(model(x_adv), y)
+                loss = flat(x_adv - x).square().sum(1) + weight * (-lead).clamp_min(0)
+                (w.grad,) = torch.autograd.grad(loss.sum(), w)
+            crossed |= found.offer(index, x_adv.detach(), lead.detach())
+            if step % math.ceil(self.steps / 10) == 0:
+                if not (loss < 0.9999 * before).any():  # synchronises the device
+                    break
+                before = loss.detach()
+            adam.step()
+        return crossed
+
+
+def cw(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str | None = None,
+    norm: str = "l2",
+    steps: int = 1000,
+    search_steps: int = 9,
+    step_size: float = 0.01,
+    weight: float = 1e-3,
+) -> Tensor:
+    """Look for the nearest adversarial image in L2 (Carlini & Wagner 2017, arXiv:1608.04644); thorough and slow.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: None: return the nearest found, however far; else only what lies within this radius, in pixel units of [0, 1].
+        norm: l2, the only one.
+        steps: Adam steps for one weight of the margin.
+        search_steps: weights of the margin that are tried per image.
+        step_size: Adam's step size.
+        weight: first weight of the margin against the squared distance.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
+        outside [0, 1], NaN, wrong labels or another norm.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> y = model(x).argmax(1)
+    >>> (model(cw(model, x, y, steps=100)).argmax(1) == y).item()
+    False
+    """
+    values = {"steps": steps, "search_steps": search_steps, "step_size": step_size, "weight": weight}
+    return call_minimal(CW, values, model, x, y, norm=norm, eps=eps)

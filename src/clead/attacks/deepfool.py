@@ -1,0 +1,123 @@
+"""DeepFool: step onto the nearest boundary of the linearised model until the class changes."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.attacks.minimal import Found, call_minimal
+from clead.interfaces import Model, Threat
+from clead.losses.margin import margin
+from clead.settings import setting, settings
+from clead.threats.geometry import flat, per_image, sign
+
+_BEYOND = 1e-4
+
+
+@ATTACKS.register("deepfool")
+@settings
+class DeepFool:
+    """x ← x + |f_k| / ‖w_k‖_q^q · |w_k|^(q−1) · sign(w_k), the class k nearest by |f_k| / ‖w_k‖_q, until the class changes.
+
+    Source: Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, algorithm 2 and eq. 10-12; f_k = z_k − z_y and w_k = ∇f_k; q = 2
+    for l2 and 1 for linf. Departures: every point is clipped to [0, 1], which the paper ignores; the overshoot applies to every
+    point, not to the last only, and a step is 1e-4 longer, both as in the authors' code: else the path ends on the boundary.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    steps: int = setting(50, "linearisations", ge=1, unit="steps")
+    overshoot: float = setting(0.02, "part of the perturbation that is added to cross the boundary", ge=0)
+    candidates: int = setting(10, "other classes tried, those of largest logits; fewer if there are fewer", ge=1)
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W): what ``minimal`` finds, where that lies in the threat set; x elsewhere."""
+        return self._run(model, x, y, threat.norm).within(float(threat.eps))
+
+    def minimal(
+        self, model: Model, x: Tensor, y: Tensor, norm: str, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the first misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
+        return self._run(model, x, y, norm).images
+
+    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str) -> Found:
+        found = Found(x, norm)
+        left = torch.arange(len(x), device=x.device)
+        others = torch.empty(0)
+        total = torch.zeros_like(x)
+        for step in range(self.steps + 1):
+            x_adv = (x[left] + (1 + self.overshoot) * total).clamp(0, 1)
+            with torch.enable_grad():
+                x_adv.requires_grad_()
+                logits = model(x_adv)
+            if step == 0:
+                count = min(self.candidates, logits.shape[1] - 1)
+                others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+            right = ~found.offer(left, x_adv.detach(), margin(logits.detach(), y[left]))
+            if step == self.steps or not right.any():  # synchronises the device
+                break
+            total = total + self._to_the_boundary(logits, x_adv, y[left], others, norm)
+            left, total, others = left[right], total[right], others[right]
+        return found
+
+    @staticmethod
+    def _to_the_boundary(logits: Tensor, x_adv: Tensor, y: Tensor, others: Tensor, norm: str) -> Tensor:
+        """Return the shortest step in ``norm`` onto a boundary of the linearised model, (B, C, H, W)."""
+        nearest = torch.full((len(y),), torch.inf, device=y.device, dtype=x_adv.dtype)
+        step = torch.zeros_like(x_adv)
+        for k in range(others.shape[1]):
+            with torch.enable_grad():
+                lead = (logits.gather(1, others[:, k, None]) - logits.gather(1, y[:, None]))[:, 0]
+                (slope,) = torch.autograd.grad(lead.sum(), x_adv, retain_graph=k + 1 < others.shape[1])
+            lead = lead.detach().abs().to(x_adv.dtype)
+            scale = flat(slope).abs().amax(1).clamp_min(1e-38)  # so that tiny gradients do not vanish when squared
+            unit = slope / per_image(scale, slope)
+            dual = torch.linalg.vector_norm(flat(unit), ord=1 if norm == "linf" else 2, dim=1)
+            distance = torch.where(dual == 0, torch.inf, lead / scale / dual)  # a flat class is out of reach
+            direction = sign(unit) if norm == "linf" else unit / per_image(dual, unit)
+            closer = (distance < nearest) | distance.isnan()
+            along = per_image(distance + _BEYOND, direction) * direction
+            step = torch.where(per_image(closer, step), along, step)
+            nearest = torch.where(closer, distance, nearest)
+        return step
+
+
+def deepfool(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str | None = None,
+    norm: str = "l2",
+    steps: int = 50,
+    overshoot: float = 0.02,
+    candidates: int = 10,
+) -> Tensor:
+    """Look for a small perturbation by linearising ``model`` (DeepFool, Moosavi-Dezfooli et al. 2016, arXiv:1511.04599).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: None: return what is found, however far; else only what lies within this radius, in pixel units of [0, 1].
+        norm: l2 or linf.
+        steps: linearisations.
+        overshoot: part of the perturbation that is added to cross the boundary.
+        candidates: other classes tried, those of largest logits.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
+        outside [0, 1], NaN, wrong labels or another norm.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> y = model(x).argmax(1)
+    >>> (model(deepfool(model, x, y, steps=5)).argmax(1) == y).item()
+    False
+    """
+    values = {"steps": steps, "overshoot": overshoot, "candidates": candidates}
+    return call_minimal(DeepFool, values, model, x, y, norm=norm, eps=eps)

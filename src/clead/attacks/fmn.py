@@ -1,0 +1,150 @@
+"""The fast minimum-norm attack: a ball that shrinks while the point in it is adversarial, and grows while it is not."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.attacks.gradient import value_and_gradient
+from clead.attacks.minimal import Found, call_minimal
+from clead.interfaces import Model, Threat
+from clead.losses.margin import margin
+from clead.settings import setting, settings
+from clead.threats import THREATS
+from clead.threats.geometry import flat, per_image
+
+_LAST_GAMMA = 1e-3
+_DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
+
+
+@ATTACKS.register("fmn")
+@settings
+class FMN:
+    """δ ← box(Π_ε(δ + α·∇L/‖∇L‖₂)), with ε ← ε·(1 − γ) where the point is adversarial and ε·(1 + γ) where it is not.
+
+    Source: Pintor et al. 2021, arXiv:2102.12827, algorithm 1; L = max_{k≠y} z_k − z_y. Until a first adversarial point is
+    found, ε is the estimated distance to the boundary, ‖δ‖_p + |L| / ‖∇L‖_q; for l0 ε moves by a pixel at least. The step α
+    falls by a cosine to a hundredth, γ to 0.001. Departures: the estimate is taken times 1 + γ, because the path into a flat
+    boundary would end just before it; l0 counts pixels, whatever their channels, as the threat does.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
+    steps: int = setting(100, "gradient steps", ge=1, unit="steps")
+    step_size: float = setting(1.0, "length of the first step", unit="Euclidean length over pixels in [0, 1]", gt=0)
+    gamma: float = setting(0.05, "part by which the ball shrinks or grows in the first step", gt=_LAST_GAMMA, lt=1)
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
+        return self._run(model, x, y, threat.norm, float(threat.eps)).within(float(threat.eps))
+
+    def minimal(
+        self, model: Model, x: Tensor, y: Tensor, norm: str, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the nearest misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
+        return self._run(model, x, y, norm, 0.0).images
+
+    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str, enough: float) -> Found:
+        found = Found(x, norm)
+        measure = THREATS.get(norm)(eps=0).size
+        farthest = measure(torch.maximum(x, 1 - x))
+        delta = torch.zeros_like(x)
+        radius = torch.ones_like(found.sizes) if norm == "l0" else torch.full_like(found.sizes, torch.inf)
+        for step in range(self.steps):
+            left = found.left(enough)
+            if not len(left):
+                break
+            falling = (1 + math.cos(math.pi * step / self.steps)) / 2
+            length = self.step_size * (0.01 + 0.99 * falling)
+            gamma = _LAST_GAMMA + (self.gamma - _LAST_GAMMA) * falling
+
+            x_left, y_left, here = x[left], y[left], delta[left]
+            x_adv = x_left + here
+            value, gradient = value_and_gradient(lambda z, y=y_left: margin(model(z), y), x_adv)
+            wrong = found.offer(left, x_adv, value)
+            best = found.sizes[left]
+            # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
+            scale = flat(gradient).abs().amax(1).clamp_min(1e-38)
+            unit = gradient / per_image(scale, gradient)
+            if norm == "l0":
+                shrunk = torch.minimum(radius[left] - 1, (radius[left] * (1 - gamma)).floor())
+                grown = torch.maximum(radius[left] + 1, (radius[left] * (1 + gamma)).floor())
+                now = torch.where(wrong, torch.minimum(shrunk, best), grown).clamp_min(1)
+            else:
+                slope = torch.linalg.vector_norm(flat(unit), ord=_DUAL[norm], dim=1).clamp_min(1e-12) * scale
+                ahead = (measure(here) + value.abs().to(x.dtype) / slope) * (1 + gamma)
+                outside = torch.where(best.isinf(), ahead, radius[left] * (1 + gamma))
+                now = torch.where(wrong, torch.minimum(radius[left] * (1 - gamma), best), outside)
+            radius[left] = torch.minimum(now, farthest[left])
+            ascent = unit / per_image(torch.linalg.vector_norm(flat(unit), dim=1).clamp_min(1e-12), unit)
+            moved = _into_ball(here + length * ascent, radius[left], norm)
+            delta[left] = (x_left + moved).clamp(0, 1) - x_left
+        return found
+
+
+def _into_ball(delta: Tensor, radius: Tensor, norm: str) -> Tensor:
+    """Return the Euclidean-nearest point to ``delta``, (B, C, H, W), of the ball with a radius of its own per image, (B,).
+
+    The threats' projections have one radius for all images. This one knows no box: the paper clips to it afterwards.
+    """
+    size = per_image(radius, delta)
+    if norm == "linf":
+        return torch.minimum(torch.maximum(delta, -size), size)
+    if norm == "l2":
+        return delta * (size / per_image(torch.linalg.vector_norm(flat(delta), dim=1), delta).clamp_min(1e-12)).clamp(
+            max=1
+        )
+    if norm == "l1":
+        magnitude = flat(delta).abs()
+        ordered = magnitude.sort(1, descending=True).values
+        count = torch.arange(1, ordered.shape[1] + 1, device=delta.device, dtype=delta.dtype)
+        threshold = (
+            ordered.cumsum(1) - radius[:, None]
+        ) / count  # if exactly the `count` largest stay: the largest such
+        kept = (magnitude - threshold.amax(1, keepdim=True).clamp_min(0)).clamp_min(0)
+        return (kept * flat(delta).sign()).view_as(delta)
+    change = delta.square().sum(1).flatten(1)
+    rank = change.argsort(1, descending=True).argsort(1)
+    return delta * (rank < radius[:, None]).view(len(delta), 1, *delta.shape[2:])
+
+
+def fmn(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str | None = None,
+    norm: str = "linf",
+    steps: int = 100,
+    step_size: float = 1.0,
+    gamma: float = 0.05,
+) -> Tensor:
+    """Look for the nearest adversarial image (fast minimum-norm attack, Pintor et al. 2021, arXiv:2102.12827).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: None: return the nearest found, however far; else only what lies within this radius, in pixel units of [0, 1].
+        norm: linf, l2, l1 or l0.
+        steps: gradient steps.
+        step_size: Euclidean length of the first step.
+        gamma: part by which the ball shrinks or grows in the first step.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
+        outside [0, 1], NaN, wrong labels or another norm.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> y = model(x).argmax(1)
+    >>> (model(fmn(model, x, y)).argmax(1) == y).item()
+    False
+    """
+    values = {"steps": steps, "step_size": step_size, "gamma": gamma}
+    return call_minimal(FMN, values, model, x, y, norm=norm, eps=eps)
