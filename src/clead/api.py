@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,18 @@ from clead.checkpoint import RunDir, check_weights, load_weights, write_atomical
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
-from clead.evaluation.robust import Evaluation, NamedAttack, Subject, evaluate_model
+from clead.evaluation import adversarial
+from clead.evaluation.processes import Shard, rank, shards
+from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model, exact_float32, pixels, right_images
+from clead.evaluation.state import discard
 from clead.evaluation.statistics import mcnemar
+from clead.evaluation.suites import NamedAttack
+from clead.evaluation.transfer import transfer
 from clead.interfaces import ImageSet, Search, Splits
 from clead.models.build import build_model
+from clead.models.custom import make_module
 from clead.models.modes import attack_mode
+from clead.models.onnx import OnnxModel
 from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt, weights
 from clead.report import html
@@ -108,49 +115,82 @@ def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = N
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | Iterable[tuple[Tensor, Tensor]],
+    labels: Tensor | None = None,
     *,
+    suite: str = "standard",
     norm: str = "linf",
     eps: float | str = "8/255",
+    seed: int = 0,
     classes: Sequence[str] | None = None,
     name: str = "model",
+    state: str | Path | None = None,
     show: bool = False,
     **settings: Any,
 ) -> Record:
-    """Attack any classifier on the images and return the record: clean, FGSM, PGD under cross-entropy and margin, worst case.
+    """Attack any classifier on the images and return the record: clean, each attack of the suite, worst case per image.
 
     Args:
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        images: (N, C, H, W) float in [0, 1], or uint8.
+        images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
         labels: (N,) int64 in [0, K).
-        norm: linf, l2 or l1.
+        suite: standard (AutoAttack), plus, rand, quick, adaptive, queries or pgd.
+        norm: linf, l2 or l1 (l0 with suite pgd).
         eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
+        seed: of the attacks' randomness.
         classes: K names.
         name: the model's name in the record.
+        state: a directory; an evaluation that was stopped goes on from there, and removes it in the end.
         show: show progress on stderr.
-        **settings: keys of the ``eval`` group, such as ``steps=50``, ``batch_size=256``, ``seed=0``.
+        **settings: other keys of the ``eval`` group, such as ``batch_size=256``, ``steps=20``, ``check_images=0``.
 
-    Raises UserError on pixels outside [0, 1], NaN, wrong labels, or an eps of the wrong scale.
+    Returns:
+        The record, with ``clean_accuracy``, ``robust_accuracy`` and ``robust``, one flag per image. Raises UserError on pixels
+        outside [0, 1], NaN, wrong labels, or an eps of the wrong scale.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    >>> record = evaluate(net, torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long), eps=0.1, steps=2)
+    >>> record = evaluate(net, torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long), suite="quick", eps=0.1)
     >>> record.robust_accuracy <= record.clean_accuracy
     True
     """
     threat = validated(THREATS.get(norm), {"eps": eps})
-    options = validated(Eval, settings)
+    options = validated(Eval, {"suite": suite, "seed": seed, **settings})
+    if labels is None:
+        images, labels = _collected(images)
+    assert isinstance(images, Tensor) or not isinstance(images, Iterable), "checked below"
     as_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8
-    first = images[:1] / 255 if as_bytes else images
+    first: Any = images[:1] / 255 if as_bytes else images
     check_inputs(first, labels[:1] if as_bytes else labels)
     if len(images) != len(labels):
         raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
-    images, labels = images.cpu(), labels.cpu()
-    subject = Subject(name, type(model).__name__, "given", "given", "test", "given", tuple(classes))
-    return evaluate_model(model, ImageSet(images, labels), threat, options, subject, show=show).record
+    chosen = ImageSet(images.cpu(), labels.cpu())
+    if options.images is not None:
+        chosen = chosen.subset(torch.arange(min(options.images, len(chosen))))
+    subject = Subject(name, type(model).__name__, "given", "given", options.split, "given", tuple(classes))
+    where = None if state is None else Path(state)
+    evaluation = evaluate_model(model, chosen, threat, options, subject, state=where, show=show)
+    assert evaluation is not None
+    if where is not None and rank() == 0:
+        discard(where)
+    return evaluation.record
+
+
+def _collected(batches: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a loader, on the CPU; raises UserError if it yields anything else."""
+    pairs = []
+    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(p, Tensor) for p in batch):
+                raise UserError(f"batches must be pairs of images and labels, got a {type(batch).__name__}")
+            pairs.append((batch[0].cpu(), batch[1].cpu()))
+    if not pairs:
+        raise UserError(
+            f"labels are missing; give evaluate(model, images, labels) or batches of both, got {batches!r:.60}"
+        )
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def evaluate_run(
@@ -160,40 +200,48 @@ def evaluate_run(
     model: nn.Module | None = None,
     data: Splits | None = None,
     attacks: Sequence[NamedAttack] | None = None,
+    transfer_from: Sequence[str | Path] = (),
     result: str = "evaluation",
+    fresh: bool = False,
+    shard: str | None = None,
+    merge: bool = False,
+    save_adversarial: str | Path | None = None,
     show: bool = True,
 ) -> Evaluation:
     """Evaluate a run as its ``eval`` and ``threat`` settings say, and leave the record in ``RUN/results``.
+
+    An evaluation that was stopped goes on where it was when it is called again.
 
     Args:
         path: a run directory.
         config: the run's configuration with changes (another eps, other data); the run's own if None.
         model: your own module with the architecture that was trained; needed if it was given as an object in Python.
         data: loaded images instead of ``config.data``.
-        attacks: instead of the suite that ``config.eval`` describes.
+        attacks: instead of the suite that ``config.eval`` names; each on all images.
+        transfer_from: runs whose adversarial images are tried on this one, after the suite.
         result: file name of the record, without ``.json``.
+        fresh: forget what a stopped evaluation has left.
+        shard: ``"i/n"``: compute every n-th batch only, from the i-th; raises ShardDone, whose text says how to go on.
+        merge: make the record of the shards.
+        save_adversarial: write all adversarial images to this Parquet file.
         show: show progress on stderr.
+
+    Returns:
+        The evaluation, with all its images if ``save_adversarial`` is given.
     """
     run = RunDir.open(Path(path))
     trained = run.config()
     config = config or trained
+    part = Shard.parse(shard) if shard else None
     loaded = _load(run, config, config.eval.weights, model)
-    # The run's own seed: another one would move training images into the validation split.
-    splits = data if data is not None else config.data.load(trained.train.seed)
-    _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
-    if tuple(metadata["classes"]) != splits.classes:
-        raise UserError(
-            f"{path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
-            "give data of the same classes"
-        )
-    if tuple(metadata["shape"]) != _shape(splits):
-        raise UserError(
-            f"{path} was trained on images of shape {tuple(metadata['shape'])}, the data has {_shape(splits)}; "
-            "set data.image_size and data.channels"
-        )
-    images = mixed(splits.test if config.eval.split == "test" else splits.val)
-    if config.eval.images is not None:
-        images = images.subset(torch.arange(min(config.eval.images, len(images))))
+    images, splits = _evaluated_images(run, config, trained, data)
+    sources = [(source, load(source)) for source in transfer_from]
+    for source, other in sources:
+        if other.num_classes != loaded.num_classes:
+            raise UserError(
+                f"--transfer-from {source} has {other.num_classes} classes, {path} has {loaded.num_classes}; "
+                "give a run on the same classes"
+            )
     tree = config.to_dict()
     subject = Subject(
         name=run.name,
@@ -206,22 +254,225 @@ def evaluate_run(
         training=_training(run, trained),
     )
     device = device_of(config.train.device)
-    evaluation = evaluate_model(
+    return _evaluate_into(
+        run.path / "results",
+        result,
         loaded.to(device),
+        images,
+        config,
+        subject,
+        part,
+        fresh=fresh,
+        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        attacks=attacks,
+        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
+        source=sources[0][1] if sources else None,
+        merge=merge,
+        device=device,
+        show=show,
+    )
+
+
+def evaluate_foreign(
+    model: str | nn.Module,
+    config: RunConfig,
+    *,
+    weights: str | Path | None = None,
+    out: str | Path,
+    attacks: Sequence[NamedAttack] | None = None,
+    transfer_from: Sequence[str | Path] = (),
+    result: str = "evaluation",
+    fresh: bool = False,
+    shard: str | None = None,
+    merge: bool = False,
+    save_adversarial: str | Path | None = None,
+    show: bool = True,
+) -> Evaluation:
+    """Evaluate a model that this program did not train, and leave the record in ``out``.
+
+    Args:
+        model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
+        config: data, threat and eval settings; ``clead.config.bare_config`` makes one.
+        weights: a safetensors file for what the factory makes; None: as it is made.
+        out: directory of the record and the state.
+        attacks: as of ``evaluate_run``, as all that follow.
+        transfer_from: runs.
+        result: file name.
+        fresh: forget what was stopped.
+        shard: ``"i/n"``.
+        merge: of shards.
+        save_adversarial: Parquet file.
+        show: progress.
+    """
+    part = Shard.parse(shard) if shard else None
+    splits = config.data.load(config.train.seed)
+    name = model if isinstance(model, str) else type(model).__name__
+    made = _foreign(model, weights, len(splits.classes))
+    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    if config.eval.images is not None:
+        images = images.subset(torch.arange(min(config.eval.images, len(images))))
+    sources = [(source, load(source)) for source in transfer_from]
+    subject = Subject(
+        name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
+        model=Path(name).name,
+        weights=Path(weights).name if weights else "given",
+        data=config.to_dict()["data"]["name"],
+        split=config.eval.split,
+        data_fingerprint=splits.fingerprint,
+        classes=splits.classes,
+    )
+    device = device_of(config.train.device)
+    return _evaluate_into(
+        Path(out),
+        result,
+        made.to(device),
+        images,
+        config,
+        subject,
+        part,
+        fresh=fresh,
+        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        attacks=attacks,
+        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
+        source=sources[0][1] if sources else None,
+        merge=merge,
+        device=device,
+        show=show,
+    )
+
+
+def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = None) -> dict[str, Any]:
+    """Score the adversarial images of a file, made for this run or for another, and measure them anew.
+
+    Args:
+        path: a run directory.
+        file: what ``save_adversarial`` wrote.
+        config: the run's configuration with changes (the data's path); the run's own if None.
+
+    Returns:
+        ``n``; ``broken``, so many the file states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all
+        images, and ``accuracy_8_bits`` on the same rounded to 8 bits, as a picture file or a camera would hold them; ``largest``
+        perturbation, ``eps`` and how many are ``outside``. Raises UserError if the images are not those that the run is
+        evaluated on.
+    """
+    run = RunDir.open(Path(path))
+    trained = run.config()
+    config = config or trained
+    model = _load(run, config, config.eval.weights, None)
+    x_adv, as_bytes, about = adversarial.load(Path(file))
+    changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=len(x_adv)))
+    images, _ = _evaluated_images(run, changed, trained, None)
+    if digest(images) != about["images"]:
+        raise UserError(
+            f"{file} holds other images than the first {len(x_adv)} of {path}; give the same data (--data.path, --eval.split)"
+        )
+    threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
+    x, labels = pixels(images.images), images.labels
+    size = threat.size(x_adv - x)
+    with exact_float32():
+        right = torch.cat([right_images(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
+        as_file = torch.cat(
+            [right_images(model, pixels(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
+        )
+    return {
+        "run": run.name,
+        "n": len(labels),
+        "broken": int((~about["robust"]).sum()),
+        "wrong": int((~right & ~about["robust"]).sum()),
+        "accuracy": right.double().mean().item(),
+        "accuracy_8_bits": as_file.double().mean().item(),
+        "largest": size.max().item(),
+        "eps": threat.eps,
+        "outside": int((size > threat.eps * (1 + 1e-5) + 1e-6).sum()),
+    }
+
+
+def _foreign(model: str | nn.Module, weights: str | Path | None, num_classes: int) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if model.endswith(".onnx"):
+        if weights is not None:
+            raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
+        return OnnxModel(model)
+    made = make_module(model, num_classes)
+    if weights is not None:
+        content, _ = load_weights(Path(weights))
+        check_weights(made.state_dict(), content, str(weights))
+        made.load_state_dict(content)
+    return made.eval()
+
+
+class ShardDone(Exception):
+    """A shard is computed; the record is made when all are."""
+
+
+def _evaluate_into(
+    folder: Path,
+    result: str,
+    model: nn.Module,
+    images: ImageSet,
+    config: RunConfig,
+    subject: Subject,
+    shard: Shard | None,
+    *,
+    fresh: bool,
+    save_adversarial: Path | None,
+    **options: Any,
+) -> Evaluation:
+    """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
+    state = folder / f"{result}.state"
+    here = shard.folder(state) if shard else state
+    if fresh:
+        discard(here)
+    evaluation = evaluate_model(
+        model,
         images,
         config.threat,
         config.eval,
         subject,
-        attacks=attacks,
-        device=device,
-        show=show,
+        state=state,
+        shard=shard,
+        keep_adversarial=save_adversarial is not None,
+        **options,
     )
-    folder = run.path / "results"
+    if evaluation is None:
+        assert shard is not None
+        raise ShardDone(f"shard {shard.index}/{shard.count} is done: {here}; when all are, use --merge")
+    if rank() > 0:
+        return evaluation
     write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
     if evaluation.artifacts:
         content = {key: value.contiguous() for key, value in evaluation.artifacts.items()}
         write_atomically(folder / f"{result}.safetensors", to_safetensors(content))
+    if save_adversarial is not None:
+        assert evaluation.adversarial is not None
+        adversarial.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
+    for done in shards(state) if options.get("merge") else [state]:
+        discard(done)
     return evaluation
+
+
+def _evaluated_images(
+    run: RunDir, config: RunConfig, trained: RunConfig, data: Splits | None
+) -> tuple[ImageSet, Splits]:
+    """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
+    # The run's own seed: another one would move training images into the validation split.
+    splits = data if data is not None else config.data.load(trained.train.seed)
+    _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
+    if tuple(metadata["classes"]) != splits.classes:
+        raise UserError(
+            f"{run.path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
+            "give data of the same classes"
+        )
+    if tuple(metadata["shape"]) != _shape(splits):
+        raise UserError(
+            f"{run.path} was trained on images of shape {tuple(metadata['shape'])}, the data has {_shape(splits)}; "
+            "set data.image_size and data.channels"
+        )
+    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    if config.eval.images is not None:
+        images = images.subset(torch.arange(min(config.eval.images, len(images))))
+    return images, splits
 
 
 def read_record(source: str | Path) -> Record:

@@ -103,29 +103,98 @@ def train(
 
 
 @app.command(context_settings=_OPEN)
-def evaluate(context: typer.Context, json_file: Json = None) -> None:
-    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--threat.eps 8/255] [--eval.steps 100]."""
+def evaluate(
+    context: typer.Context,
+    suite: Annotated[
+        str | None, typer.Option(help="standard | plus | rand | quick | adaptive | queries | pgd.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of --model, as safetensors.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the record of --model goes; evaluations/NAME by default.")
+    ] = None,
+    transfer_from: Annotated[
+        list[str] | None, typer.Option(help="Try the adversarial images of this run too (may be repeated).")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: compute every n-th batch from the i-th, and stop.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the record of all shards.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped evaluation has left.")] = False,
+    save_adversarial: Annotated[
+        Path | None, typer.Option(help="Write the adversarial images to this Parquet file.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--suite quick] [--threat.eps 8/255]."""
     from clead import api
+    from clead.config import bare_config, parse_overrides
+    from clead.evaluation.processes import rank
 
-    runs, overrides = _runs(context.args)
-    _only(
-        overrides,
-        ("data", "threat", "eval"),
-        "use --eval.steps, --eval.restarts and --eval.objectives, or clead attack",
-    )
-    configs = [_changed(run, overrides) for run in runs]
+    if model is None:
+        runs, overrides = _runs(context.args)
+        for name, value in (("--weights", weights), ("--out", out)):
+            if value is not None:
+                raise UserError(f"{name} goes with --model, got {value} with runs {' '.join(runs)}")
+    else:
+        runs, overrides = _positional(context.args)
+        if runs:
+            raise UserError(f"give runs or --model, got --model {model} and {' '.join(runs)}")
+    if shard and merge:
+        raise UserError(f"give --shard or --merge, got --shard {shard} and --merge")
+    if save_adversarial and len(runs) > 1:
+        raise UserError(
+            f"--save-adversarial keeps the images of one run, got {len(runs)} runs; evaluate them one by one"
+        )
+    if suite is not None:
+        overrides = [*overrides, "--eval.suite", suite]
+    _only(overrides, ("data", "threat", "eval"), "choose a suite with --suite, or use clead attack")
+    options: dict[str, Any] = {
+        "transfer_from": transfer_from or (),
+        "shard": shard,
+        "merge": merge,
+        "fresh": fresh,
+        "save_adversarial": save_adversarial,
+    }
     records = []
-    for run, config in zip(runs, configs, strict=True):
-        with _interruptible():
-            record = api.evaluate_run(run, config=config).record
+
+    def done(evaluation: Any, folder: Path, source: Path) -> None:
+        if rank() > 0:
+            return
+        record = evaluation.record
         records.append(record)
         _print_record(record)
-        _say(f"record: {run}/results/evaluation.json")
+        _say(f"record: {folder}/evaluation.json")
+        if save_adversarial:
+            _say(f"images: {save_adversarial}")
         try:
-            _say(f"report: {api.write_report([run], Path(run) / 'report.html', title=f'Robustness of {record.run}')}")
+            shown = source if model is None else folder / "evaluation.json"
+            page = api.write_report([shown], source / "report.html", title=f"Robustness of {record.run}")
+            _say(f"report: {page}")
         except MissingExtra as error:  # the record is what was asked for
             _say(f"no report: {error}")
-    if json_file:
+        _say(_verdict(record))
+
+    try:
+        if model is not None:
+            if ["data", "path"] not in [path for path, _ in parse_overrides(overrides)]:
+                raise UserError(
+                    f"--model {model}: which images? give --data.path (and --data.name, if they are CIFAR or MNIST)"
+                )
+            config = bare_config("evaluation", overrides)
+            folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
+            with _interruptible():
+                done(api.evaluate_foreign(model, config, weights=weights, out=folder, **options), folder, folder)
+        else:
+            configs = [_changed(run, overrides) for run in runs]
+            for run, config in zip(runs, configs, strict=True):
+                with _interruptible():
+                    done(api.evaluate_run(run, config=config, **options), Path(run) / "results", Path(run))
+    except api.ShardDone as finished:
+        _say(str(finished))
+        return
+    if json_file and records:
         content: Any = [json.loads(record.model_dump_json()) for record in records]
         _write_json(json_file, content[0] if len(content) == 1 else content)
 
@@ -135,20 +204,37 @@ def attack(
     context: typer.Context,
     objective: Annotated[str, typer.Option(help="What the attack maximises.")] = "cross_entropy",
     save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
     from clead import api
     from clead.attacks import OBJECTIVES
     from clead.config import parse_overrides
-    from clead.evaluation.robust import NamedAttack, attack_name
+    from clead.evaluation.suites import NamedAttack, attack_name
 
     OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
+    if verify:
+        _only(overrides, ("data", "threat", "eval"), "leave it out: nothing is attacked")
+        found = [api.verify(run, verify, config=_changed(run, overrides)) for run in runs]
+        for result in found:
+            _print_verified(result)
+        if json_file:
+            _write_json(json_file, found[0] if len(found) == 1 else found)
+        return
     _only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
-    fixed = ["--eval.curve_points", "0", *(["--eval.gallery", "1000000000"] if save else [])]
+    fixed = [
+        "--eval.curve_points",
+        "0",
+        "--eval.check_images",
+        "0",
+        *(["--eval.gallery", "1000000000"] if save else []),
+    ]
     # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
     settings = parse_overrides(overrides)
     if dict((".".join(key), value) for key, value in settings).get("attack.name", "pgd") == "pgd":
@@ -254,7 +340,7 @@ def _only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
     """Refuse settings that would change nothing here, because the run is trained already."""
     from clead.config import GROUPS, parse_overrides
 
-    suite = ("steps", "restarts", "objectives", "fgsm", "curve_points", "curve_images", "curve_steps")
+    suite = ("suite", "steps", "curve_points", "curve_images", "curve_steps", "check_images")
     problems = []
     for path, _ in parse_overrides(overrides):
         key = ".".join(path)
@@ -296,6 +382,34 @@ def _print_record(record: Any) -> None:
         table.add_row(part.name, *_shown(part.robust), f"{part.seconds:.1f}")
     table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
     Console().print(table)
+    for note in record.notes:
+        print(f"note: {note}")
+    for check in record.checks:
+        if not check.passed:
+            print(f"check {check.name} failed: {check.explanation}")
+
+
+def _verdict(record: Any) -> str:
+    from clead.evaluation.suites import MEANING
+
+    worst, threat = record.worst, record.threat
+    failed = [check.name for check in record.checks if not check.passed]
+    said = (
+        f"{record.run}: {worst.accuracy:.1%} of {worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
+        f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {MEANING.get(record.suite, record.suite)}; "
+        f"{record.clean.accuracy:.1%} are right when clean."
+    )
+    if failed:
+        said += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
+    return said
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    _say(
+        f"{result['run']}: of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
+        f"classified wrong; largest perturbation {result['largest']:.6g} of eps {result['eps']:.6g}, {result['outside']} "
+        f"outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
+    )
 
 
 def _shown(estimate: Any) -> tuple[str, str]:

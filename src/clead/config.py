@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field
 from yaml.error import MarkedYAMLError
 
-from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks import ATTACKS
 from clead.attacks.pgd import PGD
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
@@ -92,31 +92,32 @@ class Train:
 
 @settings
 class Eval:
-    """The worst case of FGSM and PGD under several objectives, on images that training never saw."""
+    """The worst case over the attacks of a suite, on images that training never saw."""
 
+    suite: Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"] = setting(
+        "standard",
+        "standard: AutoAttack (APGD-CE, APGD-T, FAB-T, Square); plus: its longer version; rand: for randomised models; quick: "
+        "two APGD of 50 steps; adaptive: standard, then the embedding; queries: without gradients; pgd: FGSM and two PGD-50, "
+        "each on all images",
+    )
     split: Literal["test", "val"] = setting("test", "which images")
     images: int | None = setting(None, "evaluate only the first so many; none: all", ge=1)
     weights: Literal["best", "last"] = setting("best", "weights of the best validation robust accuracy, or the last")
-    batch_size: int = setting(256, "images per batch", ge=1)
-    fgsm: bool = setting(True, "attack with FGSM too")
-    steps: int = setting(50, "PGD steps", ge=1)
-    restarts: int = setting(1, "PGD restarts", ge=1)
-    objectives: tuple[str, ...] = setting(
-        ("cross_entropy", "margin"), "what PGD maximises, one attack each", min_length=1
+    batch_size: int | None = setting(
+        None, "images attacked at once; none: by image size and device; halved when memory is short", ge=1
+    )
+    steps: int | None = setting(
+        None, "instead of the suite's own, for a quick look or a longer search (the record says so)", ge=1, unit="steps"
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "what the search computes in; every verdict is in float32, and bfloat16 may find less"
     )
     curve_points: int = setting(6, "radii up to twice eps at which robust accuracy is drawn; 0: no curve", ge=0)
     curve_images: int = setting(256, "images of the curve", ge=1)
     curve_steps: int = setting(20, "PGD steps of the curve", ge=1)
+    check_images: int = setting(128, "images for the checks of gradient masking; 0: no checks", ge=0)
     gallery: int = setting(24, "images kept for the report's gallery", ge=0)
-    seed: int = setting(0, "of the random starts", ge=0, le=_LARGEST_SEED)
-
-    @field_validator("objectives")
-    @classmethod
-    def _known(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
-        for name in objectives:
-            if name not in OBJECTIVES.names():
-                raise ValueError(f"unknown objective, got {name!r}; {did_you_mean(name, OBJECTIVES.names())}")
-        return objectives
+    seed: int = setting(0, "of the attacks' randomness", ge=0, le=_LARGEST_SEED)
 
 
 _CHOSEN: dict[str, tuple[Registry[Any], str]] = {
@@ -293,8 +294,16 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     name, text = recipe_text(recipe)
     tree = parse_yaml(text, recipe)
+    return _changed({"name": name, **tree} if isinstance(tree, dict) else tree, overrides)
+
+
+def bare_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return a configuration without a recipe, to evaluate a model made elsewhere: the data at ``--data.path``."""
+    return _changed({"name": name, "data": {"name": "auto"}}, overrides)
+
+
+def _changed(tree: Any, overrides: Sequence[str]) -> RunConfig:
     if isinstance(tree, dict):
-        tree = {"name": name, **tree}
         changes = parse_overrides(overrides)
         keys = [path for path, _ in changes]
         if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):

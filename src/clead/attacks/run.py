@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ def attack_images(
     objective: str = "cross_entropy",
     generator: torch.Generator | None = None,
     checked: bool = False,
+    precision: torch.dtype = torch.float32,
+    exact: bool = False,
 ) -> Tensor:
     """Run an attack on a model inside the threat set around ``x``.
 
@@ -91,6 +93,8 @@ def attack_images(
         objective: a name of ``OBJECTIVES``; a search ignores it.
         generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
         checked: skip the checks of ``x`` and ``y`` because the caller has made them.
+        precision: what the search computes in (autocast below float32); its result has to be verified in float32 then.
+        exact: search with the model as it is, not as ``prepared`` makes it.
 
     Returns:
         x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on wrong shapes, ranges or names, or if the
@@ -108,11 +112,12 @@ def attack_images(
         generator = torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
-        if isinstance(attack, Search):
-            with torch.no_grad(), prepared(model, x) as answer:
-                x_adv = attack.search(answer, x, y, threat, generator=generator)
-        else:
-            x_adv = attack(make(model, x, y), x, threat, generator=generator)
+        with nullcontext(model) if exact else prepared(model, x, precision) as answer:
+            if isinstance(attack, Search):
+                with torch.no_grad():
+                    x_adv = attack.search(answer, x, y, threat, generator=generator)
+            else:
+                x_adv = attack(make(model, x, y), x, threat, generator=generator)
     if not torch.isfinite(x_adv).all():  # synchronises the device
         what = type(attack).__name__ if searching else f"{objective!r}"
         raise UserError(
@@ -123,22 +128,30 @@ def attack_images(
 
 
 @contextmanager
-def prepared(model: nn.Module, sample: Tensor) -> Generator[Model, None, None]:
+def prepared(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.float32) -> Generator[Model, None, None]:
     """Give ``model`` as a function that answers faster and the same up to rounding; the model is as before on exit.
 
     Batch-norm is folded into the convolutions, and on a CPU images and weights are laid out channels_last. Call it under
     ``attack_mode(model)``.
 
-    sample: (n, C, H, W), a few images, to find what can be folded.
+    Args:
+        model: with frozen parameters, in eval mode.
+        sample: (n, C, H, W), a few images, to find what can be folded.
+        precision: below float32, the function computes under autocast; its answers are float32 all the same.
     """
+    device = sample.device.type
     convolutional = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
-    if not convolutional or sample.dtype != torch.float32:
+    lower = precision != torch.float32
+    if sample.dtype != torch.float32 or not (convolutional or lower):
         yield model
         return
-    last = sample.device.type == "cpu"
+    last = device == "cpu"
     layout = torch.channels_last if last else torch.contiguous_format
-    with folded(model, sample, channels_last=last):
-        yield lambda x: model(x.contiguous(memory_format=layout))
+    with torch.autocast(device, precision) if lower else nullcontext(), folded(model, sample, channels_last=last):
+        if lower:
+            yield lambda x: model(x.contiguous(memory_format=layout)).float()
+        else:
+            yield lambda x: model(x.contiguous(memory_format=layout))
 
 
 def call(

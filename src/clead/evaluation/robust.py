@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs, logits_of
+from clead.attacks.run import attack_images, check_inputs, logits_of, prepared
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
 from clead.errors import UserError
+from clead.evaluation import masking, processes
+from clead.evaluation.processes import ALONE, Shard
+from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
-from clead.interfaces import Attack, ImageSet, Threat
+from clead.evaluation.suites import DRAWS, NamedAttack, attack_name, describe, suite
+from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
+from clead.models.seeding import seeded as global_seed
 from clead.models.split import SplitModel, weights
-from clead.progress import Tick, progress
+from clead.progress import progress
 from clead.report.record import (
     AttackPart,
+    CheckPart,
     ClassPart,
     CurvePoint,
     DataPart,
@@ -38,16 +45,7 @@ from clead.report.record import (
 from clead.settings import Ratio, validated
 
 _MAP_POINTS = 300
-_SHORT = {"cross_entropy": "CE"}
-
-
-@dataclass(frozen=True)
-class NamedAttack:
-    """An attack and what it maximises, under the name that tables show."""
-
-    name: str
-    attack: Attack
-    objective: str = "cross_entropy"
+_CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the attacks
 
 
 @dataclass(frozen=True)
@@ -66,25 +64,48 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record, and the tensors that its pictures are drawn from (names as in ``report/html.py``)."""
+    """A record, and the tensors that its pictures are drawn from (names as in ``report/html.py``).
+
+    ``adversarial`` holds every image after the last attack on it, in the order of the evaluated images, if it was asked for.
+    """
 
     record: Record
     artifacts: dict[str, Tensor]
+    adversarial: Tensor | None = None
 
 
-def attack_name(attack: Attack, objective: str) -> str:
-    """Return the name that tables show, such as ``PGD-50×5 margin``."""
-    if isinstance(attack, PGD):
-        times = f"×{attack.restarts}" if attack.restarts > 1 else ""
-        return f"PGD-{attack.steps}{times} {_SHORT.get(objective, objective)}"
-    return f"{type(attack).__name__} {_SHORT.get(objective, objective)}"
+@dataclass(frozen=True)
+class _Job:
+    """Everything that the parts of one evaluation share."""
 
+    model: nn.Module
+    images: ImageSet
+    threat: Threat
+    settings: Eval
+    attacks: tuple[NamedAttack, ...]
+    survivors_only: bool
+    device: torch.device
+    batch_size: int
+    kept: int
+    """Adversarial images are kept for the first so many."""
 
-def suite(settings: Eval) -> list[NamedAttack]:
-    """Return the attacks that ``eval`` asks for: FGSM, and PGD once per objective."""
-    attacks = [NamedAttack("FGSM", FGSM())] if settings.fgsm else []
-    pgd = PGD(steps=settings.steps, restarts=settings.restarts, keep="best")
-    return attacks + [NamedAttack(attack_name(pgd, name), pgd, name) for name in settings.objectives]
+    @property
+    def batches(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def keys(self) -> Iterator[str]:
+        for batch in range(self.batches):
+            yield from (_key(batch, stage) for stage in range(-1, len(self.attacks)))
+
+    @property
+    def draws(self) -> int:
+        return DRAWS if self.settings.suite == "rand" else 1
+
+    def where(self, batch: int) -> slice:
+        return slice(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
+
+    def inputs(self, here: slice) -> tuple[Tensor, Tensor]:
+        return pixels(self.images.images[here].to(self.device)), self.images.labels[here].to(self.device)
 
 
 def evaluate_model(
@@ -95,108 +116,84 @@ def evaluate_model(
     subject: Subject,
     *,
     attacks: Sequence[NamedAttack] | None = None,
+    more: Sequence[NamedAttack] = (),
     device: torch.device | None = None,
+    state: Path | None = None,
+    shard: Shard | None = None,
+    merge: bool = False,
+    keep_adversarial: bool = False,
+    source: nn.Module | None = None,
     show: bool = True,
-) -> Evaluation:
+) -> Evaluation | None:
     """Attack ``model`` on ``images`` and return the record: clean, each attack, the worst case per image.
 
-    An image counts as robust only if it is classified right when clean and after every attack. The model is in eval mode and
-    left bit-identical; verdicts are in float32; every adversarial image is re-classified and its norm re-measured.
+    An image counts as robust only if it is classified right when clean and after every attack. The attacks of a suite run one
+    after the other on the images that held so far (suite ``pgd``, and attacks given by hand: each on all images). The model is
+    in eval mode and left bit-identical; verdicts are of the model itself in float32, whatever the search ran in; every
+    adversarial image is re-classified and its norm re-measured.
 
     Args:
         model: takes pixels in [0, 1], returns logits (B, K).
-        images: what to attack; all of them.
+        images: what to attack; all of them, in batches that are moved to the device one at a time.
         threat: norm and radius.
-        settings: steps, batch size, seed, curve, gallery.
+        settings: suite, batch size, seed, curve, gallery.
         subject: names and fingerprints for the record.
-        attacks: instead of the suite that ``settings`` describes.
+        attacks: instead of the suite that ``settings`` names.
+        more: attacks after those of the suite, on what it left.
         device: where to compute; that of the model's parameters if None.
+        state: a directory for the finished parts: an evaluation that was killed goes on from there. Kept until the caller, who
+            has written the record, discards it.
+        shard: compute only every so manieth batch and return None; ``state`` then holds the shard.
+        merge: take the batches from the states of all shards, which lie beside ``state``.
+        keep_adversarial: return every adversarial image, not only those for the pictures.
+        source: a second model whose adversarial images are tried on this one, for the checks of gradient masking.
         show: whether to show progress.
 
-    Raises UserError if the model's logits are not (B, K), not finite, or the images are not valid.
+    Raises UserError if the model's logits are not (B, K), not finite, or the images are not valid, or the state is of another
+    evaluation.
     """
     start = time.monotonic()
     if not len(images):
         raise UserError("there is no image to evaluate, got 0")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    attacks = list(suite(settings) if attacks is None else attacks)
-    radii = _radii(threat, settings.curve_points)
-    curve_images = images.subset(torch.arange(min(settings.curve_images, len(images))))
-    total = len(images) * (1 + len(attacks)) + len(curve_images) * len(radii)
-
-    with exact_float32(), progress(f"evaluate {subject.name}", total, show=show) as tick:
-        clean = _classify(model, images, settings, device, len(subject.classes), tick)
-        labels = images.labels
-        clean_flags = clean.argmax(1) == labels
-        robust_flags = clean_flags.clone()
-        shown = min(max(settings.gallery, _MAP_POINTS), len(images))
-        adversarial = _pixels(images.images[:shown])
-        parts = []
-        for number, named in enumerate(attacks):
-            part, found = _attack(
-                model, images, clean_flags, threat, named, number, settings, device, tick, robust_flags
-            )
-            parts.append(part)
-            flags = torch.tensor(part.flags)
-            # The picture shows, per image, the first attack that broke it, else the last one tried.
-            for index in range(shown):
-                image = found[index]
-                if image is not None and robust_flags[index]:
-                    adversarial[index] = image
-            robust_flags &= flags
-        curve = []
-        for radius in radii:
-            at = replace(cast(Any, threat), eps=radius)
-            pgd = PGD(steps=settings.curve_steps, keep="best")
-            named = NamedAttack(f"curve at eps {radius.text}", pgd, "margin")
-            flags = clean_flags[: len(curve_images)]
-            part, _ = _attack(model, curve_images, flags, at, named, len(attacks), settings, device, tick, flags)
-            name = attack_name(pgd, "margin")
-            curve.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=name, robust=part.robust))
-
-    per_class = [
-        ClassPart(
-            name=name,
-            n=int(chosen.sum()),
-            clean_accuracy=clean_flags[chosen].float().mean().item(),
-            robust_accuracy=robust_flags[chosen].float().mean().item(),
-        )
-        for k, name in enumerate(subject.classes)
-        if (chosen := labels == k).any()
-    ]
-    eps = Ratio(threat.eps)
-    record = Record(
-        run=subject.name,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=command(),
-        seed=settings.seed,
-        model=ModelPart(
-            name=subject.model,
-            parameters=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("projection.")),
-            weights=subject.weights,
-            fingerprint=fingerprint(weights(model)),
-        ),
-        data=DataPart(
-            name=subject.data,
-            split=subject.split,
-            n=len(images),
-            classes=list(subject.classes),
-            fingerprint=subject.data_fingerprint,
-            images=_digest(images),
-        ),
-        threat=ThreatPart(norm=threat.norm, eps=float(eps), eps_text=eps.text),
-        clean=estimate(clean_flags.tolist()),
-        clean_flags=clean_flags.tolist(),
-        worst=estimate(robust_flags.tolist()),
-        robust_flags=robust_flags.tolist(),
-        attacks=parts,
-        curve=curve,
-        per_class=per_class,
-        training=subject.training,
-        versions=environment(),
-        seconds=time.monotonic() - start,
+    notes: list[str] = []
+    survivors_only = attacks is None and settings.suite != "pgd"
+    if attacks is None:
+        attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
+    job = _Job(
+        model,
+        images,
+        threat,
+        settings,
+        (*attacks, *more),
+        survivors_only,
+        device,
+        batch_size=settings.batch_size or _automatic_batch_size(images, device),
+        kept=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
     )
-    return Evaluation(record, _artifacts(model, images, adversarial, settings, device))
+    gradients = _has_gradient(job)
+    group = processes.group() if shard is None and not merge else None
+    mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
+    header = _header(job, mine)
+    store = State(mine.folder(state) if state else None, header)
+    with exact_float32(), global_seed(settings.seed), store.opened():
+        if merge:
+            assert state is not None
+            store.parts.update(processes.merged(state, header, set(job.keys())))
+        _attack_batches(job, store, mine, subject, show)
+        if shard is not None:
+            return None
+        if group:
+            parts = group.gather(store.parts)
+            if parts is None:  # rank 0 draws what is drawn once
+                return group.share(None)
+            store.parts.update(parts)
+        curve = _curve(job, store, show) if gradients else []
+        checks = _checks(job, store, source, show) if gradients else []
+        if not gradients:
+            notes.append("the model has no gradient: no curve and no checks of gradient masking")
+        evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
+    return group.share(evaluation) if group else evaluation
 
 
 @contextmanager
@@ -224,97 +221,340 @@ def accuracy_under_attack(
     right = robust = 0
     for number, (x, y) in enumerate(_batches(images, 256, device)):
         generator = seeded(device, seed, number)
-        flags = _right(model, x, y)
+        flags = right_images(model, x, y)
         right += int(flags.sum())  # synchronises the device
         if flags.any():
             x, y = x[flags], y[flags]
             x_adv = attack_images(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
-            robust += int(_right(model, x_adv, y).sum())
+            robust += int(right_images(model, x_adv, y).sum())
     return right / len(images), robust / len(images)
 
 
-def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest."""
-    with attack_mode(model), torch.no_grad():
-        logits = model(x)
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+def _header(job: _Job, shard: Shard) -> dict[str, Any]:
+    """Return everything that decides the flags: a state is continued only by the same."""
+    settings = job.settings
+    return {
+        "model": fingerprint(weights(job.model)) + _structure(job.model),
+        "images": digest(job.images),
+        "threat": f"{job.threat.norm} {Ratio(job.threat.eps).text}",
+        "suite": settings.suite,
+        "attacks": [{"name": named.name, **describe(named)} for named in job.attacks],
+        "seed": settings.seed,
+        "batch_size": job.batch_size,
+        "precision": settings.precision,
+        "images_kept": job.kept,
+        "shard": f"{shard.index}/{shard.count}",
+    }
 
 
-def _attack(
-    model: nn.Module,
-    images: ImageSet,
-    clean_flags: Tensor,
-    threat: Threat,
-    named: NamedAttack,
-    number: int,
-    settings: Eval,
-    device: torch.device,
-    tick: Tick,
-    robust_so_far: Tensor,
-) -> tuple[AttackPart, list[Tensor | None]]:
-    """Run one attack on the images that are right when clean; return its part of the record and the images it made."""
+def _key(batch: int, stage: int) -> str:
+    return f"{batch:06d}-{stage + 1:02d}"  # 00 is the clean pass
+
+
+def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, show: bool) -> None:
+    """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished."""
+    batches = [batch for batch in range(job.batches) if shard.has(batch)]
+    costs = [1.0, *(named.cost for named in job.attacks)]
+    count = sum(job.where(batch).stop - job.where(batch).start for batch in batches)
+    finished = right = 0
     start = time.monotonic()
-    flags = clean_flags.clone()
-    found: list[Tensor | None] = [None] * len(images)
-    largest, offset = 0.0, 0
-    with CostMeter(model) as meter:
-        for batch, (x, y) in enumerate(_batches(images, settings.batch_size, device)):
-            here = slice(offset, offset + len(y))
-            right = clean_flags[here].nonzero()[:, 0]
-            if len(right):
-                x, y = x[right.to(device)], y[right.to(device)]
-                generator = seeded(device, settings.seed, number, batch)
-                x_adv = attack_images(
-                    named.attack,
-                    model,
-                    x,
-                    y,
-                    threat,
-                    objective=named.objective,
-                    generator=generator,
-                    checked=True,
+    with progress(f"evaluate {subject.name}", count, show=show) as tick:
+        for batch in batches:
+            here = job.where(batch)
+            size = here.stop - here.start
+            held = torch.ones(size, dtype=torch.bool)
+            for stage in range(-1, len(job.attacks)):
+                key = _key(batch, stage)
+                if key not in store.parts:
+                    with global_seed(seeded("cpu", job.settings.seed, stage, batch).initial_seed()):
+                        part = _clean(job, here, subject) if stage < 0 else _attack(job, store, batch, stage, held)
+                    store.put(key, *part)
+                held &= store.parts[key][0]["flags"]
+                so_far = estimate(
+                    [True] * (right + int(held.sum())) + [False] * (finished + size - right - int(held.sum()))
                 )
-                held = _right(model, x_adv, y).cpu()
-                size = threat.size(x_adv - x).max().item()
-                if not size <= threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
-                    raise AssertionError(f"{named.name} left the threat set: size {size}, eps {threat.eps}")
-                largest = max(largest, size)
-                flags[offset + right] = held
-                for index, image in zip((offset + right).tolist(), x_adv.cpu(), strict=True):
-                    found[index] = image if index < _MAP_POINTS or index < settings.gallery else None
-            offset = here.stop
-            running = (flags & robust_so_far)[:offset].float().mean().item()
-            tick(here.stop - here.start, attack=named.name, robust_accuracy=running)
-    part = AttackPart(
-        name=named.name,
-        settings={"objective": named.objective, **_settings(named.attack)},
-        robust=estimate(flags.tolist()),
-        flags=flags.tolist(),
+                tick(
+                    size * costs[stage + 1] / sum(costs),
+                    attack=job.attacks[stage].name if stage >= 0 else "none",
+                    robust=f"{so_far.accuracy:.1%} ({so_far.low:.1%} – {so_far.high:.1%})",
+                    speed=f"{finished / (time.monotonic() - start):.2g} images/s" if finished else "–",
+                )
+            finished, right = finished + size, right + int(held.sum())
+
+
+def _clean(job: _Job, here: slice, subject: Subject) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Classify the clean images, having checked images, labels and logits."""
+    x, y = job.inputs(here)
+    check_inputs(x, y, len(subject.classes))
+    logits = logits_of(job.model, x)
+    if logits.shape[1] != len(subject.classes):
+        raise UserError(f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes")
+    broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
+    if len(broken):
+        first = [here.start + int(i) for i in broken[:5]]
+        raise UserError(f"logits must be finite, got NaN or infinity for images {first}")
+    flags = logits.argmax(1) == y if job.draws == 1 else right_images(job.model, x, y, job.draws)
+    return {"flags": flags.cpu()}, {}
+
+
+def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Run one attack on one batch: on the images that held so far, or on all that are right when clean."""
+    start = time.monotonic()
+    named, here = job.attacks[stage], job.where(batch)
+    chosen = (held if job.survivors_only else store.parts[_key(batch, -1)][0]["flags"]).nonzero()[:, 0]
+    flags = torch.zeros(here.stop - here.start, dtype=torch.bool)
+    if not len(chosen):
+        return {"flags": flags}, {"attacked": 0, "seconds": 0.0, "forwards": 0, "backwards": 0, "largest": 0.0}
+    x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
+    generator = seeded(job.device, job.settings.seed, stage, batch)
+    with CostMeter(job.model) as meter:
+        x_adv = _search(job, named, x, y, generator)
+        robust = right_images(job.model, x_adv, y, job.draws).cpu()
+    size = job.threat.size(x_adv - x).max().item()
+    if not size <= job.threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+        raise AssertionError(f"{named.name} left the threat set: size {size}, eps {job.threat.eps}")
+    flags[chosen] = robust
+    # Pictures show the attack that broke the image, else the last one tried.
+    last = stage == len(job.attacks) - 1
+    kept = (chosen + here.start < job.kept) & (~robust | last)
+    data = {
+        "attacked": len(chosen),
+        "seconds": time.monotonic() - start,
+        "forwards": meter.forwards,
+        "backwards": meter.backwards,
+        "largest": size,
+    }
+    return {"flags": flags, "index": chosen[kept] + here.start, "x_adv": x_adv.cpu()[kept]}, data
+
+
+def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    """Run the attack, in smaller pieces if the device is out of memory, and again where its success was one of rounding only."""
+
+    def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
+        return _halving(
+            lambda x, y: attack_images(
+                named.attack,
+                job.model,
+                x,
+                y,
+                job.threat,
+                objective=named.objective,
+                generator=generator,
+                checked=True,
+                **how,
+            ),
+            x,
+            y,
+        )
+
+    precision = getattr(torch, job.settings.precision)
+    x_adv = run(x, y, precision=precision)
+    if isinstance(named.attack, Search) and job.draws == 1:
+        # The search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
+        with attack_mode(job.model), torch.no_grad(), prepared(job.model, x, precision) as answer:
+            seen = _halving(lambda x, y: answer(x).float().argmax(1) != y, x_adv, y)
+        again = seen & _halving(lambda x, y: right_images(job.model, x, y), x_adv, y)
+        if again.any():
+            x_adv[again] = run(x[again], y[again], exact=True)
+    return x_adv
+
+
+def _halving(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Return ``function(x, y)``, piece by piece where all at once is too much for the device's memory."""
+    size = len(x)
+    while True:
+        try:
+            return torch.cat([function(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if size == 1 or not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+                raise
+        size = -(-size // 2)
+        if x.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"the device is out of memory: attacking {size} images at a time", stacklevel=2)
+
+
+def right_images(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tensor:
+    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest.
+
+    Of a randomised model: right in more than half of the draws.
+    """
+    votes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    with attack_mode(model), torch.no_grad():
+        for _ in range(draws):
+            logits = model(x)
+            votes += (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+    return 2 * votes > draws
+
+
+def _has_gradient(job: _Job) -> bool:
+    """Say whether the model has a gradient; raises UserError if it has none and an attack needs one."""
+    x, _ = job.inputs(slice(0, 1))
+    if not x.is_floating_point() or x.dim() != 4:
+        return True  # check_inputs will say so
+    logits_of(job.model, x)
+    with attack_mode(job.model), torch.enable_grad():
+        output = job.model(x.requires_grad_())
+    if output.requires_grad:
+        return True
+    need = [named.name for named in job.attacks if getattr(named.attack, "needs_gradient", True)]
+    if need:
+        raise UserError(
+            f"the model gives no gradient to its images, which {', '.join(need)} needs; use --eval.suite queries"
+        )
+    return False
+
+
+def _curve(job: _Job, store: State, show: bool) -> list[CurvePoint]:
+    """Return robust accuracy at other radii, under PGD on the margin, on the first images."""
+    settings = job.settings
+    radii = _radii(job.threat, settings.curve_points)
+    n = min(settings.curve_images, len(job.images))
+    clean = torch.cat([store.parts[_key(batch, -1)][0]["flags"] for batch in range(job.batches)])[:n]
+    pgd = PGD(steps=settings.curve_steps, keep="best")
+    name, points = attack_name(pgd, "margin"), []
+    with progress("curve", n * len(radii), show=show and bool(radii)) as tick:
+        for number, radius in enumerate(radii):
+            key = f"curve-{settings.curve_steps}-{n}-{number:02d}-of-{len(radii):02d}"
+            if key not in store.parts:
+                flags = clean.clone()
+                for batch in range(-(-n // job.batch_size)):
+                    here = slice(batch * job.batch_size, min((batch + 1) * job.batch_size, n))
+                    chosen = clean[here].nonzero()[:, 0]
+                    if len(chosen):
+                        x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
+                        at = replace(cast(Any, job.threat), eps=radius)
+                        generator = seeded(job.device, settings.seed, _CURVE, number, batch)
+                        x_adv = attack_images(
+                            pgd, job.model, x, y, at, objective="margin", generator=generator, checked=True
+                        )
+                        flags[here.start + chosen] = right_images(job.model, x_adv, y).cpu()
+                    tick(here.stop - here.start, eps=radius.text)
+                store.put(key, {"flags": flags}, {})
+            robust = estimate(store.parts[key][0]["flags"].tolist())
+            points.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=name, robust=robust))
+    return points
+
+
+def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> list[CheckPart]:
+    """Return the checks of gradient masking on the first images."""
+    n = min(job.settings.check_images, len(job.images))
+    if not n or job.draws > 1:
+        return []
+    key = f"checks-{n}"
+    if key not in store.parts:
+        x, y = job.inputs(slice(0, n))
+        with progress("checks", 1, show=show) as tick:
+            checks = masking.run_checks(job.model, x, y, job.threat, seed=job.settings.seed, source=source)
+            tick(1)
+        store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
+    return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
+
+
+def _evaluation(
+    job: _Job,
+    store: State,
+    subject: Subject,
+    curve: list[CurvePoint],
+    checks: list[CheckPart],
+    notes: list[str],
+    start: float,
+    keep_adversarial: bool,
+) -> Evaluation:
+    images, settings, n = job.images, job.settings, len(job.images)
+
+    def all_flags(stage: int) -> Tensor:
+        return torch.cat([store.parts[_key(batch, stage)][0]["flags"] for batch in range(job.batches)])
+
+    clean = all_flags(-1)
+    robust = clean.clone()
+    adversarial = pixels(images.images[: job.kept])
+    attacks = []
+    for stage, named in enumerate(job.attacks):
+        flags = all_flags(stage)
+        parts = [store.parts[_key(batch, stage)] for batch in range(job.batches)]
+        for tensors, _ in parts:
+            if "index" in tensors:
+                # Where several attacks broke an image, the first is shown; an attack that failed never replaces one that did not.
+                shown = robust[tensors["index"]]
+                adversarial[tensors["index"][shown]] = tensors["x_adv"][shown]
+        before = robust if job.survivors_only else clean
+        attacks.append(
+            AttackPart(
+                name=named.name,
+                settings=describe(named),
+                attacked=int(before.sum()),
+                broken=int((before & ~flags).sum()),
+                robust=estimate(flags.tolist()),
+                flags=flags.tolist(),
+                seconds=sum(data["seconds"] for _, data in parts),
+                forwards=sum(data["forwards"] for _, data in parts) / n,
+                backwards=sum(data["backwards"] for _, data in parts) / n,
+                largest=max(data["largest"] for _, data in parts),
+            )
+        )
+        robust = robust & flags
+    per_class = [
+        ClassPart(
+            name=name,
+            n=int(chosen.sum()),
+            clean_accuracy=clean[chosen].float().mean().item(),
+            robust_accuracy=robust[chosen].float().mean().item(),
+        )
+        for k, name in enumerate(subject.classes)
+        if (chosen := images.labels == k).any()
+    ]
+    eps = Ratio(job.threat.eps)
+    record = Record(
+        run=subject.name,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=command(),
+        seed=settings.seed,
+        suite=settings.suite if job.survivors_only else ("pgd" if len(job.attacks) else "none"),
+        notes=notes,
+        model=ModelPart(
+            name=subject.model,
+            parameters=sum(p.numel() for key, p in job.model.named_parameters() if not key.startswith("projection.")),
+            weights=subject.weights,
+            fingerprint=fingerprint(weights(job.model)),
+        ),
+        data=DataPart(
+            name=subject.data,
+            split=subject.split,
+            n=n,
+            classes=list(subject.classes),
+            fingerprint=subject.data_fingerprint,
+            images=digest(images),
+        ),
+        threat=ThreatPart(norm=job.threat.norm, eps=float(eps), eps_text=eps.text),
+        clean=estimate(clean.tolist()),
+        clean_flags=clean.tolist(),
+        worst=estimate(robust.tolist()),
+        robust_flags=robust.tolist(),
+        attacks=attacks,
+        curve=curve,
+        checks=checks,
+        per_class=per_class,
+        training=subject.training,
+        versions=environment(),
         seconds=time.monotonic() - start,
-        forwards=meter.forwards / len(images),
-        backwards=meter.backwards / len(images),
-        largest=largest,
     )
-    return part, found
+    shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
+    artifacts = _artifacts(job.model, images, shown, settings.gallery, job.batch_size, job.device)
+    return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
 
 
-def _classify(
-    model: nn.Module, images: ImageSet, settings: Eval, device: torch.device, num_classes: int, tick: Tick
-) -> Tensor:
-    """Return the logits of the clean images, (N, K) on the CPU, having checked images, labels and logits."""
-    out = []
-    for x, y in _batches(images, settings.batch_size, device):
-        check_inputs(x, y, num_classes)
-        logits = logits_of(model, x)
-        if logits.shape[1] != num_classes:
-            raise UserError(f"the model returns {logits.shape[1]} logits, the data has {num_classes} classes")
-        broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
-        if len(broken):
-            first = [len(torch.cat(out)) + int(i) for i in broken[:5]] if out else broken[:5].tolist()
-            raise UserError(f"logits must be finite, got NaN or infinity for images {first}")
-        out.append(logits.float().cpu())
-        tick(len(x), attack="none")
-    return torch.cat(out)
+def _automatic_batch_size(images: ImageSet, device: torch.device) -> int:
+    """Return how many images are attacked at once: enough to keep the device busy; halved where memory is short."""
+    size = images.images[0].numel()
+    if device.type == "cpu":
+        return max(1, min(256, 256 * 3072 // size))
+    return max(1, min(2048, 2048 * 3072 // size))
+
+
+def _structure(model: nn.Module) -> str:
+    """Return a digest of what the weights do not tell: the same ones in another network are another model."""
+    return hashlib.sha256(repr(model).encode()).hexdigest()[:8]
 
 
 def _radii(threat: Threat, points: int) -> list[Ratio]:
@@ -338,25 +578,21 @@ def _radii(threat: Threat, points: int) -> list[Ratio]:
 
 
 def _artifacts(
-    model: nn.Module, images: ImageSet, adversarial: Tensor, settings: Eval, device: torch.device
+    model: nn.Module, images: ImageSet, adversarial: Tensor, gallery: int, batch_size: int, device: torch.device
 ) -> dict[str, Tensor]:
     if not len(adversarial):
         return {}
-    x = _pixels(images.images[: len(adversarial)])
+    x = pixels(images.images[: len(adversarial)])
     with attack_mode(model), torch.no_grad():
         outputs = []
         for part in (x, adversarial):
             if isinstance(model, SplitModel):
-                pairs = [model.features_and_logits(chunk.to(device)) for chunk in part.split(settings.batch_size)]
+                pairs = [model.features_and_logits(chunk.to(device)) for chunk in part.split(batch_size)]
             else:
-                pairs = [
-                    (logits, logits)
-                    for chunk in part.split(settings.batch_size)
-                    for logits in [model(chunk.to(device))]
-                ]
+                pairs = [(logits, logits) for chunk in part.split(batch_size) for logits in [model(chunk.to(device))]]
             outputs.append(tuple(torch.cat([pair[i].float().cpu() for pair in pairs]) for i in (0, 1)))
     (features, logits), (features_adv, logits_adv) = outputs
-    g, m = settings.gallery, _MAP_POINTS
+    g, m = gallery, _MAP_POINTS
     return {
         "x": x[:g],
         "x_adv": adversarial[:g],
@@ -372,22 +608,17 @@ def _artifacts(
 def _batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(images), batch_size):
         here = slice(start, start + batch_size)
-        yield _pixels(images.images[here].to(device)), images.labels[here].to(device)
+        yield pixels(images.images[here].to(device)), images.labels[here].to(device)
 
 
-def _pixels(images: Tensor) -> Tensor:
+def pixels(images: Tensor) -> Tensor:
     """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float().clone()
 
 
-def _digest(images: ImageSet) -> str:
+def digest(images: ImageSet) -> str:
+    """Return a hex digest of images and labels: records of the same digest can be paired image by image."""
     digest = hashlib.sha256(str((tuple(images.images.shape), images.images.dtype)).encode())
     digest.update(images.images.contiguous().numpy().tobytes())
     digest.update(images.labels.numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _settings(attack: Attack) -> dict[str, Any]:
-    if not is_dataclass(attack) or isinstance(attack, type):
-        return {"attack": type(attack).__name__}
-    return {key: value.text if isinstance(value, Ratio) else value for key, value in asdict(attack).items()}

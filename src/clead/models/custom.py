@@ -48,13 +48,7 @@ class Custom:
         """Import the factory, call it and adapt what it returns; raises UserError if any of that fails."""
         if sample_shape is None:
             raise ValueError("a custom model is run once to be adapted: sample_shape (C, H, W) is required")
-        source, separator, name = self.factory.rpartition(":")
-        if not (source and separator and name):
-            raise UserError(
-                f"model.factory must be 'module:factory' or 'path/to/file.py:factory', got {self.factory!r}"
-            )
-        with _importable(Path.cwd(), Path(source).resolve().parent):
-            module = self._make(_load(source), name, num_classes)
+        module = make_module(self.factory, num_classes)
         if isinstance(module, SplitModel):
             if module.num_classes != num_classes:
                 raise UserError(f"{self.factory} has {module.num_classes} classes but the data has {num_classes}")
@@ -67,23 +61,29 @@ class Custom:
             normalize=first_layer(self.normalize, mean, std),
         )
 
-    def _make(self, code: ModuleType, name: str, num_classes: int) -> nn.Module:
+
+def make_module(factory: str, num_classes: int) -> nn.Module:
+    """Return what ``package.module:factory`` or ``path/to/file.py:factory`` makes; raises UserError if it does not."""
+    source, separator, name = factory.rpartition(":")
+    if not (source and separator and name):
+        raise UserError(f"model.factory must be 'module:factory' or 'path/to/file.py:factory', got {factory!r}")
+    with _importable(Path.cwd(), Path(source).resolve().parent):
+        code = _load(source)
         if not hasattr(code, name):
             known = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
             raise UserError(f"model.factory: {code.__name__} has no {name!r}; {did_you_mean(name, known)}")
-        factory = getattr(code, name)
-        if isinstance(factory, nn.Module) or not callable(factory):
+        make = getattr(code, name)
+        if isinstance(make, nn.Module) or not callable(make):
             raise UserError(
-                f"model.factory: {self.factory} is a {type(factory).__name__}; "
-                "give a function or class that makes the model"
+                f"model.factory: {factory} is a {type(make).__name__}; give a function or class that makes the model"
             )
         try:
-            made = factory(num_classes=num_classes) if _takes_num_classes(factory) else factory()
+            made = make(num_classes=num_classes) if _takes_num_classes(make) else make()
         except Exception as error:
-            raise UserError(f"model.factory: {self.factory} raised {_line(error)}") from error
-        if not isinstance(made, nn.Module):
-            raise UserError(f"model.factory: {self.factory} must return a torch.nn.Module, got {type(made).__name__}")
-        return made
+            raise UserError(f"model.factory: {factory} raised {_line(error)}") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"model.factory: {factory} must return a torch.nn.Module, got {type(made).__name__}")
+    return made
 
 
 def _load(source: str) -> ModuleType:

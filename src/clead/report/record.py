@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class _Part(BaseModel):
@@ -55,14 +55,18 @@ class DataPart(_Part):
 
 
 class AttackPart(_Part):
-    """One attack: an image counts as robust only if it is classified right when clean and under this attack.
+    """One attack: ``attacked`` images were right before it, ``broken`` of them are wrong after it.
 
+    In a suite whose attacks follow each other (all but ``pgd``) an attack meets the survivors of those before it, and ``robust``
+    and ``flags`` are what is left after it; in ``pgd`` each attack meets all images that are right when clean.
     ``forwards`` and ``backwards`` are passes per evaluated image; ``largest`` is the largest perturbation re-measured
     in the threat's norm.
     """
 
     name: str
     settings: dict[str, Any]
+    attacked: int
+    broken: int
     robust: Estimate
     flags: list[bool]
     seconds: float
@@ -112,11 +116,13 @@ class TrainingPart(_Part):
 class Record(_Part):
     """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     run: str
     created: str
     command: str
     seed: int
+    suite: str
+    notes: list[str]
     model: ModelPart
     data: DataPart
     threat: ThreatPart
@@ -126,6 +132,7 @@ class Record(_Part):
     robust_flags: list[bool]
     attacks: list[AttackPart]
     curve: list[CurvePoint]
+    checks: list[CheckPart]
     per_class: list[ClassPart]
     training: TrainingPart | None
     versions: dict[str, str]
@@ -140,3 +147,8 @@ class Record(_Part):
     def robust_accuracy(self) -> float:
         """Fraction of the images classified right when clean and under every attack."""
         return self.worst.accuracy
+
+    @property
+    def robust(self) -> list[bool]:
+        """Per image: classified right when clean and under every attack."""
+        return self.robust_flags

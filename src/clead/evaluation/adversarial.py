@@ -1,0 +1,112 @@
+"""Adversarial images in a Parquet file, exactly as they were verified, to be looked at and scored again."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clead.checkpoint import write_atomically
+from clead.errors import MissingExtra, UserError
+from clead.report.record import Record
+
+_KEY = b"clead"
+
+
+def save(path: Path, x_adv: Tensor, labels: Tensor, record: Record) -> None:
+    """Write one row per evaluated image.
+
+    ``image`` is a PNG as every reader of image data sets shows it; its 8 bits can undo a perturbation, so ``pixels`` holds the
+    exact float32 values (little-endian, C·H·W), which are what ``clead attack --verify`` scores. ``label`` and ``robust`` as in
+    the record; ``attack`` names what broke the image, or is empty: then the pixels are of the last attempt.
+
+    Args:
+        path: the Parquet file.
+        x_adv: (N, C, H, W) float32 in [0, 1].
+        labels: (N,) int64.
+        record: the evaluation that made them.
+    """
+    pa, pq = _pyarrow()
+    broke = [""] * len(labels)
+    for part in reversed(record.attacks):
+        broke = [part.name if not held else name for name, held in zip(broke, part.flags, strict=True)]
+    broke = [
+        name if clean and not robust else ""
+        for name, clean, robust in zip(broke, record.clean_flags, record.robust_flags, strict=True)
+    ]
+    columns = {
+        "image": [{"bytes": _png(image), "path": None} for image in x_adv],
+        "label": labels.tolist(),
+        "pixels": [image.contiguous().numpy().astype("<f4").tobytes() for image in x_adv],
+        "clean": record.clean_flags,
+        "robust": record.robust_flags,
+        "attack": broke,
+    }
+    table = pa.table(columns)
+    about = {
+        "shape": list(x_adv.shape[1:]),
+        "threat": record.threat.model_dump(),
+        "suite": record.suite,
+        "run": record.run,
+        "model": record.model.fingerprint,
+        "images": record.data.images,
+        "classes": record.data.classes,
+    }
+    features = {"label": {"names": record.data.classes, "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+    metadata = {_KEY: json.dumps(about).encode(), b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return (x_adv (N, C, H, W) float32, 8-bit images (N, C, H, W) uint8, what the file says of itself).
+
+    The last also has ``labels``, (N,) int64, and ``robust``, (N,) bool. Raises UserError if the file was not made by ``save``.
+    """
+    pa, pq = _pyarrow()
+    if not path.is_file():
+        raise UserError(f"no file of adversarial images at {path}; clead evaluate RUN --save-adversarial makes one")
+    try:
+        table = pq.read_table(path)
+        about = json.loads((table.schema.metadata or {})[_KEY])
+        shape = tuple(about["shape"])
+        pixels = np.stack([np.frombuffer(row, "<f4").reshape(shape) for row in table["pixels"].to_pylist()])
+        images = np.stack([_pixels(row["bytes"], shape) for row in table["image"].to_pylist()])
+        about["labels"] = torch.tensor(table["label"].to_pylist())
+        about["robust"] = torch.tensor(table["robust"].to_pylist())
+    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is not a file of clead evaluate --save-adversarial: {reason}") from None
+    return torch.from_numpy(pixels), torch.from_numpy(images), about
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "data", "adversarial images in Parquet") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _png(image: Tensor) -> bytes:
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    if array.shape[2] in (1, 3):
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
+    else:  # no picture has so many channels: the first one is shown
+        Image.fromarray(np.ascontiguousarray(array[:, :, 0])).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _pixels(png: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(Image.open(io.BytesIO(png)))
+    array = array[:, :, None] if array.ndim == 2 else array
+    return np.ascontiguousarray(np.broadcast_to(array.transpose(2, 0, 1), shape))

@@ -1,0 +1,527 @@
+"""Signs of gradient masking: does a model look robust because the attacks on it fail?
+
+The list is that of Athalye et al. 2018, arXiv:1802.00420, section 3.1, and Carlini et al. 2019, arXiv:1902.06705, sections 3 to 5,
+with the mistakes of preparation that pass for robustness. A check compares counts of the same few images, so it allows ``few(n)``
+of them: a healthy model passes on a hundred.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks.gradient import value_and_gradient
+from clead.attacks.pgd import PGD
+from clead.attacks.run import check_inputs, logits_of
+from clead.errors import UserError
+from clead.evaluation.statistics import mcnemar
+from clead.interfaces import Objective, Threat
+from clead.losses.precision import at_least_float32
+from clead.models.modes import attack_mode
+from clead.models.seeding import seeded
+from clead.models.split import SplitModel
+from clead.progress import Tick
+from clead.report.record import CheckPart
+from clead.settings import Ratio, validated
+from clead.threats.geometry import flat, per_image, room
+from clead.threats.linf import Linf
+
+CHECKS = (
+    *("mode", "deterministic", "batch", "logits", "normalisation", "smooth", "noise"),
+    *("steps", "agreement", "black box", "unbounded", "monotone", "gradients"),
+)
+"""The names of the checks, in the order in which they are made."""
+
+_QUERIES = 500
+_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "MNIST": ((0.1307,), (0.3081,)),
+}
+
+
+def few(n: int) -> float:
+    """Return how many of n images may differ by chance: 3, or 5 % where that is more.
+
+    >>> few(20), few(200)
+    (3, 10.0)
+    """
+    return max(3, 0.05 * n)
+
+
+def run_checks(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    seed: int = 0,
+    source: nn.Module | None = None,
+    tick: Tick | None = None,
+) -> list[CheckPart]:
+    """Look for signs that attacks on ``model`` fail for another reason than its robustness.
+
+    Costs at most about 650 gradients and 550 answers per image that is classified right when clean (in passes, some
+    14 runs of PGD-50), less the more images break.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); as the user hands it over, also in train mode. Its parameters,
+            buffers, modes and gradients, and the global random states, are left bit-identical.
+        x: (n, C, H, W) float in [0, 1], about a hundred images, also misclassified ones.
+        y: (n,) int64 in [0, K).
+        threat: norm and radius that robustness is claimed for.
+        seed: of all the randomness.
+        source: a second model of the same classes, whose adversarial images are tried on ``model``.
+        tick: advanced by 1 per name of ``CHECKS``.
+
+    Returns:
+        The checks in the order of ``CHECKS``, less "black box" where there is neither a black-box attack for this norm nor a
+        source. Raises UserError on wrong images, labels or logits.
+    """
+    check_inputs(x, y)
+    parts: list[CheckPart] = []
+    models = [model] if source is None else [model, source]
+    with torch.inference_mode(False), torch.no_grad(), _kept(models), seeded(seed):
+        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+        parts.append(_mode(model, x, y, seed))
+        with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
+            probe = _Probe(model, x, y, threat, seed)
+            parts += [_deterministic(probe), _batch(probe), _logits(probe), _normalisation(probe), _smooth(probe)]
+            if tick:
+                tick(len(parts), check=parts[-1].name)
+            for check in (_noise, _steps, _agreement, _unbounded, _monotone, _gradients):
+                if check is _unbounded and (part := _black_box(probe, source)):
+                    parts.append(part)
+                parts.append(check(probe))
+                if tick:
+                    tick(2 if check is _unbounded else 1, check=parts[-1].name)
+    return parts
+
+
+@contextmanager
+def _kept(models: list[nn.Module]) -> Generator[None, None, None]:
+    """Give back every buffer, and the random states of Python and NumPy, as they were: a model may change them as it runs."""
+    modules = {module: None for model in models for module in model.modules()}
+    saved = [
+        (module, dict(module._buffers), {name: b.clone() for name, b in module._buffers.items() if b is not None})
+        for module in modules
+    ]
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for module, buffers, values in saved:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+            for name, value in values.items():
+                if not _same(cast(Tensor, buffers[name]), value):
+                    cast(Tensor, buffers[name]).copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.isclose(a, b, rtol=0, atol=0, equal_nan=True).all())
+
+
+class _Probe:
+    """The model in eval mode, its clean answers, and what the attacks that several checks share have left standing.
+
+    ``x`` and ``y`` are all n images; the attacks are on those in ``right``, the m that are classified right when clean.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int) -> None:
+        self.model, self.x, self.y, self.threat = model, x, y, threat
+        self.generator = torch.Generator(x.device).manual_seed(seed)
+        self.logits = at_least_float32(model(x))
+        self.flags = _hits(self.logits, y)
+        self.right = self.flags.nonzero()[:, 0]
+        self.m = len(self.right)
+        self.lost = 0  # images on which an attack met a gradient that is not finite
+        self.standing: dict[str, Tensor] = {}
+
+    def objective(self, name: str, model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+        objective: Objective = OBJECTIVES.get(name)(model, x, y)
+        # A model that cuts the graph has the gradient 0, which is for a check to say, not for autograd to refuse.
+        return lambda x_adv: objective(x_adv) + 0 * flat(x_adv).sum(1)
+
+    def held(
+        self,
+        name: str,
+        steps: int,
+        *,
+        threat: Threat | None = None,
+        among: Tensor | None = None,
+        random_start: bool = True,
+        source: nn.Module | None = None,
+    ) -> Tensor:
+        """Return which of ``among`` (m,) PGD leaves right, (m,); its images are made on ``source``, else on the model."""
+        left = torch.ones(self.m, dtype=torch.bool, device=self.x.device) if among is None else among.clone()
+        chosen = self.right[left]
+        if len(chosen):
+            x, y = self.x[chosen], self.y[chosen]
+            attack = PGD(steps=steps, keep="best", random_start=random_start)
+            objective = self.objective(name, source or self.model, x, y)
+            x_adv = attack(objective, x, threat or self.threat, generator=self.generator)
+            finite = torch.isfinite(flat(x_adv)).all(1)
+            self.lost += int((~finite).sum())
+            left[left.clone()] = _hits(self.model(torch.where(per_image(finite, x), x_adv, x)), y)
+        return left
+
+    def pgd(self, name: str, steps: int = 50) -> Tensor:
+        """Return which right images stand after PGD inside the threat, (m,), computed once."""
+        key = f"{name}-{steps}"
+        if key not in self.standing:
+            self.standing[key] = self.held(name, steps)
+        return self.standing[key]
+
+    def white_box(self) -> Tensor:
+        """Return which right images stand after PGD-50 on the cross-entropy and on the margin, (m,)."""
+        return self.pgd("cross_entropy") & self.pgd("margin")
+
+    def long(self) -> Tensor:
+        """Return which of those stand after PGD-200 from another start too, (m,)."""
+        if "long" not in self.standing:
+            self.standing["long"] = self.held("margin", 200, among=self.white_box())
+        return self.standing["long"]
+
+
+def _hits(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest."""
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
+def _part(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: float | Tensor) -> CheckPart:
+    values = {key: float(value) for key, value in numbers.items()}
+    return CheckPart(name=name, passed=bool(passed), numbers=values, explanation=f"{seen}. {good if passed else bad}.")
+
+
+def _mode(model: nn.Module, x: Tensor, y: Tensor, seed: int) -> CheckPart:
+    training = sorted({type(part).__name__ for part in model.modules() if part.training})
+    with seeded(seed):
+        fixed = logits_of(model, x)
+    changed, agree = 0.0, 1.0
+    if training:
+        with seeded(seed):  # the same draws as above: noise that has nothing to do with the mode is no difference
+            given = model(torch.cat([x, x]))[: len(x)]  # twice, for the batch-norm of a single image
+        changed = float(_distances(given, fixed).max())
+        agree = float((given.argmax(1) == fixed.argmax(1)).float().mean())
+    return _part(
+        "mode",
+        changed <= 1e-3,
+        f"{len(training)} kinds of layer were in train mode, and eval mode changes {1 - agree:.0%} of the answers",
+        "All figures are of eval mode, and it answers as the model that was given",
+        f"The model came in train mode ({', '.join(training[:5])}), where dropout and batch-norm answer otherwise. All figures "
+        "are of eval mode; call model.eval() before you attack or deploy it elsewhere",
+        changed=changed,
+        agreement=agree,
+    )
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the largest difference of logits per image, (B,), relative to the largest logit of all; 1 for NaN."""
+    a, b = at_least_float32(a), at_least_float32(b)
+    return ((a - b).abs().amax(1) / b.abs().max().clamp_min(1e-30)).nan_to_num(1.0, 1.0, 1.0)
+
+
+def _deterministic(probe: _Probe) -> CheckPart:
+    changed = _distances(probe.model(probe.x), probe.logits)
+    return _part(
+        "deterministic",
+        float(changed.max()) <= 1e-4,
+        f"Two passes over the clean images differ by {float(changed.max()):.2g} of the largest logit",
+        "The model answers the same twice, so one gradient is the gradient",
+        "The model is random in eval mode: one draw's gradient is not that of the next, and one lucky draw counts as robust. "
+        "Take the noise out, or evaluate with the suite rand, which averages over draws",
+        changed=changed.max(),
+        images=(changed > 1e-4).sum(),
+    )
+
+
+def _batch(probe: _Probe) -> CheckPart:
+    half = (len(probe.x) + 1) // 2
+    again = torch.cat([probe.model(part) for part in probe.x.flip(0).split(half)]).flip(0)
+    changed = _distances(again, probe.logits)
+    noise = _distances(probe.model(probe.x), probe.logits)  # of a random model, which is named elsewhere
+    return _part(
+        "batch",
+        float(changed.max()) <= 1e-3 + 2 * float(noise.max()),
+        f"In other batches the logits differ by {float(changed.max()):.2g} of the largest",
+        "An image's answer does not depend on its neighbours",
+        "An image's answer depends on which others are in its batch (batch-norm without running statistics?), so a verdict "
+        "holds for one batch only. Give batch-norm track_running_stats=True",
+        changed=changed.max(),
+    )
+
+
+def _logits(probe: _Probe) -> CheckPart:
+    logits = probe.logits
+    probabilities = bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
+    top = logits.topk(2, dim=1).values
+    gap = top[:, 0] - top[:, 1]
+    # exp(−87) is the smallest normal float32: beyond, the cross-entropy of a right answer has no gradient left.
+    underflow = int((gap > 87).sum())
+    if probabilities:
+        bad = (
+            "They are probabilities, not logits: another softmax flattens them, and the gradient with them. "
+            "Return the values before the softmax"
+        )
+    else:
+        bad = (
+            "The logits are so large that softmax is exactly 0 and 1, and the cross-entropy has no gradient to follow. Trust the "
+            "attacks on the margin, and divide the logits by a temperature"
+        )
+    return _part(
+        "logits",
+        not probabilities and underflow <= few(len(logits)),
+        f"The outputs lie in [{float(logits.min()):.3g}, {float(logits.max()):.3g}], the first is ahead by {float(gap.median()):.3g}",
+        "They are logits, and the cross-entropy has a gradient",
+        bad,
+        probabilities=probabilities,
+        saturated=underflow / len(logits),
+        one_hot=(logits.float().softmax(1).amax(1) == 1).float().mean(),
+        largest=logits.abs().max(),
+    )
+
+
+def _normalisation(probe: _Probe) -> CheckPart:
+    x, y, n = probe.x, probe.y, len(probe.x)
+    given = int(probe.flags.sum())
+    found = {name: _hits(probe.model(changed), y) for name, changed in _variants(x).items()}
+    best = max(found, key=lambda name: int(found[name].sum()))
+    count = int(found[best].sum())
+    # One answer for all images is right as often as its class is there: no proof of a better range.
+    chance = float(y.bincount().max()) / n
+    better = (
+        count > given + few(n)
+        and mcnemar(found[best].tolist(), probe.flags.tolist()).p_value < 0.001
+        and binomtest(count, n, chance, alternative="greater").pvalue < 0.001
+    )
+    reason = {
+        "times": "the model expects pixels in [0, 255], or the images were divided by 255 twice; divide once",
+        "denormalised": "the images are normalised twice; take one normalisation out of the model or before it",
+        "normalised": "the model expects normalised images; give it clead.models.normalize.Normalize as its first layer",
+        "channels": "the model expects the colours in the other order (BGR for RGB); swap them",
+    }[best.split()[0]]
+    return _part(
+        "normalisation",
+        not better,
+        f"{given} of {n} images are right as they are, {count} when {best}",
+        "No other preparation of the images suits the model better",
+        f"So {reason}",
+        given=given / n,
+        best=count / n,
+    )
+
+
+def _variants(x: Tensor) -> dict[str, Tensor]:
+    """Return the images as a mistake in their preparation would have wanted them."""
+    own = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0).clamp_min(1 / 255)
+    half = torch.full_like(own[0], 0.5)
+    statistics = {"their own statistics": own, "0.5": (half, half)}
+    for name, pair in _STATISTICS.items():
+        if len(pair[0]) == x.shape[1]:
+            statistics[f"those of {name}"] = (x.new_tensor(pair[0]), x.new_tensor(pair[1]))
+    variants = {"times 255": 255 * x}
+    for name, (mean, std) in statistics.items():
+        mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+        variants[f"normalised by {name}"] = (x - mean) / std
+        variants[f"denormalised by {name}"] = x * std + mean
+    if x.shape[1] == 3:
+        variants["channels are reversed"] = x.flip(1)
+    return variants
+
+
+def _smooth(probe: _Probe) -> CheckPart:
+    """Compare margin(x + τ·sign) − margin(x) with τ·‖gradient‖₁ over the pixels that have room, for two small τ."""
+    x, n = probe.x, len(probe.x)
+    objective = probe.objective("margin", probe.model, x, probe.y)
+    value, gradient = value_and_gradient(objective, x)
+    free = room(x, gradient) > 1e-3
+    direction = torch.where(free, gradient.sign(), 0)
+    slope = flat(gradient * direction).sum(1)
+    # Rounding: a change of less is no change. A gradient below it cannot be judged, unless it is exactly 0.
+    rounding = 1e-5 * probe.logits.abs().amax(1).clamp_min(1e-30)
+    agrees = slope * 1e-3 <= rounding
+    for tau in (1e-4, 1e-3):
+        ratio = (objective(x + tau * direction) - value) / (tau * slope)
+        agrees |= (ratio > 0.5) & (ratio < 2)
+    moved = objective(Linf(eps=0.1).random_start(x, generator=probe.generator)) - value
+    flat_but_moved = (flat(gradient).abs().amax(1) == 0) & (moved.abs() > rounding)
+    wrong = int((~agrees | flat_but_moved).sum())
+    return _part(
+        "smooth",
+        wrong <= max(3, 0.25 * n),
+        f"For {wrong} of {n} images a small step along the gradient does not change the margin as the gradient says",
+        "The gradient is the slope of what the model computes",
+        "The model is constant in steps or jumps (inputs rounded, compressed or binarised?), and its gradient is not its slope. "
+        "Attack it with a differentiable stand-in for that layer (BPDA, Athalye 2018), and trust black-box attacks only",
+        disagree=wrong / n,
+    )
+
+
+def _noise(probe: _Probe) -> CheckPart:
+    standing = torch.ones_like(probe.pgd("margin"))
+    for _ in range(10 if probe.m else 0):
+        noisy = probe.threat.random_start(probe.x[probe.right], generator=probe.generator)
+        standing &= _hits(probe.model(noisy), probe.y[probe.right])
+    noise, gradient = int((~standing).sum()), int((~probe.white_box()).sum())
+    enough = noise <= few(probe.m) or 2 * noise <= gradient or gradient >= probe.m - few(probe.m)
+    return _part(
+        "noise",
+        enough,
+        f"Ten draws of noise break {noise} of {probe.m} images, the gradient {gradient}",
+        "The gradient finds far more than chance does",
+        "Chance breaks about as many as the gradient, so the gradient is of little use. See the checks of the gradients",
+        noise=noise,
+        gradient=gradient,
+        n=probe.m,
+    )
+
+
+def _steps(probe: _Probe) -> CheckPart:
+    short, middle = int(probe.pgd("margin", 10).sum()), int(probe.pgd("margin").sum())
+    both, long = int(probe.white_box().sum()), int(probe.long().sum())
+    return _part(
+        "steps",
+        both - long <= few(probe.m) and middle - short <= few(probe.m),
+        f"Of {probe.m} images PGD-10 leaves {short}, PGD-50 {middle}, PGD-50 with both objectives {both}, and PGD-200 from a new "
+        f"start {long} of those",
+        "More steps and starts find hardly more, so the attack has converged",
+        "The number of steps and starts decides, so the attack has not converged. Raise steps and restarts until nothing changes",
+        pgd_10=short,
+        pgd_50=middle,
+        both_50=both,
+        pgd_200=long,
+        n=probe.m,
+    )
+
+
+def _agreement(probe: _Probe) -> CheckPart:
+    ce, margin = probe.pgd("cross_entropy"), probe.pgd("margin")
+    counts = {"cross_entropy": int(ce.sum()), "margin": int(margin.sum())}
+    more = 0
+    if isinstance(probe.model, SplitModel):
+        features = probe.pgd("embedding")
+        counts["embedding"] = int(features.sum())
+        more = int((ce & margin & ~features).sum())
+    apart = abs(counts["cross_entropy"] - counts["margin"])
+    return _part(
+        "agreement",
+        apart <= 2 * few(probe.m) and more <= few(probe.m),
+        f"Of {probe.m} images PGD-50 leaves " + ", ".join(f"{v} by {k.replace('_', '-')}" for k, v in counts.items()),
+        "No objective finds what the others miss",
+        "One objective breaks what another cannot, so the weaker one's gradient is hidden. Count an image as robust only if it "
+        "holds against all of them, and look at the scale of the logits",
+        **counts,
+        n=probe.m,
+    )
+
+
+def _black_box(probe: _Probe, source: nn.Module | None) -> CheckPart | None:
+    standing = probe.long()
+    tried: dict[str, int] = {}
+    if source is not None:
+        tried["transfer"] = int((standing & ~probe.held("cross_entropy", 50, among=standing, source=source)).sum())
+    square = ATTACKS.get("square")
+    if probe.threat.norm in square.norms:
+        chosen, broken = probe.right[standing], 0
+        if len(chosen):
+            x, y = probe.x[chosen], probe.y[chosen]
+            x_adv = square(queries=_QUERIES).search(probe.model, x, y, probe.threat, generator=probe.generator)
+            broken = int((~_hits(probe.model(x_adv), y)).sum())
+        tried["square"] = broken
+    if not tried:
+        return None
+    return _part(
+        "black box",
+        max(tried.values()) <= few(probe.m),
+        f"Of the {int(standing.sum())} images that stand against the gradient, "
+        + " and ".join(f"{name} breaks {count}" for name, count in tried.items()),
+        "An attack without the model's gradient finds nothing that the gradient missed",
+        "An attack that sees no gradient breaks what the gradient could not: the gradient is masked, and robust accuracy is lower "
+        "than gradient attacks say. Evaluate with the suite standard, which includes Square, and look for what hides the gradient",
+        standing=standing.sum(),
+        **tried,
+    )
+
+
+def _unbounded(probe: _Probe) -> CheckPart:
+    # From the image itself: an image of noise is misclassified as it is, which would prove nothing about the gradient.
+    box = Linf(eps=1.0)
+    left = probe.held("margin", 50, threat=box, random_start=False)
+    left = probe.held("cross_entropy", 50, threat=box, among=left, random_start=False)
+    count = int(left.sum())
+    return _part(
+        "unbounded",
+        count <= few(probe.m),
+        f"With any image allowed, PGD-50 leaves {count} of {probe.m} right",
+        "Without a bound nothing stands, as it must be",
+        "Without a bound every image can be broken, so the attack fails where success is certain, and its result at eps means "
+        "nothing. See the checks of gradients and logits",
+        left=count,
+        n=probe.m,
+    )
+
+
+def _monotone(probe: _Probe) -> CheckPart:
+    counts: dict[str, int] = {}
+    for factor in (0.25, 0.5, 1.0, 2.0):
+        try:
+            # Every radius has its own attack: a larger ball contains the smaller, so finding less in it is the attack's fault.
+            eps = Ratio(factor * probe.threat.eps)
+            wider = validated(type(probe.threat), {**_own(probe.threat), "eps": eps})
+        except UserError:  # a radius that this norm does not have
+            continue
+        counts[f"{factor:g} eps"] = int(probe.held("margin", 20, threat=cast(Threat, wider)).sum())
+    values = list(counts.values())
+    rise = max((after - before for before, after in zip(values, values[1:], strict=False)), default=0)
+    return _part(
+        "monotone",
+        rise <= few(probe.m),
+        f"PGD-20 leaves {', '.join(f'{count} at {name}' for name, count in counts.items())} of {probe.m} images",
+        "Accuracy falls as the radius grows",
+        "In a larger ball the attack breaks fewer images, though it contains the smaller one: it is misled. Try other step sizes "
+        "and more steps",
+        rise=rise,
+        n=probe.m,
+        **counts,
+    )
+
+
+def _own(threat: Threat) -> dict[str, Any]:
+    """Return a threat's settings, those beside its radius included."""
+    return vars(replace(cast(Any, threat)))
+
+
+def _gradients(probe: _Probe) -> CheckPart:
+    n, numbers = len(probe.x), {}
+    broken = zero = 0
+    for name in ("cross_entropy", "margin"):
+        _, gradient = value_and_gradient(probe.objective(name, probe.model, probe.x, probe.y), probe.x)
+        largest = flat(gradient).abs().amax(1)
+        missing = int((largest == 0).sum())
+        zero, broken = max(zero, missing), max(broken, int((~torch.isfinite(largest)).sum()))
+        numbers[f"zero_{name}"] = missing / n
+        numbers[f"median_{name}"] = float(largest.nan_to_num(0, 0, 0).median())
+    seen = f"The gradient is 0 for {zero} of {n} images and not finite for {broken}"
+    return _part(
+        "gradients",
+        zero <= few(n) and broken == 0 and probe.lost == 0,
+        seen + (f"; attacks met {probe.lost} more that are not finite" if probe.lost else ""),
+        "There is a gradient to follow",
+        "An attack cannot follow a gradient that is 0 or not a number. Look for rounding, detach, thresholds, saturated logits, "
+        "and sqrt, log or division at 0 in the model",
+        not_finite=broken / n,
+        lost=probe.lost,
+        **numbers,
+    )

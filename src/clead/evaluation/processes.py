@@ -1,0 +1,131 @@
+"""Images shared out over processes: shards by hand, or the ranks of ``torchrun``; the result is that of one process."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from clead.errors import UserError
+from clead.evaluation.state import Part, differences, read_header
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Every ``count``-th batch, beginning with number ``index`` (from 1).
+
+    Whole batches are shared out, not images: an image meets the same others in its batch whatever the number of processes, so
+    its result is the same to the last bit.
+    """
+
+    index: int
+    count: int
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """Return the shard written as ``i/n``; raises UserError otherwise.
+
+        >>> Shard.parse("2/4")
+        Shard(index=2, count=4)
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"--shard must be i/n with 1 ≤ i ≤ n, such as 2/4, got {text!r}")
+        return Shard(int(match[1]), int(match[2]))
+
+    def has(self, batch: int) -> bool:
+        """Say whether batch number ``batch`` (from 0) is of this shard."""
+        return batch % self.count == self.index - 1
+
+    def folder(self, state: Path) -> Path:
+        """Return where this shard keeps its state: beside that of the others."""
+        return state if self.count == 1 else state.with_name(f"{state.name}.shard-{self.index}-of-{self.count}")
+
+
+ALONE = Shard(1, 1)
+
+
+def shards(state: Path) -> list[Path]:
+    """Return the shard states beside ``state``; raises UserError naming what is missing or does not belong together."""
+    pattern = re.compile(re.escape(state.name) + r"\.shard-(\d+)-of-(\d+)")
+    found = {path: match for path in sorted(state.parent.glob("*")) if (match := pattern.fullmatch(path.name))}
+    if not found:
+        raise UserError(f"--merge: there is no shard at {state.parent}; run: clead evaluate RUN --shard 1/n, and so on")
+    counts = sorted({int(match[2]) for match in found.values()})
+    if len(counts) > 1:
+        raise UserError(
+            f"--merge: {state.parent} holds shards of several divisions (n = {', '.join(map(str, counts))}); remove all but one"
+        )
+    have = {int(match[1]) for match in found.values()}
+    if missing := sorted(set(range(1, counts[0] + 1)) - have):
+        raise UserError(
+            f"--merge: shard {', '.join(f'{i}/{counts[0]}' for i in missing)} is missing at {state.parent}; "
+            "copy it there, or compute it with --shard"
+        )
+    return sorted(found)
+
+
+def merged(state: Path, header: dict[str, Any], keys: set[str]) -> dict[str, Part]:
+    """Return the parts of all shards beside ``state``; raises UserError unless they are complete and of this evaluation."""
+    from clead.evaluation.state import State
+
+    parts: dict[str, Part] = {}
+    for folder in shards(state):
+        found = read_header(folder) or {}
+        wanted = {**header, "version": found.get("version"), "shard": found.get("shard")}
+        if different := differences(found, wanted):
+            raise UserError(f"--merge: {folder} is of another evaluation: {'; '.join(different)}")
+        with State(folder, {**header, "shard": found["shard"]}).opened() as store:
+            parts.update(store.parts)
+    if missing := keys - set(parts):
+        batches = sorted({int(key.split("-")[0]) for key in missing})
+        count = len(shards(state))
+        late = sorted({batch % count + 1 for batch in batches})
+        raise UserError(
+            f"--merge: shard {', '.join(f'{i}/{count}' for i in late)} is not finished; run it again with --shard"
+        )
+    return parts
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of one distributed run."""
+
+    rank: int
+    size: int
+    handle: Any
+
+    def gather(self, parts: dict[str, Part]) -> dict[str, Part] | None:
+        """Return the parts of all processes on rank 0, None elsewhere."""
+        everything: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(parts, everything, dst=0, group=self.handle)
+        return {key: part for one in everything for key, part in one.items()} if everything is not None else None
+
+    def share(self, result: T) -> T:
+        """Return rank 0's result on every process."""
+        box = [result]
+        dist.broadcast_object_list(box, src=0, group=self.handle)
+        return box[0]
+
+
+def group() -> Group | None:
+    """Return the processes that ``torchrun`` started, or None for a single one."""
+    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # rank 0 draws curves while the others wait
+    # Python objects travel by gloo, also where the run's own group is nccl.
+    handle = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return Group(dist.get_rank(), dist.get_world_size(), handle)
+
+
+def rank() -> int:
+    """Return this process's rank, 0 for a single process; only rank 0 writes and prints."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0

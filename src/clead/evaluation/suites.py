@@ -1,0 +1,149 @@
+"""The suites: which attacks make the worst case, with the constants of their protocol."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any, Literal
+
+from clead.attacks.apgd import APGD
+from clead.attacks.fab import FAB
+from clead.attacks.fgsm import FGSM
+from clead.attacks.pgd import PGD
+from clead.attacks.square import Square
+from clead.errors import UserError
+from clead.interfaces import Attack, Search
+from clead.settings import Ratio
+
+SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
+MEANING: dict[str, str] = {
+    "standard": "AutoAttack standard",
+    "plus": "AutoAttack plus",
+    "rand": "AutoAttack rand",
+    "quick": "quick suite, not AutoAttack",
+    "adaptive": "AutoAttack standard and attacks on the embedding",
+    "queries": "attacks by queries only",
+    "pgd": "FGSM and PGD, not AutoAttack",
+}
+DRAWS = 10
+"""Clean and adversarial images of a randomised model (suite rand) are scored by the majority of so many draws."""
+
+_SHORT = {"cross_entropy": "CE", "dlr": "DLR"}
+
+
+@dataclass(frozen=True)
+class NamedAttack:
+    """An attack and what it maximises, under the name that tables show.
+
+    Attributes:
+        name: shown in tables.
+        attack: how.
+        objective: what; a search has none.
+        cost: forward passes and backward passes of an image that never breaks; the progress bar is drawn from it.
+    """
+
+    name: str
+    attack: Attack | Search
+    objective: str = "cross_entropy"
+    cost: float = 100.0
+
+
+def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> str:
+    """Return the name that tables show, such as ``PGD-50×5 margin`` or ``APGD-T``."""
+    values = vars(attack) if is_dataclass(attack) else {}
+    times = f"×{values['restarts']}" if values.get("restarts", 1) > 1 else ""
+    if isinstance(attack, PGD):
+        return f"PGD-{attack.steps}{times} {_SHORT.get(objective, objective)}"
+    if isinstance(attack, APGD):
+        draws = f" EoT-{attack.eot}" if attack.eot > 1 else ""
+        loss = _SHORT.get(attack.loss, attack.loss)
+        kind = (f"APGD-T {loss}" if attack.loss != "dlr" else "APGD-T") if attack.targets else f"APGD-{loss}"
+        return f"{kind}{times}{draws}"
+    if isinstance(attack, FAB):
+        return f"FAB-T{times}" if attack.targets else f"FAB{times}"
+    if isinstance(attack, Search):
+        return getattr(attack, "label", type(attack).__name__)
+    return f"{type(attack).__name__} {_SHORT.get(objective, objective)}"
+
+
+def describe(named: NamedAttack) -> dict[str, Any]:
+    """Return an attack's settings as plain data, for the record and for comparing two evaluations."""
+    attack = named.attack
+    objective = {} if isinstance(attack, Search) else {"objective": named.objective}
+    if not is_dataclass(attack) or isinstance(attack, type):
+        return {**objective, "attack": type(attack).__name__, **getattr(attack, "description", {})}
+    values = asdict(attack)
+    return {**objective, **{key: value.text if isinstance(value, Ratio) else value for key, value in values.items()}}
+
+
+def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -> tuple[list[NamedAttack], list[str]]:
+    """Return the attacks of a suite, in order, and notes on what the number of classes made of the protocol.
+
+    ``standard`` is AutoAttack (Croce & Hein 2020, arXiv:2003.01690, section 6; L1: Croce & Hein 2021, arXiv:2103.01208):
+    APGD-CE, APGD-T, FAB-T, Square. ``plus`` and ``rand`` are its longer and its randomised version. ``quick`` has half the
+    steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square.
+
+    Args:
+        name: a ``SuiteName``.
+        norm: linf, l2 or l1; ``pgd`` also takes l0.
+        num_classes: K ≥ 2. There is no targeted DLR below 4 classes, and no DLR at all for 2: the margin stands in.
+        steps: instead of every attack's own; Square gets 50 queries for each.
+
+    Raises UserError if the suite is not defined for the norm.
+    """
+    if norm not in ("linf", "l2", "l1") and name != "pgd":
+        raise UserError(f"suite {name} is defined for linf, l2 and l1, got {norm}; use --eval.suite pgd")
+    targets = min(5 if norm == "l1" else 9, num_classes - 1)
+    restarts = 5 if norm == "l1" else 1
+    notes = []
+    if targets < (5 if norm == "l1" else 9) and name in ("standard", "plus", "adaptive"):
+        notes.append(f"{num_classes} classes: {targets} target{'s' if targets > 1 else ''} instead of the protocol's")
+    if num_classes == 3 and name not in ("queries", "pgd"):
+        notes.append("3 classes: the targeted DLR loss is not defined, APGD-T maximises the targeted margin")
+    if num_classes == 2 and name not in ("queries", "pgd"):
+        notes.append("2 classes: the DLR loss is not defined, the margin stands in for it")
+    ce = APGD(restarts=restarts)
+    dlr = APGD(loss="dlr" if num_classes > 2 else "margin")
+    targeted = APGD(loss="dlr" if num_classes > 3 else "margin", targets=targets)
+    fab, square = FAB(targets=targets), Square()
+    attacks: list[Attack | Search] = {
+        "standard": [ce, targeted, fab, square],
+        "adaptive": [ce, targeted, fab, square],
+        "plus": [
+            replace(ce, restarts=5),
+            replace(dlr, restarts=5),
+            FAB(targets=0, restarts=5),
+            square,
+            targeted,
+            fab,
+        ],
+        "rand": [APGD(eot=20), replace(dlr, eot=20)],
+        "quick": [APGD(steps=50), replace(targeted, steps=50, targets=min(3, targets))],
+        "queries": [square],
+        "pgd": [FGSM()],
+    }[name]
+    pgd = PGD(steps=50, keep="best")
+    pairs: list[tuple[Attack | Search, str]] = [(attack, "cross_entropy") for attack in attacks]
+    if name == "pgd":
+        pairs += [(pgd, "cross_entropy"), (pgd, "margin")]
+    if name == "adaptive":
+        embedding = ("embedding", "embedding_logits", "contrastive", "prototype")
+        pairs += [(replace(pgd, steps=100), objective) for objective in embedding]
+    found = []
+    for attack, objective in pairs:
+        shortened = attack
+        if steps is not None:
+            values = vars(attack)
+            changes = {key: steps * times for key, times in (("steps", 1), ("queries", 50)) if key in values}
+            shortened = replace(attack, **changes) if changes else attack  # ty: ignore[invalid-argument-type]
+        found.append(NamedAttack(attack_name(shortened, objective), shortened, objective, _cost(shortened)))
+    if steps is not None:
+        notes.append(f"{steps} steps instead of the suite's own")
+    return found, notes
+
+
+def _cost(attack: Attack | Search) -> float:
+    values = vars(attack)
+    if "queries" in values:
+        return values["queries"] * values.get("restarts", 1)
+    runs = max(values.get("targets", 0), 1) * values.get("restarts", 1) * values.get("eot", 1)
+    return 2 * values.get("steps", 1) * runs * (1.5 if isinstance(attack, FAB) else 1)
