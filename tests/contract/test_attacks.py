@@ -15,7 +15,7 @@ from clead.interfaces import Search
 from clead.models.split import SplitModel, adapt
 from clead.threats import THREATS
 
-RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0}
+RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0, "l0": 3}
 
 
 class Net(nn.Module):

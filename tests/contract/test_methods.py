@@ -16,7 +16,7 @@ from clead.models.small_cnn import SmallCNN
 from clead.models.split import SplitModel
 from clead.threats import THREATS
 
-RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0}
+RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0, "l0": 3}
 
 
 def make_model(method: Any) -> SplitModel:
