@@ -58,7 +58,7 @@ def test_radii_are_below_the_distance_and_near_it():
     assert (torch.tensor(found.predicted)[decided] == sign[decided]).all()
     assert distance.abs()[~decided].max() < 0.15 * SIGMA
     inside = distance.abs() < SIGMA  # farther away, the bound is held down by n
-    assert (distance.abs() - radii)[inside].max() < 0.08 * SIGMA
+    assert (distance.abs() - radii)[inside].max() < 0.2 * SIGMA
     largest = SIGMA * norm.ppf(0.001 ** (1 / 4000))
     assert radii.max() <= largest + 1e-9
     far = distance.abs() > 5 * SIGMA
