@@ -17,6 +17,7 @@ UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 from clead.attacks.cw import cw  # noqa: E402
 from clead.attacks.deepfool import deepfool  # noqa: E402
 from clead.attacks.eot import eot_pgd, expectation  # noqa: E402
+from clead.attacks.external import external  # noqa: E402
 from clead.attacks.fgsm import fgsm  # noqa: E402  (the files register themselves in the registries above)
 from clead.attacks.fmn import fmn  # noqa: E402
 from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
@@ -32,6 +33,7 @@ __all__ = [
     "deepfool",
     "eot_pgd",
     "expectation",
+    "external",
     "fgsm",
     "fmn",
     "mi_fgsm",
