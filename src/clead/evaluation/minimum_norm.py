@@ -1,0 +1,238 @@
+"""How far each image is from a wrong answer: one run of a minimum-norm attack gives robust accuracy at every radius.
+
+Every distance is verified: the adversarial image is classified again by the plain model in float32, and measured again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.attacks.minimal import MinimumNorm, smallest
+from clead.attacks.run import check_inputs, logits_of
+from clead.data.loaders import seeded
+from clead.errors import UserError
+from clead.evaluation.robust import exact_float32
+from clead.evaluation.statistics import estimate
+from clead.interfaces import ImageSet
+from clead.progress import progress
+from clead.report.record import CurvePoint, Estimate
+from clead.settings import Ratio
+from clead.threats import THREATS
+
+_STRETCHES = (0.0, 1e-4, 1e-3, 1e-2)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Distances(_Part):
+    """One attack's verified distance of each image: 0 where it is wrong when clean, None where nothing was found.
+
+    ``median`` is the radius at which half of the images are broken; None if fewer are.
+    """
+
+    attack: str
+    settings: dict[str, Any]
+    n: int = Field(ge=1)
+    found: int = Field(ge=0)
+    median: float | None
+    distances: list[float | None]
+    seconds: float
+
+
+class MinimumNormResult(_Part):
+    """The distance of each image, the smallest over the attacks, and robust accuracy against the radius.
+
+    ``curve`` holds at most 200 points of the exact step function, the first at radius 0 (clean accuracy), the last at the
+    largest distance found.
+    """
+
+    norm: str
+    seed: int
+    n: int = Field(ge=1)
+    clean: Estimate
+    attacks: list[Distances]
+    median: float | None
+    distances: list[float | None]
+    curve: list[CurvePoint]
+
+
+def distances(
+    attack: MinimumNorm,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    norm: str,
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the size of the smallest perturbation that ``attack`` finds, verified on ``model`` itself, (B,) float32.
+
+    The attack stops just past the boundary, where rounding decides. A point that the model, asked again, gets right is moved
+    on from the image by 0.01 %, 0.1 % or 1 %, and its longer distance counts.
+
+    Args:
+        attack: such as ``FMN()``.
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        images: (B, C, H, W) float in [0, 1], computed with in float32.
+        labels: (B,) int64 in [0, K).
+        norm: one of the attack's norms.
+        generator: of the attack, on the device of ``images``; a fixed seed if None.
+
+    Returns:
+        0 for images that are misclassified when clean, infinity where no adversarial image was found. Raises UserError on
+        wrong shapes, ranges or norms.
+    """
+    check_inputs(images, labels)
+    x, measure = images.float(), THREATS.get(norm)(eps=0).size
+    logits = logits_of(model, x)
+    check_inputs(x, labels, logits.shape[1])
+    right = _right(logits, labels).nonzero()[:, 0]  # synchronises the device
+    out = torch.zeros(len(x), device=x.device)
+    if not len(right):
+        return out
+    x, y = x[right], labels[right]
+    x_adv = smallest(attack, model, x, y, norm, generator=generator, checked=True)
+    size = torch.full((len(x),), torch.inf, device=x.device)
+    for stretch in _STRETCHES:
+        left = size.isinf()
+        candidate = (x + (1 + stretch) * (x_adv - x)).clamp(0, 1) if stretch else x_adv
+        moved = measure(candidate - x)
+        size = torch.where(left & ~_right(logits_of(model, candidate), y), moved, size)
+    out[right] = size
+    return out
+
+
+def curve(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Return radii, rising from 0, and the robust accuracy at each: the fraction of images farther away than the radius.
+
+    Exact at every radius between two of the returned ones too: there it stays what it was at the lower. It falls by
+    construction, unlike a curve of attacks that are run once per radius.
+
+    >>> curve(torch.tensor([0.0, 0.3, 0.1, torch.inf]))
+    (tensor([0.0000, 0.1000, 0.3000]), tensor([0.7500, 0.5000, 0.2500]))
+    """
+    if not len(distances) or distances.isnan().any() or (distances < 0).any():
+        raise UserError(f"distances must be ≥ 0 and at least one, got {distances.tolist()[:5]}")
+    ordered = distances.sort().values
+    radii = torch.cat([ordered.new_zeros(1), ordered[ordered.isfinite()]]).unique()
+    broken = torch.searchsorted(ordered, radii, right=True)
+    return radii, 1 - broken / len(distances)
+
+
+def evaluate_minimum_norm(
+    model: nn.Module,
+    images: ImageSet,
+    norm: str,
+    attacks: Sequence[str | MinimumNorm] = ("fmn",),
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    classes: int | None = None,
+    device: torch.device | None = None,
+    show: bool = False,
+) -> MinimumNormResult:
+    """Run minimum-norm attacks on ``images`` and return each image's distance, the smallest over the attacks, and the curve.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        images: uint8 images and labels; all of them.
+        norm: linf, l2, l1 or l0.
+        attacks: names such as ``"fmn"`` with their default settings, or objects.
+        batch_size: images per call of the attack.
+        seed: of the attacks' randomness.
+        classes: K, to check the labels by; the number of logits if None.
+        device: where to compute; that of the model's parameters if None.
+        show: whether to show progress.
+
+    Raises UserError for a name of no minimum-norm attack, an attack not made for this norm, or invalid images.
+    """
+    if not len(images) or not attacks:
+        raise UserError(f"need at least one image and one attack, got {len(images)} and {len(attacks)}")
+    chosen = [_attack(attack, norm) for attack in attacks]
+    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts, sizes = [], []
+    title = f"minimum {norm} of {len(images)} images"
+    with exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
+        for number, (name, attack) in enumerate(chosen):
+            start, found = time.monotonic(), []
+            for batch, first in enumerate(range(0, len(images), batch_size)):
+                part = images.subset(torch.arange(first, min(first + batch_size, len(images))))
+                x, y = part.images.to(device), part.labels.to(device)
+                x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+                check_inputs(x, y, classes)
+                found.append(distances(attack, model, x, y, norm, generator=seeded(device, seed, number, batch)).cpu())
+                tick(len(x), attack=name)
+            sizes.append(torch.cat(found))
+            parts.append(
+                Distances(
+                    attack=name,
+                    settings={
+                        key: value.text if isinstance(value, Ratio) else value
+                        for key, value in asdict(cast(Any, attack)).items()
+                    },
+                    n=len(images),
+                    found=int(sizes[-1].isfinite().sum()),
+                    median=_median(sizes[-1]),
+                    distances=_finite(sizes[-1]),
+                    seconds=time.monotonic() - start,
+                )
+            )
+    nearest = torch.stack(sizes).amin(0)
+    return MinimumNormResult(
+        norm=norm,
+        seed=seed,
+        n=len(images),
+        clean=estimate((nearest > 0).tolist()),
+        attacks=parts,
+        median=_median(nearest),
+        distances=_finite(nearest),
+        curve=_points(nearest, "+".join(name for name, _ in chosen)),
+    )
+
+
+def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
+    """Return the attack under its name, checked before any work is done."""
+    known = {name: kind for name, kind in ATTACKS.items() if hasattr(kind, "minimal")}
+    if isinstance(attack, str):
+        if attack not in known:
+            ATTACKS.get(attack)
+            raise UserError(f"{attack} needs a radius; attacks for the smallest perturbation: {', '.join(known)}")
+        attack = known[attack]()
+    THREATS.get(norm)
+    name = next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__)
+    if norm not in attack.norms:
+        raise UserError(f"{name} is an attack for {', '.join(attack.norms)}, got {norm}")
+    return name, attack
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
+
+
+def _median(sizes: Tensor) -> float | None:
+    """Return the smallest radius that breaks at least half of the images, None if none does."""
+    median = sizes.median().item()  # of an even number the lower
+    return median if median < torch.inf else None
+
+
+def _finite(sizes: Tensor) -> list[float | None]:
+    return [size if size < torch.inf else None for size in sizes.tolist()]
+
+
+def _points(nearest: Tensor, attack: str, most: int = 200) -> list[CurvePoint]:
+    radii, _ = curve(nearest)
+    index = torch.linspace(0, len(radii) - 1, min(most, len(radii))).round().long()
+    return [
+        CurvePoint(eps=radius, eps_text=f"{radius:.4g}", attack=attack, robust=estimate((nearest > radius).tolist()))
+        for radius in radii[index].tolist()
+    ]
