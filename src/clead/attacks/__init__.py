@@ -14,6 +14,7 @@ ATTACKS: Registry[Any] = Registry("attack", "clead.attacks")
 OBJECTIVES: Registry[Any] = Registry("objective", "clead.attacks")
 UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 
+from clead.attacks.apgd import apgd  # noqa: E402
 from clead.attacks.cw import cw  # noqa: E402
 from clead.attacks.deepfool import deepfool  # noqa: E402
 from clead.attacks.eot import eot_pgd, expectation  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "ATTACKS",
     "OBJECTIVES",
     "UNRESTRICTED",
+    "apgd",
     "cw",
     "deepfool",
     "eot_pgd",

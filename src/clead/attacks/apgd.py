@@ -1,0 +1,406 @@
+"""Auto-PGD: projected gradient ascent that finds its own step size, the core of AutoAttack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.errors import UserError
+from clead.interfaces import Model, Threat
+from clead.losses import margin as margins
+from clead.losses.precision import at_least_float32
+from clead.models.seeding import seeded
+from clead.settings import setting, settings
+from clead.threats.geometry import per_image, sign
+from clead.threats.l1 import L1
+
+RHO = 0.75
+"""A step size is kept if more than this part of the steps since the last checkpoint rose (arXiv:2003.01690, condition 1)."""
+_MOMENTUM = 0.75
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": margins.cross_entropy,
+    "margin": margins.margin,
+    "dlr": margins.dlr,
+}
+_LARGEST = 255.0  # of an L1 threat
+_PIXELS = (1, 2, 3)
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Return the steps w_j after which step sizes are revised (Croce & Hein 2020, arXiv:2003.01690, section 3.3).
+
+    w_j = ⌈p_j · steps⌉ with p_1 = 0.22 and p_{j+1} = p_j + max(p_j − p_{j−1} − 0.03, 0.06), in whole percent here.
+
+    >>> checkpoints(100)
+    [22, 41, 57, 70, 80, 87, 93, 99]
+    """
+    found, percent, width = [], 22, 22
+    while percent < 100:
+        found.append(-(-percent * steps // 100))
+        width = max(width - 3, 6)
+        percent += width
+    return sorted({w for w in found if w < steps})  # the last step is followed by nothing that could be revised
+
+
+@ATTACKS.register("apgd")
+@settings
+class APGD:
+    """Maximise a loss of the logits by projected gradient ascent that adapts its step size (arXiv:2003.01690, algorithm 1).
+
+    Source: Croce & Hein 2020; for L1 Croce & Hein 2021, arXiv:2103.01208, algorithm 1 with exact projections and a radius that
+    shrinks from 3 eps by way of 2 eps over the steps (section 3.3 there). An image leaves with its first misclassified point
+    in the ball, so there is no best point to return besides.
+
+    Departures: with more than one draw of a randomised model, an image is broken if at most half of the draws are right, and the
+    best point is that of the largest mean loss; the authors look at the last draw only, and stop at a stroke of luck.
+    Condition 1 holds with equality too, as in the authors' code. L1 needs 4 steps to shrink the radius.
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    steps: int = setting(100, "gradient steps of each run", ge=1, unit="steps")
+    restarts: int = setting(1, "runs per target, each from another random point", ge=1, unit="runs")
+    loss: Literal["cross_entropy", "margin", "dlr"] = setting(
+        "cross_entropy", "what is maximised; dlr needs 3 classes, and 4 with targets"
+    )
+    targets: int = setting(
+        0, "classes to aim at, the most likely wrong ones, at most K - 1; 0: away from the label", ge=0, unit="classes"
+    )
+    eot: int = setting(1, "draws of a randomised model per step, whose gradients are averaged", ge=1, unit="draws")
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found.
+
+        A model that draws from the global generators draws the same for the same ``generator``; they are restored. Raises
+        UserError where the DLR loss is not defined for so few classes.
+        """
+        x_adv = x.clone()
+        if not threat.eps:
+            return x_adv
+        if generator is None:
+            generator = torch.Generator(x.device).manual_seed(0)
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))  # synchronises the device
+        with torch.no_grad(), seeded(seed):
+            logits, wrong = self._answer(model, x, y)
+            classes = logits.shape[1]
+            self._check(classes)
+            left = (~wrong).nonzero()[:, 0]
+            others = logits.scatter(1, y[:, None], -torch.inf)
+            aims = others.topk(min(self.targets, classes - 1), dim=1).indices.unbind(1) if self.targets else [y]
+            for aim in aims:
+                for _ in range(self.restarts):
+                    if not len(left):
+                        return x_adv
+                    # Drawn for all, so that an image's luck does not depend on which others have fallen.
+                    draws = torch.empty_like(x)
+                    if threat.norm == "linf":
+                        draws.uniform_(-1, 1, generator=generator)
+                    else:
+                        draws.normal_(generator=generator)
+                    left = self._run(model, x, y, aim, threat, draws, left, x_adv)
+        return x_adv
+
+    def _check(self, classes: int) -> None:
+        needed, kind = (4, "targeted DLR") if self.targets else (3, "DLR")
+        if self.loss == "dlr" and classes < needed:
+            raise UserError(f"the {kind} loss needs at least {needed} classes, got {classes}; use the margin instead")
+
+    def _run(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        aim: Tensor,
+        threat: Threat,
+        draws: Tensor,
+        left: Tensor,
+        x_adv: Tensor,
+    ) -> Tensor:
+        """Climb once from ``draws`` for the images ``left``, put what breaks the model into ``x_adv``; return which still stand."""
+        eps, origin, labels, aims = float(threat.eps), x[left], y[left], aim[left]
+        if threat.norm != "l1":
+            path: _Path = _Smooth(left, origin, labels, aims, draws[left], threat.norm, eps)
+            return self._climb(model, path, self.steps, x_adv)
+        short = self.steps * 3 // 10
+        phases = [(3 * eps, short), (2 * eps, short), (eps, self.steps - 2 * short)] if short else [(eps, self.steps)]
+        point = origin + draws[left]
+        for radius, steps in phases:
+            path = _Sparse(left, origin, labels, aims, point, L1(eps=min(radius, _LARGEST)))
+            left = self._climb(model, path, steps, x_adv if radius == eps else None)
+            point = path.best
+        return left
+
+    def _climb(self, model: Model, path: _Path, steps: int, x_adv: Tensor | None) -> Tensor:
+        """Take ``steps`` steps of ``path``, whose images leave for ``x_adv`` if that is given; return the index of the rest."""
+        revise = path.revisions(steps)
+        for step in range(steps + 1):
+            if step:
+                path.move(first=step == 1)
+            value, gradient, wrong = self._look(model, path, slope=step < steps)
+            if x_adv is not None:
+                fallen = wrong.nonzero()[:, 0]  # synchronises the device
+                if len(fallen):
+                    x_adv[path.left[fallen]] = path.point[fallen]
+                    rest = (~wrong).nonzero()[:, 0]
+                    path.keep(rest)
+                    value, gradient = value[rest], gradient[rest]
+                    if not len(rest):
+                        break
+            path.settle(value, gradient, first=not step)
+            if step in revise:
+                path.revise(revise[step])
+        return path.left
+
+    def _look(self, model: Model, path: _Path, *, slope: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return at the path's point the loss (n,), its gradient if ``slope`` is asked for, and which images are wrong (n,).
+
+        Of several draws loss and gradient are summed: only comparisons and directions are of account.
+        """
+        value, gradient, right = self._draw(model, path, slope)
+        for _ in range(self.eot - 1):
+            again = self._draw(model, path, slope)
+            value, gradient, right = value + again[0], gradient + again[1], right + again[2]
+        return value, gradient, 2 * right <= self.eot
+
+    def _draw(self, model: Model, path: _Path, slope: bool) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.set_grad_enabled(slope):
+            point = path.point.detach().requires_grad_(slope)
+            logits = at_least_float32(model(point))
+            value = self._value(logits, path)
+            gradient = torch.autograd.grad(value.sum(), point)[0] if slope else path.gradient
+        return value.detach(), gradient, _right(logits.detach(), path.labels).long()
+
+    def _value(self, logits: Tensor, path: _Path) -> Tensor:
+        if self.targets:
+            return targeted(self.loss, logits, path.labels, path.aims)
+        return _LOSSES[self.loss](logits, path.labels)
+
+    def _answer(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean logits of the clean images, (B, K), and which are wrong, (B,)."""
+        answers = [at_least_float32(model(x)) for _ in range(self.eot)]
+        right = torch.stack([_right(logits, y) for logits in answers]).sum(0)
+        return torch.stack(answers).mean(0), 2 * right <= self.eot
+
+
+def _right(logits: Tensor, y: Tensor) -> Tensor:
+    # argmax takes NaN for the largest: at the label it would pass for robustness.
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
+def targeted(loss: str, logits: Tensor, y: Tensor, aim: Tensor) -> Tensor:
+    """Return the loss (n,) that rises as the class ``aim`` (n,) takes over.
+
+    Cross-entropy log p(aim); margin z_aim − z_y; DLR that over z_π1 − (z_π3 + z_π4) / 2 (arXiv:2003.01690, eq. 7).
+    """
+    if loss == "cross_entropy":
+        return -margins.cross_entropy(logits, aim)
+    lead = (logits.gather(1, aim[:, None]) - logits.gather(1, y[:, None]))[:, 0]
+    if loss == "margin":
+        return lead
+    ordered = logits.topk(4, dim=1).values
+    return lead / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+
+
+class _Path:
+    """Where each of n images is on its way, and the best point of its way so far. Tensors are (n, …): ``keep`` drops rows.
+
+    Attributes:
+        left: which images these are, (n,).
+        origin: the clean images; ``labels`` and ``aims`` are (n,).
+        point: where the images are, ``gradient`` the loss's there.
+        best: the point of largest loss so far, with ``best_gradient`` and ``best_value``.
+    """
+
+    def __init__(self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, point: Tensor) -> None:
+        self.left, self.origin, self.labels, self.aims = left, origin, labels, aims
+        self.point = self.best = self.gradient = self.best_gradient = point
+        self.best_value = torch.full((len(left),), -torch.inf, device=point.device)
+
+    def keep(self, rest: Tensor) -> None:
+        """Go on with these images only, (m,) int64."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[rest])
+
+    def settle(self, value: Tensor, gradient: Tensor, *, first: bool) -> None:
+        """Take note of the loss and its gradient at the point."""
+        self.gradient = gradient
+        if first:
+            self.best, self.best_value, self.best_gradient = self.point, value, gradient
+            return
+        better = value > self.best_value
+        self.best_value = torch.where(better, value, self.best_value)
+        better = per_image(better, gradient)
+        self.best = torch.where(better, self.point, self.best)
+        self.best_gradient = torch.where(better, gradient, self.best_gradient)
+
+    def restart(self, those: Tensor) -> None:
+        """Put the images ``those``, (n,) bool, back to their best points."""
+        those = per_image(those, self.point)
+        self.point = torch.where(those, self.best, self.point)
+        self.gradient = torch.where(those, self.best_gradient, self.gradient)
+
+    def revisions(self, steps: int) -> dict[int, int]:
+        """Return the steps after which to revise, each with the number of steps since the one before."""
+        raise NotImplementedError
+
+    def move(self, *, first: bool) -> None:
+        """Take one step from the point."""
+        raise NotImplementedError
+
+    def revise(self, length: int) -> None:
+        """Adapt the steps after ``length`` more of them."""
+        raise NotImplementedError
+
+
+class _Smooth(_Path):
+    """In L∞ and L2: steps of 2 eps at first, with momentum, halved where they no longer gain (arXiv:2003.01690, algorithm 1).
+
+    The start is random, on the ball's border (as in the authors' code); in L2 a point is scaled into the ball and then clipped.
+    """
+
+    def __init__(
+        self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, draws: Tensor, norm: str, eps: float
+    ) -> None:
+        self.norm, self.eps = norm, eps
+        super().__init__(left, origin, labels, aims, (origin + eps * self._unit(draws)).clamp_(0, 1))
+        self.older = self.point
+        self.step = torch.full_like(self.best_value, 2 * eps, dtype=origin.dtype)
+        self.reduced = torch.ones_like(left, dtype=torch.bool)
+        self.value = self.checked = self.best_value
+        self.rises = torch.zeros_like(left)
+
+    def _unit(self, direction: Tensor) -> Tensor:
+        """Return ``direction`` at length 1 in this norm, and 0 as it is."""
+        # In L2 scaled twice: the squares of tiny gradients would vanish.
+        scaled = direction / direction.abs().amax(_PIXELS, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+        if self.norm == "linf":
+            return scaled
+        return scaled / torch.linalg.vector_norm(scaled, dim=_PIXELS, keepdim=True).clamp_min(1)
+
+    def _inside(self, point: Tensor) -> Tensor:
+        delta = point - self.origin
+        if self.norm == "linf":
+            delta.clamp_(-self.eps, self.eps)
+        else:
+            delta.mul_((self.eps / torch.linalg.vector_norm(delta, dim=_PIXELS, keepdim=True)).clamp_(max=1))
+        return delta.add_(self.origin).clamp_(0, 1)
+
+    def move(self, *, first: bool) -> None:
+        """Step along the gradient into the set, then a quarter of the way on in the direction of the step before."""
+        direction = sign(self.gradient) if self.norm == "linf" else self._unit(self.gradient)
+        point = self._inside(direction.mul_(per_image(self.step, direction)).add_(self.point))
+        if not first:
+            # point + 0.75 (new − point) + 0.25 (point − older)
+            point.mul_(_MOMENTUM).add_(self.point, alpha=2 * (1 - _MOMENTUM)).sub_(self.older, alpha=1 - _MOMENTUM)
+            point = self._inside(point)
+        self.point, self.older = point, self.point
+
+    def settle(self, value: Tensor, gradient: Tensor, *, first: bool) -> None:
+        """Take note of the loss and its gradient at the point, and of whether it rose."""
+        super().settle(value, gradient, first=first)
+        if first:
+            self.checked = value
+        else:
+            self.rises = self.rises + (value > self.value)
+        self.value = value
+
+    def revisions(self, steps: int) -> dict[int, int]:
+        """Return the checkpoints and the intervals before them."""
+        ends = checkpoints(steps)
+        return {end: end - start for start, end in zip([0, *ends], ends, strict=False)}
+
+    def revise(self, length: int) -> None:
+        """Halve the steps that seldom rise, or that were kept last time and have not gained since, and go on from the best."""
+        stuck = self.rises <= RHO * length
+        stuck |= ~self.reduced & (self.checked >= self.best_value)
+        self.step = torch.where(stuck, self.step / 2, self.step)
+        self.restart(stuck)
+        self.reduced, self.checked, self.rises = stuck, self.best_value, torch.zeros_like(self.rises)
+
+
+class _Sparse(_Path):
+    """In L1: steps of eps at first, spread over the steepest pixels, as many as the best point suggests (arXiv:2103.01208)."""
+
+    def __init__(self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, point: Tensor, threat: L1) -> None:
+        super().__init__(left, origin, labels, aims, threat.project(point, origin))
+        self.threat, self.eps = threat, float(threat.eps)
+        self.step = torch.full_like(self.best_value, self.eps, dtype=origin.dtype)
+        self.used = self._used()
+
+    def _used(self) -> Tensor:
+        return (self.best != self.origin).sum(_PIXELS)
+
+    def move(self, *, first: bool) -> None:
+        """Step evenly over the steepest pixels, two thirds as many as the best point has changed, and project."""
+        count = (2 * self.used + 2) // 3
+        slope = self.gradient.abs()
+        rank = count.clamp_min(1)[:, None] - 1
+        threshold = slope.flatten(1).sort(1, descending=True).values.gather(1, rank)
+        step = torch.where(slope < per_image(threshold, slope), 0, sign(self.gradient))
+        length = self.step / step.abs().sum(_PIXELS).clamp_min(1)
+        self.point = self.threat.project(step.mul_(per_image(length, step)).add_(self.point), self.origin)
+
+    def revisions(self, steps: int) -> dict[int, int]:
+        """Return every 4 % of the steps."""
+        every = max(steps * 4 // 100, 1)
+        return dict.fromkeys(range(every, steps, every), every)
+
+    def revise(self, length: int) -> None:
+        """Where the best point has become sparser go on from it with steps of eps; shorten the others, to eps / 10 at least."""
+        used = self._used()
+        sparser = used / self.used < 0.95
+        self.step = torch.where(sparser, self.eps, (self.step / 1.5).clamp_min(self.eps / 10))
+        self.restart(sparser)
+        self.used = used
+
+
+def apgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    steps: int = 100,
+    restarts: int = 1,
+    loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy",
+    targets: int = 0,
+    eot: int = 1,
+    seed: int = 0,
+) -> Tensor:
+    """Attack ``model`` by Auto-PGD (Croce & Hein 2020, arXiv:2003.01690; L1: Croce & Hein 2021, arXiv:2103.01208).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
+        norm: linf, l2 or l1.
+        steps: gradient steps of each run.
+        restarts: runs per target.
+        loss: cross_entropy, margin or dlr; dlr needs 3 classes, and 4 with targets.
+        targets: 0: away from the label; else one run for each of so many most likely wrong classes, at most K − 1.
+        eot: draws of a randomised model per step, whose gradients are averaged.
+        seed: of the random starts and of a model's own draws; the global generators are restored.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]: misclassified where the attack succeeded, else x itself. Raises UserError on pixels outside
+        [0, 1], NaN, wrong labels, an eps of the wrong scale, or too few classes for the loss.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> x_adv = apgd(model, x, torch.tensor([0]), eps="8/255", steps=5)
+    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+    True
+    """
+    from clead.attacks.run import call
+
+    values = {"steps": steps, "restarts": restarts, "loss": loss, "targets": targets, "eot": eot}
+    with seeded(seed):  # the check of the logits draws too
+        return call(APGD, values, model, x, y, norm=norm, eps=eps, seed=seed)
