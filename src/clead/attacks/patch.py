@@ -11,7 +11,7 @@ from clead.attacks import UNRESTRICTED
 from clead.attacks.unrestricted import call_unrestricted, fallen
 from clead.errors import UserError
 from clead.interfaces import Model
-from clead.losses.margin import cross_entropy
+from clead.losses.margin import margin
 from clead.settings import Ratio, setting, settings
 from clead.threats.geometry import per_image, sign
 
@@ -19,13 +19,14 @@ from clead.threats.geometry import per_image, sign
 @UNRESTRICTED.register("patch")
 @settings
 class Patch:
-    """Maximise the cross-entropy over the content and the place of one square patch per image.
+    """Maximise the margin over the content and the place of one square patch per image.
 
     Source: the location-optimised patches of Rao et al. 2020, arXiv:2005.02313, section 3: random start, sign-gradient ascent on
     the pixels of the patch, and after each step a move of the patch, content included, by ``stride`` pixels in one random
-    direction of four if it raises the loss. (Brown et al. 2017, arXiv:1712.09665, learn one patch for all images; this is one
-    per image, the worst case.) Departures: an image that has just moved keeps its content for one step, whose gradient belongs to
-    the place it has left; an image leaves the search when it falls.
+    direction of four if it raises the objective. (Brown et al. 2017, arXiv:1712.09665, learn one patch for all images; this is one
+    per image, the worst case.) Departures: the margin instead of the cross-entropy, whose gradient vanishes on a confident
+    model; an image whose patch has just moved keeps its content for one step, as the gradient belongs to the place it has left;
+    an image leaves the search when it falls.
     """
 
     size: Ratio = setting(
@@ -49,7 +50,7 @@ class Patch:
         return side
 
     def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return each image with a patch that it falls to, else with the patch of the largest loss."""
+        """Return each image with a patch that it falls to, else with the patch of the largest margin."""
         side = self.side(*x.shape[2:])
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
         here = torch.arange(len(x), device=x.device)
@@ -79,7 +80,7 @@ class Patch:
             with torch.enable_grad():
                 x_adv.requires_grad_()
                 logits = model(x_adv)
-                value = cross_entropy(logits, y[here])
+                value = margin(logits, y[here])
                 (gradient,) = torch.autograd.grad(value.sum(), x_adv)
             x_adv, value = x_adv.detach(), value.detach().to(x.dtype)
             fell = fallen(logits.detach(), y[here])
@@ -94,7 +95,7 @@ class Patch:
                 heading = torch.randint(4, (len(here),), generator=generator, device=x.device)
                 ways = self.stride * torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]], device=x.device)
                 there = torch.minimum((place + ways[heading]).clamp_min(0), room)
-                gain = cross_entropy(model(paste(x[here], content, there)), y[here]) - value
+                gain = margin(model(paste(x[here], content, there)), y[here]) - value
                 moved = gain > 0
                 place = torch.where(moved[:, None], there, place)
             stepped = (content + self.step_size * sign(slope)).clamp_(0, 1)
