@@ -41,7 +41,7 @@ class CW:
         return self._run(model, x, y, float(threat.eps)).within(float(threat.eps))
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, norm: str = "l2", *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str = "l2", generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, 0.0).images

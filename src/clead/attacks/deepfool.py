@@ -39,7 +39,7 @@ class DeepFool:
         return self._run(model, x, y, threat.norm).within(float(threat.eps))
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, norm: str, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the first misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, norm).images

@@ -15,21 +15,26 @@ from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
 from clead.settings import setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, per_image
+from clead.threats.geometry import flat, per_image, room, sign
 
 _LAST_GAMMA = 1e-3
+_HALVINGS = 40
 _DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 
 @ATTACKS.register("fmn")
 @settings
 class FMN:
-    """δ ← box(Π_ε(δ + α·∇L/‖∇L‖₂)), with ε ← ε·(1 − γ) where the point is adversarial and ε·(1 + γ) where it is not.
+    """δ ← Π(δ + α·∇L/‖∇L‖₂) into the ball of radius ε; ε ← ε·(1 − γ) at an adversarial point and ε·(1 + γ) at another.
 
     Source: Pintor et al. 2021, arXiv:2102.12827, algorithm 1; L = max_{k≠y} z_k − z_y. Until a first adversarial point is
     found, ε is the estimated distance to the boundary, ‖δ‖_p + |L| / ‖∇L‖_q; for l0 ε moves by a pixel at least. The step α
-    falls by a cosine to a hundredth, γ to 0.001. Departures: the estimate is taken times 1 + γ, because the path into a flat
-    boundary would end just before it; l0 counts pixels, whatever their channels, as the threat does.
+    falls by a cosine to a hundredth, γ to 0.001.
+
+    Departures: the projection is that onto ball ∩ box, and the estimate leaves out the gradient of pixels at the box's
+    border. In the paper the box comes after the ball and takes away from a perturbation of the right size: images with many
+    black and white pixels are often not broken at all. The estimate is taken times 1 + γ, because the path to a flat boundary
+    would end just before it. l0 counts pixels, whatever their channels, as the threat does.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
@@ -44,7 +49,7 @@ class FMN:
         return self._run(model, x, y, threat.norm, float(threat.eps)).within(float(threat.eps))
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, norm: str, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the nearest misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, norm, 0.0).images
@@ -64,7 +69,7 @@ class FMN:
             gamma = _LAST_GAMMA + (self.gamma - _LAST_GAMMA) * falling
 
             x_left, y_left, here = x[left], y[left], delta[left]
-            x_adv = x_left + here
+            x_adv = (x_left + here).clamp(0, 1)  # it is there already, up to rounding
             value, gradient = value_and_gradient(lambda z, y=y_left: margin(model(z), y), x_adv)
             wrong = found.offer(left, x_adv, value)
             best = found.sizes[left]
@@ -76,41 +81,45 @@ class FMN:
                 grown = torch.maximum(radius[left] + 1, (radius[left] * (1 + gamma)).floor())
                 now = torch.where(wrong, torch.minimum(shrunk, best), grown).clamp_min(1)
             else:
-                slope = torch.linalg.vector_norm(flat(unit), ord=_DUAL[norm], dim=1).clamp_min(1e-12) * scale
+                useful = torch.where((room(x_adv, unit) > 0) | unit.isnan(), unit, 0)
+                slope = torch.linalg.vector_norm(flat(useful), ord=_DUAL[norm], dim=1).clamp_min(1e-12) * scale
                 ahead = (measure(here) + value.abs().to(x.dtype) / slope) * (1 + gamma)
                 outside = torch.where(best.isinf(), ahead, radius[left] * (1 + gamma))
                 now = torch.where(wrong, torch.minimum(radius[left] * (1 - gamma), best), outside)
             radius[left] = torch.minimum(now, farthest[left])
             ascent = unit / per_image(torch.linalg.vector_norm(flat(unit), dim=1).clamp_min(1e-12), unit)
-            moved = _into_ball(here + length * ascent, radius[left], norm)
-            delta[left] = (x_left + moved).clamp(0, 1) - x_left
+            delta[left] = _project(x_left, here + length * ascent, radius[left], norm)
         return found
 
 
-def _into_ball(delta: Tensor, radius: Tensor, norm: str) -> Tensor:
-    """Return the Euclidean-nearest point to ``delta``, (B, C, H, W), of the ball with a radius of its own per image, (B,).
+def _project(x: Tensor, delta: Tensor, radius: Tensor, norm: str) -> Tensor:
+    """Return the Euclidean-nearest perturbation to ``delta``, (B, C, H, W), in ball ∩ box, a radius of its own per image, (B,).
 
-    The threats' projections have one radius for all images. This one knows no box: the paper clips to it afterwards.
+    As the threats' projections, which have one radius for all images; the multiplier is found by bisection here.
     """
-    size = per_image(radius, delta)
+    cap, magnitude = flat(room(x, delta)), flat(delta).abs()
+    if norm == "l0":
+        kept = torch.minimum(magnitude, cap)
+        saved = (kept * (2 * magnitude - kept)).view_as(delta).sum(1).flatten(1)
+        rank = saved.argsort(1, descending=True).argsort(1)
+        mask = (rank < radius[:, None]).view(len(delta), 1, *delta.shape[2:])
+        return kept.view_as(delta) * sign(delta) * mask
+    largest = magnitude.amax(1, keepdim=True)
+
+    def shrunk(part: Tensor) -> Tensor:
+        less = magnitude - part * largest if norm == "l1" else magnitude * (1 - part)
+        return torch.minimum(less.clamp_min(0), cap)
+
     if norm == "linf":
-        return torch.minimum(torch.maximum(delta, -size), size)
-    if norm == "l2":
-        return delta * (size / per_image(torch.linalg.vector_norm(flat(delta), dim=1), delta).clamp_min(1e-12)).clamp(
-            max=1
+        return torch.minimum(torch.minimum(magnitude, radius[:, None]), cap).view_as(delta) * sign(delta)
+    low, high = torch.zeros_like(largest), torch.ones_like(largest)
+    for step in range(_HALVINGS):
+        part = (low + high) / 2 if step else low
+        over = (
+            torch.linalg.vector_norm(shrunk(part), ord=2 if norm == "l2" else 1, dim=1, keepdim=True) > radius[:, None]
         )
-    if norm == "l1":
-        magnitude = flat(delta).abs()
-        ordered = magnitude.sort(1, descending=True).values
-        count = torch.arange(1, ordered.shape[1] + 1, device=delta.device, dtype=delta.dtype)
-        threshold = (
-            ordered.cumsum(1) - radius[:, None]
-        ) / count  # if exactly the `count` largest stay: the largest such
-        kept = (magnitude - threshold.amax(1, keepdim=True).clamp_min(0)).clamp_min(0)
-        return (kept * flat(delta).sign()).view_as(delta)
-    change = delta.square().sum(1).flatten(1)
-    rank = change.argsort(1, descending=True).argsort(1)
-    return delta * (rank < radius[:, None]).view(len(delta), 1, *delta.shape[2:])
+        low, high = torch.where(over, part, low), torch.where(over, high, part)
+    return shrunk(high).view_as(delta) * sign(delta)
 
 
 def fmn(

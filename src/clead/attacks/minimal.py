@@ -6,7 +6,7 @@ it finds there counts, the rest is dropped.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from clead.threats.geometry import per_image
 class MinimumNorm(Protocol):
     """An attack that looks for the nearest adversarial image, whatever its distance."""
 
-    norms: ClassVar[tuple[str, ...]]
-
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, norm: str, *, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the nearest misclassified image found in [0, 1], (B, C, H, W), and x itself where none was found."""
         ...
@@ -95,9 +93,7 @@ def smallest(
         shapes or ranges, a norm that the attack is not made for, or a gradient that is NaN.
     """
     name = type(attack).__name__
-    THREATS.get(norm)
-    if norm not in attack.norms:
-        raise UserError(f"{name} is an attack for {', '.join(attack.norms)}, got {norm}")
+    made_for(attack, norm)
     if not checked:
         check_inputs(x, y)
         check_inputs(x, y, logits_of(model, x[:1]).shape[1])
@@ -106,13 +102,21 @@ def smallest(
     with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
         with torch.no_grad(), prepared(model, x) as answer:
-            x_adv = attack.minimal(answer, x, y, norm, generator=generator)
+            x_adv = attack.minimal(answer, x, y, norm=norm, generator=generator)
     if not torch.isfinite(x_adv).all():  # synchronises the device
         raise UserError(
             f"the gradient of {name!r} to the images is NaN or infinite, so the attack says nothing; "
             "look for sqrt, log or division at 0 in the model, or attack in float32"
         )
     return x_adv
+
+
+def made_for(attack: MinimumNorm, norm: str) -> None:
+    """Raise UserError unless ``norm`` is a threat's name and one of the attack's ``norms``, if it names any."""
+    THREATS.get(norm)
+    norms = getattr(attack, "norms", None)
+    if norms is not None and norm not in norms:
+        raise UserError(f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {norm}")
 
 
 def call_minimal(

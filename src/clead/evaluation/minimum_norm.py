@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import MinimumNorm, smallest
+from clead.attacks.minimal import MinimumNorm, made_for, smallest
 from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
@@ -208,11 +208,8 @@ def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
             ATTACKS.get(attack)
             raise UserError(f"{attack} needs a radius; attacks for the smallest perturbation: {', '.join(known)}")
         attack = known[attack]()
-    THREATS.get(norm)
-    name = next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__)
-    if norm not in attack.norms:
-        raise UserError(f"{name} is an attack for {', '.join(attack.norms)}, got {norm}")
-    return name, attack
+    made_for(attack, norm)
+    return next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__), attack
 
 
 def _right(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import per_image, room
+from clead.threats.geometry import flat, per_image, room
 
 
 @THREATS.register("l0")
@@ -64,8 +64,9 @@ class L0:
         return _only(self._largest(_pixels(saved).sum(1)), clipped, x)
 
     def size(self, delta: Tensor) -> Tensor:
-        """Return the number of pixels that are not 0 in every channel, (B,)."""
-        return (_pixels(delta) != 0).any(1).sum(1).to(delta.dtype)
+        """Return the number of pixels that are not 0 in every channel, (B,); NaN if one is NaN, as a norm is."""
+        count = (_pixels(delta) != 0).any(1).sum(1).to(delta.dtype)
+        return torch.where(flat(delta).isnan().any(1), torch.nan, count)
 
     def _count(self, pixels: Tensor) -> int:
         return min(int(self.eps), pixels.shape[1])
