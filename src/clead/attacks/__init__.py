@@ -25,6 +25,7 @@ from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
 from clead.attacks.patch import patch  # noqa: E402
 from clead.attacks.pgd import pgd  # noqa: E402
 from clead.attacks.spatial import spatial  # noqa: E402
+from clead.attacks.square import square  # noqa: E402
 
 __all__ = [
     "ATTACKS",
@@ -42,4 +43,5 @@ __all__ = [
     "patch",
     "pgd",
     "spatial",
+    "square",
 ]
