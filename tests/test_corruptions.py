@@ -170,6 +170,17 @@ def test_defocus_of_severity_five_is_nearly_the_mean_of_nine():
     assert np.abs(out - expected).max() <= 0.5 + 1e-6
 
 
+def test_a_small_defocus_stays_within_the_neighbours():
+    """Severities 1 to 3 have a disk of one pixel, softened by three taps of a Gaussian."""
+    image = grey(0)
+    image[16, 16] = 255
+    out = corrupt(image, "defocus_blur", 3, rng())[:, :, 0].astype(float)
+    taps = np.array([math.exp(-1 / (2 * 0.6**2)), 1, math.exp(-1 / (2 * 0.6**2))])
+    taps /= taps.sum()
+    assert np.abs(out[15:18, 15:18] - 255 * np.outer(taps, taps)).max() <= 0.5 + 1e-6
+    assert (out > 0).sum() == 9
+
+
 def test_motion_blur_of_a_point_is_half_a_gaussian():
     image = grey(0, side=41)
     image[20, 20] = 255
@@ -215,6 +226,22 @@ def test_fog_by_its_formula():
     largest = image.max() / 255
     expected = ((image / 255 + 1.5 * mist) * largest / (largest + 1.5)).clip(0, 1) * 255
     assert np.abs(corrupt(image, "fog", 5, rng(4)) - expected).max() <= 0.5 + 1e-6
+
+
+def test_snow_falls_twice_once_upside_down():
+    out = corrupt(grey(0, channels=3), "snow", 4, rng())
+    assert np.array_equal(out, np.rot90(out, 2)) and len(np.unique(out)) > 5
+    assert out.min() == round(255 * 0.5 * 0.15 + 0.01), "paler by half of what the snow takes"
+
+
+def test_elastic_of_severity_one_is_affine_and_of_five_is_not():
+    """An affine map of a ramp is a ramp: away from the mirrored border its second differences vanish."""
+    ramp = np.repeat((np.arange(32) * 7).astype(np.uint8)[None, :, None], 32, 0)
+    bends = [
+        np.abs(np.diff(corrupt(ramp, "elastic_transform", severity, rng(2))[8:24, 8:24, 0].astype(float), 2, axis=1))
+        for severity in (1, 5)
+    ]
+    assert bends[0].max() <= 2 and bends[1].mean() > 1.5
 
 
 def test_snow_and_frost_brighten():

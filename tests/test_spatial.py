@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, UNRESTRICTED, spatial
 from clead.attacks.spatial import Spatial, transform
-from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
+from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.losses.margin import margin
@@ -148,6 +148,12 @@ def test_it_finds_what_foolbox_finds():
     fell = right(model, spatial(model, x, y, degrees=20, pixels=1, angles=5, shifts=3)) != y
     # foolbox interpolates with aligned corners, so a pixel's centre is a little elsewhere: a few verdicts may differ.
     assert 3 < fell.sum() < 30 and (fell != success).sum() <= 5
+
+
+def test_no_logit_that_is_not_finite_is_a_right_answer():
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [nan, 0.0], [inf, 0.0], [1.0, -inf], [1.0, nan]])
+    assert fallen(logits, torch.zeros(6, dtype=torch.int64)).tolist() == [False, True, True, True, True, True]
 
 
 @pytest.mark.parametrize("change", [{"degrees": 60}, {"pixels": 3}, {"angles": 4}, {"shifts": 2}])
