@@ -63,7 +63,7 @@ def run_checks(
 ) -> list[CheckPart]:
     """Look for signs that attacks on ``model`` fail for another reason than its robustness.
 
-    Costs at most about 650 gradients and 550 answers per image that is classified right when clean (in passes, some
+    Costs at most about 550 gradients and 550 answers per image that is classified right when clean (in passes, some
     14 runs of PGD-50), less the more images break.
 
     Args:
