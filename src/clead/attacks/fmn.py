@@ -152,7 +152,7 @@ def fmn(
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     >>> _ = nn.init.eye_(model[1].weight)  # the first two pixels are the logits
     >>> x = torch.tensor([0.6, 0.4, 0.0, 0.0]).reshape(1, 1, 2, 2)
-    >>> print(f"{(fmn(model, x, torch.tensor([0]), norm="l2") - x).norm():.3f}")
+    >>> print(f"{(fmn(model, x, torch.tensor([0]), norm='l2') - x).norm():.3f}")
     0.141
     """
     values = {"steps": steps, "step_size": step_size, "gamma": gamma}
