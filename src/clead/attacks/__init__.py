@@ -19,6 +19,7 @@ from clead.attacks.cw import cw  # noqa: E402
 from clead.attacks.deepfool import deepfool  # noqa: E402
 from clead.attacks.eot import eot_pgd, expectation  # noqa: E402
 from clead.attacks.external import external  # noqa: E402
+from clead.attacks.fab import fab  # noqa: E402
 from clead.attacks.fgsm import fgsm  # noqa: E402  (the files register themselves in the registries above)
 from clead.attacks.fmn import fmn  # noqa: E402
 from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "eot_pgd",
     "expectation",
     "external",
+    "fab",
     "fgsm",
     "fmn",
     "mi_fgsm",

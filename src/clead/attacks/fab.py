@@ -1,0 +1,338 @@
+"""The fast adaptive boundary attack: the nearest adversarial image, by projections onto linearised decision boundaries."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clead.attacks import ATTACKS
+from clead.errors import UserError
+from clead.interfaces import Model, Threat
+from clead.losses.precision import at_least_float32
+from clead.settings import setting, settings
+from clead.threats import THREATS
+from clead.threats.geometry import flat, per_image, sign
+
+ALPHA_MAX = 0.1
+"""Largest weight of the projection of the clean image in a step."""
+ETA = 1.05
+"""How far a step goes towards the boundary: a little beyond, so that it is crossed."""
+BETA = 0.9
+"""What is left of the perturbation when an adversarial image is moved back towards the clean one."""
+
+_PASSES = 100
+_BISECTIONS = 14
+
+
+@ATTACKS.register("fab")
+@settings
+class FAB:
+    """Step to the nearest point of the linearised boundary, held near x (Croce & Hein 2020, arXiv:1907.02044, algorithm 1).
+
+    With targets it is FAB-T (Croce & Hein 2020, arXiv:2003.01690, section 4): one run per target class, one gradient per step.
+
+    Departures: a search ends for an image with its first adversarial point inside the ball, which leaves the set of broken images
+    as it is; the final search between the best image and x is a bisection, and only for ``minimal`` (the authors' AutoAttack
+    has none).
+    """
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    steps: int = setting(100, "steps of each run", ge=1, unit="steps")
+    restarts: int = setting(1, "runs per target, all but the first from a random point", ge=1, unit="runs")
+    targets: int = setting(
+        9, "classes to aim at, the most likely wrong ones, at most K - 1; 0: the nearest boundary at each step", ge=0
+    )
+
+    def search(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W) in the threat set around ``x``: misclassified where one was found, else ``x``."""
+        if not threat.eps:
+            return x.clone()
+        return self._nearest(model, x, y, threat, float(threat.eps), generator)
+
+    def minimal(
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str = "linf", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the nearest misclassified images found, however far they are; ``x`` where there is none or it is one itself.
+
+        Args:
+            model: frozen, in evaluation mode, gives logits (B, K).
+            x: (B, C, H, W) float in [0, 1].
+            y: (B,) int64 in [0, K).
+            norm: linf, l2 or l1: what near means.
+            generator: of the random starts, on the device of ``x``; a fixed seed if None.
+        """
+        threat: Any = THREATS.get(norm)
+        if norm not in self.norms:
+            raise UserError(f"FAB is an attack for {', '.join(self.norms)}, got {norm}")
+        found = self._nearest(model, x, y, threat(eps=0), None, generator)
+        return _shortened(model, x, y, found)
+
+    def _nearest(
+        self, model: Model, x: Tensor, y: Tensor, threat: Threat, eps: float | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """Run every target and restart; an image leaves with its first adversarial point within ``eps``, if not None."""
+        if generator is None:
+            generator = torch.Generator(x.device).manual_seed(0)
+        with torch.no_grad():
+            found = x.clone()
+            logits = at_least_float32(model(x))
+            rows = (~_wrong(logits, y)).nonzero()[:, 0]
+            reach = torch.full((len(x),), torch.inf if eps is None else eps, device=x.device, dtype=x.dtype)
+            wrong_classes = logits.scatter(1, y[:, None], -torch.inf).topk(logits.shape[1] - 1, dim=1).indices
+            aims = wrong_classes[:, : self.targets].unbind(1) if self.targets else [None]
+            for aim in aims:
+                for restart in range(self.restarts):
+                    if not len(rows):
+                        return found
+                    start = x[rows]
+                    if restart:
+                        start = _random_start(start, threat.norm, reach[rows], generator)
+                    target = wrong_classes if aim is None else aim[:, None]
+                    self._run(model, x, y, target, start, threat, rows, found, reach, eps is not None)
+                    if eps is not None:
+                        rows = rows[reach[rows] >= 0]
+        return found
+
+    def _run(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        target: Tensor,
+        point: Tensor,
+        threat: Threat,
+        rows: Tensor,
+        found: Tensor,
+        reach: Tensor,
+        leave: bool,
+    ) -> None:
+        """Walk from ``point``, the images ``rows``, towards ``target``, (B, T) classes; write what is found within ``reach``."""
+        x, y, target = x[rows], y[rows], target[rows]
+        for _ in range(self.steps):
+            gap, normal = _boundary(model, point, y, target, threat.norm)
+            point = _step(x, point, gap, normal, threat.norm)
+            wrong = _wrong(at_least_float32(model(point)), y)
+            size = threat.size(point - x)
+            # Not `size <= reach`: a point of NaN, from a broken gradient, must come out, or the model would look robust.
+            hit = (wrong & ~(size > reach[rows])).nonzero()[:, 0]  # synchronises the device
+            if len(hit):
+                found[rows[hit]] = point[hit]
+                reach[rows[hit]] = torch.full_like(size[hit], -1) if leave else size[hit]
+            point = torch.lerp(point, x, per_image((1 - BETA) * wrong.to(x.dtype), x))
+            if leave and len(hit):
+                kept = torch.ones_like(wrong).index_fill_(0, hit, False)
+                x, y, target, point, rows = (part[kept] for part in (x, y, target, point, rows))
+                if not len(rows):
+                    return
+
+
+def _wrong(logits: Tensor, y: Tensor) -> Tensor:
+    """Return which images are misclassified, (B,); a NaN is a wrong answer, as it is for the caller."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
+def _shortened(model: Model, x: Tensor, y: Tensor, found: Tensor) -> Tensor:
+    """Return ``found`` with its perturbation scaled down to where it starts to be wrong, by bisection."""
+    with torch.no_grad():
+        low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.ones_like(x[:, 0, 0, 0])
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            wrong = _wrong(model(torch.lerp(x, found, per_image(middle, x))), y)
+            low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
+        return torch.lerp(x, found, per_image(high, x))
+
+
+def _random_start(x: Tensor, norm: str, reach: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random point of the ball of half the size of ``reach``, at most half the box, around each image."""
+    threat: Any = THREATS.get(norm)(eps=0.5)
+    grey = torch.full_like(x, 0.5)
+    unit = (
+        threat.random_start(grey, generator=generator) - grey
+    ) * 2  # the ball of radius 1/2 touches no side of the box
+    radius = torch.minimum(reach, threat.size(grey)) / 2
+    return (x + per_image(radius, x) * unit).clamp_(0, 1)
+
+
+def _boundary(model: Model, point: Tensor, y: Tensor, target: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Linearise z_t − z_y at ``point``: its value (B,) and gradient (B, d), of the nearest of the classes ``target`` (B, T).
+
+    Nearest by |value| / dual norm of the gradient (arXiv:1907.02044, eq. 7), which is the distance to the boundary without a box.
+    """
+    with torch.enable_grad():
+        point = point.detach().requires_grad_()
+        logits = at_least_float32(model(point))
+        values = logits.gather(1, target) - logits.gather(1, y[:, None])
+        count = values.shape[1]
+        (slope,) = torch.autograd.grad(values[:, 0].sum(), point, retain_graph=count > 1)
+        values = values.to(point.dtype)
+        best, normal = values[:, 0].detach(), flat(slope)
+        if count == 1:
+            return best, normal
+        shortest = _distance(best, normal, norm)
+        for k in range(1, count):
+            (slope,) = torch.autograd.grad(values[:, k].sum(), point, retain_graph=k + 1 < count)
+            value, slope = values[:, k].detach(), flat(slope)
+            distance = _distance(value, slope, norm)
+            nearer = ~(distance >= shortest)  # NaN is nearest, so that it comes out
+            best, shortest = torch.where(nearer, value, best), torch.where(nearer, distance, shortest)
+            normal = torch.where(nearer[:, None], slope, normal)
+    return best, normal
+
+
+def _distance(value: Tensor, normal: Tensor, norm: str) -> Tensor:
+    order = {"linf": 1, "l2": 2, "l1": torch.inf}[norm]  # the dual norm
+    return value.abs() / torch.linalg.vector_norm(normal, order, dim=1).clamp_min(torch.finfo(normal.dtype).tiny)
+
+
+def _step(x: Tensor, point: Tensor, gap: Tensor, normal: Tensor, norm: str) -> Tensor:
+    """Return (1 − α)(point + η δ₁) + α(x + η δ₂), δ the ways of both to the boundary (arXiv:1907.02044, eqs. 9 and 10)."""
+    both = torch.stack([flat(point), flat(x)])
+    needed = -torch.stack([gap, gap + torch.linalg.vecdot(normal, both[1] - both[0])])
+    delta = to_hyperplane(both, normal, needed, norm)
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    near, far = torch.linalg.vector_norm(delta, order, dim=2).clamp_min(1e-8)[:, :, None]
+    alpha = (near / (near + far)).clamp_max(ALPHA_MAX)
+    both = both.add_(delta, alpha=ETA)
+    return torch.lerp(both[0], both[1], alpha).clamp_(0, 1).view_as(x)
+
+
+def to_hyperplane(x: Tensor, normal: Tensor, needed: Tensor, norm: str) -> Tensor:
+    """Return the δ of least norm with normal · δ = needed and 0 ≤ x + δ ≤ 1 (arXiv:1907.02044, eq. 4 and section 2).
+
+    Where no δ in the box reaches so far, that which comes nearest, with pixels moved that have a slope only. The authors sort
+    the pixels; here the one dual variable is found by steps that each read all pixels once, in a few of them.
+
+    Args:
+        x: (2, B, d) or (B, d) float in [0, 1].
+        normal: (B, d).
+        needed: (2, B) or (B,).
+        norm: linf, l2 or l1.
+    """
+    # A largest slope of 1: saturated logits have gradients whose squares underflow.
+    largest = normal.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(normal.dtype).tiny)
+    normal = normal / largest
+    needed = (needed / largest[:, 0])[..., None]
+    slope, direction = normal.abs(), sign(normal) * sign(needed)
+    room = torch.addcmul(torch.full_like(x[..., :1], 0.5), direction, 0.5 - x)  # 1 − x upwards, x downwards
+    needed = needed.abs()
+    reachable = needed < torch.linalg.vecdot(slope, room)[..., None]
+    moved = _PROJECTIONS[norm](slope, room, needed * reachable, 16 * torch.finfo(x.dtype).eps)
+    return torch.where(reachable, moved, room) * direction
+
+
+def _linf(slope: Tensor, room: Tensor, needed: Tensor, tolerance: float) -> Tensor:
+    """Return min(λ, room), with slope · that = needed. It is concave in λ, so Newton's steps from 0 never go too far."""
+    level, work = torch.zeros_like(needed), torch.empty_like(room)
+    for count in range(_PASSES):
+        free = torch.linalg.vecdot(slope, torch.gt(room, level, out=work))[..., None]
+        left = needed - torch.linalg.vecdot(slope, torch.minimum(room, level, out=work))[..., None]
+        if _settled(left <= tolerance * needed, count):
+            break
+        level = level + left.clamp_min(0) / free.clamp_min(1e-30)
+
+    return torch.minimum(room, level, out=work)
+
+
+def _l2(slope: Tensor, room: Tensor, needed: Tensor, tolerance: float) -> Tensor:
+    """Return min(λ · slope, room), with slope · that = needed, as for L∞."""
+    level, squared = torch.zeros_like(needed), slope.square()
+    free, work = torch.empty_like(room), torch.empty_like(room)
+    for count in range(_PASSES):
+        torch.mul(slope, level, out=work)
+        gain = torch.linalg.vecdot(squared, torch.gt(room, work, out=free))[..., None]
+        left = needed - torch.linalg.vecdot(slope, torch.minimum(room, work, out=work))[..., None]
+        if _settled(left <= tolerance * needed, count):
+            break
+        level = level + left.clamp_min(0) / gain.clamp_min(1e-30)
+
+    return torch.minimum(room, torch.mul(slope, level, out=work), out=work)
+
+
+def _l1(slope: Tensor, room: Tensor, needed: Tensor, tolerance: float) -> Tensor:
+    """Fill the rooms of the steepest pixels, down to a slope τ that is bracketed until sharing what is between costs nothing.
+
+    Filling all slopes above τ gains φ(τ) = Σ slope · room at the cost S(τ) = Σ room, a convex curve with the tangent 1 / τ: the
+    chord between the ends of the bracket is above the least cost, the tangents at the ends are below it.
+    """
+    gains, work = slope * room, torch.empty_like(room)
+    low, high = torch.zeros_like(needed), torch.ones_like(needed)  # φ(low) > needed ≥ φ(high)
+    gain_low, cost_low = (
+        gains.sum(-1, keepdim=True),
+        torch.linalg.vecdot(room, torch.gt(slope, low, out=work))[..., None],
+    )
+    gain_high, cost_high = torch.zeros_like(needed), torch.zeros_like(needed)
+    for count in range(_PASSES):
+        share = (needed - gain_high) / (gain_low - gain_high).clamp_min(1e-30)
+        cost = torch.lerp(cost_high, cost_low, share)
+        least = torch.maximum(cost_high + (needed - gain_high) / high, cost_low - (gain_low - needed) / low)
+        if _settled(cost - least <= tolerance * cost, count):
+            break
+        # The mean slope between the ends separates them, however they are spread; interpolation is quicker where they are even.
+        middle = (gain_low - gain_high) / (cost_low - cost_high).clamp_min(1e-30)
+        if count % 2:
+            middle = torch.lerp(high, low, share)
+        above = torch.gt(slope, middle, out=work)
+        gain, cost = torch.linalg.vecdot(gains, above)[..., None], torch.linalg.vecdot(room, above)[..., None]
+        more = gain > needed
+        low, gain_low, cost_low = (
+            torch.where(more, a, b) for a, b in ((middle, low), (gain, gain_low), (cost, cost_low))
+        )
+        high, gain_high, cost_high = (
+            torch.where(more, b, a) for a, b in ((middle, high), (gain, gain_high), (cost, cost_high))
+        )
+
+    full = torch.gt(slope, high, out=work)
+    return torch.lerp(full, torch.gt(slope, low).to(room.dtype), share).mul_(room)
+
+
+_PROJECTIONS = {"linf": _linf, "l2": _l2, "l1": _l1}
+
+
+def _settled(done: Tensor, count: int) -> bool:
+    """Ask whether all is done: at every pass on a CPU, at every fourth elsewhere, because it synchronises the device."""
+    return (done.device.type == "cpu" or count % 4 == 3) and bool(done.all())
+
+
+def fab(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    seed: int = 0,
+) -> Tensor:
+    """Attack ``model`` by projections onto its linearised decision boundaries (FAB, Croce & Hein 2020, arXiv:1907.02044).
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
+        norm: linf, l2 or l1.
+        steps: steps of each run.
+        restarts: runs per target, all but the first from a random point of the ball of radius eps / 2.
+        targets: classes to aim at, the most likely wrong ones, at most K − 1 (FAB-T); 0: the nearest boundary at each step (FAB).
+        seed: of the random starts.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]: misclassified inside the ball where the attack succeeded, else ``x``. Raises UserError on
+        pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    >>> x = torch.full((1, 1, 2, 2), 0.5)
+    >>> x_adv = fab(model, x, torch.tensor([0]), eps="8/255", steps=5)
+    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+    True
+    """
+    from clead.attacks.run import call
+
+    values = {"steps": steps, "restarts": restarts, "targets": targets}
+    return call(FAB, values, model, x, y, norm=norm, eps=eps, seed=seed)
