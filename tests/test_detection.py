@@ -73,7 +73,7 @@ class Line:
 
 def run(model: Any, reference: ImageSet, images: ImageSet, threat: Any, **values: Any) -> Detection:
     return evaluate_detection(
-        model, reference, images, threat, **{"steps": 20, "batch_size": 20, "show": False, **values}
+        model, reference, images, threat, **{"steps": 20, "restarts": 1, "batch_size": 20, "show": False, **values}
     )
 
 
@@ -235,7 +235,7 @@ def test_the_aware_attack_evades_wherever_a_linear_programme_can():
     model, eps = Plane(PIXELS), 0.18
     reference, images = made(200, model, 1), made(60, model, 2)
     rates = (0.0, 0.1, 0.3, 0.5)
-    found = run(model, reference, images, Linf(eps=eps), detectors=[Line(v)], rates=rates, steps=100)
+    found = run(model, reference, images, Linf(eps=eps), detectors=[Line(v)], rates=rates, steps=50)
     curve = found.detectors[0].curve
     x, y = images.images.flatten(1).double().numpy(), images.labels.numpy()
     least = []

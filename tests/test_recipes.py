@@ -12,7 +12,7 @@ from PIL import Image
 import clead
 from clead.config import load_recipe, recipe_names, recipe_text
 
-EXPECTED = {"digits-standard", "digits-pgd-at", "digits-trades", "digits-clead", "mnist-clead"}
+EXPECTED = {"digits-standard", "digits-gaussian", "digits-pgd-at", "digits-trades", "digits-clead", "mnist-clead"}
 EXPECTED |= {f"cifar10-small-{method}" for method in ("standard", "pgd-at", "trades", "clead")}
 EXPECTED |= {f"cifar10-resnet18-{method}" for method in ("pgd-at", "trades", "clead")}
 
@@ -37,7 +37,9 @@ def test_the_header_says_what_to_expect(recipe):
 def test_the_recipe_fits_its_name(recipe):
     config = load_recipe(recipe)
     tree = config.to_dict()
-    assert tree["method"]["name"].replace("_", "-") == re.sub(r"^.*?(standard|pgd-at|trades|clead)$", r"\1", recipe)
+    named = re.sub(r"^.*?(standard|pgd-at|trades|clead|gaussian)$", r"\1", recipe)
+    assert tree["method"]["name"].replace("_", "-") == ("standard" if named == "gaussian" else named)
+    assert (tree["data"]["augment"]["gaussian"] > 0) == (named == "gaussian")
     assert recipe.startswith(tree["data"]["name"])
     assert config.data.val_fraction > 0
 
@@ -89,6 +91,6 @@ def test_the_recipe_runs(recipe, data, tmp_path, monkeypatch):
     record = clead.evaluate_run(run.path, show=False).record
     assert (
         record.data.n == 2
-        and record.threat.norm == "linf"
+        and record.threat.norm == config.threat.norm
         and record.training.method == config.to_dict()["method"]["name"]
     )

@@ -24,6 +24,7 @@ from clead.attacks.run import attack_images, check_inputs
 from clead.data.base import stratified
 from clead.data.loaders import seeded
 from clead.errors import UserError
+from clead.evaluation.robust import exact_float32
 from clead.evaluation.statistics import estimate
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
@@ -286,7 +287,7 @@ def evaluate_detection(
     attacks: NamedAttacks | None = None,
     rates: Sequence[float] = RATES,
     steps: int = 100,
-    restarts: int = 1,
+    restarts: int = 3,
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | None = None,
@@ -310,7 +311,8 @@ def evaluate_detection(
         attacks: the oblivious ones, each (name, attack, objective); None: PGD of ``steps`` with cross-entropy and with the margin.
         rates: clean rejection rates in [0, 1).
         steps: of the aware attack, per threshold, strategy and restart.
-        restarts: of the aware attack; all but the first start at a random point.
+        restarts: of the aware attack; the first starts at the best point so far, the others at random points, each towards another
+            class, the most likely first.
         batch_size: images attacked at once.
         seed: of the random starts and of the halves.
         device: where to compute; that of the model's parameters if None.
@@ -341,7 +343,7 @@ def evaluate_detection(
 
     job = _Job(model, threat, batch_size, device)
     total = len(images) * (len(attacks) + len(detectors) * len(rates))
-    with attack_mode(model), progress("detect", total, show=show) as tick:
+    with exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
         job.fit(detectors, reference)
         calibrated = job.look(detectors, calibration)[2]
         x, y = _pixels(images.images), images.labels
@@ -487,14 +489,22 @@ class _Job:
         generator: torch.Generator,
     ) -> None:
         """Attack classifier and detector together, where nothing below ``threshold`` is known; update ``best`` and ``lowest``."""
+        # A detector that rejects nothing leaves nothing to choose: all strategies are one.
+        strategies = STRATEGIES if math.isfinite(threshold) else STRATEGIES[:1]
         for restart in range(restarts):
-            for strategy in STRATEGIES:
+            for strategy in strategies:
                 todo = (~_evaded(lowest[here], threshold)).nonzero()[:, 0] + here.start
                 if not len(todo):
                     return
                 part, labels = x[todo].to(self.device), y[todo].to(self.device)
-                begin = self.threat.random_start(part, generator=generator) if restart else best[todo].to(self.device)
-                made = _evade(self.model, detector, threshold, scale, part, labels, begin, self.threat, steps, strategy)
+                begin, target = best[todo].to(self.device), None
+                if restart:
+                    begin = self.threat.random_start(part, generator=generator)
+                    ranked = self.model(part).scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+                    target = ranked[:, (restart - 1) % (ranked.shape[1] - 1)]
+                made = _evade(
+                    self.model, detector, threshold, scale, part, labels, target, begin, self.threat, steps, strategy
+                )
                 if not torch.isfinite(made).all():  # synchronises the device
                     raise UserError(
                         f"the gradient of the margin or of the score of {detector.name} to the images is NaN or infinite, so the "
@@ -536,6 +546,7 @@ def _evade(
     scale: tuple[float, float],
     x: Tensor,
     y: Tensor,
+    target: Tensor | None,
     begin: Tensor,
     threat: Threat,
     steps: int,
@@ -543,15 +554,15 @@ def _evade(
 ) -> Tensor:
     """Look for misclassified images with a score ≤ ``threshold``; return per image the misclassified one of least score.
 
-    Projected steepest ascent with steps that shrink from eps to eps/100; images are dropped once they have evaded. Where nothing is
-    misclassified, the last point is returned.
+    The margin climbed is that of any wrong class, or of ``target`` (B,) if given. Projected steepest ascent with steps that shrink
+    from eps to eps/100; images are dropped once they have evaded. Where nothing is misclassified, the last point is returned.
     """
     best, last = begin.clone(), torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
     index, x_adv = torch.arange(len(x), device=x.device), begin
     # A hair inside both borders, so that rounding in a batch of another size does not undo it.
     inside = threshold - 1e-4 * scale[1]
     for step in range(steps + 1):
-        gap, score, rise, suspicion = _slopes(model, detector, x_adv, y)
+        gap, score, rise, suspicion = _slopes(model, detector, x_adv, y, target)
         score = score.nan_to_num(nan=-torch.inf)  # never rejected, and +inf becomes the largest number
         wrong = (gap > 1e-5 * scale[0]) | gap.isnan()
         better = (wrong & (score < last[index])) | last[index].isinf() & ~wrong
@@ -564,16 +575,21 @@ def _evade(
         x_adv = threat.project(threat.ascend(x_adv, direction, threat.eps * 0.01 ** (step / steps)), x)
         if not keep.all():
             index, x, y, x_adv = index[keep], x[keep], y[keep], x_adv[keep]
+            target = None if target is None else target[keep]
     return best
 
 
-def _slopes(model: SplitModel, detector: Detector, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return margin and score, (B,), and the gradients of both to the images."""
+def _slopes(
+    model: SplitModel, detector: Detector, x: Tensor, y: Tensor, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return margin and score, (B,), and the gradients to the images of the margin (to ``target``'s logit if given) and score."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         outputs = model.features_and_logits(x)
         gap, score = margin(outputs[1], y), detector.score(model, x, outputs)
-        (rise,) = torch.autograd.grad(gap.sum(), x, retain_graph=True)
+        logits = outputs[1]
+        climbed = gap if target is None else -margin(logits, target)
+        (rise,) = torch.autograd.grad(climbed.sum(), x, retain_graph=True)
         (suspicion,) = torch.autograd.grad(score.sum(), x)
     return gap.detach(), score.detach(), rise, suspicion
 

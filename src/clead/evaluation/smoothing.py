@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
+from clead.evaluation.robust import exact_float32
 from clead.evaluation.statistics import estimate
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
@@ -132,7 +133,7 @@ def certify(
     check_inputs(x, y, k)
 
     predicted, right, lower, radius = [], [], [], []
-    with progress("certify", len(x), show=show) as tick, attack_mode(model), torch.no_grad():
+    with exact_float32(), progress("certify", len(x), show=show) as tick, attack_mode(model), torch.no_grad():
         for index, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
             generator = seeded(device, seed, index)
             image = image.to(device)
@@ -196,7 +197,7 @@ def predict(
     check_inputs(x, torch.zeros(len(x), dtype=torch.int64))
     k = logits_of(model, x[:1]).shape[1]
     answers = []
-    with attack_mode(model), torch.no_grad():
+    with exact_float32(), attack_mode(model), torch.no_grad():
         for index, image in enumerate(x):
             counts = _counts(model, image, n, sigma, batch_size, k, seeded(x.device, seed, index))
             (first, second), classes = (part.tolist() for part in counts.topk(min(2, k)))
