@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import clead
-from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
-from clead.evaluation.robust import NamedAttack, Subject, accuracy_under_attack, evaluate_model, suite
+from clead.evaluation.robust import Subject, accuracy_under_attack, evaluate_model
+from clead.evaluation.suites import NamedAttack, suite
 from clead.interfaces import ImageSet
 from clead.report.record import Record
 from clead.settings import Ratio
@@ -23,11 +23,12 @@ from clead.threats.l2 import L2
 from clead.threats.linf import Linf
 
 EPS = 20 / 255
+NO_EXTRAS: dict[str, Any] = {"curve_points": 0, "check_images": 0}
 CLASSES = ("dark", "bright", "never")
 SUBJECT = Subject(
     name="run", model="Threshold", weights="best", data="made", split="test", data_fingerprint="d", classes=CLASSES
 )
-QUICK = Eval(steps=5, batch_size=7, curve_points=0)
+QUICK = Eval(suite="pgd", steps=5, batch_size=7, curve_points=0, check_images=0)
 
 
 class Threshold(nn.Module):
@@ -98,7 +99,8 @@ def test_model_is_left_untouched():
     flags = [(m.training, len(m._forward_hooks)) for m in model.modules()]
     random = torch.get_rng_state()
     evaluate(made()[0], model=model, settings=replace(QUICK, curve_points=2, curve_steps=2))
-    clead.evaluate(model, made()[0].images, made()[0].labels, eps="20/255", steps=2, curve_points=0)
+    for name in ("pgd", "standard", "rand"):
+        clead.evaluate(model, made()[0].images, made()[0].labels, suite=name, eps="20/255", steps=2, **NO_EXTRAS)
     assert flags == [(m.training, len(m._forward_hooks)) for m in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.slope.requires_grad and model.slope.grad == 7
@@ -213,8 +215,7 @@ def test_accuracy_under_attack_is_the_same_verdict():
 @pytest.mark.parametrize("eps", ["8/255", "1/3", 0.9])
 def test_the_curve_has_known_accuracies(points, eps):
     images, right, _ = made()
-    settings = replace(QUICK, batch_size=256, fgsm=False, objectives=("margin",))
-    settings = replace(settings, curve_points=points, curve_steps=3, curve_images=256)
+    settings = replace(QUICK, batch_size=256, steps=1, curve_points=points, curve_steps=3, curve_images=256)
     record = evaluate(images, Linf(eps=eps), settings).record
     radii = [point.eps for point in record.curve]
     expected = [r for k in range(1, points + 1) if (r := 2 * k / points * float(Ratio(eps))) <= 1]
@@ -228,11 +229,156 @@ def test_the_curve_has_known_accuracies(points, eps):
         assert eps != "8/255" or point.eps_text.endswith("/255")
 
 
-def test_the_suite_is_what_the_settings_say():
-    attacks = suite(Eval(steps=7, restarts=3, objectives=("dlr",), fgsm=False))
-    assert [part.name for part in attacks] == ["PGD-7×3 dlr"]
-    assert attacks[0].attack == PGD(steps=7, restarts=3, keep="best") and attacks[0].objective == "dlr"
-    assert suite(Eval())[0].attack == FGSM()
+def test_the_suites_have_the_constants_of_their_protocol():
+    """Croce & Hein 2020 (arXiv:2003.01690), section 6 and table 2; for L1 Croce & Hein 2021 (arXiv:2103.01208), section 5."""
+    (ce, targeted, fab, square), notes = suite("standard", "linf", 10)
+    assert [part.name for part in (ce, targeted, fab, square)] == ["APGD-CE", "APGD-T", "FAB-T", "Square"] and not notes
+    assert (ce.attack.steps, ce.attack.restarts, ce.attack.loss) == (100, 1, "cross_entropy")
+    assert (targeted.attack.steps, targeted.attack.targets, targeted.attack.loss) == (100, 9, "dlr")
+    assert (fab.attack.steps, fab.attack.targets, square.attack.queries, square.attack.p_init) == (100, 9, 5000, 0.8)
+    (ce, targeted, fab, _), _ = suite("standard", "l1", 10)
+    assert (ce.attack.restarts, targeted.attack.targets, fab.attack.targets) == (5, 5, 9)
+    plus, _ = suite("plus", "l2", 10)
+    assert [part.name for part in plus] == ["APGD-CE×5", "APGD-DLR×5", "FAB×5", "Square", "APGD-T", "FAB-T"]
+    rand, _ = suite("rand", "linf", 10)
+    assert [(part.name, part.attack.eot) for part in rand] == [("APGD-CE EoT-20", 20), ("APGD-DLR EoT-20", 20)]
+    assert [part.name for part in suite("pgd", "l0", 10)[0]] == ["FGSM", "PGD-50 CE", "PGD-50 margin"]
+    with pytest.raises(UserError, match="suite standard is defined for linf, l2 and l1, got l0"):
+        suite("standard", "l0", 10)
+    adaptive = [part.name for part in suite("adaptive", "linf", 10)[0]]
+    assert adaptive[:4] == ["APGD-CE", "APGD-T", "FAB-T", "Square"] and "PGD-100 embedding" in adaptive
+    shorter, notes = suite("standard", "linf", 10, steps=7)
+    assert [part.attack.steps for part in shorter[:3]] == [7, 7, 7] and shorter[3].attack.queries == 350
+    assert notes == ["7 steps instead of the suite's own"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "loss", "targets", "says"),
+    [
+        (2, "margin", 1, "2 classes: the DLR loss is not"),
+        (3, "margin", 2, "3 classes: the targeted DLR"),
+        (4, "dlr", 3, ""),
+    ],
+)
+def test_few_classes_are_attacked_and_said(classes, loss, targets, says):
+    attacks, notes = suite("standard", "linf", classes)
+    assert (attacks[1].attack.loss, attacks[1].attack.targets, attacks[2].attack.targets) == (loss, targets, targets)
+    assert any(note.startswith(f"{classes} classes: {targets} target") for note in notes)
+    assert not says or any(note.startswith(says) for note in notes)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, classes))
+    x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % classes
+    for name in ("standard", "plus", "quick"):
+        record = clead.evaluate(net, x, y, suite=name, eps=0.2, steps=2, **NO_EXTRAS)
+        assert record.suite == name and record.robust_accuracy <= record.clean_accuracy
+        assert not says or any(note.startswith(says) for note in record.notes)
+
+
+@pytest.mark.parametrize("threat", [Linf(eps="20/255"), L2(eps="20/255"), L1(eps="20/255")])
+@pytest.mark.parametrize("name", ["standard", "quick", "rand", "queries"])
+def test_every_suite_breaks_exactly_the_images_within_eps(name, threat):
+    images, right, robust = made()
+    record = evaluate(images, threat, replace(QUICK, suite=name, steps=10, batch_size=200)).record
+    assert record.clean_flags == right.tolist() and record.robust_flags == robust.tolist() == record.robust
+    left = right.clone()
+    for part in record.attacks:  # each meets the survivors of those before it
+        assert part.attacked == int(left.sum())
+        after = torch.tensor(part.flags)
+        assert part.broken == int((left & ~after).sum()) and not (after & ~left).any()
+        left = after
+    assert record.attacks[-1].flags == record.robust_flags
+    assert record.attacks[-1].attacked < len(images.labels) or len(record.attacks) == 1
+
+
+def test_the_adaptive_suite_is_never_above_standard():
+    images, labels = torch.rand(40, 1, 4, 4), torch.arange(40) % 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = clead.adapt(
+            nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)), sample_shape=(1, 4, 4)
+        )
+    labels = net(images).argmax(1)
+    standard, adaptive = (
+        clead.evaluate(net, images, labels, suite=name, eps=0.05, steps=5, **NO_EXTRAS)
+        for name in ("standard", "adaptive")
+    )
+    assert all(a <= s for a, s in zip(adaptive.robust, standard.robust, strict=True))
+    assert [part.name for part in adaptive.attacks[:4]] == [part.name for part in standard.attacks]
+
+
+class Noisy(Threshold):
+    """Right on average, by the toss of a coin near the boundary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x + 0.05 * torch.randn_like(x)).clamp(0, 1))
+
+
+def test_a_randomised_model_is_scored_over_many_draws_and_reproducibly():
+    images, right, _ = made()
+    settings = replace(QUICK, suite="rand", steps=10, batch_size=100)
+    before = torch.get_rng_state()
+    first = evaluate(images, settings=settings, model=Noisy()).record
+    assert torch.equal(torch.get_rng_state(), before)
+    assert evaluate(images, settings=settings, model=Noisy()).record.robust_flags == first.robust_flags
+    far = (images.images.flatten().double() / 255 - 0.5).abs() > 0.15  # three standard deviations of one draw
+    clean = torch.tensor(first.clean_flags)
+    assert torch.equal(clean[far], right[far])
+    assert torch.equal(torch.tensor(first.robust_flags)[far & right], (far & right)[far & right])
+
+
+class NoGradient(Threshold):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach()).detach()
+
+
+def test_a_model_without_gradients_is_attacked_by_queries_only():
+    images, right, robust = made()
+    with pytest.raises(UserError) as caught:
+        evaluate(images, settings=replace(QUICK, suite="standard"), model=NoGradient())
+    assert "gives no gradient" in str(caught.value) and "--eval.suite queries" in str(caught.value)
+    record = evaluate(
+        images, settings=replace(QUICK, suite="queries", steps=4, batch_size=200, curve_points=4), model=NoGradient()
+    ).record
+    assert record.robust_flags == robust.tolist() and record.curve == [] and record.checks == []
+    assert any("no gradient" in note for note in record.notes)
+
+
+def test_a_search_in_bfloat16_has_float32_verdicts():
+    """Within a bfloat16 rounding of the boundary the search is wrong about the image, and must be told."""
+
+    class Scaled(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ torch.eye(3)  # a matrix product: rounded to bfloat16 under autocast
+
+    images, right, robust = made()
+    record = evaluate(
+        images, settings=replace(QUICK, suite="quick", steps=20, precision="bfloat16"), model=Scaled()
+    ).record
+    assert record.clean_flags == right.tolist() and record.robust_flags == robust.tolist()
+
+
+def test_out_of_memory_halves_the_batch_and_says_so():
+    class Small(Threshold):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) > 20 and torch.is_grad_enabled():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().forward(x)
+
+    images, _, robust = made()
+    settings = replace(QUICK, batch_size=100)
+    with pytest.warns(UserWarning, match=r"attacking \d+ images at a time"):
+        record = evaluate(images, settings=settings, model=Small()).record
+    assert record.robust_flags == robust.tolist()
+
+
+def test_batches_of_a_loader_are_evaluated():
+    images, _, _ = made()
+    loader = [(images.images[i : i + 50], images.labels[i : i + 50]) for i in range(0, 256, 50)]
+    whole = clead.evaluate(Threshold(), images.images, images.labels, suite="pgd", eps="20/255", steps=3, **NO_EXTRAS)
+    parts = clead.evaluate(Threshold(), loader, suite="pgd", eps="20/255", steps=3, **NO_EXTRAS)
+    assert parts.robust_flags == whole.robust_flags and parts.data.images == whole.data.images
+    for wrong in (images.images, [images.images], []):
+        with pytest.raises(UserError, match="labels are missing|must be pairs"):
+            clead.evaluate(Threshold(), wrong)
 
 
 class Returns(nn.Module):
@@ -251,11 +397,11 @@ def nan_at_bright(h: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        (lambda h: h[:, 0], "must return logits (B, K) for 7 images, got (7,)"),
-        (lambda h: (h, h), "must return logits (B, K) for 7 images, got a tuple"),
+        (lambda h: h[:, 0], "must return logits (B, K) for 1 images, got (1,)"),
+        (lambda h: (h, h), "must return logits (B, K) for 1 images, got a tuple"),
         (lambda h: torch.cat([h, h], 1), "the model returns 2 logits, the data has 3 classes"),
         (nan_at_bright, "logits must be finite, got NaN or infinity for images [250, 251]"),
-        (lambda h: h @ torch.ones(2, 3), "fails on images torch.float32 (7, 1, 1, 1): RuntimeError"),
+        (lambda h: h @ torch.ones(2, 3), "fails on images torch.float32 (1, 1, 1, 1): RuntimeError"),
     ],
 )
 def test_bad_logits_are_one_line(what, says):
@@ -280,14 +426,16 @@ def test_bad_images_are_one_line():
 
 def test_evaluate_of_the_python_api():
     images, right, robust = made()
-    common: dict[str, Any] = {"eps": "20/255", "steps": 3, "curve_points": 2, "curve_steps": 2, "name": "mine"}
+    common: dict[str, Any] = {"suite": "pgd", "eps": "20/255", "steps": 3, "curve_points": 2, "curve_steps": 2}
+    common |= {"check_images": 0, "name": "mine"}
     record = clead.evaluate(Threshold(), images.images, images.labels, **common)
     assert record.clean_flags == right.tolist() and record.robust_flags == robust.tolist()
     assert record.run == "mine" and record.data.classes == ["0", "1", "2"] and record.threat.eps_text == "20/255"
     floats = clead.evaluate(Threshold(), images.images / 255, images.labels, classes=CLASSES, **common)
     assert floats.robust_flags == record.robust_flags and floats.data.classes == list(CLASSES)
     default = clead.evaluate(Threshold(), images.images, images.labels, steps=1, curve_images=8, curve_steps=1)
-    assert default.threat.eps_text == "8/255" and len(default.curve) == 6
+    assert default.threat.eps_text == "8/255" and len(default.curve) == 6 and default.suite == "standard"
+    assert default.checks and default.seed == 0
 
 
 @pytest.mark.parametrize(

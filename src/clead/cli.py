@@ -235,20 +235,29 @@ def attack(
         "0",
         *(["--eval.gallery", "1000000000"] if save else []),
     ]
-    # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
     settings = parse_overrides(overrides)
-    if dict((".".join(key), value) for key, value in settings).get("attack.name", "pgd") == "pgd":
+    given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
+    foreign = None
+    if ":" in str(given.get("name", "")):  # torchattacks:NAME or foolbox:NAME, with the settings of that class
+        from clead.attacks.external import external
+
+        foreign = external(given.pop("name"), **given)
+        overrides = _without(overrides, "--attack.")
+        given = {"name": None}
+    # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
+    if given.get("name", "pgd") == "pgd":
         overrides = [*_STRONG_PGD, *overrides]
     configs = [_changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
-        name = attack_name(config.attack, objective)
+        used = foreign or config.attack
+        name = attack_name(used, objective)
         result = "attack-" + re.sub(r"[^a-z0-9]+", "-", name.lower().replace("×", "x"))
         with _interruptible():
             evaluation = api.evaluate_run(
                 run,
                 config=config,
-                attacks=[NamedAttack(name, config.attack, objective)],
+                attacks=[NamedAttack(name, used, objective)],
                 result=result,
             )
         _print_record(evaluation.record)
@@ -350,6 +359,22 @@ def _only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
             problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
     if problems:
         raise UserError(*problems)
+
+
+def _without(overrides: list[str], start: str) -> list[str]:
+    """Leave out the settings whose key begins so, with their values."""
+    kept, skip = [], False
+    for argument in overrides:
+        if argument.startswith("--"):
+            dropped = argument.startswith(start)
+            skip = dropped and "=" not in argument
+            if dropped:
+                continue
+        elif skip:
+            skip = False
+            continue
+        kept.append(argument)
+    return kept
 
 
 def _changed(run: str, overrides: list[str]) -> RunConfig:

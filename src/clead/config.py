@@ -299,7 +299,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def bare_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return a configuration without a recipe, to evaluate a model made elsewhere: the data at ``--data.path``."""
-    return _changed({"name": name, "data": {"name": "auto"}}, overrides)
+    # Nothing is trained, but the complete configuration says how long.
+    return _changed({"name": name, "data": {"name": "auto"}, "train": {"epochs": 1}}, overrides)
 
 
 def _changed(tree: Any, overrides: Sequence[str]) -> RunConfig:

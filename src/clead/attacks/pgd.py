@@ -22,7 +22,7 @@ class PGD:
     steps: int = setting(10, "gradient steps", ge=1, unit="steps")
     step_size: Ratio | None = setting(
         None,
-        "length of a step; none: 2.5 · eps / steps (Madry 2018)",
+        "length of a step; none: 2.5 · eps / steps (Madry 2018); for l0 eps, which leaves choosing pixels to the projection",
         unit="pixels in [0, 1], in the threat's norm",
         gt=0,
     )
@@ -36,7 +36,8 @@ class PGD:
         self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W) in [0, 1], inside the threat set around ``x``."""
-        step_size = 2.5 * threat.eps / self.steps if self.step_size is None else float(self.step_size)
+        default = threat.eps if threat.norm == "l0" else 2.5 * threat.eps / self.steps
+        step_size = default if self.step_size is None else float(self.step_size)
         track = self.keep == "best" or self.restarts > 1
         best, best_value = x, torch.full((len(x),), -torch.inf, device=x.device)
         for _restart in range(self.restarts):
@@ -83,7 +84,7 @@ def pgd(
         eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
         norm: linf, l2 or l1.
         steps: gradient steps per restart.
-        step_size: in pixel units; None: 2.5 · eps / steps.
+        step_size: in pixel units; None: 2.5 · eps / steps (eps for l0).
         restarts: independent random starts.
         random_start: start from a random point of the ball instead of the image.
         objective: cross_entropy, margin, dlr, kl, embedding or contrastive.

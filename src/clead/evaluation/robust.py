@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
 from clead.attacks.run import attack_images, check_inputs, logits_of, prepared
+from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
@@ -83,6 +84,7 @@ class _Job:
     threat: Threat
     settings: Eval
     attacks: tuple[NamedAttack, ...]
+    suite: str
     survivors_only: bool
     device: torch.device
     batch_size: int
@@ -99,7 +101,7 @@ class _Job:
 
     @property
     def draws(self) -> int:
-        return DRAWS if self.settings.suite == "rand" else 1
+        return DRAWS if self.suite == "rand" else 1
 
     def where(self, batch: int) -> slice:
         return slice(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
@@ -158,6 +160,7 @@ def evaluate_model(
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     notes: list[str] = []
     survivors_only = attacks is None and settings.suite != "pgd"
+    suite_name = "attacks" if attacks is not None else settings.suite
     if attacks is None:
         attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
     job = _Job(
@@ -166,12 +169,14 @@ def evaluate_model(
         threat,
         settings,
         (*attacks, *more),
+        suite_name,
         survivors_only,
         device,
         batch_size=settings.batch_size or _automatic_batch_size(images, device),
         kept=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
     )
-    gradients = _has_gradient(job)
+    with global_seed(settings.seed):
+        gradients = _has_gradient(job)
     group = processes.group() if shard is None and not merge else None
     mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
     header = _header(job, mine)
@@ -237,7 +242,7 @@ def _header(job: _Job, shard: Shard) -> dict[str, Any]:
         "model": fingerprint(weights(job.model)) + _structure(job.model),
         "images": digest(job.images),
         "threat": f"{job.threat.norm} {Ratio(job.threat.eps).text}",
-        "suite": settings.suite,
+        "suite": job.suite,
         "attacks": [{"name": named.name, **describe(named)} for named in job.attacks],
         "seed": settings.seed,
         "batch_size": job.batch_size,
@@ -397,7 +402,11 @@ def _has_gradient(job: _Job) -> bool:
         output = job.model(x.requires_grad_())
     if output.requires_grad:
         return True
-    need = [named.name for named in job.attacks if getattr(named.attack, "needs_gradient", True)]
+    need = [
+        named.name
+        for named in job.attacks
+        if getattr(named.attack, "needs_gradient", not isinstance(named.attack, Square))
+    ]
     if need:
         raise UserError(
             f"the model gives no gradient to its images, which {', '.join(need)} needs; use --eval.suite queries"
@@ -444,9 +453,8 @@ def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> li
     key = f"checks-{n}"
     if key not in store.parts:
         x, y = job.inputs(slice(0, n))
-        with progress("checks", 1, show=show) as tick:
-            checks = masking.run_checks(job.model, x, y, job.threat, seed=job.settings.seed, source=source)
-            tick(1)
+        with progress("checks", len(masking.CHECKS), show=show) as tick:
+            checks = masking.run_checks(job.model, x, y, job.threat, seed=job.settings.seed, source=source, tick=tick)
         store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
     return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
 
@@ -510,7 +518,7 @@ def _evaluation(
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=command(),
         seed=settings.seed,
-        suite=settings.suite if job.survivors_only else ("pgd" if len(job.attacks) else "none"),
+        suite=job.suite,
         notes=notes,
         model=ModelPart(
             name=subject.model,

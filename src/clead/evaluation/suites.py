@@ -23,6 +23,7 @@ MEANING: dict[str, str] = {
     "adaptive": "AutoAttack standard and attacks on the embedding",
     "queries": "attacks by queries only",
     "pgd": "FGSM and PGD, not AutoAttack",
+    "attacks": "the attacks listed, not AutoAttack",
 }
 DRAWS = 10
 """Clean and adversarial images of a randomised model (suite rand) are scored by the majority of so many draws."""
@@ -61,7 +62,9 @@ def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> st
     if isinstance(attack, FAB):
         return f"FAB-T{times}" if attack.targets else f"FAB{times}"
     if isinstance(attack, Search):
-        return getattr(attack, "label", type(attack).__name__)
+        return getattr(attack, "label", None) or getattr(attack, "name", None) or type(attack).__name__
+    if isinstance(attack, FGSM) and objective == "cross_entropy":
+        return "FGSM"
     return f"{type(attack).__name__} {_SHORT.get(objective, objective)}"
 
 
@@ -104,7 +107,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     ce = APGD(restarts=restarts)
     dlr = APGD(loss="dlr" if num_classes > 2 else "margin")
     targeted = APGD(loss="dlr" if num_classes > 3 else "margin", targets=targets)
-    fab, square = FAB(targets=targets), Square()
+    fab, square = FAB(targets=min(9, num_classes - 1)), Square()
     attacks: list[Attack | Search] = {
         "standard": [ce, targeted, fab, square],
         "adaptive": [ce, targeted, fab, square],

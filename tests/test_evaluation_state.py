@@ -1,0 +1,299 @@
+"""An evaluation that is killed, shared out, or moved between machines gives the flags of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clead
+from clead import api
+from clead.config import load_recipe
+from clead.errors import UserError
+from clead.evaluation.processes import Shard
+from clead.evaluation.state import State
+
+EVAL = ("--eval.steps", "3", "--eval.images", "60", "--eval.batch_size", "20", "--eval.curve_points", "2")
+EVAL += ("--eval.curve_steps", "2", "--eval.check_images", "8")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of a few steps on digits."""
+    out = tmp_path_factory.mktemp("state") / "run"
+    config = load_recipe("digits-pgd-at", ["--train.budget", "20", "--train.validate_images", "8"])
+    api.train(config, out=out, show=False)
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def alone(trained, tmp_path_factory) -> dict[str, Any]:
+    """The record of an uninterrupted evaluation."""
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("alone") / "run")
+    return evaluated(path)
+
+
+def config(path: Path, *overrides: str):
+    return load_recipe(str(path / "config.yaml"), [*EVAL, *overrides])
+
+
+def evaluated(path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    record = api.evaluate_run(path, config=config(path, *overrides), show=False, **options).record
+    return comparable(json.loads(record.model_dump_json()))
+
+
+def comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """Everything but when, how long and by which command."""
+    record = {
+        key: value for key, value in record.items() if key not in ("created", "seconds", "command", "run", "versions")
+    }
+    for part in record["attacks"]:
+        part.pop("seconds")
+    return record
+
+
+class Killed(BaseException):
+    """As sudden as kill -9, without the process."""
+
+
+def parts(path: Path) -> list[str]:
+    return sorted(file.name for file in (path / "results" / "evaluation.state").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9, 14, 16, 17])
+def test_resume_equals_uninterrupted_run_and_repeats_nothing(run, alone, after, monkeypatch):
+    put, calls = State.put, []
+
+    def kill_at(count):
+        def counted(self, key, *part):
+            put(self, key, *part)
+            calls.append(key)
+            if len(calls) == count:
+                raise Killed
+
+        return counted
+
+    if after:
+        monkeypatch.setattr(State, "put", kill_at(after))
+        with pytest.raises(Killed):
+            evaluated(run)
+        assert len(parts(run)) == after
+    monkeypatch.setattr(State, "put", kill_at(-1))
+    assert evaluated(run) == alone
+    assert len(calls) == len(set(calls)) == 3 * 5 + 2 + 1  # batches × (clean and four attacks), two radii, the checks
+    assert not (run / "results" / "evaluation.state").exists()
+
+
+def test_kill_9_in_a_real_process(run, alone):
+    """Twice, at whatever moment it comes."""
+    arguments = [sys.executable, "-m", "clead", "evaluate", str(run), *EVAL]
+    for wanted in (2, 7):
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(6000):
+            if len(parts(run)) >= wanted or process.poll() is not None:
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was over before the kill: give it more to do"
+        assert len(parts(run)) >= wanted
+    assert evaluated(run) == alone
+
+
+def test_a_damaged_part_is_computed_again(run, alone, monkeypatch):
+    monkeypatch.setattr(api, "discard", lambda path: None)
+    assert evaluated(run) == alone
+    first, second = (run / "results" / "evaluation.state" / name for name in parts(run)[1:3])
+    first.write_bytes(first.read_bytes()[:-3])
+    second.write_bytes(second.read_bytes()[:-1] + bytes([second.read_bytes()[-1] ^ 1]))
+    assert evaluated(run) == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("--threat.eps", "0.2"), 'threat: "linf 0.15" there, "linf 0.2" here'),
+        (("--eval.seed", "1"), "seed: 0 there, 1 here"),
+        (("--eval.images", "59"), "images: "),
+        (("--eval.suite", "quick"), 'suite: "standard" there, "quick" here'),
+        (("--eval.steps", "4"), "attacks: "),
+        (("--eval.batch_size", "30"), "batch_size: 20 there, 30 here"),
+        (("--eval.weights", "last"), "model: "),
+    ],
+)
+def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypatch):
+    def killed(self, key, *part):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", killed)
+        evaluated(run)
+    weights = run / "last.safetensors"
+    if "last" in change:
+        content, metadata = api.load_weights(weights)
+        api_weights = {key: value + 1 if key.endswith("bias") else value for key, value in content.items()}
+        from clead.checkpoint import save_weights
+
+        save_weights(weights, api_weights, metadata)
+    with pytest.raises(UserError) as caught:
+        evaluated(run, *change)
+    message = str(caught.value)
+    assert says in message and "is the state of another evaluation" in message and "--fresh" in message
+    assert "\n" not in message
+    evaluated(run, *change, "--eval.curve_points", "0", fresh=True)
+
+
+def test_two_processes_on_one_state_are_refused(run):
+    state = State(run / "state", {"a": 1})
+    with (
+        state.opened(),
+        pytest.raises(UserError, match="is in use by another evaluation"),
+        State(run / "state", {"a": 1}).opened(),
+    ):
+        pass
+
+
+def test_a_full_disk_keeps_what_was_finished(run, alone, monkeypatch):
+    put, calls = State.put, []
+
+    def full(self, key, *part):
+        calls.append(key)
+        if len(calls) == 6:
+            raise UserError("cannot write: No space left on device; free some space")
+        put(self, key, *part)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(State, "put", full)
+        evaluated(run)
+    assert len(parts(run)) == 5 and not (run / "results" / "evaluation.json").exists()
+    assert evaluated(run) == alone
+
+
+def test_shards_equal_one_process(run, alone):
+    for index in (3, 1, 2):
+        with pytest.raises(api.ShardDone, match=f"shard {index}/3 is done"):
+            evaluated(run, shard=f"{index}/3")
+    assert evaluated(run, merge=True) == alone
+    assert [path.name for path in (run / "results").iterdir() if "shard" in path.name] == []
+
+
+def test_shards_that_do_not_fit_together_are_refused(run, tmp_path):
+    def merge(*overrides):
+        with pytest.raises(UserError) as caught:
+            evaluated(run, *overrides, merge=True)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "there is no shard" in merge()
+    with pytest.raises(api.ShardDone):
+        evaluated(run, shard="2/2")
+    assert "shard 1/2 is missing" in merge()
+    with pytest.raises(api.ShardDone):
+        evaluated(run, shard="1/2")
+    results = run / "results"
+    assert "threat" in merge("--threat.eps", "0.2")
+    unfinished = results / "evaluation.shard-1-of-2" if False else results / "evaluation.state.shard-1-of-2"
+    victim = sorted(unfinished.glob("*.safetensors"))[3]
+    kept = victim.read_bytes()
+    victim.unlink()
+    assert "shard 1/2 is not finished" in merge()
+    victim.write_bytes(kept)
+    shutil.copytree(unfinished, results / "evaluation.state.shard-1-of-3")
+    assert "several divisions (n = 2, 3)" in merge()
+    shutil.rmtree(results / "evaluation.state.shard-1-of-3")
+    evaluated(run, merge=True)
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/2/3", "a/b", "-1/2", ""])
+def test_shard_numbers_are_checked(text):
+    with pytest.raises(UserError, match="must be i/n with 1 ≤ i ≤ n"):
+        Shard.parse(text)
+
+
+def test_two_processes_equal_one(run, alone):
+    """Under torchrun, with gloo; one batch more than a multiple of two."""
+    port = str(29000 + os.getpid() % 2000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    arguments = ["-m", "clead", "evaluate", str(run), *EVAL, "--json", str(run / "record.json")]
+    done = subprocess.run([*torchrun, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("record: ") == 1, "rank 0 alone speaks"
+    assert comparable(json.loads((run / "record.json").read_text())) == alone
+    assert not list((run / "results").glob("*.state*"))
+
+
+def test_adversarial_images_are_saved_exactly_and_score_as_they_did(run, alone, tmp_path, capsys):
+    file = tmp_path / "adversarial.parquet"
+    evaluation = api.evaluate_run(run, config=config(run), save_adversarial=file, show=False)
+    record = evaluation.record
+    assert record.robust_flags == alone["robust_flags"] and evaluation.adversarial is not None
+    result = api.verify(run, file)
+    broken = sum(record.clean_flags) - sum(record.robust_flags)
+    assert result["n"] == 60 and result["broken"] == 60 - sum(record.robust_flags)
+    assert result["wrong"] == result["broken"] and result["outside"] == 0 and broken > 0
+    assert result["accuracy"] == record.robust_accuracy
+    assert 0.1 < result["largest"] <= 0.15 + 1e-6
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(file).to_pylist()
+    assert {row["attack"] for row in rows} <= {"", *(part.name for part in record.attacks)}
+    assert sum(bool(row["attack"]) for row in rows) == broken
+    assert all(row["image"]["bytes"].startswith(b"\x89PNG") for row in rows)
+    # Another model's file on other images, and files that are none.
+    with pytest.raises(UserError, match="holds other images"):
+        api.verify(run, file, config=config(run, "--eval.split", "val"))
+    wrong = tmp_path / "wrong.parquet"
+    wrong.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="is not a file of clead evaluate"):
+        api.verify(run, wrong)
+    with pytest.raises(UserError, match="no file of adversarial images"):
+        api.verify(run, tmp_path / "nothing.parquet")
+
+
+def test_images_of_another_run_are_tried_after_the_suite(run, alone, tmp_path):
+    record = evaluated(run, transfer_from=[run])
+    assert [part["name"] for part in record["attacks"]][-1] == "transfer from run"
+    assert record["attacks"][-1]["attacked"] == sum(alone["robust_flags"])
+    assert record["attacks"][-1]["settings"]["fingerprint"] == record["model"]["fingerprint"]
+    assert all(new <= old for new, old in zip(record["robust_flags"], alone["robust_flags"], strict=True))
+
+
+def test_in_python_the_state_is_a_directory_that_goes_away(tmp_path, monkeypatch):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        x = torch.rand(30, 1, 4, 4)
+    y = net(x).argmax(1)
+    settings: dict[str, Any] = {"steps": 2, "batch_size": 8, "curve_points": 0, "check_images": 0, "eps": 0.02}
+    whole = clead.evaluate(net, x, y, **settings)
+    put, calls = State.put, []
+
+    def killed(self, key, *part):
+        put(self, key, *part)
+        calls.append(key)
+        if len(calls) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", killed)
+        clead.evaluate(net, x, y, state=tmp_path / "state", **settings)
+    assert (tmp_path / "state" / "state.json").exists()
+    with pytest.raises(UserError, match="another evaluation"):
+        clead.evaluate(net, x.flip(0), y, state=tmp_path / "state", **settings)
+    assert clead.evaluate(net, x, y, state=tmp_path / "state", **settings).robust == whole.robust
+    assert not (tmp_path / "state").exists()

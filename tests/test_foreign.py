@@ -1,0 +1,181 @@
+"""Models that this program did not train: a factory with weights, an ONNX file, any module; and what they get wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clead import api, cli
+from clead.config import bare_config
+from clead.errors import UserError
+from clead.models.onnx import OnnxModel
+
+EVAL = ("--threat.eps", "0.05", "--eval.steps", "3", "--eval.curve_points", "0", "--eval.check_images", "0")
+NET = """
+import torch
+from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+
+def pair():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3], x
+    return Pair()
+
+def quiet():
+    class Quiet(nn.Module):
+        def forward(self, x):
+            return x.detach().flatten(1)[:, :3]
+    return Quiet()
+
+def nan():
+    class Nan(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] * torch.where(x.flatten(1).mean(1, keepdim=True) > 0.5, 1.0, torch.nan)
+    return Nan()
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder with images of three brightness classes, a network file and weights that solve them."""
+    monkeypatch.chdir(tmp_path)
+    Path("nets.py").write_text(NET)
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    images = np.clip(labels[:, None, None] * 90 + rng.integers(0, 75, (60, 8, 8)), 0, 255).astype(np.uint8)
+    np.savez("data.npz", x_train=images, y_train=labels, x_test=images[:30], y_test=labels[:30])
+    # Class k is 90·k + 37 bright on average: −(m − c_k)² without its common term is linear in m.
+    centres = (torch.arange(3) * 90 + 37.0) / 255
+    weight = (centres[:, None] * 2 / 64).repeat(1, 64) * 50
+    save_file({"1.weight": weight, "1.bias": -(centres**2) * 50}, "net.safetensors")
+    return tmp_path
+
+
+def onnx_file(path: str, weight: np.ndarray, bias: np.ndarray, batch: Any = "N") -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Flatten", ["x"], ["flat"], axis=1),
+            helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], transB=1),
+        ],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, 3])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def command(*arguments: str, capsys: Any) -> tuple[int, str, str]:
+    import sys
+
+    sys.argv = ["clead", *arguments]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys, "argv", ["clead"])
+    return lambda *arguments: command(*arguments, capsys=capsys)
+
+
+def test_a_factory_with_weights(place, run):
+    arguments = ("--model", "nets.py:net", "--weights", "net.safetensors", "--data.path", "data.npz", *EVAL)
+    code, out, err = run("evaluate", *arguments, "--json", "r.json")
+    assert code == 0, err
+    record = json.loads(Path("r.json").read_text())
+    assert record["run"] == "net" and record["model"]["weights"] == "net.safetensors" and record["data"]["n"] == 30
+    assert record["clean"]["accuracy"] == 1 and record["suite"] == "standard" and record["training"] is None
+    assert "withstand linf 0.05 under AutoAttack standard" in out
+    assert (
+        Path("evaluations/nets.py-net/evaluation.json").exists()
+        and Path("evaluations/nets.py-net/report.html").exists()
+    )
+    without = run(
+        "evaluate", "--model", "nets.py:net", "--data.path", "data.npz", *EVAL, "--out", "bare", "--json", "b.json"
+    )
+    assert without[0] == 0
+    assert json.loads(Path("b.json").read_text())["model"]["fingerprint"] != record["model"]["fingerprint"]
+
+
+@pytest.mark.parametrize("batch", ["N", 7])
+def test_an_onnx_file_by_queries(place, run, batch):
+    content = torch.load  # the ONNX twin of the safetensors weights
+    del content
+    from safetensors.numpy import load_file
+
+    weights = load_file("net.safetensors")
+    onnx_file("net.onnx", weights["1.weight"], weights["1.bias"], batch)
+    x = torch.rand(10, 1, 8, 8)
+    torch.testing.assert_close(
+        OnnxModel("net.onnx")(x), x.flatten(1) @ torch.tensor(weights["1.weight"]).T + torch.tensor(weights["1.bias"])
+    )
+    arguments = ("--model", "net.onnx", "--data.path", "data.npz", *EVAL)
+    code, _, err = run("evaluate", *arguments)
+    assert code == 2 and "gives no gradient" in err and "--eval.suite queries" in err and err.count("\n") == 1
+    code, out, err = run("evaluate", *arguments, "--suite", "queries", "--json", "o.json")
+    assert code == 0, err
+    assert "attacks by queries only" in out
+    queried = json.loads(Path("o.json").read_text())
+    assert [part["name"] for part in queried["attacks"]] == ["Square"] and queried["clean"]["accuracy"] == 1
+    assert queried["notes"] and queried["checks"] == []
+
+
+def test_a_module_in_python(place):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    config = bare_config("mine", ["--data.path", "data.npz", *EVAL])
+    record = api.evaluate_foreign(net, config, out="mine", show=False).record
+    assert record.model.name == "Sequential" and Path("mine/evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--model", "nets.py:pair"), "must return logits (B, K) for 1 images, got a tuple"),
+        (("--model", "nets.py:quiet"), "gives no gradient"),
+        (("--model", "nets.py:nan"), "logits must be finite, got NaN or infinity for images [0, "),
+        (("--model", "nets.py:net", "--weights", "nets.py"), "truncated or not a safetensors file"),
+        (("--model", "nets.py:net", "--weights", "none.safetensors"), "no weights at none.safetensors"),
+        (("--model", "nets.py:nett"), "has no 'nett'; did you mean 'net'"),
+        (("--model", "net.onnx"), "no ONNX file at net.onnx"),
+        (("--model", "nets.py:net", "--threat.eps", "8"), "did you mean 8/255?"),
+        (("--model", "nets.py:net", "--shard", "3/2"), "--shard must be i/n"),
+        (("--model", "nets.py:net", "--suite", "standart"), "eval.suite"),
+        (("--model", "nets.py:net", "--method.name", "trades"), "changes nothing here"),
+        (("--model", "nets.py:net", "--eval.stepz", "3"), "did you mean 'steps'"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(place, run, arguments, says):
+    code, _, err = run("evaluate", *arguments, "--data.path", "data.npz")
+    assert code == 2 and says in err and err.count("\n") == 1, err
+    assert not list(place.glob("evaluations/*/*.json")) and not list(place.glob("evaluations/*/*.html"))
+
+
+def test_other_mistakes(place, run):
+    for arguments, says in [
+        (("--model", "nets.py:net"), "which images? give --data.path"),
+        (("--weights", "net.safetensors", "run"), "--weights goes with --model"),
+        (("--model", "nets.py:net", "run", "--data.path", "data.npz"), "give runs or --model"),
+        (("run", "--shard", "1/2", "--merge"), "give --shard or --merge"),
+    ]:
+        code, _, err = run("evaluate", *arguments)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+    Path("bad.onnx").write_text("no")
+    with pytest.raises(UserError, match="is not an ONNX model"):
+        OnnxModel("bad.onnx")
