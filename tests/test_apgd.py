@@ -222,6 +222,27 @@ def test_the_path_is_that_of_the_papers_until_the_first_misclassified_point(norm
     assert 4 <= found <= 22, "both outcomes must occur"
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_whole_path_is_that_of_the_papers(norm):
+    """Of a model that is never wrong, so that every revision of the step sizes is seen."""
+    eps, steps = 2 * RADII[norm], 60
+    waves = rough()
+    model = Returns(lambda h: waves(h / 4) + 100 * torch.eye(4, dtype=torch.float64)[0])
+    x, y = images(12), torch.zeros(12, dtype=torch.int64)
+    recorded = Recorded(model)
+    assert torch.equal(apgd(recorded, x, y, eps=eps, norm=norm, steps=steps, loss="margin"), x)
+    seen = torch.stack(recorded.seen[-(steps + 1 + 2 * (norm == "l1")) :]).flatten(2).numpy()
+    for i in range(len(x)):
+        margin = lambda z: z[:, 1:].amax(1) - z[:, 0]  # noqa: E731
+        clean = x[i].numpy().ravel()
+        if norm == "l1":
+            path = slow_sparse(model, margin, 0, clean, seen[0, i], eps, steps)
+        else:
+            path = slow_smooth(model, margin, 0, clean, seen[0, i], eps, norm, steps)
+        expected = np.stack([point for point, _ in path])
+        np.testing.assert_allclose(seen[-len(path) :, i], expected, atol=1e-6)
+
+
 # Closed forms.
 
 
