@@ -21,7 +21,7 @@ from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
 from clead.evaluation import adversarial
-from clead.evaluation.processes import Shard, rank, shards
+from clead.evaluation.processes import Shard, folders, rank, shards
 from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model, exact_float32, pixels, right_images
 from clead.evaluation.state import discard
 from clead.evaluation.statistics import mcnemar
@@ -174,7 +174,8 @@ def evaluate(
     evaluation = evaluate_model(model, chosen, threat, options, subject, state=where, show=show)
     assert evaluation is not None
     if where is not None and rank() == 0:
-        discard(where)
+        for done in folders(where):
+            discard(done)
     return evaluation.record
 
 
@@ -447,7 +448,7 @@ def _evaluate_into(
     if save_adversarial is not None:
         assert evaluation.adversarial is not None
         adversarial.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
-    for done in shards(state) if options.get("merge") else [state]:
+    for done in shards(state) if options.get("merge") else folders(state):
         discard(done)
     return evaluation
 
@@ -497,7 +498,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     """Return ``{"rows": …, "pairs": …}`` of several runs or records, as plain data.
 
     ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, each attack's accuracy, and training
-    cost. ``pairs``: McNemar's exact test for every two records of the same images under the same threat.
+    cost. ``pairs``: McNemar's exact test for every two records of the same images under the same threat and attacks.
     """
     records = _records(sources)
     rows = [
@@ -506,6 +507,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "method": record.training.method if record.training else record.run,
             "n": record.data.n,
             "threat": f"{record.threat.norm} {record.threat.eps_text}",
+            "suite": record.suite,
             "clean_accuracy": record.clean_accuracy,
             "robust_accuracy": record.robust_accuracy,
             "robust_low": record.worst.low,
@@ -518,7 +520,11 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     pairs = []
     for a, b in combinations(records, 2):
         # Not by how eps was written: 8/255 and 0.03137… are one threat.
-        if (a.data.images, a.threat.norm, a.threat.eps) == (b.data.images, b.threat.norm, b.threat.eps):
+        same = [
+            (r.data.images, r.threat.norm, r.threat.eps, r.suite, [(part.name, part.settings) for part in r.attacks])
+            for r in (a, b)
+        ]
+        if same[0] == same[1]:
             result = mcnemar(a.robust_flags, b.robust_flags)
             pairs.append({"a": a.run, "b": b.run, **result._asdict()})
     return {"rows": rows, "pairs": pairs}

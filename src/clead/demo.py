@@ -14,6 +14,7 @@ from clead.config import load_recipe
 from clead.errors import MissingExtra, UserError
 
 RECIPES = ("digits-standard", "digits-pgd-at", "digits-trades", "digits-clead")
+_SUITE = ("--eval.suite", "quick")  # AutoAttack standard would take minutes
 _QUICK = ("--train.budget", "60", "--eval.steps", "20", "--eval.images", "180", "--eval.curve_points", "4")
 
 
@@ -33,7 +34,7 @@ def run_demo(out: Path | None, *, quick: bool = False, show: bool = True) -> dic
     for library in ("matplotlib", "jinja2", "sklearn"):  # before minutes of work, not after
         if importlib.util.find_spec(library) is None:
             raise MissingExtra(library.replace("sklearn", "scikit-learn"), "demo", "the demo")
-    overrides = _QUICK if quick else ()
+    overrides = (*_SUITE, *_QUICK) if quick else _SUITE
     configs = [load_recipe(recipe, overrides) for recipe in RECIPES]
     paths = []
     for config in configs:

@@ -72,6 +72,12 @@ def shards(state: Path) -> list[Path]:
     return sorted(found)
 
 
+def folders(state: Path) -> list[Path]:
+    """Return where the processes of this run keep their states."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return [Shard(index, count).folder(state) for index in range(1, count + 1)]
+
+
 def merged(state: Path, header: dict[str, Any], keys: set[str]) -> dict[str, Part]:
     """Return the parts of all shards beside ``state``; raises UserError unless they are complete and of this evaluation."""
     from clead.evaluation.state import State
