@@ -24,8 +24,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
+# Without its dependencies: torchattacks pins an old requests and wants torchvision, and imports neither.
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@ $(VENV)/.demo
 
 clean:
