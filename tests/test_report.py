@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from clead.errors import MissingExtra, UserError
+from clead.evaluation.suites import MEANING
 from clead.report import plots
 from clead.report.html import RunResult, write_report
 from clead.report.record import Record
@@ -24,20 +25,41 @@ def wilson(k, n):
     return {"accuracy": p, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
 
 
-def fake_record(name="clead", robust=0.541, clean=0.82, *, n=1000, classes=None, images="a1b2", curve=True, **changes):
+def fake_record(
+    name="clead",
+    robust=0.541,
+    clean=0.82,
+    *,
+    n=1000,
+    classes=None,
+    images="a1b2",
+    curve=True,
+    suite="standard",
+    **changes,
+):
     classes = classes or [f"digit {k}" for k in range(10)]
-    attacks = [
-        ("fgsm", robust + 0.06, 1, 2),
-        ("pgd-50", robust + 0.012, 50, 51),
-        ("pgd-margin", robust + 0.008, 50, 51),
-    ]
-    attacks = [(a, min(r, clean), b, f) for a, r, b, f in attacks]
+    if suite == "pgd":  # each on all images
+        left = [("FGSM CE", robust + 0.06, 1), ("PGD-50 CE", robust + 0.012, 50), ("PGD-50 margin", robust + 0.008, 50)]
+    else:  # each on the survivors of those before it
+        left = [("APGD-CE", robust + 0.06, 100), ("APGD-T", robust + 0.004, 900), ("FAB-T", robust + 0.004, 900),
+                ("Square", robust, 0)]  # fmt: skip
+    attacks, before = [], round(clean * n)
+    for a, r, b in left:
+        k = round(min(r, clean) * n)
+        attacks.append({
+            "name": a, "settings": {"steps": b, "step_size": 2 / 255}, "attacked": before, "broken": before - k,
+            "robust": wilson(k, n), "flags": [True], "seconds": 1.3 * b, "forwards": b + 1, "backwards": b,
+            "largest": 8 / 255,
+        })  # fmt: skip
+        before = before if suite == "pgd" else k
     hard = np.linspace(-0.15, 0.15, len(classes))
     parts = {
         "run": f"runs/{name}",
         "created": "2025-06-01 12:34",
         "command": f"clead evaluate runs/{name} --attack 'pgd' --out <b>here</b>",
         "seed": 0,
+        "suite": suite,
+        "notes": [],
         "model": {"name": "small_cnn", "parameters": 1234567, "weights": "ema", "fingerprint": f"f00d{name}"},
         "data": {"name": "digits", "split": "test", "n": n, "classes": classes, "fingerprint": "d", "images": images},
         "threat": {"norm": "linf", "eps": 8 / 255, "eps_text": "8/255"},
@@ -45,18 +67,17 @@ def fake_record(name="clead", robust=0.541, clean=0.82, *, n=1000, classes=None,
         "clean_flags": [True, False],
         "worst": wilson(round(robust * n), n),
         "robust_flags": [True, False],
-        "attacks": [
-            {
-                "name": a, "settings": {"steps": b, "step_size": 2 / 255}, "robust": wilson(round(r * n), n),
-                "flags": [True], "seconds": 1.3 * b, "forwards": f, "backwards": b, "largest": 8 / 255,
-            }
-            for a, r, b, f in attacks
-        ],
+        "attacks": attacks,
         "curve": [
             {"eps": e / 255, "eps_text": f"{e}/255", "attack": "pgd-20",
              "robust": wilson(round(n * clean * (robust / clean) ** ((e / 8) ** 1.2)), n)}
             for e in (2, 4, 6, 8, 12, 16)
         ] if curve else [],
+        "checks": [
+            {"name": "noise", "passed": True, "numbers": {"noise": 3.0, "gradient": 31.0},
+             "explanation": "Ten draws of noise break 3 of 82 images, the gradient 31. The gradient finds far more."},
+            {"name": "black box", "passed": True, "numbers": {"standing": 51.0}, "explanation": "Square breaks 0. Good."},
+        ],
         "per_class": [
             {"name": c, "n": n // len(classes), "clean_accuracy": float(np.clip(clean + h / 2, 0, 1)),
              "robust_accuracy": float(np.clip(robust * (1 + h), 0, clean))}
@@ -160,7 +181,7 @@ def test_numbers_of_the_records_appear(several):
     text = several[1].text.replace("\N{NO-BREAK SPACE}", " ")
     for number in (
         "54.1 %", "51.0–57.2 %", "0.3 %", "94.0 %", "L∞ ε = 8/255", "1,000 test images", "1,234,567", "539",
-        "< 0.001", "1 h 6 min", "660", "5 min 21 s", "f00dclead", "upper bound", "weaker than AutoAttack", "torch",
+        "< 0.001", "1 h 6 min", "660", "5 min 21 s", "f00dclead", "upper bound", "under AutoAttack standard,", "torch",
         "perturbation × 5", "training ε = 8/255",
     ):  # fmt: skip
         assert number in text, number
@@ -214,7 +235,7 @@ def test_strings_are_escaped_everywhere(tmp_path):
 def test_missing_artifacts_drop_their_sections(tmp_path):
     bare = RunResult("bare", fake_record(curve=False, per_class=[], training=None))
     _, page = write(tmp_path, bare)
-    assert {"verdict", "trained", "results", "cost", "made"} <= set(page.ids)
+    assert {"verdict", "trained", "results", "checks", "cost", "made"} <= set(page.ids)
     assert not {"epsilon", "training", "gallery", "classes", "embedding"} & set(page.ids)
     _, page = write(tmp_path, bare, fake_run())
     assert {"epsilon", "training", "gallery", "classes", "embedding"} <= set(page.ids)
@@ -239,11 +260,135 @@ def test_signs_of_a_failed_attack_are_said(tmp_path):
     assert "Read with care" not in page.text
 
 
-def test_autoattack_suite_is_not_called_weaker_than_itself(tmp_path):
+def section(page_text, key):
+    """Return the visible text of one section, with plain spaces."""
+    part = page_text.partition(f'<section id="{key}"')[2].partition("</section>")[0]
+    return Page(part).text.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def changed(record, **update):
+    return Record.model_validate(record.model_dump() | update)
+
+
+@pytest.mark.parametrize("suite", [*MEANING, "none"])
+def test_the_verdict_names_the_suite(tmp_path, suite):
+    record = fake_record(suite=suite)
+    html, _ = write(tmp_path, RunResult("a", record if suite != "none" else changed(record, attacks=[])))
+    verdict, care = section(html, "verdict"), "Read with care" in html
+    sentence = verdict.partition("on 1,000 test images of digits, ")[2].partition(".")[0]
+    words = {
+        "quick": "the quick suite, which is not AutoAttack,",
+        "queries": "attacks by queries only, not AutoAttack,",
+        "pgd": "FGSM CE, PGD-50 CE and PGD-50 margin, not AutoAttack,",
+        "none": "no attack,",
+    }.get(suite, MEANING.get(suite, "") + ",")
+    assert sentence.startswith(f"under {words} a still classifies 54")
+    full = suite in ("standard", "plus", "rand", "adaptive")
+    assert full == ("settings are those of AutoAttack" in verdict) == ("was not run as its protocol" not in verdict)
+    assert care == (suite == "none")
+
+
+@pytest.mark.parametrize(
+    ("suite", "notes", "label"),
+    [
+        ("quick", [], "quick suite, not AutoAttack"),
+        ("standard", ["20 steps instead of the suite's own"], "suite standard with 20 steps instead of its own, not AutoAttack"),
+        ("standard", ["3 classes: 2 targets instead of the protocol's"], None),
+    ],
+)  # fmt: skip
+def test_a_figure_of_another_protocol_is_labelled_wherever_it_stands(tmp_path, suite, notes, label):
+    run = fake_run(suite=suite, notes=notes)
+    html, page = write(tmp_path, run)
+    places = {key: section(html, key) for key in ("results", "epsilon", "classes", "gallery", "trained")}
+    places["bar"] = re.search(r'class="bar" role="img" aria-label="([^"]*)"', html)[1]
+    places["score"] = re.search(r'class="big">(.*?)</span>', html, re.DOTALL)[1]
+    for place, text in places.items():
+        assert (label in text) if label else ("not AutoAttack" not in text), place
+    care = section(html, "verdict").partition("Read with care")[2]
+    assert all(f"{note}." in care for note in notes)
+
+
+def test_names_of_attacks_do_not_make_an_autoattack(tmp_path):
+    html, page = write(tmp_path, RunResult("a", changed(fake_record(), suite="pgd")))
+    assert "under APGD-CE, APGD-T, FAB-T and Square, not AutoAttack, a still" in section(html, "verdict")
+    many = changed(fake_record(), suite="pgd", attacks=[a.model_dump() for a in fake_record().attacks * 2])
+    assert "under 8 attacks, each on all images, not AutoAttack, a still" in section(
+        write(tmp_path, RunResult("a", many))[0], "verdict"
+    )
+
+
+def test_stages_are_shown_of_attacks_on_survivors_only(tmp_path):
+    html, page = write(tmp_path, RunResult("a", fake_record()))
+    results = section(html, "results")
+    svg = re.search(r'<svg class="plot".*?</svg>', html.partition('<section id="results"')[2], re.DOTALL)[0]
+    drawn = Page(svg).text
+    for text in ("clean", "82.0 %", "APGD-CE", "60.1 %, −219 of 820", "54.5 %, −56 of 601", "54.5 %, 0 of 545",
+                 "54.1 %, −4 of 545", "worst case"):  # fmt: skip
+        assert text in drawn, text
+    assert "after APGD-T 54.5\N{NO-BREAK SPACE}% (56 of 601 broken)" in re.search(r'aria-label="([^"]*)"', svg)[1]
+    cells = re.findall(r"<tr><th scope=\"row\">APGD-T</th><td>(\d+)</td><td>(\d+)</td><td>([\d.]+)", html)
+    assert cells == [("601", "56", "54.5")]
+    assert "under each attack on all images" not in results and "met" in results
+    html, page = write(tmp_path, RunResult("a", fake_record(suite="pgd")))
+    results = section(html, "results")
+    assert "under each attack on all images" in results and "FGSM CE" in results and "still right" not in results
+    assert '<svg class="plot"' not in html.partition('<section id="results"')[2].partition("</section>")[0]
+
+
+def test_threat_is_repeated_per_run_only_where_it_differs(tmp_path):
+    a = RunResult("a", fake_record())
+    html, _ = write(tmp_path, a, RunResult("b", fake_record(suite="quick")))
+    assert "Threat, images" not in section(html, "results")
+    html, _ = write(tmp_path, a, RunResult("b", fake_record(images="others")))
+    assert "Threat, images" in section(html, "results")
+
+
+def test_runs_of_different_suites_are_not_paired(tmp_path):
+    pair = {"a": "a", "b": "b", "only_a": 12345, "only_b": 0, "p_value": 0.04}
+    a = RunResult("a", fake_record())
+    shortened = fake_record(notes=["20 steps instead of the suite's own"])
+    by_hand = changed(fake_record(suite="pgd"), attacks=[fake_record(suite="pgd").attacks[0].model_dump()])
+    for one, other in [
+        (a, fake_record(suite="quick")),
+        (a, fake_record(suite="pgd")),
+        (a, shortened),
+        (RunResult("a", fake_record(suite="pgd")), by_hand),
+    ]:
+        html, page = write(tmp_path, one, RunResult("b", other), pairs=[pair])
+        assert "12,345" not in page.text and "under different suites" in section(html, "verdict")
+        assert "different images" not in page.text
+        assert section(html, "verdict").count(" still classifies ") == 2  # a sentence for each suite
+    quick = [RunResult(name, fake_record(suite="quick")) for name in "ab"]
+    html, page = write(tmp_path, *quick, pairs=[pair])
+    assert "12,345" in page.text and "different suites" not in page.text
+    assert "a against b quick suite, not AutoAttack" in section(html, "results")
+
+
+def test_checks_are_said_in_words_and_a_failed_one_in_the_verdict(tmp_path):
     record = fake_record()
-    four = [record.attacks[0].model_copy(update={"name": name}) for name in ("apgd-ce", "apgd-t", "fab-t", "square")]
-    _, page = write(tmp_path, RunResult("a", record.model_copy(update={"attacks": four})))
-    assert "weaker than AutoAttack" not in page.text and "upper bound" in page.text
+    failed = {
+        "name": "black <box>",
+        "passed": False,
+        "numbers": {"pgd_50": 51.0, "share": 0.123456},
+        "explanation": "Of the 51 images that stand, square breaks 12.5 % more. An attack that sees no gradient wins. Do more.",
+    }
+    bad = changed(record, checks=[record.checks[0].model_dump(), failed])
+    html, page = write(tmp_path, RunResult("a", bad))
+    checks, verdict = section(html, "checks"), section(html, "verdict")
+    assert "1 of 2 checks passed; ✗ failed: black <box>" in checks
+    assert re.search(r"noise ✓ passed noise 3, gradient 31 Ten draws .* finds far more\.", checks)
+    assert re.search(r"black <box> ✗ failed pgd 50 51, share 0.1235 Of the 51 .* Do more\.", checks)
+    care = verdict.partition("Read with care")[2]
+    assert (
+        "the check of gradient masking “black <box>” failed: Of the 51 images that stand, square breaks 12.5 % more."
+        in care
+    )
+    assert "An attack that sees" not in verdict and "noise" not in care
+    assert "no checks of gradient masking were made" not in page.text
+    html, _ = write(tmp_path, RunResult("good", record), RunResult("bare", changed(record, checks=[])))
+    checks = section(html, "checks")
+    assert "good: 2 of 2 checks passed" in checks and "bare: no checks of gradient masking were made." in checks
+    assert "good: no checks" not in checks and "Read with care" not in section(html, "verdict")
 
 
 def test_large_images_stay_within_the_size_limit(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from PIL import Image
 
 from clead.errors import MissingExtra, UserError, did_you_mean
+from clead.evaluation.suites import MEANING
 from clead.report import plots
 from clead.report.record import Estimate, Record
 
@@ -26,6 +28,12 @@ GALLERY_BYTES = 2_500_000
 
 _THUMBNAIL = 112
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
+_AUTOATTACK = ("standard", "plus", "adaptive", "rand")
+_NOT = ", not AutoAttack"
+_OWN_STEPS = " instead of the suite's own"
+"""Ends the note of an evaluation whose attacks had another number of steps, such as ``20 steps instead of …``."""
+_NAMED_ATTACKS = 4
+"""So many attacks without the name of a suite are named in a sentence; more are counted."""
 _X_AXES = (
     ("forward_equivalents", "forward-equivalents per training image"),
     ("epoch", "epoch"),
@@ -76,7 +84,8 @@ def write_report(runs: Sequence[RunResult], path: Path, *, title: str, pairs: Se
         path: the file written; missing folders are made.
         title: the heading.
         pairs: McNemar's exact tests between runs: ``a``, ``b`` (names), ``only_a``, ``only_b`` (images that only one of
-            them held), ``p_value``. Shown for runs that were attacked on the same images within the same threat.
+            them held), ``p_value``. Shown for runs that were attacked on the same images within the same threat and under
+            the same suite.
 
     Raises:
         UserError: no runs, repeated names, an unknown name in ``pairs``, or artifacts whose shapes disagree.
@@ -166,9 +175,67 @@ def _threat(record: Record) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def _comparable(a: Record, b: Record) -> bool:
+def _same_images(a: Record, b: Record) -> bool:
     """Whether two records attacked the same images within the same threat."""
     return (a.data.images, a.threat.norm, a.threat.eps) == (b.data.images, b.threat.norm, b.threat.eps)
+
+
+def _comparable(a: Record, b: Record) -> bool:
+    """Whether two records attacked the same images within the same threat and under the same suite."""
+    return _same_images(a, b) and _protocol(a) == _protocol(b)
+
+
+def _protocol(record: Record) -> tuple[str, ...]:
+    """Return what two evaluations must share; attacks given by hand have the suite pgd, so there each one counts."""
+    by_hand = [attack.name for attack in record.attacks] if record.suite == "pgd" else []
+    return record.suite, _other_steps(record), *by_hand
+
+
+def _other_steps(record: Record) -> str:
+    """Return such as ``20 steps`` if the attacks did not have the suite's own, else nothing."""
+    return next((note.removesuffix(_OWN_STEPS) for note in record.notes if note.endswith(_OWN_STEPS)), "")
+
+
+def _is_autoattack(record: Record) -> bool:
+    return record.suite in _AUTOATTACK and not _other_steps(record)
+
+
+def _on_survivors(record: Record) -> bool:
+    """Whether each attack met what those before it left, so that its accuracy is that after all of them."""
+    return record.suite not in ("pgd", "none")
+
+
+def _suite(record: Record) -> str:
+    """Return what the figures were measured under; it ends in ``not AutoAttack`` where it was not, by name or by steps."""
+    names = [attack.name for attack in record.attacks]
+    if not names:
+        return "no attack"
+    if record.suite == "pgd":
+        several = len(names) > _NAMED_ATTACKS
+        words = f"{len(names)} attacks, each on all images" if several else _listed(names)
+    elif steps := _other_steps(record):
+        words = f"suite {record.suite} with {steps} instead of its own"
+    else:
+        words = MEANING.get(record.suite, f"suite {record.suite}").removesuffix(_NOT)
+    return words if _is_autoattack(record) else words + _NOT
+
+
+def _label(record: Record) -> str:
+    """Return the suite, to stand beside a figure that is not AutoAttack's; nothing for one that is."""
+    return "" if _is_autoattack(record) else _suite(record)
+
+
+def _under(record: Record) -> str:
+    """Return the suite as a clause after ``under``, with its commas."""
+    words = _suite(record)
+    head = words.removesuffix(_NOT)
+    if head == words:
+        return f"{words},"
+    return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{words},"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -186,9 +253,19 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
     context = {
         "runs": [_run(i, run) for i, run in enumerate(runs)],
         "groups": groups,
-        "attacks": list(dict.fromkeys(attack.name for record in records for attack in record.attacks)),
-        "autoattack": all(_has_autoattack(record) for record in records),
-        "pairs": [pair for pair in pairs if _comparable(by_name[pair["a"]], by_name[pair["b"]])],
+        "threats_differ": any(not _same_images(records[0], record) for record in records),
+        "attacks": list(
+            dict.fromkeys(attack.name for record in records if not _on_survivors(record) for attack in record.attacks)
+        ),
+        "overview": len(runs) > 1 or not _on_survivors(records[0]),
+        "suites": list(dict.fromkeys(_suite(record) for record in records)),
+        "others": list(dict.fromkeys(label for record in records if (label := _label(record)))),
+        "stages": _stages(runs),
+        "pairs": [
+            {**pair, "label": _label(by_name[pair["a"]])}
+            for pair in pairs
+            if _comparable(by_name[pair["a"]], by_name[pair["b"]])
+        ],
         "care": [note for run in runs for note in _care(run, many=len(runs) > 1)] + _care_together(runs),
         "curves": _curves(runs),
         "training": _training(runs),
@@ -202,6 +279,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         "verdict": ("Verdict", True),
         "trained": ("What was trained", True),
         "results": ("Results per attack", True),
+        "checks": ("Checks of gradient masking", True),
         "epsilon": ("Robustness against ε", context["curves"]),
         "training": ("Training", context["training"]),
         "gallery": ("Gallery", context["galleries"]),
@@ -228,7 +306,11 @@ def _run(index: int, run: RunResult) -> dict[str, Any]:
         "threat": _threat(record),
         "method": record.training.method if record.training else str(configured),
         "yaml": yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
-        "attacks": {attack.name: attack for attack in record.attacks},
+        "attacks": {} if _on_survivors(record) else {attack.name: attack for attack in record.attacks},
+        "suite": _suite(record),
+        "label": _label(record),
+        "under": _under(record),
+        "failed": [check.name for check in record.checks if not check.passed],
     }
 
 
@@ -245,16 +327,18 @@ def _plain(value: object) -> Any:
     return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def _has_autoattack(record: Record) -> bool:
-    names = [attack.name.lower().replace("_", "-") for attack in record.attacks]
-    parts = ("apgd-ce", "apgd-t", "fab", "square")
-    return any("autoattack" in name for name in names) or all(any(name.startswith(p) for name in names) for p in parts)
-
-
 def _care(run: RunResult, *, many: bool) -> list[str]:
     """Return what a reader must know before believing the numbers of ``run``."""
     record, notes = run.record, []
     who = f"{run.name}: " if many else ""
+    if not record.attacks:
+        notes.append(f"{who}no attack was made: its robust accuracy is the clean one, and says nothing of robustness.")
+    for check in record.checks:
+        if not check.passed:
+            notes.append(
+                f"{who}the check of gradient masking “{check.name}” failed: {_first_sentence(check.explanation)}"
+            )
+    notes += [f"{who}{note.rstrip('.')}." for note in record.notes]
     if record.data.split != "test":
         notes.append(f"{who}measured on the {record.data.split} split, not on test images.")
     for attack in record.attacks:
@@ -278,14 +362,24 @@ def _care(run: RunResult, *, many: bool) -> list[str]:
     return notes
 
 
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text.strip(), maxsplit=1)[0].rstrip(".") + "."
+
+
 def _care_together(runs: Sequence[RunResult]) -> list[str]:
     """Return why the runs of one report may not be compared with each other."""
     notes = []
-    if any(not _comparable(runs[0].record, run.record) for run in runs):
+    if any(not _same_images(runs[0].record, run.record) for run in runs):
         notes.append(
             "The runs were attacked on different images or within different threats; do not compare them directly."
         )
-    if len({tuple(sorted(attack.name for attack in run.record.attacks)) for run in runs}) > 1:
+    suites = list(dict.fromkeys(_suite(run.record) for run in runs))
+    if len(suites) > 1:
+        notes.append(
+            f"The runs were evaluated under different suites ({'; '.join(suites)}); do not compare their robust accuracies: "
+            "a worst case over more or longer attacks is lower for that alone."
+        )
+    elif len({tuple(sorted(attack.name for attack in run.record.attacks)) for run in runs}) > 1:
         notes.append(
             "The runs were not attacked with the same attacks; a worst case over more attacks is lower for that alone."
         )
@@ -303,6 +397,26 @@ def _trained(run: RunResult) -> tuple[float, str, str] | None:
     norm = str(threat.get("norm") or threat.get("name") or run.record.threat.norm).lower()
     text = str(_plain(threat["eps"]))
     return eps, run.record.threat.eps_text if abs(eps - run.record.threat.eps) < 1e-9 else text, norm
+
+
+def _stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Return figure and rows of each run whose attacks met the survivors of those before them."""
+    found = []
+    for i, run in enumerate(runs):
+        record = run.record
+        if not _on_survivors(record):
+            continue
+        steps = "; ".join(
+            f"after {attack.name} {percent(attack.robust.accuracy)} ({count(attack.broken)} of {count(attack.attacked)} broken)"
+            for attack in record.attacks
+        )
+        label = (
+            f"{run.name}, {_suite(record)}: {percent(record.clean.accuracy)} clean; {steps}; "
+            f"worst case {percent(record.worst.accuracy)}."
+        )
+        svg = plots.stages(record, i, title=run.name, prefix=f"stages-{i}", label=label)
+        found.append({"svg": svg, "name": run.name, "suite": _suite(record), "record": record})
+    return found
 
 
 def _curves(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
@@ -327,7 +441,10 @@ def _curves(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         )
         svg = plots.epsilon_curve(records, trained, prefix=f"eps-{len(found)}", label=label, indices=indices)
         names = [(i, runs[i].name) for i in indices]
-        found.append({"svg": svg, "norm": _NORMS.get(norm, norm), "names": names, "rows": rows, "attacks": attacks})
+        labels = list(dict.fromkeys(text for record in records if (text := _label(record))))
+        found.append(
+            {"svg": svg, "norm": _NORMS.get(norm, norm), "names": names, "rows": rows, "attacks": attacks, "labels": labels}
+        )  # fmt: skip
     return found
 
 
@@ -392,14 +509,15 @@ def _classes(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         parts = run.record.per_class
         if parts:
             worst, best = (choose(parts, key=lambda part: part.robust_accuracy) for choose in (min, max))
+            under = f" ({text})" if (text := _label(run.record)) else ""
             caption = (
-                f"{run.name}: least robust is {worst.name} ({percent(worst.robust_accuracy)} of {worst.n}), "
+                f"{run.name}{under}: least robust is {worst.name} ({percent(worst.robust_accuracy)} of {worst.n}), "
                 f"most robust {best.name} ({percent(best.robust_accuracy)} of {best.n})."
             )
             svg = plots.class_bars(
                 parts, i, title=run.name, prefix=f"class-{i}", label=f"Accuracy per class. {caption}"
             )
-            found.append({"svg": svg, "caption": caption, "parts": parts, "name": run.name})
+            found.append({"svg": svg, "caption": caption, "parts": parts, "name": run.name + under})
     return found
 
 

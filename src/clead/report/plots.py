@@ -289,6 +289,44 @@ def loss_terms(
     return _svg(figure, prefix, label)
 
 
+def stages(record: Record, index: int, *, title: str, prefix: str, label: str) -> str:
+    """Draw what attacks that follow each other leave: one bar each from clean to the worst case, the broken part pale.
+
+    Args:
+        record: whose ``attacks`` met the survivors of those before them.
+        index: which run (colour).
+        title: above the plot.
+        prefix: starts every id.
+        label: the text alternative.
+    """
+    figure, axes = _new(390, 62 + 23 * (len(record.attacks) + 2))
+    color, before = style(index).color, record.clean.accuracy
+    rows = [("clean", before, before, f"{100 * before:.1f} %")]
+    for attack in record.attacks:
+        left, minus = attack.robust.accuracy, "−" if attack.broken else ""
+        rows.append((attack.name, before, left, f"{100 * left:.1f} %, {minus}{attack.broken:,} of {attack.attacked:,}"))
+        before = left
+    worst = record.worst
+    rows.append(("worst case", worst.accuracy, worst.accuracy, f"{100 * worst.accuracy:.1f} %"))
+    for row, (_, whole, left, numbers) in enumerate(rows):
+        axes.barh(row, whole, height=0.66, color=color, alpha=0.26, linewidth=0)
+        axes.barh(row, left, height=0.66, color=color, linewidth=0)
+        axes.annotate(numbers, (1.03, row), va="center", fontsize=9, color=MUTED, annotation_clip=False)
+    error = np.abs([[worst.accuracy - worst.low], [worst.high - worst.accuracy]])
+    axes.errorbar([worst.accuracy], [len(rows) - 1], xerr=error, color=INK, capsize=3, linewidth=1.4)
+    names = [name if len(name) <= 24 else name[:23] + "…" for name, *_ in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.tick_params(axis="y", colors=INK)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 1.6)  # the numbers stand right of 100 %
+    axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color=LINE, linewidth=0.7)
+    axes.spines["bottom"].set_visible(False)
+    _title(axes, title)
+    return _svg(figure, prefix, label)
+
+
 def class_bars(parts: Sequence[ClassPart], index: int, *, title: str, prefix: str, label: str) -> str:
     """Draw clean (pale) and robust (full) accuracy per class; above 20 classes, the 20 least robust."""
     shown = list(parts)
