@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
 from clead.attacks.run import attack_images
+from clead.attacks.unrestricted import attack_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.models.split import SplitModel, adapt
@@ -33,10 +37,18 @@ class Net(nn.Module):
         return self.fc(self.held(self.body(x)))
 
 
-def make_model() -> SplitModel:
+class Randomised(Net):
+    """A defence by noise, drawn from every global generator there is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn_like(x) + float(np.random.standard_normal()) + random.gauss(0, 1)
+        return super().forward(x + 0.02 * noise)
+
+
+def make_model(kind: type[Net] = Net) -> SplitModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        net = Net()
+        net = kind()
         model = adapt(net, sample_shape=(2, 5, 5))
     model.add_projection(dim=6, seed=1)
     model.train()
@@ -64,19 +76,19 @@ def snapshot(model: nn.Module, *tensors: Tensor) -> list[Any]:
         [(module.training, len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
         [(tensor.detach().numpy().tobytes(), tensor.requires_grad, tensor.grad) for tensor in tensors],
         torch.get_rng_state().tolist(),
+        [part.tobytes() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
+        random.getstate(),
         (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()),
     ]
 
 
-SHORT = {"steps": 3, "queries": 20}
+SHORT = {"steps": 3, "search_steps": 3, "queries": 20, "draws": 2, "angles": 5, "shifts": 3, "restarts": 2}
 """Few steps for the contract: which settings an attack shortens by, if it has them."""
 
 
-def make_attack(name: str, **values: Any) -> Any:
-    kind = ATTACKS.get(name)
-    if issubclass(kind, Search):
-        values = {**{key: value for key, value in SHORT.items() if key in kind.__pydantic_fields__}, **values}
-    return kind(**values)
+def make_attack(name: str, registry: Any = ATTACKS) -> Any:
+    kind = registry.get(name)
+    return kind(**{key: value for key, value in SHORT.items() if key in kind.__pydantic_fields__})
 
 
 @pytest.fixture(params=ATTACKS.names())
@@ -113,6 +125,16 @@ def test_attack_leaves_model_untouched(attack, threat, objective):
     assert torch.equal(again, x_adv), "not deterministic in the seed"
 
 
+def test_a_randomised_model_draws_from_no_one_elses_stream(attack, threat):
+    model, (x, y) = make_model(Randomised), images()
+    before = snapshot(model, x, y)
+    x_adv = attack_images(attack, model, x, y, threat, generator=generator())
+    assert snapshot(model, x, y) == before
+    torch.rand(3), np.random.rand(3), random.random()
+    again = attack_images(attack, model, x, y, threat, generator=generator())
+    assert torch.equal(again, x_adv), "not deterministic in the seed"
+
+
 def test_attack_moves_and_gains(attack, threat):
     model, (x, y) = make_model().eval(), images()
     x_adv = attack_images(attack, model, x, y, threat, generator=generator())
@@ -137,8 +159,7 @@ def test_each_image_is_attacked_by_itself(attack, threat):
     if isinstance(attack, Search):
         pytest.skip("searches draw for the batch")
     model, (x, y) = make_model(), images()
-    started = "random_start" in vars(attack) and attack.random_start
-    attack = type(attack)(random_start=False) if started else attack
+    attack = replace(attack, random_start=False) if "random_start" in vars(attack) else attack
     together = attack_images(attack, model, x, y, threat)
     alone = torch.cat([attack_images(attack, model, x[i : i + 1], y[i : i + 1], threat) for i in range(len(x))])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
@@ -221,3 +242,63 @@ def test_eps_zero_returns_the_images(attack):
 def test_double_precision_stays_double(attack, threat):
     model, (x, y) = make_model().double(), images()
     assert attack_images(attack, model, x.double(), y, threat).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------ in no norm ball
+
+
+@pytest.fixture(params=UNRESTRICTED.names())
+def unrestricted(request: pytest.FixtureRequest) -> Any:
+    return make_attack(request.param, UNRESTRICTED)
+
+
+@pytest.mark.parametrize("kind", [Net, Randomised])
+def test_unrestricted_leaves_model_untouched(unrestricted, kind):
+    model, (x, y) = make_model(kind), images()
+    before = snapshot(model, x, y)
+    x_adv = attack_unrestricted(unrestricted, model, x, y, generator=generator())
+    assert snapshot(model, x, y) == before
+    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.grad_fn is None
+    assert x_adv.min() >= 0 and x_adv.max() <= 1 and unrestricted.allows(x_adv, x).all()
+    assert x_adv.data_ptr() != x.data_ptr()
+    torch.rand(3), np.random.rand(3), random.random()
+    again = attack_unrestricted(unrestricted, model, x, y, generator=generator())
+    assert torch.equal(again, x_adv), "not deterministic in the seed"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_unrestricted_in_any_mode_of_the_caller_and_of_the_model(unrestricted, mode):
+    model, (x, y) = make_model(), images()
+    expected = attack_unrestricted(unrestricted, make_model().eval(), x, y)  # no generator: a fixed seed
+    with mode():
+        inside_x, inside_y = x * 1, y * 1  # inference tensors in inference mode
+        before = snapshot(model, inside_x)
+        assert torch.equal(attack_unrestricted(unrestricted, model, inside_x, inside_y), expected)
+        assert snapshot(model, inside_x) == before
+    x.requires_grad_()
+    x_adv = attack_unrestricted(unrestricted, model, x, y)
+    assert torch.equal(x_adv, expected) and not x_adv.requires_grad and x.grad is None
+
+
+@pytest.mark.parametrize("fails_at", [2, 4])
+def test_an_exception_inside_unrestricted_leaves_model_untouched(unrestricted, fails_at):
+    calls = []
+
+    class Fails(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            if len(calls) == fails_at:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model, (x, y) = make_model(Fails), images()
+    before = snapshot(model, x, y)
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        attack_unrestricted(unrestricted, model, x, y, generator=generator())
+    assert snapshot(model, x, y) == before
+
+
+def test_unrestricted_in_double_precision(unrestricted):
+    model, (x, y) = make_model().double(), images()
+    assert attack_unrestricted(unrestricted, model, x.double(), y).dtype == torch.float64
