@@ -1,13 +1,14 @@
 """The configuration: round trips, overrides, and mistakes, each said in one line."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks import ATTACKS
 from clead.attacks.pgd import PGD
 from clead.config import (
     GROUPS,
@@ -25,6 +26,7 @@ from clead.config import (
 from clead.data.datasets import DATASETS
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
+from clead.evaluation.suites import MEANING, SuiteName, suite
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.threats import THREATS
@@ -157,10 +159,10 @@ def test_override_mistakes_are_all_listed():
 def test_nested_and_typed_overrides():
     config = load_recipe(
         "digits-clead",
-        ["--data.augment.crop", "1", "--optim.lr=1e-3", "--train.patience", "3", "--eval.objectives", "[dlr]"],
+        ["--data.augment.crop", "1", "--optim.lr=1e-3", "--train.patience", "3", "--optim.milestones", "[0.2]"],
     )
     assert config.data.augment.crop == 1 and config.data.augment.flip is False
-    assert config.optim.lr == 1e-3 and config.train.patience == 3 and config.eval.objectives == ("dlr",)
+    assert config.optim.lr == 1e-3 and config.train.patience == 3 and config.optim.milestones == (0.2,)
 
 
 def test_the_last_override_wins():
@@ -240,7 +242,7 @@ def test_every_problem_is_listed_at_once():
         "method": {"temperature": -1, "inner": "kll"},
         "optim": {"lr": "fast", "milestones": [0.5, 7]},
         "train": {"epochs": 1, "precision": "half", "seed": -1},
-        "eval": {"objectives": ["cross_entropie"]},
+        "eval": {"suite": "standart", "steps": 0, "check_images": -1},
         "trian": {},
     }
     found = problems(lambda: RunConfig.from_dict(given_tree))
@@ -248,7 +250,7 @@ def test_every_problem_is_listed_at_once():
     assert set(by_key) == {
         "trian", "data.bach_size", "data.augment.flop", "model.name", "threat.eps", "attack.steps", "attack.step_size",
         "method.temperature", "method.inner", "optim.lr", "optim.milestones.1", "train.precision", "train.seed",
-        "eval.objectives",
+        "eval.suite", "eval.steps", "eval.check_images",
     }  # fmt: skip
     assert "did you mean 'train'" in by_key["trian"]
     assert "did you mean 'batch_size'" in by_key["data.bach_size"]
@@ -258,7 +260,8 @@ def test_every_problem_is_listed_at_once():
     assert "8/255" in by_key["attack.step_size"] and "'big'" in by_key["attack.step_size"]
     assert "got 'kll'" in by_key["method.inner"] and "'kl'" in by_key["method.inner"]
     assert "got 'fast'" in by_key["optim.lr"] and "got -1" in by_key["train.seed"]
-    assert "cross_entropy" in by_key["eval.objectives"]
+    assert "'standard'" in by_key["eval.suite"] and "got 'standart'" in by_key["eval.suite"]
+    assert "got 0" in by_key["eval.steps"] and "got -1" in by_key["eval.check_images"]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -390,13 +393,25 @@ def test_shared_keys_are_printed_once():
     assert "--data.channels  (default null; 1 | 3)" in text
     assert "--optim.lr  (default 0.1; > 0)" in text and "--train.ema  (default 0.0; ≥ 0, < 1)" in text
     assert "--train.checkpoint_seconds  (default 60.0; ≥ 0; seconds)" in text
-    assert len(text.splitlines()) < 250
+    # A key has a line per meaning, however many classes have it, besides the five keys that choose a class.
+    meanings = {(group, key, allowed, doc) for group, _, key, _, allowed, doc in documented_keys()}
+    assert sum(line.startswith("  --") for line in text.splitlines()) == len(meanings) + len(choice_keys())
 
 
-def test_objectives_are_validated_against_the_registry():
-    for name in OBJECTIVES.names():
-        assert RunConfig.from_dict(tree(eval={"objectives": [name]})).eval.objectives == (name,)
-    assert problems(lambda: RunConfig.from_dict(tree(eval={"objectives": []})))[0].startswith("eval.objectives")
+@pytest.mark.parametrize("name", get_args(SuiteName))
+def test_every_suite_can_be_named_and_made(name):
+    assert RunConfig.from_dict(tree(eval={"suite": name})).eval.suite == name
+    attacks, _ = suite(name, "linf", 10, steps=1)
+    assert attacks and MEANING[name]
+
+
+def test_suites_are_those_of_the_evaluation():
+    (allowed,) = [row[4] for row in documented_keys() if row[0] == "eval" and row[2] == "suite"]
+    assert allowed == " | ".join(repr(name) for name in get_args(SuiteName))
+    for gone in ("fgsm", "restarts", "objectives"):
+        assert problems(lambda gone=gone: RunConfig.from_dict(tree(eval={gone: 1})))[0].startswith(
+            f"eval.{gone}: unknown"
+        )
 
 
 def test_a_path_for_a_dataset_that_has_none_means_the_users_own_images():
