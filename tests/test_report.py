@@ -335,6 +335,17 @@ def test_stages_are_shown_of_attacks_on_survivors_only(tmp_path):
     assert '<svg class="plot"' not in html.partition('<section id="results"')[2].partition("</section>")[0]
 
 
+def test_bars_of_the_stages_are_as_long_as_the_accuracies():
+    record = fake_record()
+    svg = plots.stages(record, 0, title="t", prefix="p", label="l")
+    bars = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [^"]* z\s*"[^>]*fill: var\(--p0[^;"]*(; opacity)?', svg)
+    lengths = {pale: [float(b) - float(a) for a, b, p in bars if bool(p) == pale] for pale in (True, False)}
+    left = [record.clean.accuracy, *(attack.robust.accuracy for attack in record.attacks), record.worst.accuracy]
+    unit = lengths[False][0] / left[0]
+    assert lengths[False] == pytest.approx([unit * value for value in left], abs=0.05)
+    assert lengths[True] == pytest.approx([unit * value for value in (left[0], *left[:-2], left[-1])], abs=0.05)
+
+
 def test_threat_is_repeated_per_run_only_where_it_differs(tmp_path):
     a = RunResult("a", fake_record())
     html, _ = write(tmp_path, a, RunResult("b", fake_record(suite="quick")))
