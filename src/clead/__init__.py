@@ -15,7 +15,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from clead import attacks
-    from clead.api import compare, evaluate, evaluate_run, load, train, write_report
+    from clead.api import (
+        certify_run,
+        compare,
+        corruptions_run,
+        detect_run,
+        distances_run,
+        evaluate,
+        evaluate_run,
+        load,
+        train,
+        unrestricted_run,
+        write_report,
+    )
     from clead.config import RunConfig, load_recipe
     from clead.errors import UserError
     from clead.models.split import adapt
@@ -25,12 +37,17 @@ _WHERE = {
     "RunConfig": "clead.config",
     "UserError": "clead.errors",
     "adapt": "clead.models.split",
+    "certify_run": "clead.api",
     "compare": "clead.api",
+    "corruptions_run": "clead.api",
+    "detect_run": "clead.api",
+    "distances_run": "clead.api",
     "evaluate": "clead.api",
     "evaluate_run": "clead.api",
     "load": "clead.api",
     "load_recipe": "clead.config",
     "train": "clead.api",
+    "unrestricted_run": "clead.api",
     "write_report": "clead.api",
 }
 
@@ -40,12 +57,17 @@ __all__ = [
     "__version__",
     "adapt",
     "attacks",
+    "certify_run",
     "compare",
+    "corruptions_run",
+    "detect_run",
+    "distances_run",
     "evaluate",
     "evaluate_run",
     "load",
     "load_recipe",
     "train",
+    "unrestricted_run",
     "write_report",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,25 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
 from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.unrestricted import Unrestricted
 from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
-from clead.errors import UserError
+from clead.errors import UserError, did_you_mean
 from clead.evaluation import adversarial
+from clead.evaluation.corruptions import SEVERITIES, evaluate_corruptions
+from clead.evaluation.detection import DETECTORS, evaluate_detection
+from clead.evaluation.measurement import Measurement, Result, measure
+from clead.evaluation.minimum_norm import evaluate_minimum_norm
 from clead.evaluation.processes import Shard, folders, rank, shards
 from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model, exact_float32, pixels, right_images
-from clead.evaluation.state import discard
+from clead.evaluation.smoothing import certify
+from clead.evaluation.state import State, discard
 from clead.evaluation.statistics import mcnemar
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.transfer import transfer
-from clead.interfaces import ImageSet, Search, Splits
+from clead.evaluation.unrestricted import described, evaluate_unrestricted
+from clead.interfaces import ImageSet, Search, Splits, Threat
 from clead.models.build import build_model
 from clead.models.custom import make_module
 from clead.models.modes import attack_mode
@@ -39,6 +46,9 @@ from clead.report.record import Record, TrainingPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import Outcome, device_of, fit, mean_std
+
+DETECT_IMAGES = 300
+"""So many images are attacked by ``detect_run`` if no number is given: each is attacked once per threshold of each detector."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,19 +240,261 @@ def evaluate_run(
     Returns:
         The evaluation, with all its images if ``save_adversarial`` is given.
     """
+    part = Shard.parse(shard) if shard else None
+    opened = _open(path, config, model, data)
+    sources = [(source, load(source)) for source in transfer_from]
+    for source, other in sources:
+        if other.num_classes != opened.model.num_classes:
+            raise UserError(
+                f"--transfer-from {source} has {other.num_classes} classes, {path} has {opened.model.num_classes}; "
+                "give a run on the same classes"
+            )
+    device = opened.device
+    return _evaluate_into(
+        opened.run.path / "results",
+        result,
+        opened.model,
+        opened.images,
+        opened.config,
+        opened.subject,
+        part,
+        fresh=fresh,
+        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        attacks=attacks,
+        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
+        source=sources[0][1] if sources else None,
+        merge=merge,
+        device=device,
+        show=show,
+    )
+
+
+def certify_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    sigma: float = 0.25,
+    n: int = 10_000,
+    n0: int = 100,
+    alpha: float = 0.001,
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Certify a run in L2 by randomised smoothing, and leave ``RUN/results/certify.json``.
+
+    A call that was stopped goes on where it was, as do the functions below. ``sigma``, ``n``, ``n0`` and ``alpha`` are those of
+    ``clead.evaluation.smoothing.certify``; the rest is as of ``evaluate_run``.
+    """
+    run = _open(path, config, model, data)
+    settings = {"sigma": sigma, "n": n, "n0": n0, "alpha": alpha, "batch_size": run.config.eval.batch_size or 1000}
+
+    def work(state: State) -> Result:
+        return certify(run.model, run.images, **run.common, **settings, num_classes=run.k, state=state, show=show)
+
+    return run.measure("certify", work, settings, fresh=fresh)
+
+
+def detect_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    detectors: Sequence[str] = tuple(DETECTORS),
+    restarts: int = 3,
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Measure detectors of adversarial images on a run, and leave ``RUN/results/detect.json``.
+
+    They are fitted on the training images, their thresholds set on the validation images, both clean; ``eval.images`` of the test
+    images, 300 if it is not given, are attacked in ``eval.steps`` steps, 100 if not given.
+
+    ``detectors`` are names of ``clead.evaluation.detection.DETECTORS``, ``restarts`` those of the attack that knows the detector;
+    the rest is as of ``evaluate_run``.
+    """
+    for name in detectors:
+        if name not in DETECTORS:
+            raise UserError(f"unknown detector {name!r}; {did_you_mean(name, DETECTORS)}")
+    if not detectors or len(set(detectors)) < len(detectors):
+        raise UserError(f"name each detector once, at least one of {', '.join(DETECTORS)}, got {', '.join(detectors)}")
+    run = _open(path, config, model, data, images=DETECT_IMAGES)
+    if run.config.eval.split != "test":
+        raise UserError(
+            f"eval.split: the validation images set the detectors' thresholds, got {run.config.eval.split}; use test"
+        )
+    options = {
+        "steps": run.config.eval.steps or 100,
+        "restarts": restarts,
+        "batch_size": run.config.eval.batch_size or 256,
+    }
+
+    def work(state: State) -> Result:
+        return evaluate_detection(
+            run.model,
+            run.splits.train,
+            run.images,
+            run.config.threat,
+            calibration=run.splits.val,
+            detectors=[DETECTORS[name]() for name in detectors],
+            **run.common,
+            **options,
+            state=state,
+            show=show,
+        )
+
+    return run.measure("detect", work, {"detectors": list(detectors), **options}, threat=run.config.threat, fresh=fresh)
+
+
+def corruptions_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    names: Sequence[str] | None = None,
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Measure a run under common corruptions, and leave ``RUN/results/corruptions.json``.
+
+    ``severities`` and ``names`` are those of ``clead.evaluation.corruptions.evaluate_corruptions``, the rest those of
+    ``evaluate_run``.
+    """
+    run = _open(path, config, model, data)
+    settings = {
+        "severities": list(severities),
+        "names": None if names is None else list(names),
+        "batch_size": run.config.eval.batch_size or 256,
+    }
+
+    def work(state: State) -> Result:
+        return evaluate_corruptions(run.model, run.images, **run.common, **settings, state=state, show=show)
+
+    return run.measure("corruptions", work, settings, fresh=fresh)
+
+
+def distances_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    attacks: Sequence[str] = ("fmn",),
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Look for the nearest adversarial image of each image, and leave ``RUN/results/distances.json``.
+
+    The norm is that of ``config.threat``. ``attacks`` are names of attacks for the smallest perturbation, such as ``fmn`` and
+    ``deepfool``; ``eval.steps`` replaces their own numbers of steps. The rest is as of ``evaluate_run``.
+    """
+    run = _open(path, config, model, data)
+    settings = {
+        "attacks": list(attacks),
+        "steps": run.config.eval.steps,
+        "batch_size": run.config.eval.batch_size or 256,
+    }
+
+    def work(state: State) -> Result:
+        norm = run.config.threat.norm
+        return evaluate_minimum_norm(
+            run.model, run.images, norm, **run.common, **settings, classes=run.k, state=state, show=show
+        )
+
+    return run.measure("distances", work, settings, threat=run.config.threat, fresh=fresh)
+
+
+def unrestricted_run(
+    path: str | Path,
+    attack: Unrestricted,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Attack a run by rotations and shifts or by patches, and leave ``RUN/results/attack-NAME.json``.
+
+    ``attack`` is such as ``clead.attacks.spatial.Spatial()``; the rest is as of ``evaluate_run``.
+    """
+    name, values = described(attack)
+    run = _open(path, config, model, data)
+    batch_size = run.config.eval.batch_size or 256
+    settings = {"attack": {"name": name, **values}, "batch_size": batch_size}
+
+    def work(state: State) -> Result:
+        return evaluate_unrestricted(
+            run.model, run.images, attack, **run.common, batch_size=batch_size, classes=run.k, state=state, show=show
+        )
+
+    return run.measure(f"attack-{name}", work, settings, fresh=fresh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A run with its model on the device, and the images that it is evaluated on."""
+
+    run: RunDir
+    config: RunConfig
+    model: SplitModel
+    images: ImageSet
+    splits: Splits
+    subject: Subject
+    device: torch.device
+
+    @property
+    def k(self) -> int:
+        return len(self.splits.classes)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        return {"seed": self.config.eval.seed, "device": self.device}
+
+    def measure(
+        self,
+        kind: str,
+        work: Callable[[State], Result],
+        settings: dict[str, Any],
+        *,
+        threat: Threat | None = None,
+        fresh: bool,
+    ) -> Measurement:
+        return measure(
+            kind,
+            work,
+            model=self.model,
+            images=self.images,
+            subject=self.subject,
+            settings=settings,
+            seed=self.config.eval.seed,
+            device=self.device,
+            threat=threat,
+            path=self.run.path / "results" / f"{kind}.json",
+            fresh=fresh,
+        )
+
+
+def _open(
+    path: str | Path,
+    config: RunConfig | None,
+    model: nn.Module | None,
+    data: Splits | None,
+    *,
+    images: int | None = None,
+) -> _Opened:
+    """Load a run, its model and its images; ``images`` counts where ``config.eval`` names no number."""
     run = RunDir.open(Path(path))
     trained = run.config()
     config = config or trained
-    part = Shard.parse(shard) if shard else None
+    if images is not None and config.eval.images is None:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=images))
     loaded = _load(run, config, config.eval.weights, model)
-    images, splits = _evaluated_images(run, config, trained, data)
-    sources = [(source, load(source)) for source in transfer_from]
-    for source, other in sources:
-        if other.num_classes != loaded.num_classes:
-            raise UserError(
-                f"--transfer-from {source} has {other.num_classes} classes, {path} has {loaded.num_classes}; "
-                "give a run on the same classes"
-            )
+    chosen, splits = _evaluated_images(run, config, trained, data)
     tree = config.to_dict()
     subject = Subject(
         name=run.name,
@@ -255,23 +507,7 @@ def evaluate_run(
         training=_training(run, trained),
     )
     device = device_of(config.train.device)
-    return _evaluate_into(
-        run.path / "results",
-        result,
-        loaded.to(device),
-        images,
-        config,
-        subject,
-        part,
-        fresh=fresh,
-        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
-        attacks=attacks,
-        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
-        source=sources[0][1] if sources else None,
-        merge=merge,
-        device=device,
-        show=show,
-    )
+    return _Opened(run, config, loaded.to(device), chosen, splits, subject, device)
 
 
 def evaluate_foreign(

@@ -6,14 +6,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.errors import MissingExtra, UserError
+from clead.errors import MissingExtra, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from clead.config import RunConfig
@@ -34,6 +34,7 @@ _OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file too.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what a stopped call has left.")]
 
 
 def _documented(value: bool) -> None:
@@ -207,13 +208,15 @@ def attack(
     verify: Annotated[
         Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
     ] = None,
+    fresh: Fresh = False,
     json_file: Json = None,
 ) -> None:
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
     from clead import api
-    from clead.attacks import OBJECTIVES
+    from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
     from clead.config import parse_overrides
     from clead.evaluation.suites import NamedAttack, attack_name
+    from clead.settings import validated
 
     OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
@@ -225,6 +228,26 @@ def attack(
         if json_file:
             _write_json(json_file, found[0] if len(found) == 1 else found)
         return
+    settings = parse_overrides(overrides)
+    given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
+    name = str(given.get("name", "pgd"))
+    if name in UNRESTRICTED.names():
+        for option, useless in (("--objective", objective != "cross_entropy"), ("--save", save is not None)):
+            if useless:
+                raise UserError(
+                    f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
+                )
+        del given["name"]
+        unrestricted = validated(UNRESTRICTED.get(name), given, "attack")
+        keys = ("attack", "eval.batch_size")
+
+        def work(run: str, config: RunConfig) -> Any:
+            return api.unrestricted_run(run, unrestricted, config=config, fresh=fresh)
+
+        _measure(runs, overrides, keys, work, json_file)
+        return
+    if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
+        raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")
     _only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
@@ -235,10 +258,8 @@ def attack(
         "0",
         *(["--eval.gallery", "1000000000"] if save else []),
     ]
-    settings = parse_overrides(overrides)
-    given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
     foreign = None
-    if ":" in str(given.get("name", "")):  # torchattacks:NAME or foolbox:NAME, with the settings of that class
+    if ":" in name:  # torchattacks:NAME or foolbox:NAME, with the settings of that class
         from clead.attacks.external import external
 
         foreign = external(given.pop("name"), **given)
@@ -259,6 +280,7 @@ def attack(
                 config=config,
                 attacks=[NamedAttack(name, used, objective)],
                 result=result,
+                fresh=fresh,
             )
         _print_record(evaluation.record)
         _say(f"record: {run}/results/{result}.json")
@@ -267,6 +289,87 @@ def attack(
             _save_images(save, evaluation)
     if json_file:
         _write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+@app.command(context_settings=_OPEN)
+def certify(
+    context: typer.Context,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, in pixel units of [0, 1].")] = 0.25,
+    n: Annotated[
+        int, typer.Option("--n", help="Noisy copies per image, which bound the class's probability.")
+    ] = 10_000,
+    n0: Annotated[int, typer.Option("--n0", help="Noisy copies per image, which choose the class.")] = 100,
+    alpha: Annotated[float, typer.Option(help="Probability, per image, that the certificate is wrong.")] = 0.001,
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Certify runs in L2 by randomised smoothing: clead certify RUN ... [--sigma 0.25] [--eval.images 500]."""
+    from clead import api
+
+    def work(run: str, config: RunConfig) -> Any:
+        if config.data.augment.gaussian != sigma:
+            trained = config.data.augment.gaussian
+            _say(
+                f"note: {run} was trained with noise σ {trained:g} (data.augment.gaussian), not {sigma:g}: expect small radii"
+            )
+        return api.certify_run(run, config=config, sigma=sigma, n=n, n0=n0, alpha=alpha, fresh=fresh)
+
+    runs, overrides = _runs(context.args)
+    _measure(runs, overrides, ("eval.batch_size",), work, json_file)
+
+
+@app.command(context_settings=_OPEN)
+def detect(
+    context: typer.Context,
+    detectors: Annotated[
+        str, typer.Option(help="Which, with commas: mahalanobis, nearest_neighbours, disagreement.")
+    ] = "mahalanobis,nearest_neighbours,disagreement",
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Attack runs and detectors of attacks together: clead detect RUN ... [--eval.images 300, the default]."""
+    from clead import api
+
+    def work(run: str, config: RunConfig) -> Any:
+        return api.detect_run(run, config=config, detectors=_parts(detectors), fresh=fresh)
+
+    runs, overrides = _runs(context.args)
+    _measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
+
+
+@app.command(context_settings=_OPEN)
+def corruptions(
+    context: typer.Context,
+    severities: Annotated[str, typer.Option(help="Which of 1 to 5, with commas.")] = "1,2,3,4,5",
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Measure runs under 15 common corruptions: clead corruptions RUN ... [--severities 1,3,5]."""
+    from clead import api
+
+    def work(run: str, config: RunConfig) -> Any:
+        levels: list[Any] = [int(part) if part.isdecimal() else part for part in _parts(severities)]
+        return api.corruptions_run(run, config=config, severities=levels, fresh=fresh)
+
+    runs, overrides = _runs(context.args)
+    _measure(runs, overrides, ("eval.batch_size",), work, json_file)
+
+
+@app.command(context_settings=_OPEN)
+def distances(
+    context: typer.Context,
+    attacks: Annotated[str, typer.Option(help="Which, with commas: fmn, deepfool, fab, cw.")] = "fmn",
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Find how far wrong answers are, robust accuracy at every eps: clead distances RUN ... [--attacks fmn,deepfool]."""
+    from clead import api
+
+    def work(run: str, config: RunConfig) -> Any:
+        return api.distances_run(run, config=config, attacks=_parts(attacks), fresh=fresh)
+
+    runs, overrides = _runs(context.args)
+    _measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
 
 
 @app.command()
@@ -317,11 +420,12 @@ def demo(
 def list_() -> None:
     """List recipes, datasets, models, threats, attacks, objectives and methods."""
     from clead import config
-    from clead.attacks import OBJECTIVES
+    from clead.attacks import OBJECTIVES, UNRESTRICTED
 
     print(f"recipes: {', '.join(config.recipe_names())}")
     for group, (_, _, names) in config.choice_keys().items():
         print(f"{group}: {', '.join(names)}")
+    print(f"unrestricted attacks: {', '.join(UNRESTRICTED.names())}")
     print(f"objectives: {', '.join(OBJECTIVES.names())}")
 
 
@@ -359,6 +463,43 @@ def _only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
             problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
     if problems:
         raise UserError(*problems)
+
+
+def _measure(
+    runs: list[str],
+    overrides: list[str],
+    keys: tuple[str, ...],
+    work: Callable[[str, RunConfig], Any],
+    json_file: Path | None,
+) -> None:
+    """Measure runs, print what was found, and keep it. ``keys``: groups and keys that matter, besides data and images."""
+    from rich.console import Console
+
+    from clead.config import documented_keys, parse_overrides
+    from clead.report.tables import summary
+
+    used = ("data", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *keys)
+    # A key that nobody knows is told so by the configuration.
+    known = {f"{group}.{key}" for group, _, key, *_ in documented_keys()} | {"threat.norm", "attack.name"}
+    given = [".".join(path) for path, _ in parse_overrides(overrides)]
+    useless = [key for key in given if key in known and key not in used and key.split(".")[0] not in used]
+    if useless:
+        raise UserError(*(f"--{key}: changes nothing here; settings of {', '.join(used)} do" for key in useless))
+    configs = [_changed(run, _without(overrides, "--attack.")) for run in runs]
+    contents = []
+    for run, config in zip(runs, configs, strict=True):
+        with _interruptible():
+            measurement = work(run, config)
+        table, sentence = summary(measurement)
+        Console(width=max(100, Console().width)).print(table)
+        _say(f"record: {run}/results/{measurement.kind}.json\n{sentence}")
+        contents.append(json.loads(measurement.model_dump_json()))
+    if json_file:
+        _write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _without(overrides: list[str], start: str) -> list[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.robust import exact_float32
+from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
@@ -294,6 +296,7 @@ def evaluate_corruptions(
     seed: int = 0,
     show: bool = True,
     device: torch.device | None = None,
+    state: State | None = None,
 ) -> CorruptionResult:
     """Measure accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
@@ -308,6 +311,7 @@ def evaluate_corruptions(
         seed: of noise, directions, textures.
         show: whether to show progress.
         device: where to compute; that of the model's parameters if None.
+        state: keeps finished pairs of corruption and severity: a call that was stopped goes on from there; None: nothing is kept.
 
     Raises UserError on unknown names or severities, images of another kind, or a model that returns no logits (B, K).
     """
@@ -337,8 +341,14 @@ def evaluate_corruptions(
         )
     arrays = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
-    def right(corrupted: Callable[[int], Pixels]) -> Estimate:
+    state = state or State(None, {})
+
+    def right(key: str, corrupted: Callable[[int], Pixels]) -> Estimate:
+        if key in state.parts:
+            tick(len(arrays))
+            return estimate(state.parts[key][0]["flags"].tolist())
         flags: list[bool] = []
+        begun = time.monotonic()
         for start in range(0, len(arrays), batch_size):
             batch = np.stack([corrupted(index) for index in range(start, min(start + batch_size, len(arrays)))])
             x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float() / 255
@@ -346,12 +356,13 @@ def evaluate_corruptions(
             with attack_mode(model), torch.no_grad():
                 flags += (~fallen(model(x), y)).tolist()  # synchronises the device
             tick(len(batch))
+        state.put(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
         return estimate(flags)
 
     cells = []
     total = len(arrays) * (1 + len(names) * len(severities))
-    with exact_float32(), progress("corruptions", total, show=show) as tick:
-        clean = right(lambda index: arrays[index])
+    with state.opened(), exact_float32(), progress("corruptions", total, show=show) as tick:
+        clean = right("clean", lambda index: arrays[index])
         for name in names:
             corruption, position = CORRUPTIONS[name], list(CORRUPTIONS).index(name)
             for severity in severities:
@@ -361,7 +372,8 @@ def evaluate_corruptions(
                 ) -> Pixels:
                     return corruption(arrays[index], key[1], np.random.default_rng([seed, *key, index]))
 
-                cell = CorruptionCell(name=name, severity=severity, accuracy=right(corrupted))
+                key = f"{name}-{severity}"
+                cell = CorruptionCell(name=name, severity=severity, accuracy=right(key, corrupted))
                 tick(0, corruption=f"{name} {severity}", accuracy=cell.accuracy.accuracy)
                 cells.append(cell)
     return CorruptionResult(

@@ -25,6 +25,7 @@ from clead.data.base import stratified
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.robust import exact_float32
+from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
@@ -291,6 +292,7 @@ def evaluate_detection(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | None = None,
+    state: State | None = None,
     show: bool = True,
 ) -> Detection:
     """Fit detectors on clean images and measure them against attacks that do not, and that do, know them.
@@ -316,11 +318,11 @@ def evaluate_detection(
         batch_size: images attacked at once.
         seed: of the random starts and of the halves.
         device: where to compute; that of the model's parameters if None.
+        state: keeps finished batches of each attack: a call that was stopped goes on from there; None: nothing is kept.
         show: whether to show progress.
 
     Raises UserError if the model has no features, on invalid images, and on values out of range.
     """
-    start = time.monotonic()
     if not isinstance(model, SplitModel):
         raise UserError(
             f"detection needs a model split into features and classifier, got a {type(model).__name__}; "
@@ -341,13 +343,15 @@ def evaluate_detection(
         pgd = PGD(steps=steps, keep="best")
         attacks = [(f"PGD-{steps} {name}", pgd, name) for name in ("cross_entropy", "margin")]
 
-    job = _Job(model, threat, batch_size, device)
+    state = state or State(None, {})
+    job = _Job(model, threat, batch_size, device, state)
     total = len(images) * (len(attacks) + len(detectors) * len(rates))
-    with exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
+    with exact_float32(), attack_mode(model):
         job.fit(detectors, reference)
         calibrated = job.look(detectors, calibration)[2]
         x, y = _pixels(images.images), images.labels
         wrong, margins, scores = job.look(detectors, images)
+    with state.opened(), exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
         oblivious = [
             job.oblivious(attack, x, y, wrong, detectors, number, seed, tick) for number, attack in enumerate(attacks)
         ]
@@ -366,8 +370,17 @@ def evaluate_detection(
             scale = (max(margins.abs().mean().item(), 1e-12), max(spread, 1e-12))
             for number, threshold in enumerate(thresholds):  # falling: each starts from what the one before has reached
                 for here in _slices(len(x), batch_size):
-                    generator = seeded(device, seed, len(attacks) + d, number, here.start)
-                    job.aware(detector, threshold, scale, x, y, best, lowest, here, steps, restarts, generator)
+                    key = f"aware-{d:02d}-{here.start:06d}"
+                    tensors, data = state.parts.get(key, ({}, {"thresholds": 0, "seconds": 0.0}))
+                    if data["thresholds"] > number:  # where a call that was stopped has got to
+                        best[here], lowest[here] = tensors["best"], tensors["lowest"]
+                    else:
+                        start = time.monotonic()
+                        generator = seeded(device, seed, len(attacks) + d, number, here.start)
+                        job.aware(detector, threshold, scale, x, y, best, lowest, here, steps, restarts, generator)
+                        so_far = {"best": best[here].clone(), "lowest": lowest[here].clone()}
+                        spent = data["seconds"] + time.monotonic() - start
+                        state.put(key, so_far, {"thresholds": number + 1, "seconds": spent})
                     held = ~_evaded(lowest[: here.stop], threshold)
                     tick(here.stop - here.start, detector=detector.name, robust_or_rejected=held.float().mean().item())
             separated = [
@@ -397,7 +410,7 @@ def evaluate_detection(
         clean=estimate((~wrong).tolist()),
         robust=estimate((~broken).tolist()),
         detectors=parts,
-        seconds=time.monotonic() - start,
+        seconds=sum(data["seconds"] for _, data in state.parts.values()),
     )
 
 
@@ -418,6 +431,7 @@ class _Job:
     threat: Threat
     batch_size: int
     device: torch.device
+    state: State
 
     def fit(self, detectors: Sequence[Detector], reference: ImageSet) -> None:
         """Fit on the features of clean images."""
@@ -462,7 +476,10 @@ class _Job:
         x_adv = x.clone()
         for here in _slices(len(x), self.batch_size):
             right = (~wrong[here]).nonzero()[:, 0] + here.start
-            if len(right):
+            key, start = f"oblivious-{number:02d}-{here.start:06d}", time.monotonic()
+            if key in self.state.parts:
+                x_adv[here] = self.state.parts[key][0]["x_adv"]
+            elif len(right):
                 part, labels = x[right].to(self.device), y[right].to(self.device)
                 generator = seeded(self.device, seed, number, here.start)
                 made = attack_images(
@@ -470,6 +487,7 @@ class _Job:
                 )
                 self._verify(made, part, name)
                 x_adv[right] = made.cpu()
+                self.state.put(key, {"x_adv": x_adv[here].clone()}, {"seconds": time.monotonic() - start})
             tick(here.stop - here.start, attack=name)
         flags, _, scores = self._verdict(detectors, x_adv, y)
         return _Found(x_adv, flags, scores)

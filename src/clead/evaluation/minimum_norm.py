@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.robust import exact_float32
+from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.interfaces import ImageSet
 from clead.progress import progress
@@ -135,10 +136,12 @@ def evaluate_minimum_norm(
     norm: str,
     attacks: Sequence[str | MinimumNorm] = ("fmn",),
     *,
+    steps: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
     classes: int | None = None,
     device: torch.device | None = None,
+    state: State | None = None,
     show: bool = False,
 ) -> MinimumNormResult:
     """Run minimum-norm attacks on ``images`` and return each image's distance, the smallest over the attacks, and the curve.
@@ -148,10 +151,12 @@ def evaluate_minimum_norm(
         images: uint8 images and labels; all of them.
         norm: linf, l2, l1 or l0.
         attacks: names such as ``"fmn"`` with their default settings, or objects.
+        steps: instead of each attack's own.
         batch_size: images per call of the attack.
         seed: of the attacks' randomness.
         classes: K, to check the labels by; the number of logits if None.
         device: where to compute; that of the model's parameters if None.
+        state: keeps finished batches: a call that was stopped goes on from there; None: nothing is kept.
         show: whether to show progress.
 
     Raises UserError for a name of no minimum-norm attack, an attack not made for this norm, or invalid images.
@@ -159,20 +164,29 @@ def evaluate_minimum_norm(
     if not len(images) or not attacks:
         raise UserError(f"need at least one image and one attack, got {len(images)} and {len(attacks)}")
     chosen = [_attack(attack, norm) for attack in attacks]
+    if len({name for name, _ in chosen}) < len(chosen):
+        raise UserError(f"each attack may be named once, got {', '.join(name for name, _ in chosen)}")
+    if steps is not None:
+        chosen = [(name, replace(cast(Any, attack), steps=steps)) for name, attack in chosen]
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     parts, sizes = [], []
     title = f"minimum {norm} of {len(images)} images"
-    with exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
+    state = state or State(None, {})
+    with state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
         for number, (name, attack) in enumerate(chosen):
-            start, found = time.monotonic(), []
+            keys = []
             for batch, first in enumerate(range(0, len(images), batch_size)):
                 part = images.subset(torch.arange(first, min(first + batch_size, len(images))))
-                x, y = part.images.to(device), part.labels.to(device)
-                x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-                check_inputs(x, y, classes)
-                found.append(distances(attack, model, x, y, norm, generator=seeded(device, seed, number, batch)).cpu())
-                tick(len(x), attack=name)
-            sizes.append(torch.cat(found))
+                keys.append(f"{number:02d}-{batch:06d}")
+                if keys[-1] not in state.parts:
+                    start = time.monotonic()
+                    x, y = part.images.to(device), part.labels.to(device)
+                    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+                    check_inputs(x, y, classes)
+                    found = distances(attack, model, x, y, norm, generator=seeded(device, seed, number, batch))
+                    state.put(keys[-1], {"distances": found}, {"seconds": time.monotonic() - start})
+                tick(len(part), attack=name)
+            sizes.append(torch.cat([state.parts[key][0]["distances"] for key in keys]))
             parts.append(
                 Distances(
                     attack=name,
@@ -184,7 +198,7 @@ def evaluate_minimum_norm(
                     found=int(sizes[-1].isfinite().sum()),
                     median=_median(sizes[-1]),
                     distances=_finite(sizes[-1]),
-                    seconds=time.monotonic() - start,
+                    seconds=sum(state.parts[key][1]["seconds"] for key in keys),
                 )
             )
     nearest = torch.stack(sizes).amin(0)

@@ -15,6 +15,7 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.robust import exact_float32
+from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
@@ -23,6 +24,7 @@ from clead.report.record import Estimate
 
 ABSTAIN = -1
 """The class of an image about which the smoothed classifier does not decide."""
+_BLOCK = 10  # images that are kept together in the state
 
 
 class _Part(BaseModel):
@@ -95,6 +97,7 @@ def certify(
     num_classes: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    state: State | None = None,
     show: bool = True,
 ) -> Certificates:
     """Predict and certify g(x) = argmax_c P(f(x + N(0, σ²I)) = c) (Cohen et al. 2019, arXiv:1902.02918, algorithm CERTIFY).
@@ -115,11 +118,11 @@ def certify(
         num_classes: K of the data, to be checked against the model's; None: as many as the model has.
         seed: of the noise, which for each image depends on its place only.
         device: where to compute; that of the model's parameters if None.
+        state: keeps finished images: a call that was stopped goes on from there; None: nothing is kept.
         show: whether to show progress.
 
     Raises UserError on values out of range, invalid images, or logits that are not finite.
     """
-    start = time.monotonic()
     _check(sigma, alpha, n0=n0, n=n, batch_size=batch_size)
     largest = radius_of(lower_bound(n, n, alpha), sigma)
     grid = [step * sigma / 4 for step in range(1 + math.floor(4 * largest / sigma))] if radii is None else list(radii)
@@ -132,19 +135,35 @@ def certify(
         raise UserError(f"the model returns {k} logits, the data has {num_classes} classes")
     check_inputs(x, y, k)
 
+    def vote(index: int) -> list[int]:
+        # The noise is the image's own, whatever was computed before it.
+        image, generator = x[index].to(device), seeded(device, seed, index)
+        guess = int(_counts(model, image, n0, sigma, batch_size, k, generator).argmax())
+        return [guess, int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])]
+
+    state = state or State(None, {})
     predicted, right, lower, radius = [], [], [], []
-    with exact_float32(), progress("certify", len(x), show=show) as tick, attack_mode(model), torch.no_grad():
-        for index, (image, label) in enumerate(zip(x, y.tolist(), strict=True)):
-            generator = seeded(device, seed, index)
-            image = image.to(device)
-            guess = int(_counts(model, image, n0, sigma, batch_size, k, generator).argmax())
-            count = int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])
-            lower.append(lower_bound(count, n, alpha))
-            decided = lower[-1] > 0.5
-            predicted.append(guess if decided else ABSTAIN)
-            radius.append(radius_of(lower[-1], sigma) if decided else 0.0)
-            right.append(predicted[-1] == label)
-            tick(certified_accuracy=sum(right) / len(right))
+    with (
+        state.opened(),
+        exact_float32(),
+        progress("certify", len(x), show=show) as tick,
+        attack_mode(model),
+        torch.no_grad(),
+    ):
+        for first in range(0, len(x), _BLOCK):
+            key, start, votes = f"{first:06d}", time.monotonic(), []
+            kept = state.parts[key][0]["votes"].tolist() if key in state.parts else None
+            for index in range(first, min(first + _BLOCK, len(x))):
+                guess, count = kept[index - first] if kept else vote(index)
+                votes.append([guess, count])
+                lower.append(lower_bound(count, n, alpha))
+                decided = lower[-1] > 0.5
+                predicted.append(guess if decided else ABSTAIN)
+                radius.append(radius_of(lower[-1], sigma) if decided else 0.0)
+                right.append(predicted[-1] == int(y[index]))
+                tick(certified_accuracy=sum(right) / len(right))
+            if not kept:
+                state.put(key, {"votes": torch.tensor(votes)}, {"seconds": time.monotonic() - start})
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
         CertifiedPoint(radius=at, certified=estimate([r and at < R for r, R in zip(right, radius, strict=True)]))
@@ -165,7 +184,7 @@ def certify(
         abstained=estimate([p == ABSTAIN for p in predicted]),
         average_radius=sum(R for r, R in zip(right, radius, strict=True) if r) / len(x),
         curve=curve,
-        seconds=time.monotonic() - start,
+        seconds=sum(data["seconds"] for _, data in state.parts.values()),
     )
 
 

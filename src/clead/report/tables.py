@@ -49,20 +49,20 @@ def _certificates(measurement: Measurement, result: Certificates) -> tuple[Table
 
 
 def _detection(measurement: Measurement, result: Detection) -> tuple[Table, str]:
-    columns = [f"{what} {how}" for what in ("AUROC", "FPR@95TPR") for how in ("oblivious", "aware")]
-    columns += [f"held at {rate:.0%} {how}" for rate in REJECTED for how in ("oblivious", "aware")]
+    columns = ["AUROC", "FPR@95TPR", *(f"held at {rate:.0%}" for rate in REJECTED)]
     threat = f"{result.norm} {result.eps_text}"
-    table = _table(measurement, f"detectors, {threat}", "detector", *columns)
+    table = _table(measurement, f"detectors, {threat}", "detector", *(f"{name}\noblivious | aware" for name in columns))
     for part in result.detectors:
         *oblivious, aware = part.attacks
         cells = []
         for key, worst in (("auroc", min), ("fpr95", max)):
             found = [value for attack in oblivious if (value := getattr(attack, key)) is not None]
             value = getattr(aware, key)
-            cells += [f"{worst(found):.3f}" if found else "–", "–" if value is None else f"{value:.3f}"]
+            cells.append(f"{worst(found):.3f}" if found else "–")
+            cells[-1] += " | –" if value is None else f" | {value:.3f}"
         for rate in REJECTED:
             point = _point(part, rate)
-            cells += [f"{point.oblivious.accuracy:.1%}", f"{point.aware.accuracy:.1%}"]
+            cells.append(f"{point.oblivious.accuracy:.1%} | {point.aware.accuracy:.1%}")
         table.add_row(part.name, *cells)
     table.caption = (
         "oblivious: the worst of the attacks that do not know the detector; aware: of one that does. held: right, or rejected, "
@@ -73,10 +73,11 @@ def _detection(measurement: Measurement, result: Detection) -> tuple[Table, str]
     said = (
         f"{_who(measurement)}: {result.robust.accuracy:.1%} withstand {threat} (PGD) without a detector; with {best.name}, which "
         f"rejects {point.clean_rejected.accuracy:.1%} of them when clean, {point.oblivious.accuracy:.1%} are right or rejected "
-        f"under attacks that do not know it, and {point.aware.accuracy:.1%} (95 % interval {_interval(point.aware)}) under one that does."
+        f"under attacks that do not know it, and {point.aware.accuracy:.1%} (95 % interval {_interval(point.aware)}) under one "
+        "that does."
     )
     if point.threshold is None:
-        said += f"\nOnly {result.calibrated} validation images: too few to set a threshold at {REJECTED[0]:.0%}, so none is rejected."
+        said += f"\n{result.calibrated} validation images are too few for a threshold at {REJECTED[0]:.0%}: none is rejected."
     return table, said
 
 
@@ -97,8 +98,8 @@ def _corruptions(measurement: Measurement, result: CorruptionResult) -> tuple[Ta
     worst = min(means, key=lambda name: means[name])
     said = (
         f"{_who(measurement)}: mean accuracy {result.mean_accuracy:.1%} under {len(result.names)} common corruptions at severity "
-        f"{', '.join(map(str, result.severities))}, {result.clean.accuracy:.1%} when clean; worst is {worst.replace('_', ' ')} with "
-        f"{means[worst]:.1%}."
+        f"{', '.join(map(str, result.severities))}, {result.clean.accuracy:.1%} when clean; worst is "
+        f"{worst.replace('_', ' ')} with {means[worst]:.1%}."
     )
     return table, said
 
@@ -120,8 +121,8 @@ def _distances(measurement: Measurement, result: MinimumNormResult) -> tuple[Tab
     told = ", ".join(f"{cell} at radius {radius:.4g}" for cell, radius in zip(cells, radii, strict=True))
     half = "fewer than half fall at any distance" if result.median is None else f"half fall within {result.median:.4g}"
     said = (
-        f"{_who(measurement)}: {half} of {result.norm} under {' and '.join(part.attack for part in result.attacks)} (median distance); "
-        f"right: {told}."
+        f"{_who(measurement)}: {half} of {result.norm} (median distance) under "
+        f"{' and '.join(part.attack for part in result.attacks)}; right: {told}."
     )
     return table, said
 
@@ -132,8 +133,8 @@ def _unrestricted(measurement: Measurement, result: UnrestrictedResult) -> tuple
     table.add_row("none (clean)", *_shown(result.clean), "")
     table.add_row(result.attack, *_shown(result.robust), f"{result.seconds:.1f}", style="bold")
     said = (
-        f"{_who(measurement)}: {result.robust.accuracy:.1%} (95 % interval {_interval(result.robust)}) withstand the {result.attack} "
-        f"attack ({settings}); {result.clean.accuracy:.1%} are right when clean."
+        f"{_who(measurement)}: {result.robust.accuracy:.1%} (95 % interval {_interval(result.robust)}) withstand the "
+        f"{result.attack} attack ({settings}); {result.clean.accuracy:.1%} are right when clean."
     )
     return table, said
 

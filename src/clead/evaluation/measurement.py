@@ -1,0 +1,135 @@
+"""What is measured besides robustness in a norm ball: one JSON file each, whole or not there, continued after a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from clead.checkpoint import command, environment, fingerprint, write_atomically
+from clead.evaluation.corruptions import CorruptionResult
+from clead.evaluation.detection import Detection
+from clead.evaluation.minimum_norm import MinimumNormResult
+from clead.evaluation.robust import Subject, digest
+from clead.evaluation.smoothing import Certificates
+from clead.evaluation.state import State, discard
+from clead.evaluation.unrestricted import UnrestrictedResult
+from clead.interfaces import ImageSet, Threat
+from clead.models.split import weights
+from clead.report.record import DataPart, ModelPart, ThreatPart
+from clead.settings import Ratio
+
+SCHEMA_VERSION = 1
+Result = Certificates | Detection | CorruptionResult | MinimumNormResult | UnrestrictedResult
+
+
+class Measurement(BaseModel):
+    """A result with what it must carry to be believed and obtained again.
+
+    ``settings`` are those of the command, ``threat`` is None where none is involved; ``seconds`` counts the work that was done
+    before an interruption too.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: str
+    run: str
+    created: str
+    command: str
+    seed: int
+    settings: dict[str, Any]
+    model: ModelPart
+    data: DataPart
+    threat: ThreatPart | None
+    result: Result
+    versions: dict[str, str]
+    seconds: float
+
+
+def measure(
+    kind: str,
+    work: Callable[[State], Result],
+    *,
+    model: nn.Module,
+    images: ImageSet,
+    subject: Subject,
+    settings: dict[str, Any],
+    seed: int,
+    device: torch.device,
+    threat: Threat | None,
+    path: Path,
+    fresh: bool,
+) -> Measurement:
+    """Do ``work``, write what it returns to ``path``, and only then drop its state, ``path`` with ``.state``.
+
+    Args:
+        kind: the command's name.
+        work: keeps its finished pieces in the state that it is given, and finds those of a call that was stopped.
+        model: what is measured.
+        images: on which.
+        subject: names and fingerprints.
+        settings: with ``seed`` and ``threat``, all else that decides the result; plain data. A state of other settings, another
+            model or other images is refused.
+        seed: of all randomness.
+        device: its kind decides the random numbers.
+        threat: norm and radius, or None.
+        path: the JSON file.
+        fresh: forget what a stopped call has left.
+    """
+    around = None
+    if threat is not None:
+        eps = Ratio(threat.eps)
+        around = ThreatPart(norm=threat.norm, eps=float(eps), eps_text=eps.text)
+    model_part = ModelPart(
+        name=subject.model,
+        parameters=sum(p.numel() for key, p in model.named_parameters() if not key.startswith("projection.")),
+        weights=subject.weights,
+        fingerprint=fingerprint(weights(model)),
+    )
+    data = DataPart(
+        name=subject.data,
+        split=subject.split,
+        n=len(images),
+        classes=list(subject.classes),
+        fingerprint=subject.data_fingerprint,
+        images=digest(images),
+    )
+    header = {
+        "kind": kind,
+        "model": model_part.fingerprint,
+        "structure": hashlib.sha256(repr(model).encode()).hexdigest()[:8],  # which the weights do not tell
+        "images": data.images,
+        "data": data.fingerprint,
+        "threat": None if around is None else f"{around.norm} {around.eps_text}",
+        "seed": seed,
+        "device": device.type,
+        **settings,
+    }
+    state = State(path.with_suffix(".state"), header)
+    if fresh:
+        discard(path.with_suffix(".state"))
+    result = work(state)
+    measurement = Measurement(
+        kind=kind,
+        run=subject.name,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=command(),
+        seed=seed,
+        settings=settings,
+        model=model_part,
+        data=data,
+        threat=around,
+        result=result,
+        versions=environment(),
+        seconds=sum(part["seconds"] for _, part in state.parts.values()),
+    )
+    write_atomically(path, measurement.model_dump_json(indent=1).encode())
+    discard(path.with_suffix(".state"))
+    return measurement

@@ -1,0 +1,139 @@
+"""Accuracy under an attack that keeps to no norm ball: rotations and shifts, or a patch.
+
+As in ``evaluate_model``, every adversarial image is verified: it must be in the attack's own set, and the plain model classifies it
+again in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from clead.attacks import UNRESTRICTED
+from clead.attacks.run import check_inputs, logits_of, prepared
+from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
+from clead.data.loaders import seeded
+from clead.errors import UserError
+from clead.evaluation.robust import exact_float32, pixels, right_images
+from clead.evaluation.state import State
+from clead.evaluation.statistics import estimate
+from clead.interfaces import ImageSet
+from clead.models.modes import attack_mode
+from clead.progress import progress
+from clead.report.record import Estimate
+from clead.settings import Ratio
+
+
+class UnrestrictedResult(BaseModel):
+    """Clean accuracy and accuracy under one attack; flags are per image, in the order of the images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attack: str
+    settings: dict[str, Any]
+    n: int = Field(ge=1)
+    seed: int
+    clean: Estimate
+    clean_flags: list[bool]
+    robust: Estimate
+    robust_flags: list[bool]
+    seconds: float
+
+
+def evaluate_unrestricted(
+    model: nn.Module,
+    images: ImageSet,
+    attack: Unrestricted,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    classes: int | None = None,
+    device: torch.device | None = None,
+    state: State | None = None,
+    show: bool = True,
+) -> UnrestrictedResult:
+    """Attack ``model`` on ``images``; robust are those that are classified right when clean and after the attack.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); in eval mode, left bit-identical.
+        images: what to attack; all of them.
+        attack: such as ``Spatial()`` or ``Patch(size="1/10")``.
+        batch_size: images attacked at once.
+        seed: of the attack's randomness.
+        classes: K, to check the labels by; the number of logits if None.
+        device: where to compute; that of the model's parameters if None.
+        state: keeps finished batches: a call that was stopped goes on from there; None: nothing is kept.
+        show: whether to show progress.
+
+    Raises UserError on invalid images, an attack that does not fit them, or logits that are not (B, K).
+    """
+    if not len(images) or batch_size < 1:
+        raise UserError(f"need at least one image and a batch_size of at least 1, got {len(images)} and {batch_size}")
+    name, values = described(attack)
+    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = pixels(images.images[:1].to(device))
+    check_inputs(first, images.labels[:1].to(device))
+    k = logits_of(model, first).shape[1]
+    if classes is not None and classes != k:
+        raise UserError(f"the model returns {k} logits, the data has {classes} classes")
+    attack.allows(first, first)  # raises if the attack does not fit into the image
+
+    state = state or State(None, {})
+    clean: list[bool] = []
+    robust: list[bool] = []
+    with state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=show) as tick:
+        for batch, start in enumerate(range(0, len(images), batch_size)):
+            key, here = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
+            if key not in state.parts:
+                begun = time.monotonic()
+                x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
+                check_inputs(x, y, k)
+                right = right_images(model, x, y)
+                held = right.clone()
+                if right.any():  # synchronises the device
+                    held[right] = _holds(attack, model, x[right], y[right], seeded(device, seed, batch), name)
+                state.put(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
+            flags = state.parts[key][0]
+            clean += flags["clean"].tolist()
+            robust += flags["robust"].tolist()
+            tick(here.stop - here.start, robust=sum(robust) / len(robust))
+    return UnrestrictedResult(
+        attack=name,
+        settings=values,
+        n=len(images),
+        seed=seed,
+        clean=estimate(clean),
+        clean_flags=clean,
+        robust=estimate(robust),
+        robust_flags=robust,
+        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+    )
+
+
+def described(attack: Unrestricted) -> tuple[str, dict[str, Any]]:
+    """Return the attack's registered name and its settings as plain data."""
+    name = next((name for name, kind in UNRESTRICTED.items() if kind is type(attack)), type(attack).__name__)
+    values = asdict(cast(Any, attack))
+    return name, {key: value.text if isinstance(value, Ratio) else value for key, value in values.items()}
+
+
+def _holds(
+    attack: Unrestricted, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, name: str
+) -> Tensor:
+    """Return which images, all right when clean, are right after the attack too, (B,)."""
+    x_adv = attack_unrestricted(attack, model, x, y, generator=generator, checked=True)
+    # The search leaves an image as soon as the folded model is wrong about it, which may be rounding only: search again.
+    with attack_mode(model), torch.no_grad():
+        with prepared(model, x) as answer:
+            seen = fallen(answer(x_adv), y)
+        again = seen & right_images(model, x_adv, y)
+        if again.any():
+            x_adv[again] = attack.worst(model, x[again], y[again], generator=generator)
+    if not attack.allows(x_adv, x).all() or x_adv.min() < 0 or x_adv.max() > 1:
+        raise AssertionError(f"{name} left the images that it allows")
+    return right_images(model, x_adv, y)
