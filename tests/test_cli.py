@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ import torch
 from PIL import Image
 
 import clead
-from clead import cli, config
+from clead import api, cli, config
 from clead.checkpoint import RunDir, load_weights
+from clead.evaluation import masking
 from clead.progress import progress
+from clead.report.record import CheckPart
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
 --attack.steps 1 --train.epochs 2 --train.validate_steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1
---eval.gallery 3 --train.device cpu""")
+--eval.gallery 3 --eval.check_images 0 --train.device cpu""")
 SMALL = TINY[4:]  # for other models
 
 
@@ -53,6 +56,14 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def runs(trained, command, monkeypatch):
+    """Copies of them, where the command runs: plain and robust. No pages are drawn: they have tests of their own."""
+    monkeypatch.setattr(api, "write_report", lambda sources, path, **keys: path)
+    for name in ("plain", "robust"):
+        shutil.copytree(trained / name, name)
+
+
 def read(path):
     return json.loads(Path(path).read_text())
 
@@ -69,7 +80,7 @@ def test_the_whole_way_on_digits(command):
     assert "6 steps, 2.0 epochs" in out and "next: clead evaluate a" in out
     well(command("train", *TINY, "digits-standard", "--out=b", "--train.seed=3"))  # options before the recipe
 
-    out = well(command("evaluate", "a", "--json", "a.json", "--eval.steps", "1", "--threat.eps", "8/255"))
+    out = well(command("evaluate", "a", "--suite", "pgd", "--json", "a.json", "--threat.eps", "8/255"))
     assert "worst case per image" in out and "a: 40 test images, linf 8/255" in out
     record = read("a.json")
     assert (
@@ -81,7 +92,7 @@ def test_the_whole_way_on_digits(command):
     assert os.path.getsize("a/report.html") > 10_000
     assert RunDir.open(Path("a")).config().threat.eps == 0.15  # the run itself is not changed
 
-    out = well(command("evaluate", "--eval.steps=1", "--json", "both.json", "a", "b"))
+    out = well(command("evaluate", "--suite=pgd", "--eval.steps=1", "--json", "both.json", "a", "b"))
     assert [r["run"] for r in read("both.json")] == ["a", "b"]
 
     out = well(
@@ -111,10 +122,139 @@ def test_the_whole_way_on_digits(command):
     assert [row["run"] for row in comparison["rows"]] == ["a", "b"] and len(comparison["pairs"]) == 1
     assert all(0 <= row["robust_accuracy"] <= row["clean_accuracy"] <= 1 for row in comparison["rows"])
     assert well(command("compare", "a.json", "b/results/evaluation.json"))  # records as well as runs
-    out = well(command("report", "a", "b"))
+    out = well(command("report", "a.json", "b/results/evaluation.json"))
     assert "report: report.html" in out and os.path.exists("report.html") and os.path.exists("c.html")
     out = well(command("train", "digits-clead", *TINY, "--out", "a", "--resume"))
     assert "6 steps" in out
+
+
+@pytest.mark.parametrize(
+    ("suite", "attacks", "said"),
+    [
+        ("standard", ["APGD-CE", "APGD-T", "FAB-T", "Square"], "AutoAttack standard"),
+        ("quick", ["APGD-CE", "APGD-T"], "quick suite, not AutoAttack"),
+        ("queries", ["Square"], "attacks by queries only"),
+        ("pgd", ["FGSM", "PGD-1 CE", "PGD-1 margin"], "FGSM and PGD, not AutoAttack"),
+    ],
+)
+def test_a_suite_ends_with_a_sentence_to_quote(command, runs, suite, attacks, said):
+    out = well(command("evaluate", "robust", "--suite", suite, "--eval.steps", "1", "--json", "r.json"))
+    record = read("r.json")
+    assert record["schema_version"] == 2 and record["suite"] == suite and record["checks"] == []
+    assert [part["name"] for part in record["attacks"]] == attacks
+    worst = record["worst"]
+    # The figures stand in the record, as text in the last line: nothing to be put together by hand.
+    assert out.splitlines()[-1] == (
+        f"robust: {worst['accuracy']:.1%} of 40 test images (95 % interval {worst['low']:.1%} – {worst['high']:.1%}) "
+        f"withstand linf 0.15 under {said}; {record['clean']['accuracy']:.1%} are right when clean."
+    )
+    assert worst["accuracy"] == sum(record["robust_flags"]) / 40
+    assert "note: 1 steps instead of the suite's own" in out
+
+
+def test_failed_checks_are_said_beside_the_sentence(command, runs, monkeypatch):
+    checks = [
+        CheckPart(name="steps", passed=False, explanation="longer attacks break more", numbers={"more": 9.0}),
+        CheckPart(name="noise", passed=True, explanation="noise breaks less", numbers={"less": 1.0}),
+        CheckPart(name="black box", passed=False, explanation="Square breaks more", numbers={"more": 7.0}),
+    ]
+    arguments = ("evaluate", "plain", "--suite", "pgd", "--eval.steps", "1", "--eval.check_images", "8")
+    for expected in (checks, checks[1:2]):
+        monkeypatch.setattr(masking, "run_checks", lambda *args, expected=expected, **keys: expected)
+        out = well(command(*arguments, "--json", "r.json"))
+        assert [check["name"] for check in read("r.json")["checks"]] == [check.name for check in expected]
+        *_, sentence, last = out.splitlines()
+        if expected is checks:
+            assert last == "Do not trust it yet: checks of gradient masking failed: steps, black box."
+            assert " withstand linf 0.15 under " in sentence and "check steps failed: longer attacks break more" in out
+        else:
+            assert "Do not trust" not in out and "check " not in out
+
+
+def test_only_runs_under_the_same_attacks_are_paired(command, runs):
+    def evaluated(run, steps):
+        config_ = config.load_recipe(f"{run}/config.yaml", ["--eval.suite", "quick", "--eval.steps", str(steps)])
+        clead.evaluate_run(run, config=config_, show=False)
+
+    evaluated("plain", 1)
+    assert "McNemar" not in well(command("compare", "plain", "robust", "--json", "c.json"))
+    assert read("c.json")["pairs"] == [] and [row["suite"] for row in read("c.json")["rows"]] == ["quick", "standard"]
+    evaluated("robust", 2)  # the same suite, but a longer search
+    assert "McNemar" not in well(command("compare", "plain", "robust"))
+    evaluated("robust", 1)
+    assert "plain against robust: " in well(command("compare", "plain", "robust"))
+
+
+def test_saved_adversarial_images_are_scored_again(command, runs):
+    short = ("--suite", "pgd", "--threat.eps", "0.3")
+    out = well(command("evaluate", "plain", *short, "--save-adversarial", "x.parquet", "--json", "r.json"))
+    assert "images: x.parquet" in out
+    held = sum(read("r.json")["robust_flags"])
+    out = well(command("attack", "plain", "--verify", "x.parquet", "--json", "v.json"))
+    assert out.startswith(
+        f"plain: of 40 images {40 - held} are stated as broken, {40 - held} of these are classified wrong"
+    )
+    assert "0 outside; " in out and "after rounding to 8 bits" in out
+    result = read("v.json")
+    assert (result["n"], result["broken"], result["wrong"], result["outside"]) == (40, 40 - held, 40 - held, 0)
+    assert result["accuracy"] == held / 40 and 0 < result["largest"] <= result["eps"] + 1e-6 and result["eps"] == 0.3
+    # What broke one model, on another.
+    well(command("attack", "robust", "--verify", "x.parquet", "--json", "v.json"))
+    other = read("v.json")
+    assert other["run"] == "robust" and other["broken"] == 40 - held and other["largest"] == result["largest"]
+    assert not list(Path("plain/results").glob("attack-*"))
+
+
+@pytest.mark.parametrize("name", ["torchattacks:PGD", "foolbox:LinfPGD"])
+def test_attacks_of_other_libraries_by_name(command, runs, name):
+    pytest.importorskip("foolbox")
+    arguments = ("attack", "plain", "robust", f"--attack.name={name}", "--attack.steps", "3", "--json", "a.json")
+    out = well(command(*arguments))
+    slug = name.lower().replace(":", "-")
+    for run, record in zip(("plain", "robust"), read("a.json"), strict=True):
+        (part,) = record["attacks"]
+        assert part["name"] == name and part["settings"]["name"] == name and part["settings"]["options"] == {"steps": 3}
+        assert record["run"] == run and record["suite"] == "attacks" and record["worst"]["accuracy"] < 1
+        assert (
+            f"record: {run}/results/attack-{slug}.json" in out and read(f"{run}/results/attack-{slug}.json") == record
+        )
+
+
+def test_images_of_another_run_are_tried_too(command, runs):
+    out = well(command("evaluate", "plain", "--suite", "pgd", "--transfer-from", "robust", "--json", "r.json"))
+    *own, last = read("r.json")["attacks"]
+    assert len(own) == 3 and last["name"] == "transfer from robust" and last["settings"]["source"] == "robust"
+    assert "transfer from robust" in out
+    twice = ("--transfer-from", "robust", "--transfer-from", "plain")
+    well(command("evaluate", "plain", "--suite", "pgd", *twice, "--json", "r.json"))
+    assert [part["name"] for part in read("r.json")["attacks"][3:]] == ["transfer from robust", "transfer from plain"]
+
+
+def test_shards_and_what_a_stopped_evaluation_left(command, runs):
+    common = ("plain", "--suite", "pgd", "--eval.batch_size", "8")
+    well(command("evaluate", *common, "--json", "whole.json"))
+    os.remove("plain/results/evaluation.json")
+    for index in (2, 1):
+        out = well(command("evaluate", *common, "--shard", f"{index}/2", "--json", "part.json"))
+        assert f"shard {index}/2 is done: plain/results/evaluation.state.shard-{index}-of-2" in out and "--merge" in out
+        assert not os.path.exists("plain/results/evaluation.json") and not os.path.exists("part.json")
+    well(command("evaluate", *common, "--merge", "--json", "merged.json"))
+    assert read("merged.json")["robust_flags"] == read("whole.json")["robust_flags"]
+    # A state of other settings is said, and goes when it is asked to.
+    well(command("evaluate", *common, "--shard", "1/2"))
+    other = ("evaluate", *common, "--shard", "1/2", "--eval.seed", "5")
+    code, _, err = command(*other)
+    assert code == 2 and "seed: 0 there, 5 here" in err and "--fresh" in err
+    assert "shard 1/2 is done" in well(command(*other, "--fresh"))
+
+
+def test_shards_of_several_runs(command, runs):
+    common = ("plain", "robust", "--suite", "pgd", "--eval.batch_size", "8")
+    for index in (1, 2):
+        out = well(command("evaluate", *common, "--shard", f"{index}/2"))
+        for run in ("plain", "robust"):
+            assert f"shard {index}/2 is done: {run}/" in out
+    assert well(command("evaluate", *common, "--merge")).count("withstand") == 2
 
 
 def test_default_run_directories_and_resume_by_name(command):
