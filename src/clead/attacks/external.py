@@ -10,13 +10,11 @@ import contextlib
 import importlib
 import inspect
 import io
-import random
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -266,18 +264,11 @@ def _foolbox(
 @contextlib.contextmanager
 def _quiet(seed: int) -> Generator[None, None, None]:
     """Let a library draw, print, warn and differentiate inside the block, and leave no trace of it."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        np.random.seed(seed)
-        random.seed(seed)
-        with (
-            seeded(seed),
-            torch.enable_grad(),
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+    with (
+        seeded(seed),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield

@@ -14,6 +14,7 @@ from clead.errors import UserError
 from clead.interfaces import Attack, Model, Search, Threat
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
+from clead.models.seeding import seeded
 from clead.settings import validated
 from clead.threats import THREATS
 
@@ -105,19 +106,21 @@ def attack_images(
     if norms is not None and threat.norm not in norms:
         raise UserError(f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {threat.norm}")
     make = OBJECTIVES.get(objective)
-    if not checked:
-        check_inputs(x, y)
-        _check_labels(y, logits_of(model, x[:1]).shape[1])
     if generator is None:
-        generator = torch.Generator(x.device).manual_seed(0)
-    with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
-        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
-        with nullcontext(model) if exact else prepared(model, x, precision) as answer:
-            if isinstance(attack, Search):
-                with torch.no_grad():
-                    x_adv = attack.search(answer, x, y, threat, generator=generator)
-            else:
-                x_adv = attack(make(model, x, y), x, threat, generator=generator)
+        generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
+    # A randomised model draws from the global generators: from a stream of its own here, not from the caller's.
+    with seeded(generator.initial_seed() if generator else 0):
+        if not checked:
+            check_inputs(x, y)
+            _check_labels(y, logits_of(model, x[:1]).shape[1])
+        with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
+            x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+            with nullcontext(model) if exact else prepared(model, x, precision) as answer:
+                if isinstance(attack, Search):
+                    with torch.no_grad():
+                        x_adv = attack.search(answer, x, y, threat, generator=generator)
+                else:
+                    x_adv = attack(make(model, x, y), x, threat, generator=generator)
     if not torch.isfinite(x_adv).all():  # synchronises the device
         what = type(attack).__name__ if searching else f"{objective!r}"
         raise UserError(

@@ -68,7 +68,8 @@ def attack_unrestricted(
             check_inputs(x, y, logits_of(model, x[:1]).shape[1])
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0)
-    with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
+    # Seeded: a randomised model draws from a stream of its own. A caller's inference mode would refuse any gradient.
+    with seeded(generator.initial_seed()), torch.inference_mode(False), attack_mode(model):
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
         with torch.no_grad(), prepared(model, x) as answer:
             x_adv = attack.worst(answer, x, y, generator=generator)

@@ -178,6 +178,8 @@ def evaluate_model(
     )
     with global_seed(settings.seed):
         gradients = _has_gradient(job)
+    if settings.precision != "float32":
+        notes.append(f"the search was in {settings.precision} and may find less; verdicts are in float32")
     group = processes.group() if shard is None and not merge else None
     mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
     header = _header(job, mine)

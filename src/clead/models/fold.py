@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from clead.models.seeding import seeded
+
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
@@ -34,7 +36,8 @@ def folded(model: nn.Module, sample: Tensor, *, channels_last: bool = False) -> 
         yield
         return
     if model not in _PAIRS:
-        _PAIRS[model] = _find(model, sample[:2])
+        with seeded(0):  # once per model: a randomised one must not find its stream moved the first time
+            _PAIRS[model] = _find(model, sample[:2])
     with _fold(_PAIRS[model], _autocast_dtype(sample), channels_last):
         if not channels_last:
             yield
