@@ -20,7 +20,8 @@ from clead.api import _differences
 from clead.errors import UserError
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
---attack.steps 1 --train.epochs 1 --train.validate_steps 1 --eval.steps 1 --eval.curve_points 0 --train.device cpu""")
+--attack.steps 1 --train.epochs 1 --train.validate_steps 1 --eval.steps 1 --eval.curve_points 0 --eval.check_images 0
+--train.device cpu""")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,11 @@ def snapshot(folder):
         ("train digits-clead --resume", "there is no run of digits-clead in runs/"),
         ("evaluate", "which run?"),
         ("evaluate nowhere", "nowhere is not a run directory"),
+        ("evaluate nowhere --shard 1/2 --merge", "give --shard or --merge, got --shard 1/2 and --merge"),
+        ("evaluate nowhere --frehs", "--frehs: "),
+        ("evaluate nowhere --suite", "Option '--suite' requires an argument"),
+        ("evaluate nowhere --out here", "--out goes with --model, got here"),
+        ("evaluate a b --save-adversarial x.parquet", "--save-adversarial keeps the images of one run, got 2 runs"),
         ("attack nowhere --objective dlrr", "did you mean 'dlr'"),
         ("compare nowhere", "no run directory or record at nowhere"),
         ("compare", "Missing argument"),
@@ -267,10 +273,113 @@ def test_settings_that_would_change_nothing_are_refused(fails, here, trained):
     shutil.copytree(trained, here / "run")
     fails("evaluate", "run", "--method.name", "trades", has="changes nothing here")
     fails("evaluate", "run", "--train.seed", "3", "--optim.lr", "1", lines=2)
-    fails("evaluate", "run", "--attack.steps", "100", has="use --eval.steps")
+    fails("evaluate", "run", "--attack.steps", "100", has="choose a suite with --suite, or use clead attack")
     fails("attack", "run", "--eval.steps", "100", has="use --attack.steps")
     fails("attack", "run", "run", "--save", "x.npz", has="one by one")
     fails("evaluate", "run", "--threat.eps", "16", has="did you mean 16/255?")
+
+
+def test_suites_and_their_settings(fails, here, trained):
+    shutil.copytree(trained, here / "run")
+    for arguments, has in (
+        ("--suite standart", "eval.suite: input should be 'standard', 'plus', "),
+        ("--suite quick --threat.norm l0 --threat.eps 3", "suite quick is defined for linf, l2 and l1, got l0"),
+        ("--eval.steps 0", "eval.steps: input should be greater than or equal to 1, got 0"),
+        ("--eval.steps 1.5", "eval.steps"),
+        ("--eval.batch_size 0", "eval.batch_size"),
+        ("--eval.check_images -1", "eval.check_images"),
+        ("--eval.precision half", "eval.precision"),
+        ("--eval.images 0", "eval.images"),
+        ("--eval.restarts 3", "eval.restarts: unknown key"),
+        ("--eval.objectives [dlr]", "eval.objectives: unknown key"),
+        ("--shard 3/2", "--shard must be i/n with 1 ≤ i ≤ n, such as 2/4, got '3/2'"),
+        ("--shard 0/2", "--shard must be i/n"),
+        ("--transfer-from nowhere", "nowhere is not a run directory"),
+    ):
+        fails("evaluate", "run", *shlex.split(arguments), has=has)
+
+
+def test_images_of_a_model_with_other_classes_are_not_tried(fails, here, trained):
+    shutil.copytree(trained, here / "run")
+    pets(here / "pets")
+    other = ["--data.name", "auto", "--data.path", str(here / "pets"), "--data.limit_train", "null"]
+    clead.train(clead.load_recipe("digits-standard", [*TINY, *other]), out=here / "two", show=False)
+    fails("evaluate", "run", "--transfer-from", "two", has="--transfer-from two has 2 classes, run has 10")
+
+
+def test_attacks_of_other_libraries(fails, here, trained):
+    pytest.importorskip("foolbox")
+    shutil.copytree(trained, here / "run")
+    for arguments, has in (
+        ("torchatacks:PGD", "is named torchattacks:NAME or foolbox:NAME, got 'torchatacks:PGD'"),
+        ("foolbox:LinfPDG", "unknown attack of foolbox 'LinfPDG'; did you mean "),
+        ("foolbox:LinfPGD --attack.stepz 3", "foolbox:LinfPGD: unknown setting 'stepz'; did you mean 'steps'"),
+        ("torchattacks:PGD --attack.eps 0.1", "eps follows from the threat, the images and the seed; leave it out"),
+        ("fgsn", "did you mean 'fgsm'"),
+    ):
+        fails("attack", "run", "--attack.name", *shlex.split(arguments), has=has)
+
+
+def test_files_of_adversarial_images(fails, here, trained):
+    shutil.copytree(trained, here / "run")
+    fails(
+        "attack", "run", "--verify", "x.parquet", has="no file of adversarial images at x.parquet; clead evaluate RUN"
+    )
+    (here / "x.parquet").write_bytes(b"PAR1 but no more")
+    fails("attack", "run", "--verify", "x.parquet", has="x.parquet is not a file of clead evaluate --save-adversarial")
+    fails("attack", "run", "--verify", "x.parquet", "--attack.steps", "3", has="leave it out: nothing is attacked")
+    fails("attack", "--verify", "x.parquet", has="which run?")
+
+
+@pytest.mark.parametrize("option", ["--save x.npz", "--objective margin", "--threat.eps 0.3", "--eval.suite quick"])
+def test_what_means_nothing_to_a_score_is_refused(option, fails, here, trained):
+    """The images are made already, and the file says for which threat."""
+    shutil.copytree(trained, here / "run")
+    (here / "x.parquet").write_bytes(b"PAR1 but no more")
+    fails("attack", "run", "--verify", "x.parquet", *shlex.split(option), has=f"{option.split()[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has"),
+    [
+        ("evaluate run --merge", "--merge: there is no shard at run/results"),
+        ("attack run --attack.name foolbox:L2PGD", "foolbox:L2PGD is an attack for l2, got linf"),
+        ("attack run --attack.name deepfool --threat.norm l1 --threat.eps 2", "DeepFool is an attack for "),
+    ],
+)
+def test_no_state_is_left_of_what_could_not_begin(arguments, has, fails, here, trained):
+    """The state of a mistake would stand in the way of the evaluation put right."""
+    if "foolbox" in arguments:
+        pytest.importorskip("foolbox")
+    shutil.copytree(trained, here / "run")
+    fails(*shlex.split(arguments), has=has)
+
+
+def test_a_suite_given_twice(fails, here, trained):
+    shutil.copytree(trained, here / "run")
+    fails("evaluate", "run", "--suite", "quick", "--eval.suite", "pgd", has="--eval.suite")
+
+
+@pytest.mark.parametrize("name", ["apgd", "fmn", "foolbox:LinfPGD"])
+def test_an_objective_means_nothing_to_a_search(name, fails, here, trained):
+    if ":" in name:
+        pytest.importorskip("foolbox")
+    shutil.copytree(trained, here / "run")
+    fails("attack", "run", "--attack.name", name, "--attack.steps", 1, "--objective", "margin", has="--objective: ")
+
+
+def test_records_of_another_version(fails, here, trained):
+    run = shutil.copytree(trained, here / "run")
+    clead.evaluate_run(run, show=False)
+    record = json.loads((run / "results" / "evaluation.json").read_text())
+    for change, key in (
+        ({"schema_version": 1}, "schema_version"),
+        ({"robust_flags": None}, "robust_flags"),
+        ({"worst": {**record["worst"], "accuracy": "most"}}, "worst.accuracy"),
+    ):
+        (here / "old.json").write_text(json.dumps({**record, **change}))
+        fails("compare", "old.json", has=f"old.json is not a record of clead evaluate: {key}: ")
+        fails("report", "old.json", has=key)
 
 
 def test_other_data_than_the_run_was_trained_on(fails, here, trained):
