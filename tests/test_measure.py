@@ -19,12 +19,14 @@ from clead.attacks.unrestricted import fallen
 from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
+from clead.evaluation.detection import Mahalanobis, evaluate_detection
 from clead.evaluation.measurement import Measurement
 from clead.evaluation.minimum_norm import evaluate_minimum_norm
 from clead.evaluation.smoothing import certify
 from clead.evaluation.state import State
 from clead.evaluation.unrestricted import evaluate_unrestricted
 from clead.interfaces import ImageSet
+from clead.threats.linf import Linf
 
 # Name of the JSON file -> arguments after the run.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -151,6 +153,8 @@ def test_certificates_are_those_of_the_function(alone, trained):
     # An image's noise is its own: neither how many follow nor how they are grouped matters.
     fewer = certify(model, images.subset(torch.arange(13)), sigma=0.1, n=60, n0=10, alpha=0.01, show=False)
     assert fewer.lower == plain.lower[:13] and fewer.predicted == plain.predicted[:13]
+    alike = certify(model, images.subset(torch.zeros(20).long()), sigma=0.5, n=60, n0=10, alpha=0.01, show=False)
+    assert alike.lower[:10] != alike.lower[10:], "the next images that are kept together have other noise"
 
 
 def test_what_the_other_records_hold(alone):
@@ -179,7 +183,14 @@ def test_what_the_other_records_hold(alone):
 def test_what_is_printed(alone):
     expected = {
         "certify": ("noise σ 0.1", "right and certified", "abstains", "at L2 radius 0", "was trained with noise σ 0"),
-        "detect": ("mahalanobis", "AUROC", "oblivious | aware", "held at 5%", "held at 10%", "under one that does"),
+        "detect": (
+            "mahalanobis",
+            "AUROC",
+            "attacks oblivious | aware",
+            "held at 5%",
+            "held at 10%",
+            "under one that does",
+        ),
         "corruptions": ("severity 5", "gaussian noise", "mean accuracy", "worst is"),
         "distances": ("nearest of all", "deepfool", "median", "half fall within", "at radius 0.15"),
         "attack-spatial": ("none (clean)", "withstand the spatial attack (degrees 20", "are right when clean"),
@@ -227,7 +238,7 @@ def test_resume_equals_uninterrupted_run_and_repeats_nothing(name, run, alone, c
         return counted
 
     state = run / "results" / f"{name}.state"
-    for after in sorted({1, pieces // 2 + 1}):
+    for after in (1, max(2, pieces // 4 + 1)):
         monkeypatch.setattr(State, "put", kill_at(after))
         with pytest.raises(Killed):
             command(*words(name, run))
@@ -238,6 +249,37 @@ def test_resume_equals_uninterrupted_run_and_repeats_nothing(name, run, alone, c
     assert comparable(json.loads((run / "results" / f"{name}.json").read_text())) == comparable(alone[name])
     assert len(calls) == len(set(calls)) == pieces
     assert not state.exists()
+
+
+@pytest.mark.parametrize("after", [2, 5, 8])
+def test_a_detector_is_attacked_on_from_where_it_was_left(after, trained, tmp_path, monkeypatch):
+    """To the last bit, images too: with a single start all depends on the best image so far."""
+    splits = load_recipe("digits-standard").data.load(0)
+    images = splits.test.subset(torch.arange(30))
+    model = api.load(trained)
+
+    def look(state: State) -> dict[str, Any]:
+        values: dict[str, Any] = {"steps": 3, "restarts": 1, "batch_size": 20, "show": False}
+        around = Linf(eps=0.08)
+        evaluate_detection(model, splits.train, images, around, detectors=[Mahalanobis()], state=state, **values)
+        return {key: tensors for key, (tensors, _) in state.parts.items()}
+
+    whole = look(State(None, {}))
+    put, calls = State.put, []
+
+    def killed(self, key, *part):
+        put(self, key, *part)
+        calls.append(key)
+        if len(calls) == after:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", killed)
+        look(State(tmp_path / "state", {}))
+    resumed = look(State(tmp_path / "state", {}))
+    assert resumed.keys() == whole.keys()
+    for key, tensors in whole.items():
+        assert all(torch.equal(resumed[key][name], tensor) for name, tensor in tensors.items()), key
 
 
 @pytest.mark.parametrize(
@@ -308,6 +350,7 @@ def test_the_state_of_another_measurement_is_refused(name, change, says, run, co
         (("attack", "--attack.name", "spatial", "--threat.eps", "0.1"), "--threat.eps: changes nothing here"),
         (("attack", "--attack.name", "spatial", "--objective", "margin"), "--objective: changes nothing"),
         (("attack", "--attack.name", "patch", "--save", "x.npz"), "--save: changes nothing"),
+        (("attack", "--verify", "a.parquet", "--fresh"), "--fresh: with --verify nothing is attacked"),
         (("attack", "--attack.name", "patch", "--attack.size", "9"), "the patch must fit into the image"),
     ],
 )

@@ -221,6 +221,8 @@ def attack(
     OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
     if verify:
+        if fresh:
+            raise UserError("--fresh: with --verify nothing is attacked, so nothing is left of it; leave it out")
         _only(overrides, ("data", "threat", "eval"), "leave it out: nothing is attacked")
         found = [api.verify(run, verify, config=_changed(run, overrides)) for run in runs]
         for result in found:

@@ -51,7 +51,7 @@ def _certificates(measurement: Measurement, result: Certificates) -> tuple[Table
 def _detection(measurement: Measurement, result: Detection) -> tuple[Table, str]:
     columns = ["AUROC", "FPR@95TPR", *(f"held at {rate:.0%}" for rate in REJECTED)]
     threat = f"{result.norm} {result.eps_text}"
-    table = _table(measurement, f"detectors, {threat}", "detector", *(f"{name}\noblivious | aware" for name in columns))
+    table = _table(measurement, f"detectors, {threat}, attacks oblivious | aware", "detector", *columns)
     for part in result.detectors:
         *oblivious, aware = part.attacks
         cells = []
