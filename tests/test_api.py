@@ -17,7 +17,8 @@ from clead.methods.standard import Standard
 from clead.models.split import SplitModel
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
---attack.steps 1 --train.epochs 1 --train.validate_steps 1 --eval.steps 1 --eval.curve_points 0 --train.device cpu""")
+--attack.steps 1 --train.epochs 1 --train.validate_steps 1 --eval.steps 1 --eval.curve_points 0 --eval.check_images 0
+--train.device cpu""")
 
 
 def config(*overrides, recipe="digits-standard"):
@@ -97,7 +98,9 @@ def test_evaluate_any_module_and_leave_it_as_it_was():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         rng = torch.get_rng_state()
-        record = clead.evaluate(net, images, torch.arange(12) % 10, eps="8/255", steps=2, curve_points=2, curve_steps=1)
+        record = clead.evaluate(
+            net, images, torch.arange(12) % 10, eps="8/255", steps=2, curve_points=2, curve_steps=1, check_images=8
+        )
         assert torch.equal(torch.get_rng_state(), rng)
     assert same(state(net), before) and [m.training for m in net.modules()] == flags
     assert not net.head.bias.requires_grad and all(p.grad is None for p in net.parameters())
@@ -107,6 +110,26 @@ def test_evaluate_any_module_and_leave_it_as_it_was():
     assert kept.data.n == 12 and kept.threat.norm == "l2"
     with pytest.raises(UserError, match="unknown key; did you mean 'steps'"):
         clead.evaluate(net, images, torch.arange(12) % 10, step=3)
+
+
+def test_a_suite_is_chosen_by_name():
+    net, images = Net(), torch.rand(8, 1, 8, 8)
+    short = {"steps": 1, "curve_points": 0, "check_images": 0}
+    for suite, attacks in (("quick", ["APGD-CE", "APGD-T"]), ("queries", ["Square"])):
+        record = clead.evaluate(net, images, torch.arange(8), suite=suite, **short)
+        assert record.suite == suite and [part.name for part in record.attacks] == attacks and record.checks == []
+    for gone in ("fgsm", "restarts", "objectives"):
+        with pytest.raises(UserError, match=f"{gone}: unknown key"):
+            clead.evaluate(net, images, torch.arange(8), **{gone: 1})
+
+
+def test_checks_of_masking_use_the_first_images_and_can_be_left_out():
+    net, images = Net(), torch.rand(12, 1, 8, 8)
+    checked = clead.evaluate(
+        net, images, torch.arange(12) % 10, suite="pgd", steps=1, curve_points=0, check_images=4
+    ).checks
+    assert len(checked) > 5 and len({check.name for check in checked}) == len(checked)
+    assert all(check.explanation and "\n" not in check.explanation for check in checked)
 
 
 def test_other_settings_in_evaluation_do_not_change_what_the_run_was(tmp_path):

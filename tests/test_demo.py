@@ -12,6 +12,7 @@ from clead.errors import UserError
 SHORT = (
     *("--train.budget", "12", "--model.width", "4", "--data.limit_train", "60", "--data.limit_test", "40"),
     *("--eval.steps", "2", "--eval.curve_points", "2", "--eval.curve_steps", "2", "--train.validate_steps", "1"),
+    *("--eval.check_images", "0"),
 )
 
 
@@ -29,6 +30,7 @@ def test_the_demo_leaves_a_summary_and_a_report(tmp_path, monkeypatch, capsys):
         assert row["robust_accuracy"] <= min(row["attacks"].values()) and row["method"] in out
         record = json.loads((tmp_path / "demo" / row["method"] / "results" / "evaluation.json").read_text())
         assert record["worst"]["accuracy"] == row["robust_accuracy"]
+        assert record["suite"] == row["suite"] == "quick"
     # Equal compute: to within half a step of the costliest method.
     costs = [row["forward_equivalents"] for row in rows]
     assert max(costs) - min(costs) < 20 and min(costs) > 0
@@ -39,7 +41,7 @@ def test_the_demo_leaves_a_summary_and_a_report(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_compares_like_with_like():
     """The four recipes differ in the method only, and the quick demo only shortens."""
-    for overrides in ((), demo._QUICK):
+    for overrides in (demo._SUITE, (*demo._SUITE, *demo._QUICK)):
         trees = [load_recipe(recipe, overrides).to_dict() for recipe in demo.RECIPES]
         for tree in trees:
             # How often is looked changes nothing; standard training has several times as many epochs for its budget.

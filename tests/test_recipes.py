@@ -81,7 +81,8 @@ def test_the_recipe_runs(recipe, data, tmp_path, monkeypatch):
         "--train.device",
         "cpu",
     ]
-    overrides += ["--train.validate_images", "2", "--train.validate_steps", "1", "--eval.steps", "1"]
+    overrides += ["--train.validate_images", "2", "--train.validate_steps", "1", "--eval.check_images", "0"]
+    overrides += ["--eval.suite", "pgd", "--eval.steps", "1"]
     overrides += ["--eval.curve_points", "0", "--train.epochs", "0.2"]  # one step of 2 images
     if "resnet18" in recipe:  # as it is, but narrower: the full width is tested with the models
         overrides += ["--model.width", "8"]

@@ -98,11 +98,11 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     small = [
         part for part in TINY if part not in ("--model.width", "4", "--model.features", "8")
     ]  # the user's has no such keys
-    overrides = [*small, *FULL, "--train.epochs", "40", "--model.name", f"{tmp_path}/net.py:make"]
+    overrides = [*small, *FULL, "--train.epochs", "20", "--model.name", f"{tmp_path}/net.py:make"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "clead", "train", "digits-standard", *overrides, "--out", str(killed)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while process.poll() is None and '"step": 30' not in _text(killed / "metrics.jsonl"):
+    while process.poll() is None and '"step": 20' not in _text(killed / "metrics.jsonl"):
         time.sleep(0.002)
     time.sleep(random.random() * 0.1)
     process.kill()
@@ -114,7 +114,7 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     resumed = clead.train(config, out=killed, resume=True, show=False)
     assert_same_run(killed, whole)
     steps = [line["step"] for line in log(killed) if line["kind"] == "train"]
-    assert steps == sorted(set(steps)) and steps[-1] == resumed.outcome.steps == 120
+    assert steps == sorted(set(steps)) and steps[-1] == resumed.outcome.steps == 60
     seconds = [line["seconds"] for line in log(killed, seconds=True)]
     assert seconds == sorted(seconds)
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
