@@ -152,9 +152,7 @@ def summary(blocks):
     found = {"n": n, "clean_accuracy": sum(sum(block[names[0]]["clean"]) for block in blocks) / n}
     for name in names:
         seconds = {key: sum(b[name]["seconds"].get(key, 0) for b in blocks) for key in blocks[0][name]["seconds"]}
-        stages = {
-            stage: sum(joined(name, i)) / n for i, stage in enumerate(blocks[0][name]["flags"]) if stage != "all"
-        }
+        stages = {stage: sum(joined(name, i)) / n for i, stage in enumerate(blocks[0][name]["flags"]) if stage != "all"}
         final = joined(name, -1)
         found[name] = {
             "robust_accuracy": sum(final) / n,
@@ -225,7 +223,9 @@ def main():
                 model, part.images, part.labels, arguments.norm, eps, arguments.block, arguments.seed
             )
             seconds = {key: round(value, 1) for key, value in results[name]["seconds"].items()}
-            print(f"block {number} {name}: {sum(list(results[name]['flags'].values())[-1])} held, {seconds}", flush=True)
+            print(
+                f"block {number} {name}: {sum(list(results[name]['flags'].values())[-1])} held, {seconds}", flush=True
+            )
         blocks.append({name: results[name] for name in arguments.contenders})
         content = {"what": what, "summary": summary(blocks), "blocks": blocks}
         arguments.out.write_text(json.dumps(content) + "\n")

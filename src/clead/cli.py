@@ -149,6 +149,8 @@ def evaluate(
             f"--save-adversarial keeps the images of one run, got {len(runs)} runs; evaluate them one by one"
         )
     if suite is not None:
+        if ["eval", "suite"] in [path for path, _ in parse_overrides(overrides)]:
+            raise UserError(f"--eval.suite is what --suite says too, got both, --suite {suite}; give one")
         overrides = [*overrides, "--eval.suite", suite]
     _only(overrides, ("data", "threat", "eval"), "choose a suite with --suite, or use clead attack")
     options: dict[str, Any] = {
@@ -177,24 +179,28 @@ def evaluate(
             _say(f"no report: {error}")
         _say(_verdict(record))
 
-    try:
-        if model is not None:
-            if ["data", "path"] not in [path for path, _ in parse_overrides(overrides)]:
-                raise UserError(
-                    f"--model {model}: which images? give --data.path (and --data.name, if they are CIFAR or MNIST)"
-                )
-            config = bare_config("evaluation", overrides)
-            folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
+    @contextmanager
+    def one() -> Generator[None, None, None]:
+        try:
             with _interruptible():
-                done(api.evaluate_foreign(model, config, weights=weights, out=folder, **options), folder, folder)
-        else:
-            configs = [_changed(run, overrides) for run in runs]
-            for run, config in zip(runs, configs, strict=True):
-                with _interruptible():
-                    done(api.evaluate_run(run, config=config, **options), Path(run) / "results", Path(run))
-    except api.ShardDone as finished:
-        _say(str(finished))
-        return
+                yield
+        except api.ShardDone as finished:
+            _say(str(finished))
+
+    if model is not None:
+        if ["data", "path"] not in [path for path, _ in parse_overrides(overrides)]:
+            raise UserError(
+                f"--model {model}: which images? give --data.path (and --data.name, if they are CIFAR or MNIST)"
+            )
+        config = bare_config("evaluation", overrides)
+        folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
+        with one():
+            done(api.evaluate_foreign(model, config, weights=weights, out=folder, **options), folder, folder)
+    else:
+        configs = [_changed(run, overrides) for run in runs]
+        for run, config in zip(runs, configs, strict=True):
+            with one():
+                done(api.evaluate_run(run, config=config, **options), Path(run) / "results", Path(run))
     if json_file and records:
         content: Any = [json.loads(record.model_dump_json()) for record in records]
         _write_json(json_file, content[0] if len(content) == 1 else content)
@@ -203,7 +209,7 @@ def evaluate(
 @app.command(context_settings=_OPEN)
 def attack(
     context: typer.Context,
-    objective: Annotated[str, typer.Option(help="What the attack maximises.")] = "cross_entropy",
+    objective: Annotated[str | None, typer.Option(help="What the attack maximises; cross_entropy by default.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
     verify: Annotated[
         Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
@@ -216,14 +222,23 @@ def attack(
     from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
     from clead.config import parse_overrides
     from clead.evaluation.suites import NamedAttack, attack_name
+    from clead.interfaces import Search
     from clead.settings import validated
 
-    OBJECTIVES.get(objective)
+    if objective is not None:
+        OBJECTIVES.get(objective)
     runs, overrides = _runs(context.args)
     if verify:
         if fresh:
             raise UserError("--fresh: with --verify nothing is attacked, so nothing is left of it; leave it out")
-        _only(overrides, ("data", "threat", "eval"), "leave it out: nothing is attacked")
+        useless = [f"--{key}" for key, given in (("save", save), ("objective", objective)) if given is not None]
+        keys = ("eval.split", "eval.weights", "train.device")
+        paths = [".".join(path) for path, _ in parse_overrides(overrides)]
+        useless += [f"--{path}" for path in paths if not path.startswith("data.") and path not in keys]
+        if useless:
+            raise UserError(
+                *(f"{name}: changes nothing with --verify, nothing is attacked; leave it out" for name in useless)
+            )
         found = [api.verify(run, verify, config=_changed(run, overrides)) for run in runs]
         for result in found:
             _print_verified(result)
@@ -234,7 +249,7 @@ def attack(
     given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
     name = str(given.get("name", "pgd"))
     if name in UNRESTRICTED.names():
-        for option, useless in (("--objective", objective != "cross_entropy"), ("--save", save is not None)):
+        for option, useless in (("--objective", objective is not None), ("--save", save is not None)):
             if useless:
                 raise UserError(
                     f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
@@ -274,13 +289,17 @@ def attack(
     contents = []
     for run, config in zip(runs, configs, strict=True):
         used = foreign or config.attack
-        name = attack_name(used, objective)
+        if objective is not None and isinstance(used, Search):
+            raise UserError(
+                f"--objective: {attack_name(used)} searches by itself and maximises none, got {objective}; leave it out"
+            )
+        name = attack_name(used, objective or "cross_entropy")
         result = "attack-" + re.sub(r"[^a-z0-9]+", "-", name.lower().replace("×", "x"))
         with _interruptible():
             evaluation = api.evaluate_run(
                 run,
                 config=config,
-                attacks=[NamedAttack(name, used, objective)],
+                attacks=[NamedAttack(name, used, objective or "cross_entropy")],
                 result=result,
                 fresh=fresh,
             )

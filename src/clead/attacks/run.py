@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -49,6 +50,14 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
         raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}")
+
+
+def check_norm(attack: Attack | Search, threat: Threat) -> None:
+    """Raise UserError if the attack is not made for this norm."""
+    norms = getattr(attack, "norms", None) or getattr(attack, "meant_for", None)
+    if norms is not None and threat.norm not in norms:
+        name = getattr(attack, "name", None) or type(attack).__name__
+        raise UserError(f"{name} is an attack for {', '.join(norms)}, got {threat.norm}")
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -102,14 +111,12 @@ def attack_images(
         attack is not made for this norm.
     """
     searching = isinstance(attack, Search)
-    norms = getattr(attack, "norms", None)
-    if norms is not None and threat.norm not in norms:
-        raise UserError(f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {threat.norm}")
+    check_norm(attack, threat)
     make = OBJECTIVES.get(objective)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
     # A randomised model draws from the global generators: from a stream of its own here, not from the caller's.
-    with seeded(generator.initial_seed() if generator else 0):
+    with seeded(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
         if not checked:
             check_inputs(x, y)
             _check_labels(y, logits_of(model, x[:1]).shape[1])

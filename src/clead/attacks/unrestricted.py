@@ -6,6 +6,7 @@ whether an image belongs to it, so that a caller can verify results. ``clead.att
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -69,7 +70,7 @@ def attack_unrestricted(
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0)
     # Seeded: a randomised model draws from a stream of its own. A caller's inference mode would refuse any gradient.
-    with seeded(generator.initial_seed()), torch.inference_mode(False), attack_mode(model):
+    with seeded(zlib.crc32(generator.get_state().numpy().tobytes())), torch.inference_mode(False), attack_mode(model):
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
         with torch.no_grad(), prepared(model, x) as answer:
             x_adv = attack.worst(answer, x, y, generator=generator)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs, logits_of, prepared
+from clead.attacks.run import attack_images, check_inputs, check_norm, logits_of, prepared
 from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
@@ -176,6 +176,11 @@ def evaluate_model(
         batch_size=settings.batch_size or _automatic_batch_size(images, device),
         kept=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
     )
+    for named in job.attacks:  # all that can be wrong is said before there is a state
+        check_norm(named.attack, threat)
+    if merge:
+        assert state is not None, "shards are merged from their states"
+        processes.shards(state)
     with global_seed(settings.seed):
         gradients = _has_gradient(job)
     if settings.precision != "float32":

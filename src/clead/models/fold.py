@@ -36,8 +36,7 @@ def folded(model: nn.Module, sample: Tensor, *, channels_last: bool = False) -> 
         yield
         return
     if model not in _PAIRS:
-        with seeded(0):  # once per model: a randomised one must not find its stream moved the first time
-            _PAIRS[model] = _find(model, sample[:2])
+        _PAIRS[model] = _find(model, sample[:2])
     with _fold(_PAIRS[model], _autocast_dtype(sample), channels_last):
         if not channels_last:
             yield
@@ -103,7 +102,12 @@ def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d))]
     handles = [layer.register_forward_hook(note) for layer in layers]
     # Past the observers: looking for pairs is no part of what a training step costs.
-    run: Callable[[Tensor], Any] = getattr(model, "_split", model)
+    inner: Callable[[Tensor], Any] = getattr(model, "_split", model)
+
+    def run(images: Tensor) -> Any:
+        with seeded(0):  # a randomised model: the same noise every time, and the caller's stream left where it was
+            return inner(images)
+
     try:
         with torch.no_grad(), torch.autocast(sample.device.type, enabled=False):
             run(sample)
