@@ -327,7 +327,7 @@ def test_files_of_adversarial_images(fails, here, trained):
     )
     (here / "x.parquet").write_bytes(b"PAR1 but no more")
     fails("attack", "run", "--verify", "x.parquet", has="x.parquet is not a file of clead evaluate --save-adversarial")
-    fails("attack", "run", "--verify", "x.parquet", "--attack.steps", "3", has="leave it out: nothing is attacked")
+    fails("attack", "run", "--verify", "x.parquet", "--attack.steps", "3", has="nothing is attacked; leave it out")
     fails("attack", "--verify", "x.parquet", has="which run?")
 
 

@@ -207,7 +207,7 @@ def test_shards_that_do_not_fit_together_are_refused(run, tmp_path):
         evaluated(run, shard="1/2")
     results = run / "results"
     assert "threat" in merge("--threat.eps", "0.2")
-    unfinished = results / "evaluation.shard-1-of-2" if False else results / "evaluation.state.shard-1-of-2"
+    unfinished = results / "evaluation.state.shard-1-of-2"
     victim = sorted(unfinished.glob("*.safetensors"))[3]
     kept = victim.read_bytes()
     victim.unlink()

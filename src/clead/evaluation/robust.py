@@ -178,9 +178,6 @@ def evaluate_model(
     )
     for named in job.attacks:  # all that can be wrong is said before there is a state
         check_norm(named.attack, threat)
-    if merge:
-        assert state is not None, "shards are merged from their states"
-        processes.shards(state)
     with global_seed(settings.seed):
         gradients = _has_gradient(job)
     if settings.precision != "float32":
@@ -188,11 +185,11 @@ def evaluate_model(
     group = processes.group() if shard is None and not merge else None
     mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
     header = _header(job, mine)
+    assert state is not None or not merge, "shards are merged from their states"
+    shared = processes.merged(state, header, set(job.keys())) if merge and state else {}
     store = State(mine.folder(state) if state else None, header)
     with exact_float32(), global_seed(settings.seed), store.opened():
-        if merge:
-            assert state is not None
-            store.parts.update(processes.merged(state, header, set(job.keys())))
+        store.parts.update(shared)
         _attack_batches(job, store, mine, subject, show)
         if shard is not None:
             return None
