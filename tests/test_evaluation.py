@@ -400,7 +400,7 @@ def nan_at_bright(h: Tensor) -> Tensor:
         (lambda h: h[:, 0], "must return logits (B, K) for 1 images, got (1,)"),
         (lambda h: (h, h), "must return logits (B, K) for 1 images, got a tuple"),
         (lambda h: torch.cat([h, h], 1), "the model returns 2 logits, the data has 3 classes"),
-        (nan_at_bright, "logits must be finite, got NaN or infinity for images [250, 251]"),
+        (nan_at_bright, "logits must be finite, got NaN or infinity for images [250, 251, 252, 253, 254] and 1 more"),
         (lambda h: h @ torch.ones(2, 3), "fails on images torch.float32 (1, 1, 1, 1): RuntimeError"),
     ],
 )
@@ -467,3 +467,102 @@ def test_evaluate_says_what_is_wrong(changes, says):
     with pytest.raises(UserError) as caught:
         clead.evaluate(Threshold(), x, arguments.pop("labels"), **arguments)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Cnn(nn.Module):
+    """A small convolutional network, flattened by ``view`` as many are, with batch-norm."""
+
+    def __init__(self, wrap: Any = lambda layer: layer) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = wrap(nn.Conv2d(3, 4, 3, padding=1))
+            self.norm = nn.BatchNorm2d(4)
+            self.fc = nn.Linear(64, 3)
+            self.norm.running_mean.uniform_(-0.2, 0.2)
+            self.norm.running_var.uniform_(0.5, 2)
+        self.eval()
+        self.sign = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv(x)))
+        return self.sign * self.fc(nn.functional.avg_pool2d(h, 2)[:, :, :4, :4].contiguous().view(len(x), -1))
+
+
+class Viewed(Cnn):
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.max_pool2d(torch.relu(self.norm(self.conv(x))), 2)
+        return self.fc(h.view(h.size(0), -1))
+
+
+def colour(count: int = 40) -> Tensor:
+    return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda c: c, nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+def test_models_whose_layout_or_weights_are_their_own_affair(wrap):
+    """A ``view`` refuses channels_last activations; weight and spectral normalisation compute the weight at every use."""
+    model, x = Viewed(wrap), colour()
+    y = model(x).argmax(1)
+    record = clead.evaluate(model, x, y, suite="quick", eps=0.02, steps=5, **NO_EXTRAS)
+    assert record.clean_accuracy == 1 and record.robust_accuracy < 1
+    assert clead.attacks.pgd(model, x, y, eps=0.02, steps=2).shape == x.shape
+
+
+def test_a_layer_replaced_between_two_evaluations_is_noticed():
+    """Its batch-norm must not be folded into a convolution that is gone."""
+    used, fresh, x = Cnn(), Cnn(), colour(60)
+    clead.evaluate(used, x, used(x).argmax(1), suite="quick", eps=0.05, steps=3, **NO_EXTRAS)
+    other = Cnn(lambda c: nn.Conv2d(3, 4, 3, padding=1)).conv
+    used.conv, fresh.conv = other, other
+    y = used(x).argmax(1)
+    a, b = (clead.evaluate(m, x, y, suite="quick", eps=0.03, steps=10, **NO_EXTRAS) for m in (used, fresh))
+    assert a.robust == b.robust and a.robust_accuracy < 1
+
+
+def test_verdicts_are_float32_whatever_the_caller_computes_in():
+    model, x = Cnn(), colour()
+    y = model(x).argmax(1)
+    expected = clead.evaluate(model, x, y, suite="quick", eps=0.02, steps=5, **NO_EXTRAS)
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        record = clead.evaluate(model, x, y, suite="quick", eps=0.02, steps=5, **NO_EXTRAS)
+        assert torch.is_autocast_enabled("cpu") and torch.is_inference_mode_enabled()
+    assert record.robust == expected.robust and torch.get_float32_matmul_precision() == precision
+
+
+def test_plausible_inputs_are_taken_or_refused_in_one_line():
+    model, x = Cnn(), colour(6)
+    y = model(x).argmax(1)
+    expected = clead.evaluate(model, x, y, suite="pgd", eps=0.02, steps=2, **NO_EXTRAS).robust
+    for images, labels in [
+        (x.double(), y),
+        (x.clone().requires_grad_(), y),
+        (x, y.to(torch.uint8)),
+        (x, y.int()),
+        (x.transpose(2, 3).contiguous().transpose(2, 3), y),
+    ]:
+        assert clead.evaluate(model, images, labels, suite="pgd", eps=0.02, steps=2, **NO_EXTRAS).robust == expected
+
+    class InPlace(Cnn):
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            x += 0.5
+            return super().forward(x)
+
+    before = x.clone()
+    clead.evaluate(InPlace(), x, y, suite="pgd", eps=0.02, steps=2, **NO_EXTRAS)
+    assert torch.equal(x, before)
+    one = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
+    for arguments, says in [
+        ((model, x.numpy(), y), "images must be a torch.Tensor, got a ndarray"),
+        ((lambda x: x, x, y), "model must be a torch.nn.Module, got a function"),
+        ((one, x, y * 0), "at least 2 logits per image, got 1"),
+    ]:
+        with pytest.raises(UserError, match=says) as caught:
+            clead.evaluate(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="needs an encoder/classifier split"):
+        clead.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), x, y, suite="adaptive")

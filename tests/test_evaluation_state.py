@@ -189,7 +189,7 @@ def test_shards_equal_one_process(run, alone):
         with pytest.raises(api.ShardDone, match=f"shard {index}/3 is done"):
             evaluated(run, shard=f"{index}/3")
     assert evaluated(run, merge=True) == alone
-    assert [path.name for path in (run / "results").iterdir() if "shard" in path.name] == []
+    assert not list((run / "results").glob("*.state*"))
 
 
 def test_shards_that_do_not_fit_together_are_refused(run, tmp_path):
@@ -297,3 +297,56 @@ def test_in_python_the_state_is_a_directory_that_goes_away(tmp_path, monkeypatch
         clead.evaluate(net, x.flip(0), y, state=tmp_path / "state", **settings)
     assert clead.evaluate(net, x, y, state=tmp_path / "state", **settings).robust == whole.robust
     assert not (tmp_path / "state").exists()
+
+
+def test_parts_without_a_header_are_of_nobody(tmp_path):
+    """What a kill inside the removal of a state can leave."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+    x = torch.rand(20, 1, 4, 4)
+    y = net(x).argmax(1)
+    settings: dict[str, Any] = {"steps": 2, "curve_points": 0, "check_images": 0}
+    expected = clead.evaluate(net, x, y, eps=0.1, **settings).robust
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "discard", lambda path: (path / "state.json").unlink())
+        assert clead.evaluate(net, x, y, eps=0.0001, state=tmp_path / "state", **settings).robust != expected
+    assert list((tmp_path / "state").glob("*.safetensors"))
+    assert clead.evaluate(net, x, y, eps=0.1, state=tmp_path / "state", **settings).robust == expected
+
+
+def test_the_same_weights_with_another_constant_are_another_model(tmp_path, monkeypatch):
+    class Scaled(torch.nn.Module):
+        def __init__(self, k: float) -> None:
+            super().__init__()
+            self.fc, self.k = torch.nn.Linear(16, 3), k
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.k * self.fc(x.flatten(1))
+
+    a, b = Scaled(1), Scaled(-1)
+    b.load_state_dict(a.state_dict())
+    x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    monkeypatch.setattr(api, "discard", lambda path: None)
+    clead.evaluate(a, x, y, steps=1, state=tmp_path / "state", curve_points=0, check_images=0)
+    with pytest.raises(UserError, match="answers: "):
+        clead.evaluate(b, x, y, steps=1, state=tmp_path / "state", curve_points=0, check_images=0)
+
+
+RANKS = """
+import sys, torch, clead
+import torch.distributed as dist
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+x = torch.rand(20, 1, 4, 4) + (0 if dist.get_rank() == 0 else -0.01)
+clead.evaluate(net, x.clamp(0, 1), net(x).argmax(1), steps=1, batch_size=5, curve_points=0, check_images=0)
+"""
+
+
+def test_processes_with_different_images_are_told_so(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    port = str(31000 + os.getpid() % 2000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "ranks.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0 and "process 1 evaluates something else than process 0: images: " in done.stderr

@@ -102,7 +102,7 @@ def test_a_factory_with_weights(place, run):
     record = json.loads(Path("r.json").read_text())
     assert record["run"] == "net" and record["model"]["weights"] == "net.safetensors" and record["data"]["n"] == 30
     assert record["clean"]["accuracy"] == 1 and record["suite"] == "standard" and record["training"] is None
-    assert "withstand linf 0.05 under AutoAttack standard" in out
+    assert "withstand linf 0.05 under suite standard with 3 steps instead of its own, not AutoAttack" in out
     assert (
         Path("evaluations/nets.py-net/evaluation.json").exists()
         and Path("evaluations/nets.py-net/report.html").exists()
@@ -116,8 +116,6 @@ def test_a_factory_with_weights(place, run):
 
 @pytest.mark.parametrize("batch", ["N", 7])
 def test_an_onnx_file_by_queries(place, run, batch):
-    content = torch.load  # the ONNX twin of the safetensors weights
-    del content
     from safetensors.numpy import load_file
 
     weights = load_file("net.safetensors")
@@ -131,7 +129,7 @@ def test_an_onnx_file_by_queries(place, run, batch):
     assert code == 2 and "gives no gradient" in err and "--eval.suite queries" in err and err.count("\n") == 1
     code, out, err = run("evaluate", *arguments, "--suite", "queries", "--json", "o.json")
     assert code == 0, err
-    assert "attacks by queries only" in out
+    assert "under suite queries with 3 steps" in out
     queried = json.loads(Path("o.json").read_text())
     assert [part["name"] for part in queried["attacks"]] == ["Square"] and queried["clean"]["accuracy"] == 1
     assert queried["notes"] and queried["checks"] == []

@@ -280,6 +280,7 @@ def test_the_verdict_names_the_suite(tmp_path, suite):
         "quick": "the quick suite, which is not AutoAttack,",
         "queries": "attacks by queries only, not AutoAttack,",
         "pgd": "FGSM CE, PGD-50 CE and PGD-50 margin, not AutoAttack,",
+        "attacks": "APGD-CE, APGD-T, FAB-T and Square, not AutoAttack,",
         "none": "no attack,",
     }.get(suite, MEANING.get(suite, "") + ",")
     assert sentence.startswith(f"under {words} a still classifies 54")

@@ -167,12 +167,23 @@ def evaluate(
     options = validated(Eval, {"suite": suite, "seed": seed, **settings})
     if labels is None:
         images, labels = _collected(images)
-    assert isinstance(images, Tensor) or not isinstance(images, Iterable), "checked below"
-    as_bytes = isinstance(images, Tensor) and images.dtype == torch.uint8
-    first: Any = images[:1] / 255 if as_bytes else images
-    check_inputs(first, labels[:1] if as_bytes else labels)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got a {type(model).__name__}; wrap it in one")
+    for name_, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name_} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
+    assert isinstance(images, Tensor)
+    images, labels = images.detach(), labels.detach()
+    if not labels.is_floating_point():
+        labels = labels.long()
+    if images.is_floating_point():
+        check_inputs(images, labels)
+        images = images.float()
+    else:
+        check_inputs(images[:1] / 255, labels[:1])
     if len(images) != len(labels):
         raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
+    first = pixels(images[:1])
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
@@ -242,14 +253,8 @@ def evaluate_run(
     """
     part = Shard.parse(shard) if shard else None
     opened = _open(path, config, model, data)
-    sources = [(source, load(source)) for source in transfer_from]
-    for source, other in sources:
-        if other.num_classes != opened.model.num_classes:
-            raise UserError(
-                f"--transfer-from {source} has {other.num_classes} classes, {path} has {opened.model.num_classes}; "
-                "give a run on the same classes"
-            )
     device = opened.device
+    sources = _sources(transfer_from, opened.images, opened.model.num_classes, device)
     return _evaluate_into(
         opened.run.path / "results",
         result,
@@ -261,7 +266,7 @@ def evaluate_run(
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
-        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
+        more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
         merge=merge,
         device=device,
@@ -544,11 +549,12 @@ def evaluate_foreign(
     part = Shard.parse(shard) if shard else None
     splits = config.data.load(config.train.seed)
     name = model if isinstance(model, str) else type(model).__name__
-    made = _foreign(model, weights, len(splits.classes))
+    made = _foreign(model, weights, splits)
     images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
-    sources = [(source, load(source)) for source in transfer_from]
+    device = device_of(config.train.device)
+    sources = _sources(transfer_from, images, len(splits.classes), device)
     subject = Subject(
         name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
         model=Path(name).name,
@@ -558,7 +564,6 @@ def evaluate_foreign(
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
     )
-    device = device_of(config.train.device)
     return _evaluate_into(
         Path(out),
         result,
@@ -570,7 +575,7 @@ def evaluate_foreign(
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
-        more=[transfer(Path(source).resolve().name, other.to(device)) for source, other in sources],
+        more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
         merge=merge,
         device=device,
@@ -606,6 +611,7 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
     threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
     x, labels = pixels(images.images), images.labels
     size = threat.size(x_adv - x)
+    in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False for NaN
     with exact_float32():
         right = torch.cat([right_images(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
         as_file = torch.cat(
@@ -620,23 +626,41 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         "accuracy_8_bits": as_file.double().mean().item(),
         "largest": size.max().item(),
         "eps": threat.eps,
-        "outside": int((size > threat.eps * (1 + 1e-5) + 1e-6).sum()),
+        "outside": int((~((size <= threat.eps * (1 + 1e-5) + 1e-6) & in_box)).sum()),
     }
 
 
-def _foreign(model: str | nn.Module, weights: str | Path | None, num_classes: int) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if model.endswith(".onnx"):
+def _sources(
+    paths: Sequence[str | Path], images: ImageSet, num_classes: int, device: torch.device
+) -> list[tuple[str, nn.Module]]:
+    """Return names and models of the runs whose images are tried; raises UserError unless they take these images."""
+    found = []
+    for path in paths:
+        other = load(path).to(device)
+        if other.num_classes != num_classes:
+            raise UserError(
+                f"--transfer-from {path} has {other.num_classes} classes, the data has {num_classes}; "
+                "give a run on the same classes"
+            )
+        logits_of(other, pixels(images.images[:1].to(device)))
+        found.append((Path(path).resolve().name, other))
+    return found
+
+
+def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits) -> nn.Module:
+    if isinstance(model, str) and model.endswith(".onnx"):
         if weights is not None:
             raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
         return OnnxModel(model)
-    made = make_module(model, num_classes)
+    made = make_module(model, len(splits.classes)) if isinstance(model, str) else model
     if weights is not None:
         content, _ = load_weights(Path(weights))
         check_weights(made.state_dict(), content, str(weights))
         made.load_state_dict(content)
-    return made.eval()
+    try:  # attacks on the embedding need to know where it is
+        return adapt(made, sample_shape=_shape(splits)).eval()
+    except UserError:
+        return made.eval()
 
 
 class ShardDone(Exception):
@@ -658,9 +682,10 @@ def _evaluate_into(
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
     state = folder / f"{result}.state"
-    here = shard.folder(state) if shard else state
     if fresh:
-        discard(here)
+        discard(shard.folder(state) if shard else folders(state)[rank()])
+    if save_adversarial is not None:
+        adversarial.ready(save_adversarial)
     evaluation = evaluate_model(
         model,
         images,
@@ -674,7 +699,7 @@ def _evaluate_into(
     )
     if evaluation is None:
         assert shard is not None
-        raise ShardDone(f"shard {shard.index}/{shard.count} is done: {here}; when all are, use --merge")
+        raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if rank() > 0:
         return evaluation
     write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
@@ -684,7 +709,7 @@ def _evaluate_into(
     if save_adversarial is not None:
         assert evaluation.adversarial is not None
         adversarial.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
-    for done in shards(state) if options.get("merge") else folders(state):
+    for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation
 

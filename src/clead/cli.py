@@ -577,13 +577,13 @@ def _print_record(record: Any) -> None:
 
 
 def _verdict(record: Any) -> str:
-    from clead.evaluation.suites import MEANING
+    from clead.evaluation.suites import in_words
 
     worst, threat = record.worst, record.threat
     failed = [check.name for check in record.checks if not check.passed]
     said = (
         f"{record.run}: {worst.accuracy:.1%} of {worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
-        f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {MEANING.get(record.suite, record.suite)}; "
+        f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {in_words(record)}; "
         f"{record.clean.accuracy:.1%} are right when clean."
     )
     if failed:

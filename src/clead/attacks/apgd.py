@@ -142,7 +142,7 @@ class APGD:
             if step:
                 path.move(first=step == 1)
             value, gradient, wrong = self._look(model, path, slope=step < steps)
-            if x_adv is not None:
+            if x_adv is not None and self.eot == 1:
                 fallen = wrong.nonzero()[:, 0]  # synchronises the device
                 if len(fallen):
                     x_adv[path.left[fallen]] = path.point[fallen]
@@ -154,7 +154,12 @@ class APGD:
             path.settle(value, gradient, first=not step)
             if step in revise:
                 path.revise(revise[step])
-        return path.left
+        if x_adv is None or self.eot == 1:
+            return path.left
+        # Leaving with the first estimate that looks wrong would choose the luckiest of many: the best point is judged anew.
+        _, wrong = self._answer(model, path.best, path.labels)
+        x_adv[path.left[wrong]] = path.best[wrong]
+        return path.left[~wrong]
 
     def _look(self, model: Model, path: _Path, *, slope: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return at the path's point the loss (n,), its gradient if ``slope`` is asked for, and which images are wrong (n,).

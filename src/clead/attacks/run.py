@@ -65,7 +65,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     kind = type(model).__name__
     try:
         with attack_mode(model), torch.no_grad():
-            logits = model(x)
+            logits = model(x.clone())  # a model that normalises in place would change the caller's images
     except UserError:
         raise
     except Exception as error:
@@ -76,6 +76,8 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(f"the model must return logits (B, K) for {len(x)} images, got {what}")
+    if logits.shape[1] < 2:
+        raise UserError(f"the model must return at least 2 logits per image, got {logits.shape[1]}; give one per class")
     return logits
 
 
@@ -155,13 +157,27 @@ def prepared(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.fl
     if sample.dtype != torch.float32 or not (convolutional or lower):
         yield model
         return
-    last = device == "cpu"
-    layout = torch.channels_last if last else torch.contiguous_format
-    with torch.autocast(device, precision) if lower else nullcontext(), folded(model, sample, channels_last=last):
-        if lower:
-            yield lambda x: model(x.contiguous(memory_format=layout)).float()
-        else:
-            yield lambda x: model(x.contiguous(memory_format=layout))
+    with torch.autocast(device, precision) if lower else nullcontext():
+        last = device == "cpu" and _takes_channels_last(model, sample[:1])
+        layout = torch.channels_last if last else torch.contiguous_format
+        with folded(model, sample, channels_last=last, again=True):
+            if lower:
+                yield lambda x: model(x.contiguous(memory_format=layout)).float()
+            else:
+                yield lambda x: model(x.contiguous(memory_format=layout))
+
+
+def _takes_channels_last(model: nn.Module, image: Tensor) -> bool:
+    """Try one image: ``x.view(len(x), -1)`` inside a model, for one, needs contiguous activations."""
+    try:
+        with seeded(0), torch.enable_grad(), folded(model, image, channels_last=True, again=True):
+            x = image.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last).requires_grad_()
+            logits = model(x)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.sum(), x)
+    except RuntimeError:
+        return False
+    return True
 
 
 def call(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,17 @@ from clead.errors import MissingExtra, UserError
 from clead.report.record import Record
 
 _KEY = b"clead"
+
+
+def ready(path: Path) -> None:
+    """Raise UserError if ``save`` could not write there: before hours of attacks, not after."""
+    _pyarrow()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: it is a directory, or its folder is read-only; choose another file")
 
 
 def save(path: Path, x_adv: Tensor, labels: Tensor, record: Record) -> None:

@@ -108,8 +108,20 @@ class Group:
     size: int
     handle: Any
 
-    def gather(self, parts: dict[str, Part]) -> dict[str, Part] | None:
-        """Return the parts of all processes on rank 0, None elsewhere."""
+    def gather(self, header: dict[str, Any], parts: dict[str, Part]) -> dict[str, Part] | None:
+        """Return the parts of all processes on rank 0, None elsewhere.
+
+        Raises UserError on every process, naming what differs, if they evaluate different things.
+        """
+        own = {key: value for key, value in header.items() if key != "shard"}
+        headers: list[Any] = [None] * self.size
+        dist.all_gather_object(headers, own, group=self.handle)
+        for other, found in enumerate(headers):
+            if different := differences(headers[0], found):
+                raise UserError(
+                    f"process {other} evaluates something else than process 0: {'; '.join(different)}; "
+                    "give all processes the same model, images and settings"
+                )
         everything: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(parts, everything, dst=0, group=self.handle)
         return {key: part for one in everything for key, part in one.items()} if everything is not None else None

@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +14,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from clead import __version__
+from clead.attacks import OBJECTIVES
+from clead.attacks.apgd import APGD
+from clead.attacks.fab import FAB
 from clead.attacks.pgd import PGD
 from clead.attacks.run import attack_images, check_inputs, check_norm, logits_of, prepared
 from clead.attacks.square import Square
@@ -25,7 +29,7 @@ from clead.evaluation import masking, processes
 from clead.evaluation.processes import ALONE, Shard
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
-from clead.evaluation.suites import DRAWS, NamedAttack, attack_name, describe, suite
+from clead.evaluation.suites import DRAWS, LOWER_PRECISION, NamedAttack, attack_name, describe, suite
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
@@ -176,45 +180,49 @@ def evaluate_model(
         batch_size=settings.batch_size or _automatic_batch_size(images, device),
         kept=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
     )
-    for named in job.attacks:  # all that can be wrong is said before there is a state
-        check_norm(named.attack, threat)
-    with global_seed(settings.seed):
-        gradients = _has_gradient(job)
-    if settings.precision != "float32":
-        notes.append(f"the search was in {settings.precision} and may find less; verdicts are in float32")
-    group = processes.group() if shard is None and not merge else None
-    mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
-    header = _header(job, mine)
-    assert state is not None or not merge, "shards are merged from their states"
-    shared = processes.merged(state, header, set(job.keys())) if merge and state else {}
-    store = State(mine.folder(state) if state else None, header)
-    with exact_float32(), global_seed(settings.seed), store.opened():
-        store.parts.update(shared)
-        _attack_batches(job, store, mine, subject, show)
-        if shard is not None:
-            return None
-        if group:
-            parts = group.gather(store.parts)
-            if parts is None:  # rank 0 draws what is drawn once
-                return group.share(None)
-            store.parts.update(parts)
-        curve = _curve(job, store, show) if gradients else []
-        checks = _checks(job, store, source, show) if gradients else []
-        if not gradients:
-            notes.append("the model has no gradient: no curve and no checks of gradient masking")
-        evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
+    # A caller's inference mode would refuse any gradient.
+    with torch.inference_mode(False), exact_float32(), global_seed(settings.seed):
+        gradients = _ready(job)  # all that can be wrong is said before there is a state
+        group = processes.group() if shard is None and not merge else None
+        mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
+        header = _header(job, mine)
+        if settings.precision != "float32":
+            notes.append(f"{LOWER_PRECISION} {settings.precision} and may find less; verdicts are in float32")
+        assert state is not None or not merge, "shards are merged from their states"
+        shared = processes.merged(state, header, set(job.keys())) if merge and state else {}
+        store = State(mine.folder(state) if state else None, header)
+        with store.opened():
+            store.parts.update(shared)
+            _attack_batches(job, store, mine, subject, show)
+            if shard is not None:
+                return None
+            if group:
+                parts = group.gather(header, store.parts)
+                if parts is None:  # rank 0 draws what is drawn once
+                    return group.share(None)
+                store.parts.update(parts)
+            curve = _curve(job, store, show) if gradients else []
+            checks = _checks(job, store, source, show) if gradients else []
+            if not gradients:
+                notes.append("the model has no gradient: no curve and no checks of gradient masking")
+            evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
     return group.share(evaluation) if group else evaluation
 
 
 @contextmanager
 def exact_float32() -> Generator[None, None, None]:
-    """Compute convolutions in float32 proper on CUDA, whose default rounds their inputs to 10 bits (TF32)."""
-    before = torch.backends.cudnn.allow_tf32
+    """Compute in float32 proper: no autocast of the caller's, and none of CUDA's TF32, which rounds inputs to 10 bits."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def accuracy_under_attack(
@@ -254,6 +262,10 @@ def _header(job: _Job, shard: Shard) -> dict[str, Any]:
         "precision": settings.precision,
         "images_kept": job.kept,
         "shard": f"{shard.index}/{shard.count}",
+        "device": job.device.type,
+        "clead": __version__,
+        # What neither weights nor structure tell: another constant in the model's code gives other answers.
+        "answers": [f"{value:.2g}" for value in logits_of(job.model, job.inputs(slice(0, 1))[0])[0, :10].tolist()],
     }
 
 
@@ -269,42 +281,48 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
     finished = right = 0
     start = time.monotonic()
     with progress(f"evaluate {subject.name}", count, show=show) as tick:
+        # All clean images first: a mistake in them is not found hours later, and leaves no state.
+        clean = {_key(b, -1): _clean(job, b, subject) for b in batches if _key(b, -1) not in store.parts}
+        if broken := [index for _, ids in clean.values() for index in ids]:
+            more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+            raise UserError(f"logits must be finite, got NaN or infinity for images {broken[:5]}{more}")
+        for key, (flags, _) in clean.items():
+            store.put(key, {"flags": flags}, {"seconds": 0.0})
         for batch in batches:
             here = job.where(batch)
             size = here.stop - here.start
-            held = torch.ones(size, dtype=torch.bool)
-            for stage in range(-1, len(job.attacks)):
+            held = store.parts[_key(batch, -1)][0]["flags"].clone()
+            tick(size * costs[0] / sum(costs), attack="none")
+            for stage, named in enumerate(job.attacks):
                 key = _key(batch, stage)
                 if key not in store.parts:
                     with global_seed(seeded("cpu", job.settings.seed, stage, batch).initial_seed()):
-                        part = _clean(job, here, subject) if stage < 0 else _attack(job, store, batch, stage, held)
+                        part = _attack(job, store, batch, stage, held)
                     store.put(key, *part)
                 held &= store.parts[key][0]["flags"]
-                so_far = estimate(
-                    [True] * (right + int(held.sum())) + [False] * (finished + size - right - int(held.sum()))
-                )
+                left = right + int(held.sum())
+                so_far = estimate([True] * left + [False] * (finished + size - left))
                 tick(
                     size * costs[stage + 1] / sum(costs),
-                    attack=job.attacks[stage].name if stage >= 0 else "none",
+                    attack=named.name,
                     robust=f"{so_far.accuracy:.1%} ({so_far.low:.1%} – {so_far.high:.1%})",
                     speed=f"{finished / (time.monotonic() - start):.2g} images/s" if finished else "–",
                 )
             finished, right = finished + size, right + int(held.sum())
 
 
-def _clean(job: _Job, here: slice, subject: Subject) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Classify the clean images, having checked images, labels and logits."""
+def _clean(job: _Job, batch: int, subject: Subject) -> tuple[Tensor, list[int]]:
+    """Return which clean images are right and the ids of those whose logits are not finite, having checked images and labels."""
+    here = job.where(batch)
     x, y = job.inputs(here)
     check_inputs(x, y, len(subject.classes))
-    logits = logits_of(job.model, x)
-    if logits.shape[1] != len(subject.classes):
-        raise UserError(f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes")
-    broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
-    if len(broken):
-        first = [here.start + int(i) for i in broken[:5]]
-        raise UserError(f"logits must be finite, got NaN or infinity for images {first}")
-    flags = logits.argmax(1) == y if job.draws == 1 else right_images(job.model, x, y, job.draws)
-    return {"flags": flags.cpu()}, {}
+    with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
+        logits = logits_of(job.model, x)
+        if logits.shape[1] != len(subject.classes):
+            raise UserError(f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes")
+        broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
+        flags = logits.argmax(1) == y if job.draws == 1 else right_images(job.model, x, y, job.draws)
+    return flags.cpu(), [here.start + index for index in broken.tolist()]
 
 
 def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -360,10 +378,12 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
     precision = getattr(torch, job.settings.precision)
     x_adv = run(x, y, precision=precision)
     if isinstance(named.attack, Search) and job.draws == 1:
-        # The search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
+        # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(job.model), torch.no_grad(), prepared(job.model, x, precision) as answer:
-            seen = _halving(lambda x, y: answer(x).float().argmax(1) != y, x_adv, y)
-        again = seen & _halving(lambda x, y: right_images(job.model, x, y), x_adv, y)
+            left = _halving(lambda x, y: ~_holds(answer(x), y), x_adv, y)
+        if isinstance(named.attack, (APGD, FAB, Square)):  # they return the image itself where they failed
+            left |= (x_adv != x).flatten(1).any(1)
+        again = left & _halving(lambda x, y: right_images(job.model, x, y), x_adv, y)
         if again.any():
             x_adv[again] = run(x[again], y[again], exact=True)
     return x_adv
@@ -379,12 +399,16 @@ def _halving(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor)
         try:
             return torch.cat([function(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if size == 1 or not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+            if size == 1 or not _out_of_memory(error):
                 raise
         size = -(-size // 2)
         if x.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"the device is out of memory: attacking {size} images at a time", stacklevel=2)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def right_images(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tensor:
@@ -395,19 +419,29 @@ def right_images(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tens
     votes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with attack_mode(model), torch.no_grad():
         for _ in range(draws):
-            logits = model(x)
-            votes += (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+            votes += _holds(model(x.clone()), y)
     return 2 * votes > draws
 
 
-def _has_gradient(job: _Job) -> bool:
-    """Say whether the model has a gradient; raises UserError if it has none and an attack needs one."""
-    x, _ = job.inputs(slice(0, 1))
-    if not x.is_floating_point() or x.dim() != 4:
-        return True  # check_inputs will say so
+def _holds(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+
+
+def _ready(job: _Job) -> bool:
+    """Say whether the model has a gradient; raises UserError if an attack cannot be made on this model or in this norm."""
+    x, y = job.inputs(slice(0, 1))
+    if x.dim() != 4:
+        check_inputs(x, y)
     logits_of(job.model, x)
+    for named in job.attacks:
+        check_norm(named.attack, job.threat)
+        if not isinstance(named.attack, Search):
+            with attack_mode(job.model):
+                OBJECTIVES.get(named.objective)(
+                    job.model, x, y.clamp_min(0)
+                )  # one of the embedding needs a split model
     with attack_mode(job.model), torch.enable_grad():
-        output = job.model(x.requires_grad_())
+        output = job.model(x.clone().requires_grad_() * 1)  # not a leaf: a model may normalise in place
     if output.requires_grad:
         return True
     need = [
@@ -442,9 +476,7 @@ def _curve(job: _Job, store: State, show: bool) -> list[CurvePoint]:
                         x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
                         at = replace(cast(Any, job.threat), eps=radius)
                         generator = seeded(job.device, settings.seed, _CURVE, number, batch)
-                        x_adv = attack_images(
-                            pgd, job.model, x, y, at, objective="margin", generator=generator, checked=True
-                        )
+                        x_adv = _search(replace(job, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
                         flags[here.start + chosen] = right_images(job.model, x_adv, y).cpu()
                     tick(here.stop - here.start, eps=radius.text)
                 store.put(key, {"flags": flags}, {})
@@ -462,7 +494,17 @@ def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> li
     if key not in store.parts:
         x, y = job.inputs(slice(0, n))
         with progress("checks", len(masking.CHECKS), show=show) as tick:
-            checks = masking.run_checks(job.model, x, y, job.threat, seed=job.settings.seed, source=source, tick=tick)
+            while True:
+                try:
+                    checks = masking.run_checks(
+                        job.model, x, y, job.threat, seed=job.settings.seed, source=source, tick=tick
+                    )
+                    break
+                except RuntimeError as error:
+                    if len(x) < 16 or not _out_of_memory(error):
+                        raise
+                    x, y = x[: len(x) // 2], y[: len(y) // 2]
+                    warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
         store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
     return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
 
@@ -553,7 +595,8 @@ def _evaluation(
         per_class=per_class,
         training=subject.training,
         versions=environment(),
-        seconds=time.monotonic() - start,
+        # Of an evaluation that was resumed or shared out: the work of all its parts.
+        seconds=max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),
     )
     shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
     artifacts = _artifacts(job.model, images, shown, settings.gallery, job.batch_size, job.device)

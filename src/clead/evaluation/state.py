@@ -49,6 +49,9 @@ class State:
         with _locked(self.path):
             found = read_header(self.path)
             if found is None:
+                # Parts without a header are what a kill inside ``discard`` left: of which evaluation, nobody knows.
+                for file in self.path.glob("*.safetensors"):
+                    file.unlink()
                 write_atomically(self.path / "state.json", json.dumps(self.header, indent=1).encode())
             elif different := differences(found, self.header):
                 raise UserError(
@@ -72,6 +75,8 @@ class State:
 
 def discard(path: Path) -> None:
     """Remove a state directory: the record holds the result, or nobody wants it."""
+    with contextlib.suppress(OSError):
+        (path / "state.json").unlink()  # first: parts without a header are never taken up again
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from clead.attacks.pgd import PGD
 from clead.attacks.square import Square
 from clead.errors import UserError
 from clead.interfaces import Attack, Search
+from clead.report.record import Record
 from clead.settings import Ratio
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
@@ -25,7 +27,12 @@ MEANING: dict[str, str] = {
     "pgd": "FGSM and PGD, not AutoAttack",
     "attacks": "the attacks listed, not AutoAttack",
 }
-DRAWS = 10
+NOT = ", not AutoAttack"
+_AUTOATTACK = ("standard", "plus", "adaptive", "rand")
+_OWN_STEPS = " instead of the suite's own"
+_NAMED_ATTACKS = 4
+LOWER_PRECISION = "the search was in"
+DRAWS = 20
 """Clean and adversarial images of a randomised model (suite rand) are scored by the majority of so many draws."""
 
 _SHORT = {"cross_entropy": "CE", "dlr": "DLR"}
@@ -150,3 +157,34 @@ def _cost(attack: Attack | Search) -> float:
         return values["queries"] * values.get("restarts", 1)
     runs = max(values.get("targets", 0), 1) * values.get("restarts", 1) * values.get("eot", 1)
     return 2 * values.get("steps", 1) * runs * (1.5 if isinstance(attack, FAB) else 1)
+
+
+def other_steps(record: Record) -> str:
+    """Return such as ``20 steps`` if the attacks did not have the suite's own, else nothing."""
+    return next((note.removesuffix(_OWN_STEPS) for note in record.notes if note.endswith(_OWN_STEPS)), "")
+
+
+def is_autoattack(record: Record) -> bool:
+    """Say whether it was AutoAttack, with its own steps, searched in float32."""
+    lower = any(note.startswith(LOWER_PRECISION) for note in record.notes)
+    return record.suite in _AUTOATTACK and not other_steps(record) and not lower
+
+
+def in_words(record: Record) -> str:
+    """Return what the figures were measured under; it ends in ``not AutoAttack`` where it was not, by name or by steps."""
+    names = [attack.name for attack in record.attacks]
+    if not names:
+        return "no attack"
+    if record.suite in ("pgd", "attacks"):
+        several = len(names) > _NAMED_ATTACKS
+        words = f"{len(names)} attacks, each on all images" if several else listed(names)
+    elif steps := other_steps(record):
+        words = f"suite {record.suite} with {steps} instead of its own"
+    else:
+        words = MEANING.get(record.suite, f"suite {record.suite}").removesuffix(NOT)
+    return words if is_autoattack(record) else words + NOT
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return a, b and c."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -18,7 +18,9 @@ _PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
 
 
 @contextmanager
-def folded(model: nn.Module, sample: Tensor, *, channels_last: bool = False) -> Generator[None, None, None]:
+def folded(
+    model: nn.Module, sample: Tensor, *, channels_last: bool = False, again: bool = False
+) -> Generator[None, None, None]:
     """Fold w' = w·γ/σ, b' = (b − μ)·γ/σ + β of each convolution before a batch-norm (Jacob et al. 2018, arXiv:1712.05877, eq. 14).
 
     The outputs are the same up to rounding; gradients go to inputs only. Inside a bfloat16 or float16 autocast the folded weights
@@ -29,25 +31,26 @@ def folded(model: nn.Module, sample: Tensor, *, channels_last: bool = False) -> 
         sample: (n, C, H, W), a few images; used once per model to find the pairs and to check that folding changes nothing; a pair
             where it would (a convolution whose output is used twice) is left as it is.
         channels_last: lay the weights of all convolutions out for channels_last images, whatever their own layout is.
+        again: look for the pairs again, because layers may have been replaced since.
     """
     if (
         getattr(model, "_compiled", None) is not None
     ):  # the compiler fuses these layers itself, and would not see the swap
         yield
         return
-    if model not in _PAIRS:
+    if again or model not in _PAIRS:
         _PAIRS[model] = _find(model, sample[:2])
     with _fold(_PAIRS[model], _autocast_dtype(sample), channels_last):
         if not channels_last:
             yield
             return
         pairs = {conv for conv, _ in _PAIRS[model]}
-        with _in_channels_last([m for m in model.modules() if isinstance(m, nn.Conv2d) and m not in pairs]):
+        with _in_channels_last([m for m in model.modules() if _plain(m) and m not in pairs]):
             yield
 
 
 @contextmanager
-def _in_channels_last(convs: list[nn.Conv2d]) -> Generator[None, None, None]:
+def _in_channels_last(convs: list[nn.Module]) -> Generator[None, None, None]:
     saved = [(conv, conv._parameters["weight"]) for conv in convs]
     try:
         for conv, weight in saved:
@@ -84,6 +87,11 @@ def _fold(pairs: list[Pair], dtype: torch.dtype | None, channels_last: bool = Fa
             norm.__dict__.pop("forward", None)
 
 
+def _plain(layer: nn.Module) -> bool:
+    """Say whether it is a convolution with a weight of its own: weight and spectral normalisation compute it at every use."""
+    return isinstance(layer, nn.Conv2d) and layer._parameters.get("weight") is not None
+
+
 def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
     """Return the (convolution, batch-norm) pairs seen in one forward pass, or none if folding them changed the output."""
     made: dict[int, nn.Conv2d] = {}
@@ -93,7 +101,7 @@ def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls[layer] = calls.get(layer, 0) + 1
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and _plain(layer):
             made[id(output)] = layer
             kept.append(output)
         elif isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and id(inputs[0]) in made:

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from clead.errors import MissingExtra, UserError, did_you_mean
-from clead.evaluation.suites import MEANING
+from clead.evaluation.suites import NOT, in_words, is_autoattack, other_steps
 from clead.report import plots
 from clead.report.record import Estimate, Record
 
@@ -28,11 +28,7 @@ GALLERY_BYTES = 2_500_000
 
 _THUMBNAIL = 112
 _NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1"}
-_AUTOATTACK = ("standard", "plus", "adaptive", "rand")
-_NOT = ", not AutoAttack"
-_OWN_STEPS = " instead of the suite's own"
 """Ends the note of an evaluation whose attacks had another number of steps, such as ``20 steps instead of …``."""
-_NAMED_ATTACKS = 4
 """So many attacks without the name of a suite are named in a sentence; more are counted."""
 _X_AXES = (
     ("forward_equivalents", "forward-equivalents per training image"),
@@ -187,55 +183,27 @@ def _comparable(a: Record, b: Record) -> bool:
 
 def _protocol(record: Record) -> tuple[str, ...]:
     """Return what two evaluations must share; attacks given by hand have the suite pgd, so there each one counts."""
-    by_hand = [attack.name for attack in record.attacks] if record.suite == "pgd" else []
-    return record.suite, _other_steps(record), *by_hand
-
-
-def _other_steps(record: Record) -> str:
-    """Return such as ``20 steps`` if the attacks did not have the suite's own, else nothing."""
-    return next((note.removesuffix(_OWN_STEPS) for note in record.notes if note.endswith(_OWN_STEPS)), "")
-
-
-def _is_autoattack(record: Record) -> bool:
-    return record.suite in _AUTOATTACK and not _other_steps(record)
+    by_hand = [attack.name for attack in record.attacks] if record.suite in ("pgd", "attacks") else []
+    return record.suite, other_steps(record), *by_hand
 
 
 def _on_survivors(record: Record) -> bool:
     """Whether each attack met what those before it left, so that its accuracy is that after all of them."""
-    return record.suite not in ("pgd", "none")
-
-
-def _suite(record: Record) -> str:
-    """Return what the figures were measured under; it ends in ``not AutoAttack`` where it was not, by name or by steps."""
-    names = [attack.name for attack in record.attacks]
-    if not names:
-        return "no attack"
-    if record.suite == "pgd":
-        several = len(names) > _NAMED_ATTACKS
-        words = f"{len(names)} attacks, each on all images" if several else _listed(names)
-    elif steps := _other_steps(record):
-        words = f"suite {record.suite} with {steps} instead of its own"
-    else:
-        words = MEANING.get(record.suite, f"suite {record.suite}").removesuffix(_NOT)
-    return words if _is_autoattack(record) else words + _NOT
+    return record.suite not in ("pgd", "attacks", "none")
 
 
 def _label(record: Record) -> str:
     """Return the suite, to stand beside a figure that is not AutoAttack's; nothing for one that is."""
-    return "" if _is_autoattack(record) else _suite(record)
+    return "" if is_autoattack(record) else in_words(record)
 
 
 def _under(record: Record) -> str:
     """Return the suite as a clause after ``under``, with its commas."""
-    words = _suite(record)
-    head = words.removesuffix(_NOT)
+    words = in_words(record)
+    head = words.removesuffix(NOT)
     if head == words:
         return f"{words},"
     return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{words},"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -258,7 +226,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
             dict.fromkeys(attack.name for record in records if not _on_survivors(record) for attack in record.attacks)
         ),
         "overview": len(runs) > 1 or not _on_survivors(records[0]),
-        "suites": list(dict.fromkeys(_suite(record) for record in records)),
+        "suites": list(dict.fromkeys(in_words(record) for record in records)),
         "others": list(dict.fromkeys(label for record in records if (label := _label(record)))),
         "stages": _stages(runs),
         "pairs": [
@@ -307,7 +275,7 @@ def _run(index: int, run: RunResult) -> dict[str, Any]:
         "method": record.training.method if record.training else str(configured),
         "yaml": yaml.safe_dump(_plain(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
         "attacks": {} if _on_survivors(record) else {attack.name: attack for attack in record.attacks},
-        "suite": _suite(record),
+        "suite": in_words(record),
         "label": _label(record),
         "under": _under(record),
         "failed": [check.name for check in record.checks if not check.passed],
@@ -373,7 +341,7 @@ def _care_together(runs: Sequence[RunResult]) -> list[str]:
         notes.append(
             "The runs were attacked on different images or within different threats; do not compare them directly."
         )
-    suites = list(dict.fromkeys(_suite(run.record) for run in runs))
+    suites = list(dict.fromkeys(in_words(run.record) for run in runs))
     if len(suites) > 1:
         notes.append(
             f"The runs were evaluated under different suites ({'; '.join(suites)}); do not compare their robust accuracies: "
@@ -411,11 +379,11 @@ def _stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             for attack in record.attacks
         )
         label = (
-            f"{run.name}, {_suite(record)}: {percent(record.clean.accuracy)} clean; {steps}; "
+            f"{run.name}, {in_words(record)}: {percent(record.clean.accuracy)} clean; {steps}; "
             f"worst case {percent(record.worst.accuracy)}."
         )
         svg = plots.stages(record, i, title=run.name, prefix=f"stages-{i}", label=label)
-        found.append({"svg": svg, "name": run.name, "suite": _suite(record), "record": record})
+        found.append({"svg": svg, "name": run.name, "suite": in_words(record), "record": record})
     return found
 
 
