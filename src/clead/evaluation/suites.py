@@ -141,17 +141,18 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     if name == "adaptive":
         embedding = ("embedding", "embedding_logits", "contrastive", "prototype")
         pairs += [(replace(pgd, steps=100), objective) for objective in embedding]
-    found = []
+    found, changed = [], False
     for attack, objective in pairs:
         shortened = attack
         if steps is not None:
             values = vars(attack)
             changes = {key: steps * times for key, times in (("steps", 1), ("queries", 50)) if key in values}
             shortened = replace(attack, **changes) if changes else attack  # ty: ignore[invalid-argument-type]
+            changed = changed or shortened != attack
         found.append(NamedAttack(attack_name(shortened, objective), shortened, objective, _cost(shortened)))
-    if name == "quick" and steps is None:
+    if name == "quick" and not changed:
         notes.append(_QUICK_GAP)
-    if steps is not None:
+    if changed:
         notes.append(f"{steps} steps instead of the suite's own")
     return found, notes
 
