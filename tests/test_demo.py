@@ -30,7 +30,7 @@ def test_the_demo_leaves_a_summary_and_a_report(tmp_path, monkeypatch, capsys):
         assert row["robust_accuracy"] <= min(row["attacks"].values()) and row["method"] in out
         record = json.loads((tmp_path / "demo" / row["method"] / "results" / "evaluation.json").read_text())
         assert record["worst"]["accuracy"] == row["robust_accuracy"]
-        assert record["suite"] == row["suite"] == "quick"
+        assert record["suite"] == row["suite"] == "pgd"
     # Equal compute: to within half a step of the costliest method.
     costs = [row["forward_equivalents"] for row in rows]
     assert max(costs) - min(costs) < 20 and min(costs) > 0

@@ -14,8 +14,19 @@ from clead.config import load_recipe
 from clead.errors import MissingExtra, UserError
 
 RECIPES = ("digits-standard", "digits-pgd-at", "digits-trades", "digits-clead")
-_SUITE = ("--eval.suite", "quick")  # AutoAttack standard would take minutes
-_QUICK = ("--train.budget", "60", "--eval.steps", "20", "--eval.images", "180", "--eval.curve_points", "4")
+_SUITE = ("--eval.suite", "pgd")  # each attack on all images, for a table of attacks; AutoAttack would take minutes
+_QUICK = (
+    "--train.budget",
+    "60",
+    "--eval.steps",
+    "20",
+    "--eval.images",
+    "180",
+    "--eval.curve_points",
+    "4",
+    "--eval.check_images",
+    "0",
+)
 
 
 def run_demo(out: Path | None, *, quick: bool = False, show: bool = True) -> dict[str, Any]:
