@@ -304,7 +304,7 @@ def test_images_of_a_model_with_other_classes_are_not_tried(fails, here, trained
     pets(here / "pets")
     other = ["--data.name", "auto", "--data.path", str(here / "pets"), "--data.limit_train", "null"]
     clead.train(clead.load_recipe("digits-standard", [*TINY, *other]), out=here / "two", show=False)
-    fails("evaluate", "run", "--transfer-from", "two", has="--transfer-from two has 2 classes, run has 10")
+    fails("evaluate", "run", "--transfer-from", "two", has="--transfer-from two has 2 classes, the data has 10")
 
 
 def test_attacks_of_other_libraries(fails, here, trained):

@@ -131,10 +131,14 @@ def test_the_whole_way_on_digits(command):
 @pytest.mark.parametrize(
     ("suite", "attacks", "said"),
     [
-        ("standard", ["APGD-CE", "APGD-T", "FAB-T", "Square"], "AutoAttack standard"),
-        ("quick", ["APGD-CE", "APGD-T"], "quick suite, not AutoAttack"),
-        ("queries", ["Square"], "attacks by queries only"),
-        ("pgd", ["FGSM", "PGD-1 CE", "PGD-1 margin"], "FGSM and PGD, not AutoAttack"),
+        (
+            "standard",
+            ["APGD-CE", "APGD-T", "FAB-T", "Square"],
+            "suite standard with 1 step instead of its own, not AutoAttack",
+        ),
+        ("quick", ["APGD-CE", "APGD-T"], "suite quick with 1 step instead of its own, not AutoAttack"),
+        ("queries", ["Square"], "suite queries with 1 step instead of its own, not AutoAttack"),
+        ("pgd", ["FGSM", "PGD-1 CE", "PGD-1 margin"], "FGSM, PGD-1 CE and PGD-1 margin, not AutoAttack"),
     ],
 )
 def test_a_suite_ends_with_a_sentence_to_quote(command, runs, suite, attacks, said):
@@ -149,7 +153,7 @@ def test_a_suite_ends_with_a_sentence_to_quote(command, runs, suite, attacks, sa
         f"withstand linf 0.15 under {said}; {record['clean']['accuracy']:.1%} are right when clean."
     )
     assert worst["accuracy"] == sum(record["robust_flags"]) / 40
-    assert "note: 1 steps instead of the suite's own" in out
+    assert "note: 1 step instead of the suite's own" in out
 
 
 def test_failed_checks_are_said_beside_the_sentence(command, runs, monkeypatch):

@@ -153,7 +153,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     if name == "quick" and not changed:
         notes.append(_QUICK_GAP)
     if changed:
-        notes.append(f"{steps} steps instead of the suite's own")
+        notes.append(f"{steps} step{'s' if steps != 1 else ''}{_OWN_STEPS}")
     return found, notes
 
 
