@@ -251,7 +251,7 @@ def test_the_suites_have_the_constants_of_their_protocol():
     assert [part.attack.steps for part in shorter[:3]] == [7, 7, 7] and shorter[3].attack.queries == 350
     assert notes == ["7 steps instead of the suite's own"]
     (own, notes), (same, also) = suite("quick", "linf", 10), suite("quick", "linf", 10, steps=50)
-    assert own == same and notes == also and "than AutoAttack standard" in notes[0]
+    assert own == same and notes == also and "the quick suite left" in notes[0]
 
 
 @pytest.mark.parametrize(
