@@ -42,10 +42,8 @@ def digits():
 
 def small(recipes):
     """AutoAttack of seed 0 with its interval over images; clean and quick suite over all seeds."""
-    print(
     print("| recipe | clean % | AutoAttack, with its notes, % (seed 0, 95 % interval) | quick suite % | compute |")
     print("|---|---|---|---|---|")
-    )
     for recipe, name in recipes.items():
         quick, standard = records(recipe, "quick"), records(recipe, "standard")
         clean, robust = ([record[key]["accuracy"] for record in quick.values()] for key in ("clean", "worst"))
