@@ -397,7 +397,10 @@ def _halving(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor)
     size = len(x) if x.device.type != "cpu" else max(1, _CPU_PIXELS // x[0].numel())
     while True:
         try:
-            return torch.cat([function(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)])
+            pieces = max(1, -(-len(x) // size))  # of about equal size: a small last one is slow per image
+            return torch.cat(
+                [function(a, b) for a, b in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)]
+            )
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if size == 1 or not _out_of_memory(error):
                 raise
