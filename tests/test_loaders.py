@@ -46,7 +46,7 @@ def test_batches_do_not_depend_on_history():
     run = [batch for epoch in range(3) for batch in straight.epoch(epoch)]
     resumed = [*make().epoch(1, start=2), *make().epoch(2)]
     for one, other in zip(run[-len(resumed) :], resumed, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if a is not None)
     state = torch.get_rng_state()
     make().batch(5, 0)
     assert torch.equal(torch.get_rng_state(), state)

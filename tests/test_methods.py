@@ -118,7 +118,7 @@ def test_equals_the_textbook_to_the_last_bit(name, method, separate):
 def test_trades_equals_kl_div_as_its_authors_wrote_it():
     """The same up to rounding with F.kl_div(log_softmax, softmax, batchmean)."""
     loss, _, state = run(TRADES(separate_forwards=True))
-    model, (x, y, _) = make_model(), make_batch()
+    model, (x, y, *_) = make_model(), make_batch()
     with torch.no_grad():
         target = model.eval()(x).softmax(1)
     x_adv = textbook_pgd(model, x, lambda z: F.kl_div(F.log_softmax(z, 1), target, reduction="sum"))
@@ -145,7 +145,7 @@ def test_every_term_with_its_weight_equals_the_formula(separate, form, two_views
         separate_forwards=separate,
     )
     loss, metrics, state = run(method)
-    model, (x, y, x_aug) = make_model(), make_batch()
+    model, (x, y, x_aug, *_) = make_model(), make_batch()
     with torch.no_grad():
         target = model.eval()(x)
     x_adv = textbook_pgd(model, x, lambda logits: kl(target, logits).sum())
@@ -204,6 +204,7 @@ BASE: dict[str, Any] = {
     "inner": "kl",
     "inner_contrastive_weight": 0.5,
     "separate_forwards": False,
+    "label_smoothing": 0.0,
 }
 CHANGES: list[tuple[str, Any]] = [
     ("adversarial_weight", 0.0),
@@ -220,6 +221,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("inner", "contrastive"),
     ("inner_contrastive_weight", 0.0),
     ("separate_forwards", True),
+    ("label_smoothing", 0.2),
 ]
 
 
@@ -248,6 +250,30 @@ def test_every_option_changes_the_result(key, value):
         assert gradient is not None and torch.isfinite(gradient).all()
         results.append(gradient)
     assert not torch.equal(*results)
+
+
+def test_label_smoothing_is_a_share_of_the_uniform_cross_entropy():
+    """(1 − s)·CE(y) + s·mean over the classes of CE(k) (Szegedy et al. 2016, arXiv:1512.00567, section 7); not in the attack."""
+    _, metrics, _ = run(PGDAT(label_smoothing=0.2))
+    model, (x, y, *_) = make_model(), make_batch()
+    x_adv = textbook_pgd(model, x, lambda logits: F.cross_entropy(logits, y, reduction="sum"))
+    log_p = F.log_softmax(model(x_adv), 1)
+    expected = -(0.8 * log_p.gather(1, y[:, None])[:, 0] + 0.2 * log_p.mean(1)).mean()
+    torch.testing.assert_close(metrics["adversarial_cross_entropy"], expected.detach())
+
+
+def test_soft_labels_are_minimised_and_attacked():
+    """Of mixed images: Σ_k t_k·CE(k), in the loss and inside the attack (Yun et al. 2019, arXiv:1905.04899, eq. 1)."""
+    batch = make_batch()
+    soft = 0.7 * F.one_hot(batch.labels, 4) + 0.3 * F.one_hot(batch.labels.flip(0), 4).float()
+    _, metrics, _ = run(PGDAT(), batch=batch._replace(soft_labels=soft))
+    model = make_model()
+
+    def cross_entropy(logits):
+        return -(soft * F.log_softmax(logits, 1)).sum()
+
+    expected = cross_entropy(model(textbook_pgd(model, batch.images, cross_entropy))) / len(soft)
+    torch.testing.assert_close(metrics["adversarial_cross_entropy"], expected.detach())
 
 
 def test_the_seed_changes_the_result_and_repeats_it():

@@ -128,6 +128,7 @@ def _text(path):
     "overrides",
     [
         "--optim.name sgd --optim.schedule cosine --optim.lr 0.05 --train.ema 0.5",
+        "--train.swa_start 0.3 --train.awp 0.02",
         "--optim.name sgd --optim.schedule step --optim.momentum 0 --optim.clip_norm 0.5 --method.name trades",
         "--optim.name adamw --optim.schedule constant --train.precision bfloat16 --train.patience 2",
         "--optim.name adamw --optim.schedule one_cycle --train.precision float16 --method.name pgd_at",
@@ -193,18 +194,18 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path, monkeypatch, capsys):
         str(tmp_path / "run"),
     ]
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    real = CLead.__call__
+    real = CLead.loss
 
-    def interrupted(self, model, batch, **keys):
+    def interrupted(self, model, views, **keys):
         interrupted.calls += 1
         if interrupted.calls == 5:  # the first counts the cost of a step
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, model, batch, **keys)
+        return real(self, model, views, **keys)
 
     interrupted.calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
-        patch.setattr(CLead, "__call__", interrupted)
+        patch.setattr(CLead, "loss", interrupted)
         patch.setattr(loop, "_LOG_STEPS", 1)
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -367,14 +368,14 @@ def planned(monkeypatch, values):
 
 
 def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, caplog):
-    real = CLead.__call__
+    real = CLead.loss
 
     def soaring(self, *args, **keys):
         output = real(self, *args, **keys)
         output.metrics["robust_accuracy"] = torch.tensor(0.99)
         return output
 
-    monkeypatch.setattr(CLead, "__call__", soaring)
+    monkeypatch.setattr(CLead, "loss", soaring)
     monkeypatch.setattr(loop, "_LOG_STEPS", 1)
     planned(monkeypatch, [(0.9, 0.5), (0.9, 0.55), (0.9, 0.02), (0.9, 0.0)])
     with caplog.at_level(logging.WARNING, "clead"):
@@ -532,6 +533,32 @@ def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
     assert not torch.equal(last["classifier.weight"], seen[-1]["classifier.weight"])
 
 
+def test_swa_is_the_mean_of_the_weights_after_each_epoch_from_its_start(tmp_path, monkeypatch):
+    seen = []
+    real = RunDir.save_state
+    monkeypatch.setattr(RunDir, "save_state", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
+    fit(tmp_path / "run", "--train.swa_start", "0.5", "--train.epochs", "4", "--train.checkpoint_seconds", "0")
+    per_epoch = len(seen) // 4
+    last = stored(tmp_path / "run")
+    for name, value in last.items():
+        epochs = torch.stack([state[name].double() for state in seen[per_epoch - 1 :: per_epoch]])
+        assert len(epochs) == 4
+        if value.is_floating_point():
+            assert torch.allclose(value.double(), epochs[1:].mean(0), atol=1e-6), name
+    assert not torch.equal(last["classifier.weight"], seen[-1]["classifier.weight"])
+
+
+def test_two_kinds_of_average_are_refused():
+    with pytest.raises(UserError, match="one of ema and swa_start, got ema=0.9, swa_start=0.5"):
+        tiny("--train.ema", "0.9", "--train.swa_start", "0.5")
+
+
+@pytest.mark.parametrize("awp", ["0", "0.01"])
+def test_the_cost_counts_the_perturbation_of_the_weights(tmp_path, awp):
+    run = fit(tmp_path / "run", "--train.awp", awp, "--train.epochs", "1")
+    assert run.outcome.forward_equivalents / run.outcome.steps == pytest.approx((3 if awp == "0" else 6) * 16 / 50)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -575,6 +602,8 @@ CHANGES = {
     "train.budget": "11",
     "train.precision": "bfloat16",
     "train.ema": "0.5",
+    "train.swa_start": "0",
+    "train.awp": "0.1",
     "optim.name": "sgd",
     "optim.lr": "0.003",
     "optim.momentum": "0.5",
@@ -651,6 +680,7 @@ METHOD_CHANGES = {
     "inner": "cross_entropy",
     "inner_contrastive_weight": "1",
     "separate_forwards": "true",
+    "label_smoothing": "0.1",
 }
 
 

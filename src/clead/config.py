@@ -75,6 +75,19 @@ class Train:
         ge=0,
         lt=1,
     )
+    swa_start: float | None = setting(
+        None,
+        "when stochastic weight averaging begins: the mean of the weights after each epoch from then on is kept; none: off",
+        ge=0,
+        lt=1,
+        unit="fraction of training",
+    )
+    awp: float = setting(
+        0.0,
+        "γ of adversarial weight perturbation (0.005 in the paper); costs a forward and a backward per view more; 0: off",
+        ge=0,
+        lt=1,
+    )
     validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
     validate_images: int = setting(512, "most validation images to attack", ge=1)
     validate_steps: int = setting(10, "PGD steps of the validation attack", ge=1)
@@ -85,7 +98,9 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
-        """Ask for exactly one of epochs and budget."""
+        """Ask for exactly one of epochs and budget, and at most one average."""
+        if self.ema and self.swa_start is not None:
+            raise ValueError(f"give one of ema and swa_start, got ema={self.ema:g}, swa_start={self.swa_start:g}")
         if (self.epochs is None) == (self.budget is None):
             raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
 
@@ -97,8 +112,8 @@ class Eval:
     suite: Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"] = setting(
         "standard",
         "standard: AutoAttack (APGD-CE, APGD-T, FAB-T, Square); plus: its longer version; rand: for randomised models; quick: "
-        "two APGD of 50 steps; adaptive: standard, then the embedding; queries: without gradients; pgd: FGSM and two PGD-50, "
-        "each on all images",
+        "two APGD of 50 steps; adaptive: standard, then the embedding; queries: without gradients (Square, in "
+        "linf also RayS, from labels alone); pgd: FGSM and two PGD-50, each on all images",
     )
     split: Literal["test", "val"] = setting("test", "which images")
     images: int | None = setting(None, "evaluate only the first so many; none: all", ge=1)

@@ -18,11 +18,23 @@ Objective = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W) float in [0, 1], labels (B,) int64, and a second random augmentation of the same images or None."""
+    """What a step is made of.
+
+    Attributes:
+        images: (B, C, H, W) float in [0, 1].
+        labels: (B,) int64.
+        second_view: a second random augmentation of the same images, or None.
+        index: which images of the training set these are, (B,) int64, or None.
+        soft_labels: (B, K) float, rows of sum 1, of images that were mixed, or None.
+        labelled: (B,) bool, where a method may look at ``labels``; None: everywhere.
+    """
 
     images: Tensor
     labels: Tensor
     second_view: Tensor | None = None
+    index: Tensor | None = None
+    soft_labels: Tensor | None = None
+    labelled: Tensor | None = None
 
 
 class StepOutput(NamedTuple):

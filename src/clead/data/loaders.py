@@ -78,7 +78,7 @@ class Loader:
         plain, labels = _as_float(self.images[chosen]), self.labels[chosen]
         first = self._draw(self.augment, plain, epoch, index, _FIRST_VIEW)
         second = None if self.view is None else self._draw(self.view, plain, epoch, index, _SECOND_VIEW)
-        return Batch(first, labels, second)
+        return Batch(first, labels, second, index=chosen)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from batch ``start`` on."""

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
@@ -17,6 +17,7 @@ from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.losses.contrastive import nt_xent, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
+from clead.methods.base import Method, Views
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -25,7 +26,7 @@ from clead.settings import setting, settings
 
 @METHODS.register("clead")
 @settings
-class CLead:
+class CLead(Method):
     """min_θ E[α·CE(f(x_adv), y) + β·CE(f(x), y) + κ·KL(f(x) ‖ f(x_adv)) + λ·L_con(z, z_aug, z_adv)].
 
     x_adv maximises J inside the threat set. Source: C-LEAD (Ghosh, Kumar, Sur 2025, arXiv:2510.27249) for L_con and for weights
@@ -51,6 +52,7 @@ class CLead:
         "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
     )
     inner_contrastive_weight: float = setting(0.0, "μ: weight of NT-Xent(x, x_adv) added to J", ge=0)
+    label_smoothing: float = setting(0.0, "of every cross-entropy that is minimised; the attack's has none", ge=0, lt=1)
     separate_forwards: bool = setting(
         False,
         "forward each view by itself, so that batch-norm statistics are per view, instead of all views in one batch",
@@ -79,30 +81,39 @@ class CLead:
         """Whether adversarial images are made at all."""
         return self.adversarial_weight > 0 or self.kl_weight > 0 or self.contrastive_weight > 0
 
-    def __call__(
-        self, model: SplitModel, batch: Batch, *, threat: Threat, attack: Attack, generator: torch.Generator
-    ) -> StepOutput:
-        """Return the loss of one batch and its metrics.
-
-        Args:
-            model: in train mode; its parameters receive gradients when the loss is differentiated.
-            batch: images (B, C, H, W) in [0, 1], labels (B,), and the second view if ``uses_second_view``.
-            threat: the set of allowed perturbations.
-            attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
-            generator: source of the random starts, on the device of the images.
-        """
-        x, y, x_aug = batch
+    def views(
+        self,
+        model: SplitModel,
+        batch: Batch,
+        *,
+        threat: Threat,
+        attack: Attack,
+        generator: torch.Generator,
+        progress: float = 0.0,
+        memory: nn.Module | None = None,
+    ) -> Views:
+        """Return the clean, adversarial and augmented images, as far as some term needs them."""
+        x = batch.images
         views = {}
         if self.clean_weight or self.kl_weight or self.contrastive_weight:
             views["clean"] = x
         if self.uses_attack:
-            views["adversarial"] = self._attack(model, x, y, threat, attack, generator)
+            targets = batch.labels if batch.soft_labels is None else batch.soft_labels
+            views["adversarial"] = self._attack(model, x, targets, threat, attack, generator)
         if self.uses_second_view:
-            assert x_aug is not None, "the loader was built without a second view"
-            views["augmented"] = x_aug
-        features, logits = self._forward(model, views)
+            assert batch.second_view is not None, "the loader was built without a second view"
+            views["augmented"] = batch.second_view
+        return Views(views, batch)
 
-        loss = torch.zeros((), device=x.device)
+    def loss(
+        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
+    ) -> StepOutput:
+        """Return the weighted sum of the terms, and each term."""
+        y = views.batch.labels
+        targets = y if views.batch.soft_labels is None else views.batch.soft_labels
+        features, logits = self._forward(model, views.images)
+
+        loss = torch.zeros((), device=y.device)
         metrics: dict[str, Tensor] = {}
 
         def add(name: str, weight: float, value: Tensor) -> None:
@@ -113,12 +124,16 @@ class CLead:
             metrics[name] = value.detach()
 
         if self.clean_weight:
-            add("clean_cross_entropy", self.clean_weight, F.cross_entropy(logits["clean"].float(), y))
+            add(
+                "clean_cross_entropy",
+                self.clean_weight,
+                F.cross_entropy(logits["clean"].float(), targets, label_smoothing=self.label_smoothing),
+            )
         if self.adversarial_weight:
             add(
                 "adversarial_cross_entropy",
                 self.adversarial_weight,
-                F.cross_entropy(logits["adversarial"].float(), y),
+                F.cross_entropy(logits["adversarial"].float(), targets, label_smoothing=self.label_smoothing),
             )
         if self.kl_weight:
             add("kl", self.kl_weight, kl_divergence(logits["clean"], logits["adversarial"]).mean())

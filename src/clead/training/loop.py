@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from clead.attacks.pgd import PGD
 from clead.checkpoint import RunDir, check_weights, save_weights
@@ -24,10 +24,11 @@ from clead.data.base import mixed
 from clead.data.loaders import Loader, seeded
 from clead.errors import UserError
 from clead.evaluation.robust import accuracy_under_attack
-from clead.interfaces import Batch, Splits
+from clead.interfaces import Batch, Splits, StepOutput
 from clead.models.cost import CostMeter
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
+from clead.training.awp import perturbed_weights
 from clead.training.optim import make_optimizer, make_schedule
 from clead.training.tracking import tensorboard
 
@@ -91,16 +92,45 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def cost_per_image(config: RunConfig, model: SplitModel, images: Batch) -> float:
-    """Return what one training step costs per image in forward-equivalents, measured on a copy of the model.
+def cost_per_image(config: RunConfig, model: SplitModel, images: Batch, memory: nn.Module | None = None) -> float:
+    """Return what one training step costs per image in forward-equivalents, measured on copies of the model and of ``memory``.
 
     Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps.
     """
     probe = copy.deepcopy(model).train()
-    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter:
+    memory = copy.deepcopy(memory)
+    others = [] if memory is None else [part for part in memory.modules() if isinstance(part, SplitModel)]
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+        meters = [stack.enter_context(CostMeter(part)) for part in (probe, *others)]
         generator = torch.Generator(images.images.device).manual_seed(0)
-        config.method(probe, images, threat=config.threat, attack=config.attack, generator=generator).loss.backward()
-    return meter.forward_equivalents / len(images.labels)
+        scaler = torch.amp.GradScaler(enabled=False)
+        _forward_backward(config, probe, images, generator, 0.0, memory, contextlib.nullcontext(), scaler)
+    return sum(meter.forward_equivalents for meter in meters) / len(images.labels)
+
+
+def _forward_backward(
+    config: RunConfig,
+    model: SplitModel,
+    batch: Batch,
+    generator: torch.Generator,
+    progress: float,
+    memory: nn.Module | None,
+    amp: contextlib.AbstractContextManager[Any],
+    scaler: torch.amp.GradScaler,
+) -> StepOutput:
+    """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken."""
+    method, where = config.method, {"progress": progress, "memory": memory}
+    with amp:
+        views = method.views(model, batch, threat=config.threat, attack=config.attack, generator=generator, **where)
+
+    def output() -> StepOutput:
+        with amp:
+            return method.loss(model, views, **where)
+
+    with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp):
+        found = output()
+        scaler.scale(found.loss).backward()
+    return found
 
 
 def fit(
@@ -132,7 +162,12 @@ def fit(
         augment=config.data.augment,
         view=config.data.view if config.method.uses_second_view else None,
     )
-    cost = cost_per_image(config, model, _first(loader.batch(0, 0), 2))
+    memory = config.method.memory(
+        model, images=len(splits.train), num_classes=len(splits.classes), shape=tuple(splits.train.images.shape[1:])
+    )
+    if memory is not None:
+        memory.to(device)
+    cost = cost_per_image(config, model, _first(loader.batch(0, 0), 2), memory)
     per_epoch = loader.steps_per_epoch
     batch_images = min(config.data.batch_size, len(splits.train))
     epochs = settings.epochs if settings.epochs is not None else (settings.budget or 0) / cost
@@ -140,23 +175,25 @@ def fit(
     steps = max(1, round(images_seen / batch_images))
     every = max(1, round(settings.validate_every * per_epoch))
 
-    optimizer = make_optimizer(model.parameters(), config.optim)
+    learnt = [*model.parameters(), *(p for p in (memory.parameters() if memory else ()) if p.requires_grad)]
+    optimizer = make_optimizer(learnt, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
-        if settings.ema
-        else None
-    )
+    average: AveragedModel | None = None
+    if settings.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+    elif settings.swa_start is not None:
+        average = AveragedModel(model, avg_fn=get_swa_avg_fn(), use_buffers=True)  # multi: refuses integer buffers
     at = Position()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
-        at = _restore(run, splits, model, average, optimizer, schedule, scaler)
+        at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler)
     if settings.compile:
         model.compile()
 
     def kept() -> SplitModel:
-        return cast(SplitModel, average.module) if average is not None else model
+        started = average is not None and (settings.ema or average.n_averaged > 0)
+        return cast(SplitModel, average.module) if average is not None and started else model
 
     def save() -> None:
         if broken := _first_not_finite(model):
@@ -166,6 +203,7 @@ def fit(
         state = {
             "model": model.state_dict(),
             "average": average.state_dict() if average is not None else None,
+            "memory": memory.state_dict() if memory is not None else None,
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict(),
@@ -204,27 +242,25 @@ def fit(
         while at.step < steps and not at.stopped_early:
             batch = loader.batch(*divmod(at.step, per_epoch))
             if settings.channels_last:
-                x, y, second = batch
-                second = second if second is None else second.contiguous(memory_format=layout)
-                batch = Batch(x.contiguous(memory_format=layout), y, second)
-            generator = seeded(device, settings.seed, at.step, _PERTURBATION)
-            with amp:
-                loss, metrics = config.method(
-                    model, batch, threat=config.threat, attack=config.attack, generator=generator
+                second = batch.second_view
+                batch = batch._replace(
+                    images=batch.images.contiguous(memory_format=layout),
+                    second_view=second if second is None else second.contiguous(memory_format=layout),
                 )
+            generator = seeded(device, settings.seed, at.step, _PERTURBATION)
+            optimizer.zero_grad(set_to_none=True)
+            loss, metrics = _forward_backward(config, model, batch, generator, at.step / steps, memory, amp, scaler)
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
             if config.optim.clip_norm is not None:
                 scaler.unscale_(optimizer)
                 clip_grad_norm_(model.parameters(), config.optim.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            if average is not None:
-                average.update_parameters(model)
             at.step += 1
+            if average is not None and (settings.ema or _averages(at.step, steps, per_epoch, settings.swa_start)):
+                average.update_parameters(model)
             at.seconds = seconds_before + time.monotonic() - started
 
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -287,8 +323,12 @@ def fit(
 
 
 def _first(batch: Batch, n: int) -> Batch:
-    second = batch.second_view
-    return Batch(batch.images[:n], batch.labels[:n], second if second is None else second[:n])
+    return Batch(batch.images[:n], batch.labels[:n], *(part if part is None else part[:n] for part in batch[2:]))
+
+
+def _averages(step: int, steps: int, per_epoch: int, start: float | None) -> bool:
+    """Say whether stochastic weight averaging takes the weights in: after every epoch from ``start`` on, and at the end."""
+    return step == steps or (step % per_epoch == 0 and step >= (start or 0) * steps)
 
 
 def _where(at: Position, per_epoch: int, passes: float) -> dict[str, Any]:
@@ -360,7 +400,14 @@ def mean_std(splits: Splits) -> tuple[list[float], list[float]]:
 
 
 def _restore(
-    run: RunDir, splits: Splits, model: nn.Module, average: Any, optimizer: Any, schedule: Any, scaler: Any
+    run: RunDir,
+    splits: Splits,
+    model: nn.Module,
+    average: Any,
+    memory: Any,
+    optimizer: Any,
+    schedule: Any,
+    scaler: Any,
 ) -> Position:
     state, note = run.load_state()
     if state is None:
@@ -376,6 +423,8 @@ def _restore(
     model.load_state_dict(state["model"])
     if average is not None:
         average.load_state_dict(state["average"])
+    if memory is not None:
+        memory.load_state_dict(state["memory"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,105 @@
+"""What all methods have in common: a step is to make the views, then to compute a loss of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clead.interfaces import Attack, Batch, StepOutput, Threat
+from clead.models.split import SplitModel
+from clead.settings import settings
+
+
+class Views(NamedTuple):
+    """What a loss is computed from: the batch, and images by the name of their view (clean, adversarial, augmented …)."""
+
+    images: dict[str, Tensor]
+    batch: Batch
+
+
+@settings
+class Method(ABC):
+    """A training objective. The loop calls ``views`` once per step and ``loss`` once, or twice with weight perturbation.
+
+    What a method remembers from step to step is in ``memory``, which the loop keeps: its parameters are trained, its buffers
+    are saved with every checkpoint.
+    """
+
+    @property
+    def uses_embedding(self) -> bool:
+        """Whether a projection head has to be trained; then there is a setting ``embedding_dim``."""
+        return False
+
+    @property
+    def uses_second_view(self) -> bool:
+        """Whether batches need a second augmentation of their images."""
+        return False
+
+    @property
+    def uses_attack(self) -> bool:
+        """Whether adversarial images are made at all."""
+        return True
+
+    def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+        """Return what is kept from step to step, or None.
+
+        Args:
+            model: as it is at the start, projection head included.
+            images: in the training set.
+            num_classes: K.
+            shape: (C, H, W).
+        """
+        return None
+
+    @abstractmethod
+    def views(
+        self,
+        model: SplitModel,
+        batch: Batch,
+        *,
+        threat: Threat,
+        attack: Attack,
+        generator: torch.Generator,
+        progress: float = 0.0,
+        memory: nn.Module | None = None,
+    ) -> Views:
+        """Return the views of one batch, adversarial images among them.
+
+        Args:
+            model: in train mode; what is differentiated here reaches inputs only.
+            batch: images (B, C, H, W) in [0, 1], labels (B,), and the second view if ``uses_second_view``.
+            threat: the set of allowed perturbations.
+            attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
+            generator: source of the random starts, on the device of the images.
+            progress: part of the training that lies behind, in [0, 1).
+            memory: what ``memory`` returned, and changes from step to step.
+        """
+
+    @abstractmethod
+    def loss(
+        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
+    ) -> StepOutput:
+        """Return the loss of the views and its metrics; leaves ``memory`` as it is."""
+
+    def __call__(
+        self,
+        model: SplitModel,
+        batch: Batch,
+        *,
+        threat: Threat,
+        attack: Attack,
+        generator: torch.Generator,
+        progress: float = 0.0,
+        memory: nn.Module | None = None,
+    ) -> StepOutput:
+        """Return the loss of one batch and its metrics; arguments as for ``views``.
+
+        The model is in train mode; its parameters receive gradients when the loss is differentiated.
+        """
+        views = self.views(
+            model, batch, threat=threat, attack=attack, generator=generator, progress=progress, memory=memory
+        )
+        return self.loss(model, views, progress=progress, memory=memory)

@@ -1,0 +1,45 @@
+"""Adversarial weight perturbation: the loss is taken where nearby weights are worst."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_TINY = 1e-20
+
+
+@contextmanager
+def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Generator[None, None, None]:
+    """Hold w + γ·‖w‖·g / ‖g‖ in every layer, g the gradient of the loss at w (Wu et al. 2020, arXiv:2004.05884, eq. 10).
+
+    One step of ascent, layer by layer, of weights with two dimensions or more, as in the authors' code; biases and batch-norm
+    stay. A gradient computed inside is taken there, and belongs to the weights that are back on exit. Departures: w is restored
+    before the optimiser's step, not after it, so that weight decay sees w; the ascent leaves the buffers as they are.
+
+    Args:
+        model: with gradients switched on.
+        loss: computes the loss (a scalar) of the model as it is; called once, if γ > 0.
+        gamma: γ ≥ 0, the size of the perturbation relative to the weights.
+    """
+    if not gamma:
+        yield
+        return
+    layers = [part for part in model.parameters() if part.requires_grad and part.dim() > 1]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    gradients = torch.autograd.grad(loss(), layers, allow_unused=True)
+    kept = [layer.detach().clone() for layer in layers]
+    try:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            for layer, gradient in zip(layers, gradients, strict=True):
+                if gradient is not None:
+                    layer.add_(gradient, alpha=float(gamma * layer.norm() / gradient.norm().clamp_min(_TINY)))
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, before in zip(layers, kept, strict=True):
+                layer.copy_(before)
