@@ -55,7 +55,7 @@ def peer_step(model, optimizer, batch, random_start=True):
     """One step as it is usually written."""
     import torchattacks
 
-    x, y, x_aug = batch
+    x, y, x_aug = batch[:3]
     attack = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=random_start)
     x_adv = attack(x, y)
     model.train()
@@ -86,7 +86,7 @@ def our_step(model, optimizer, batch, dtype, channels_last, random_start=True, s
     )
     attack = PGD(steps=STEPS, step_size="2/255", random_start=random_start)
     if channels_last:
-        batch = Batch(*(p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in batch))
+        batch = Batch(*(p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for p in batch[:3]))
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         loss, _ = method(
             model, batch, threat=Linf(eps="8/255"), attack=attack, generator=torch.Generator().manual_seed(0)
@@ -129,7 +129,7 @@ def forward_seconds(name, mode, size, repeats):
 
 def forward_equivalents(name, size=4):
     model = build(name)
-    batch = Batch(*(part[:size] for part in batch_of(size)))
+    batch = Batch(*(part[:size] for part in batch_of(size)[:3]))
     method = CLead(contrastive_loss="published", inner="cross_entropy")
     with CostMeter(model) as meter:
         method(

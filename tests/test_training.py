@@ -548,6 +548,30 @@ def test_swa_is_the_mean_of_the_weights_after_each_epoch_from_its_start(tmp_path
     assert not torch.equal(last["classifier.weight"], seen[-1]["classifier.weight"])
 
 
+def test_the_profile_says_where_the_time_goes_and_keeps_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = clead.profile(tiny("--method.name", "pgd_at"))
+    assert not list(tmp_path.iterdir())
+    assert set(found["parts"]) == {*loop.PARTS, "rest"} and all(spent >= 0 for spent in found["parts"].values())
+    assert all(found["parts"][name] > 0 for name in loop.PARTS)
+    assert sum(found["parts"].values()) >= 0.99 * found["step_ms"] > 0
+    assert found["forward_equivalents"] == pytest.approx(5)  # a step of PGD: 2, then forward and full backward: 3
+    names = [name for name, _, _ in found["operators"]]
+    assert any("conv" in name for name in names) and len(set(names)) == len(names)
+    assert found["images_per_second"] == pytest.approx(16000 / found["step_ms"])
+
+
+def test_profile_on_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["clead", "train", "digits-trades", *TINY, "--train.epochs", "1", "--profile"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in loop.PARTS) and "images/s" in printed
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_kinds_of_average_are_refused():
     with pytest.raises(UserError, match="one of ema and swa_start, got ema=0.9, swa_start=0.5"):
         tiny("--train.ema", "0.9", "--train.swa_start", "0.5")

@@ -46,6 +46,7 @@ from clead.report.record import Record, TrainingPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import Outcome, device_of, fit, mean_std
+from clead.training.profile import profile_training
 
 DETECT_IMAGES = 300
 """So many images are attacked by ``detect_run`` if no number is given: each is attacked once per threshold of each detector."""
@@ -102,6 +103,19 @@ def train(
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)
     return TrainedRun(path, split_model.eval(), outcome)
+
+
+def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits | None = None) -> dict[str, Any]:
+    """Make a few training steps as ``config`` says, keep nothing, and return where their time went.
+
+    See ``clead.training.profile.profile_training`` for what comes back; arguments as for ``train``.
+    """
+    device_of(config.train.device)
+    _check_start(config)
+    splits = data if data is not None else config.data.load(config.train.seed)
+    own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
+    with seeded(config.train.seed):
+        return profile_training(config, splits, own if own is not None else _build(config, splits))
 
 
 def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = None) -> SplitModel:

@@ -75,6 +75,9 @@ def train(
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the complete configuration and stop.")] = False,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Make a few steps, say where their time goes, keep nothing.")
+    ] = False,
     documented: Annotated[bool, typer.Option("--help", is_eager=True, callback=_documented, help="Every key.")] = False,
 ) -> None:
     """Train a model: clead train RECIPE [--group.key VALUE ...]; its --help documents every key."""
@@ -89,6 +92,10 @@ def train(
     config = load_recipe(recipes[0], overrides)
     if show:
         print(config.to_yaml(), end="")
+        return
+    if profiled:
+        with _interruptible():
+            _print_profile(api.profile(config))
         return
     if resume and out is None:
         out = _newest(config.name)
@@ -631,6 +638,27 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
             f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, "
             f"{pair['only_b']} only by the second, McNemar exact p = {pair['p_value']:.2g}"
         )
+
+
+def _print_profile(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    step = found["step_ms"]
+    table = Table(title=f"A training step on {found['device']}, {found['threads']} threads: {step:.1f} ms")
+    for name in ("part", "ms", "share"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for name, spent in found["parts"].items():
+        table.add_row(name, f"{spent:.1f}", f"{spent / step:.0%}")
+    table.add_section()
+    for name, spent, calls in found["operators"]:
+        table.add_row(f"{name} ({calls:.0f} calls)", f"{spent:.1f}", f"{spent / step:.0%}")
+    Console().print(table)
+    _say(
+        f"{found['images_per_second']:.0f} images/s; {found['forward_equivalents']:.1f} forward-equivalents per image, which take "
+        f"{found['bound_ms']:.1f} ms at the speed of a plain forward: the step takes {step / found['bound_ms']:.2f} times that\n"
+        "views: the attack and other images; rest: logging, weight perturbation; below, operators in all parts"
+    )
 
 
 def _save_images(path: Path, evaluation: Any) -> None:

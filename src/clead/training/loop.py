@@ -8,12 +8,13 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.profiler import record_function
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
@@ -36,7 +37,9 @@ _log = logging.getLogger("clead")
 _LOG_STEPS = 10
 _REMEDY = "lower optim.lr, set optim.clip_norm, or use precision float32"
 _PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
-_PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("data", "views", "loss", "backward", "optimiser")
+"""What a step is made of, as ``clead train --profile`` names it."""
+PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NonFiniteLoss(RuntimeError):
@@ -120,16 +123,17 @@ def _forward_backward(
 ) -> StepOutput:
     """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken."""
     method, where = config.method, {"progress": progress, "memory": memory}
-    with amp:
+    with record_function("views"), amp:
         views = method.views(model, batch, threat=config.threat, attack=config.attack, generator=generator, **where)
 
     def output() -> StepOutput:
-        with amp:
+        with record_function("loss"), amp:
             return method.loss(model, views, **where)
 
     with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp):
         found = output()
-        scaler.scale(found.loss).backward()
+        with record_function("backward"):
+            scaler.scale(found.loss).backward()
     return found
 
 
@@ -141,11 +145,13 @@ def fit(
     *,
     resume: bool = False,
     show: bool = True,
+    after_step: Callable[[], None] | None = None,
 ) -> Outcome:
     """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
 
     Every batch, view and perturbation is a function of (seed, step), so a resumed run continues bit-identically on a CPU.
-    Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
+    ``after_step`` is called after every step. Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does
+    not fit.
     """
     settings = config.train
     device = device_of(settings.device)
@@ -222,7 +228,7 @@ def fit(
     def passes() -> float:
         return at.step * batch_images * cost / len(splits.train)
 
-    amp = torch.autocast(device.type, dtype=_PRECISION[settings.precision], enabled=settings.precision != "float32")
+    amp = torch.autocast(device.type, dtype=PRECISION[settings.precision], enabled=settings.precision != "float32")
     validation = mixed(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
     validation_attack = PGD(steps=settings.validate_steps)
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
@@ -240,29 +246,33 @@ def fit(
 
         validated: dict[str, float] = {}
         while at.step < steps and not at.stopped_early:
-            batch = loader.batch(*divmod(at.step, per_epoch))
-            if settings.channels_last:
-                second = batch.second_view
-                batch = batch._replace(
-                    images=batch.images.contiguous(memory_format=layout),
-                    second_view=second if second is None else second.contiguous(memory_format=layout),
-                )
+            with record_function("data"):
+                batch = loader.batch(*divmod(at.step, per_epoch))
+                if settings.channels_last:
+                    second = batch.second_view
+                    batch = batch._replace(
+                        images=batch.images.contiguous(memory_format=layout),
+                        second_view=second if second is None else second.contiguous(memory_format=layout),
+                    )
             generator = seeded(device, settings.seed, at.step, _PERTURBATION)
             optimizer.zero_grad(set_to_none=True)
             loss, metrics = _forward_backward(config, model, batch, generator, at.step / steps, memory, amp, scaler)
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
-            if config.optim.clip_norm is not None:
-                scaler.unscale_(optimizer)
-                clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
+            with record_function("optimiser"):
+                if config.optim.clip_norm is not None:
+                    scaler.unscale_(optimizer)
+                    clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
             at.step += 1
             if average is not None and (settings.ema or _averages(at.step, steps, per_epoch, settings.swa_start)):
                 average.update_parameters(model)
             at.seconds = seconds_before + time.monotonic() - started
 
+            if after_step is not None:
+                after_step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 at.sums[name] = at.sums.get(name, 0.0) + value.item()
             at.sum_steps += 1
