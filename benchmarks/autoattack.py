@@ -5,10 +5,10 @@
         --out benchmarks/autoattack_cifar10.json
 
 The images go in blocks of ``--block``; each block is evaluated by every contender before the next one begins, in an order that
-rotates, and is written to ``--out`` when it is done: a stopped run goes on with the next block. Each runs in a fresh process, as its
-users run it (in one process, the first shapes the memory allocator for the next). Times are CPU seconds of the attacks, without
-imports and data, on ``--threads`` threads. A verdict is a float32 classification of each contender's images by the plain model.
-Forwards and backwards are counted at the model, per evaluated image. Everything is float32.
+rotates, and is written to ``--out`` when it is done: a stopped run goes on with the next block. Each runs in a fresh process, as
+its users run it (in one process, the first shapes the memory allocator for the next). Times are CPU seconds of the attacks,
+without imports and data, on ``--threads`` threads. A verdict is a float32 classification of each contender's images by the plain
+model. Forwards and backwards are counted at the model, per evaluated image. Everything is float32.
 """
 
 import argparse

@@ -137,7 +137,7 @@ def test_the_whole_way_on_digits(command):
             "suite standard with 1 step instead of its own, not AutoAttack",
         ),
         ("quick", ["APGD-CE", "APGD-T"], "suite quick with 1 step instead of its own, not AutoAttack"),
-        ("queries", ["Square"], "suite queries with 1 step instead of its own, not AutoAttack"),
+        ("queries", ["Square", "RayS"], "suite queries with 1 step instead of its own, not AutoAttack"),
         ("pgd", ["FGSM", "PGD-1 CE", "PGD-1 margin"], "FGSM, PGD-1 CE and PGD-1 margin, not AutoAttack"),
     ],
 )

@@ -254,6 +254,23 @@ def test_the_suites_have_the_constants_of_their_protocol():
     assert own == same and notes == also and "the quick suite left" in notes[0]
 
 
+def test_the_suite_of_queries_has_labels_only_in_linf_and_says_so_elsewhere():
+    attacks, notes = suite("queries", "linf", 10)
+    assert [(part.name, part.attack.queries, part.cost) for part in attacks] == [
+        ("Square", 5000, 5000),
+        ("RayS", 5000, 5000),
+    ]
+    assert not notes
+    assert [part.attack.queries for part in suite("queries", "linf", 10, steps=7)[0]] == [350, 350]
+    for norm in ("l2", "l1"):
+        attacks, notes = suite("queries", norm, 10)
+        assert [part.name for part in attacks] == ["Square"]
+        assert notes == [
+            f"suite queries in {norm} is Square alone: RayS, which uses labels only, is an attack for linf"
+        ]
+        assert not suite("standard", norm, 10)[1]
+
+
 @pytest.mark.parametrize(
     ("classes", "loss", "targets", "says"),
     [

@@ -131,7 +131,7 @@ def test_an_onnx_file_by_queries(place, run, batch):
     assert code == 0, err
     assert "under suite queries with 3 steps" in out
     queried = json.loads(Path("o.json").read_text())
-    assert [part["name"] for part in queried["attacks"]] == ["Square"] and queried["clean"]["accuracy"] == 1
+    assert [part["name"] for part in queried["attacks"]] == ["Square", "RayS"] and queried["clean"]["accuracy"] == 1
     assert queried["notes"] and queried["checks"] == []
 
 

@@ -25,6 +25,7 @@ from clead.attacks.fmn import fmn  # noqa: E402
 from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
 from clead.attacks.patch import patch  # noqa: E402
 from clead.attacks.pgd import pgd  # noqa: E402
+from clead.attacks.rays import rays  # noqa: E402
 from clead.attacks.spatial import spatial  # noqa: E402
 from clead.attacks.square import square  # noqa: E402
 
@@ -44,6 +45,7 @@ __all__ = [
     "mi_fgsm",
     "patch",
     "pgd",
+    "rays",
     "spatial",
     "square",
 ]

@@ -19,6 +19,7 @@ from clead.attacks import OBJECTIVES
 from clead.attacks.apgd import APGD
 from clead.attacks.fab import FAB
 from clead.attacks.pgd import PGD
+from clead.attacks.rays import RayS
 from clead.attacks.run import attack_images, check_inputs, check_norm, logits_of, prepared
 from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
@@ -50,7 +51,7 @@ from clead.report.record import (
 from clead.settings import Ratio, validated
 
 _MAP_POINTS = 300
-_CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that are attacked together on a CPU
+_CPU_PIXELS = 32 * 3 * 32 * 32  # pixels of the images that are attacked together on a CPU
 _CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the attacks
 
 
@@ -381,7 +382,7 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(job.model), torch.no_grad(), prepared(job.model, x, precision) as answer:
             left = _halving(lambda x, y: ~_holds(answer(x), y), x_adv, y)
-        if isinstance(named.attack, (APGD, FAB, Square)):  # they return the image itself where they failed
+        if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
         again = left & _halving(lambda x, y: right_images(job.model, x, y), x_adv, y)
         if again.any():

@@ -10,6 +10,7 @@ from clead.attacks.apgd import APGD
 from clead.attacks.fab import FAB
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
+from clead.attacks.rays import RayS
 from clead.attacks.square import Square
 from clead.errors import UserError
 from clead.interfaces import Attack, Search
@@ -93,13 +94,14 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
 
     ``standard`` is AutoAttack (Croce & Hein 2020, arXiv:2003.01690, section 6; L1: Croce & Hein 2021, arXiv:2103.01208):
     APGD-CE, APGD-T, FAB-T, Square. ``plus`` and ``rand`` are its longer and its randomised version. ``quick`` has half the
-    steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square.
+    steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square. ``queries`` is Square, and in L∞ RayS after it, which
+    uses labels only (Chen & Gu 2020, arXiv:2006.12792), with as many queries.
 
     Args:
         name: a ``SuiteName``.
         norm: linf, l2 or l1; ``pgd`` also takes l0.
         num_classes: K ≥ 2. There is no targeted DLR below 4 classes, and no DLR at all for 2: the margin stands in.
-        steps: instead of every attack's own; Square gets 50 queries for each.
+        steps: instead of every attack's own; Square and RayS get 50 queries for each.
 
     Raises UserError if the suite is not defined for the norm.
     """
@@ -118,6 +120,9 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     dlr = APGD(loss="dlr" if num_classes > 2 else "margin")
     targeted = APGD(loss="dlr" if num_classes > 3 else "margin", targets=targets)
     fab, square = FAB(targets=min(9, num_classes - 1)), Square()
+    labels_only = [RayS(queries=square.queries)] if norm == "linf" else []
+    if name == "queries" and not labels_only:
+        notes.append(f"suite queries in {norm} is Square alone: RayS, which uses labels only, is an attack for linf")
     attacks: list[Attack | Search] = {
         "standard": [ce, targeted, fab, square],
         "adaptive": [ce, targeted, fab, square],
@@ -131,7 +136,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
         ],
         "rand": [APGD(eot=20), replace(dlr, eot=20)],
         "quick": [APGD(steps=50), replace(targeted, steps=50, targets=min(3, targets))],
-        "queries": [square],
+        "queries": [square, *labels_only],
         "pgd": [FGSM()],
     }[name]
     pgd = PGD(steps=50, keep="best")
