@@ -1,25 +1,27 @@
-"""Run variants of recipes over seeds on validation data, two at a time, and keep every result: a resumable queue.
+"""Run variants of recipes over seeds, two at a time, and keep every result: a queue that goes on where it was stopped.
 
 python benchmarks/study.py benchmarks/study_digits.yaml
 
-The YAML file names the recipes, seeds, common overrides and variants. Results go to the JSON file of the same name: one row per
-(variant, seed) with validation accuracies (the test set is not touched), overrides and seconds; rows that exist are not run again.
-Each run has one thread, so that two share a machine of two cores without changing each other's result.
+The YAML file names the recipes, seeds, common overrides and variants, and the suites to evaluate with (the first one's result
+is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same name: one row per (variant,
+seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val`` among the overrides keeps
+the test set untouched. Each run has one thread, so that two share a machine of two cores without changing each other's result.
+Run directories are in ``--work``, where a stopped training or evaluation goes on.
 """
 
 import argparse
 import json
 import os
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 
-def run(recipe: str, overrides: list[str], seed: int) -> dict:
-    """Train one variant and return its clean and worst-case accuracy on the evaluation split."""
+def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], path: Path) -> dict:
+    """Train one variant and return its clean and worst-case accuracies on the evaluation split."""
     import torch
 
     torch.set_num_threads(1)
@@ -27,26 +29,37 @@ def run(recipe: str, overrides: list[str], seed: int) -> dict:
 
     start = time.time()
     config = clead.load_recipe(recipe, [*overrides, "--train.seed", str(seed)])
-    with tempfile.TemporaryDirectory() as folder:
-        trained = clead.train(config, out=Path(folder) / "run", show=False)
-        record = clead.evaluate_run(trained.path, show=False).record
-    return {
-        "clean_accuracy": record.clean_accuracy,
-        "robust_accuracy": record.robust_accuracy,
-        "split": record.data.split,
-        "n": record.data.n,
-        "forward_equivalents": trained.outcome.forward_equivalents,
-        "seconds": time.time() - start,
-    }
+    trained = clead.train(config, out=path, resume=True, show=False)
+    row = {"forward_equivalents": trained.outcome.forward_equivalents, "training_seconds": trained.outcome.seconds}
+    for suite in suites:
+        chosen = config if suite is None else replace(config, eval=replace(config.eval, suite=suite))
+        record = clead.evaluate_run(path, config=chosen, result=suite or "evaluation", show=False).record
+        if "robust_accuracy" not in row:
+            row |= {
+                "clean_accuracy": record.clean_accuracy,
+                "robust_accuracy": record.robust_accuracy,
+                "split": record.data.split,
+                "n": record.data.n,
+            }
+        if suite is not None:
+            row.setdefault("suites", {})[suite] = {
+                "robust_accuracy": record.robust_accuracy,
+                "after": {part.name: sum(part.flags) / record.data.n for part in record.attacks},
+                "notes": record.notes,
+            }
+    return {**row, "seconds": time.time() - start}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--work", type=Path, help="run directories; runs/study-NAME by default")
+    parser.add_argument("--only", nargs="*", help="these variants")
     arguments = parser.parse_args()
     study = yaml.safe_load(arguments.study.read_text())
     out = arguments.study.with_suffix(".json")
+    work = arguments.work or Path("runs") / f"study-{arguments.study.stem}"
     rows = json.loads(out.read_text()) if out.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -54,9 +67,12 @@ def main() -> None:
         jobs = {}
         for seed in study["seeds"]:
             for name, variant in study["variants"].items():
-                if (name, seed) not in done:
-                    overrides = [*study["common"].split(), *variant.get("set", "").split()]
-                    jobs[pool.submit(run, variant["recipe"], overrides, seed)] = (name, seed, variant, overrides)
+                if (name, seed) not in done and (not arguments.only or name in arguments.only):
+                    overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
+                    path = work / f"{name.replace(' ', '-')}-s{seed}"
+                    suites = study.get("suites", [None])
+                    job = pool.submit(run, variant["recipe"], overrides, seed, suites, path)
+                    jobs[job] = (name, seed, variant, overrides)
         for job in as_completed(jobs):
             name, seed, variant, overrides = jobs[job]
             rows.append(
