@@ -3,10 +3,10 @@
     pip install --no-deps torchattacks==3.5.1 && pip install requests
     python benchmarks/pgd.py --out benchmarks/pgd.json
 
-The peer attacks the model as its users hold it (float32, parameters that require gradients). Ours attacks it as a training step does,
-with batch-norm folded, in bfloat16 and in float32, both channels_last; both start at the same image without a random start for the
-comparison of results, and with one for the times. Medians of wall-clock time are quoted. ``agreement`` is the part of the pixels whose
-sign of the perturbation is the peer's, ``loss`` the mean cross-entropy reached in float32 by each.
+The peer attacks the model as its users hold it (float32, parameters that require gradients). Ours attacks it as a training step
+does, with batch-norm folded, in bfloat16 and in float32, both channels_last. Results are compared without a random start, times
+are taken with one: medians of wall-clock time. ``agreement`` is the part of the pixels whose sign of the perturbation is the
+peer's, ``loss`` the mean cross-entropy reached, in float32.
 """
 
 import argparse
