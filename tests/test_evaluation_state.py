@@ -350,3 +350,32 @@ def test_processes_with_different_images_are_told_so(tmp_path):
         [*torchrun, str(tmp_path / "ranks.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode != 0 and "process 1 evaluates something else than process 0: images: " in done.stderr
+
+
+ONE_OF_TWO = """
+import time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+import clead
+from clead.evaluation import processes
+dist.init_process_group("gloo")
+processes._MEETING = timedelta(seconds=3)
+if dist.get_rank() == 0:
+    images = torch.rand(4, 1, 4, 4)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
+    clead.evaluate(model, images, torch.zeros(4, dtype=torch.long), suite="pgd", eps=0.1)
+else:
+    time.sleep(30)
+"""
+
+
+def test_an_evaluation_in_one_of_two_processes_does_not_wait_for_ever(tmp_path):
+    (tmp_path / "one.py").write_text(ONE_OF_TWO)
+    port = str(27000 + os.getpid() % 2000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "one.py")], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "but some of them did not begin it within 3 seconds; call it in every process" in done.stderr

@@ -16,6 +16,9 @@ from clead.evaluation.state import Part, differences, read_header
 
 T = TypeVar("T")
 
+_MEETING = timedelta(minutes=5)
+_PATIENCE = timedelta(days=7)  # rank 0 draws curves while the others wait
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -134,13 +137,23 @@ class Group:
 
 
 def group() -> Group | None:
-    """Return the processes that ``torchrun`` started, or None for a single one."""
+    """Return the processes that ``torchrun`` started, or None for a single one.
+
+    Raises UserError if the others do not come within five minutes, because only some of them evaluate.
+    """
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # rank 0 draws curves while the others wait
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        dist.new_group(backend="gloo", timeout=_MEETING)  # connects all processes, or fails
+    except RuntimeError as error:
+        raise UserError(
+            f"an evaluation is shared by all {dist.get_world_size()} processes, but some of them did not begin it within "
+            f"{_MEETING.total_seconds():.0f} seconds; call it in every process, also where only one needs the result"
+        ) from error
     # Python objects travel by gloo, also where the run's own group is nccl.
-    handle = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    handle = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return Group(dist.get_rank(), dist.get_world_size(), handle)
 
 
