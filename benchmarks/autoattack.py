@@ -27,8 +27,9 @@ from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
 from clead.data.base import mixed
 from clead.evaluation import robust
-from clead.evaluation.robust import Subject, evaluate_model, pixels
+from clead.evaluation.robust import Subject, evaluate_model
 from clead.evaluation.suites import suite
+from clead.evaluation.verdicts import pixels
 from clead.interfaces import ImageSet
 from clead.models.cost import CostMeter
 from clead.threats import THREATS

@@ -13,8 +13,9 @@ import clead
 from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
-from clead.evaluation.robust import Subject, accuracy_under_attack, evaluate_model
+from clead.evaluation.robust import Subject, evaluate_model
 from clead.evaluation.suites import NamedAttack, suite
+from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import ImageSet
 from clead.report.record import Record
 from clead.settings import Ratio

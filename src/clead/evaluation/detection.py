@@ -24,9 +24,9 @@ from clead.attacks.run import attack_images, check_inputs
 from clead.data.base import stratified
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.robust import exact_float32
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
+from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
 from clead.models.modes import attack_mode

@@ -19,9 +19,9 @@ from clead.attacks.minimal import MinimumNorm, made_for, smallest
 from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.robust import exact_float32
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
+from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.progress import progress
 from clead.report.record import CurvePoint, Estimate

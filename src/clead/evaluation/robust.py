@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -31,7 +30,8 @@ from clead.evaluation.processes import ALONE, Shard
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import DRAWS, LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.interfaces import Attack, ImageSet, Search, Threat
+from clead.evaluation.verdicts import Pieces, exact_float32, holds, in_pieces, out_of_memory, pixels, right_images
+from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded as global_seed
@@ -51,7 +51,6 @@ from clead.report.record import (
 from clead.settings import Ratio, validated
 
 _MAP_POINTS = 300
-_CPU_PIXELS = 32 * 3 * 32 * 32  # pixels of the images that are attacked together on a CPU
 _CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the attacks
 
 
@@ -96,6 +95,7 @@ class _Job:
     batch_size: int
     kept: int
     """Adversarial images are kept for the first so many."""
+    pieces: Pieces = field(default_factory=Pieces)
 
     @property
     def batches(self) -> int:
@@ -210,45 +210,6 @@ def evaluate_model(
     return group.share(evaluation) if group else evaluation
 
 
-@contextmanager
-def exact_float32() -> Generator[None, None, None]:
-    """Compute in float32 proper: no autocast of the caller's, and none of CUDA's TF32, which rounds inputs to 10 bits."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
-def accuracy_under_attack(
-    model: nn.Module,
-    images: ImageSet,
-    threat: Threat,
-    attack: Attack,
-    objective: str,
-    *,
-    seed: int,
-    device: torch.device,
-) -> tuple[float, float]:
-    """Return (clean accuracy, robust accuracy) under one attack; for the validation inside training."""
-    right = robust = 0
-    for number, (x, y) in enumerate(_batches(images, 256, device)):
-        generator = seeded(device, seed, number)
-        flags = right_images(model, x, y)
-        right += int(flags.sum())  # synchronises the device
-        if flags.any():
-            x, y = x[flags], y[flags]
-            x_adv = attack_images(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
-            robust += int(right_images(model, x_adv, y).sum())
-    return right / len(images), robust / len(images)
-
-
 def _header(job: _Job, shard: Shard) -> dict[str, Any]:
     """Return everything that decides the flags: a state is continued only by the same."""
     settings = job.settings
@@ -318,11 +279,11 @@ def _clean(job: _Job, batch: int, subject: Subject) -> tuple[Tensor, list[int]]:
     x, y = job.inputs(here)
     check_inputs(x, y, len(subject.classes))
     with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
-        logits = logits_of(job.model, x)
+        logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
         if logits.shape[1] != len(subject.classes):
             raise UserError(f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes")
         broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
-        flags = logits.argmax(1) == y if job.draws == 1 else right_images(job.model, x, y, job.draws)
+        flags = logits.argmax(1) == y if job.draws == 1 else _right(job, x, y, job.draws)
     return flags.cpu(), [here.start + index for index in broken.tolist()]
 
 
@@ -338,7 +299,7 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
     generator = seeded(job.device, job.settings.seed, stage, batch)
     with CostMeter(job.model) as meter:
         x_adv = _search(job, named, x, y, generator)
-        robust = right_images(job.model, x_adv, y, job.draws).cpu()
+        robust = _right(job, x_adv, y, job.draws).cpu()
     size = job.threat.size(x_adv - x).max().item()
     if not size <= job.threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
         raise AssertionError(f"{named.name} left the threat set: size {size}, eps {job.threat.eps}")
@@ -360,7 +321,7 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
     """Run the attack, in smaller pieces if the device is out of memory, and again where its success was one of rounding only."""
 
     def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
-        return _halving(
+        return in_pieces(
             lambda x, y: attack_images(
                 named.attack,
                 job.model,
@@ -374,6 +335,7 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
             ),
             x,
             y,
+            job.pieces,
         )
 
     precision = getattr(torch, job.settings.precision)
@@ -381,54 +343,17 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
     if isinstance(named.attack, Search) and job.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(job.model), torch.no_grad(), prepared(job.model, x, precision) as answer:
-            left = _halving(lambda x, y: ~_holds(answer(x), y), x_adv, y)
+            left = in_pieces(lambda x, y: ~holds(answer(x), y), x_adv, y, job.pieces)
         if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
-        again = left & _halving(lambda x, y: right_images(job.model, x, y), x_adv, y)
+        again = left & _right(job, x_adv, y, draws=1)
         if again.any():
             x_adv[again] = run(x[again], y[again], exact=True)
     return x_adv
 
 
-def _halving(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Return ``function(x, y)``, piece by piece where all at once is too much for the device's memory.
-
-    A CPU gets pieces whose activations stay near its caches: 1.2 times faster on a ResNet-8 than 256 images at once.
-    """
-    size = len(x) if x.device.type != "cpu" else max(1, _CPU_PIXELS // x[0].numel())
-    while True:
-        try:
-            pieces = max(1, -(-len(x) // size))  # of about equal size: a small last one is slow per image
-            return torch.cat(
-                [function(a, b) for a, b in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True)]
-            )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if size == 1 or not _out_of_memory(error):
-                raise
-        size = -(-size // 2)
-        if x.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(f"the device is out of memory: attacking {size} images at a time", stacklevel=2)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
-
-
-def right_images(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tensor:
-    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest.
-
-    Of a randomised model: right in more than half of the draws.
-    """
-    votes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    with attack_mode(model), torch.no_grad():
-        for _ in range(draws):
-            votes += _holds(model(x.clone()), y)
-    return 2 * votes > draws
-
-
-def _holds(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
+def _right(job: _Job, x: Tensor, y: Tensor, draws: int) -> Tensor:
+    return in_pieces(lambda x, y: right_images(job.model, x, y, draws), x, y, job.pieces)
 
 
 def _ready(job: _Job) -> bool:
@@ -505,7 +430,7 @@ def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> li
                     )
                     break
                 except RuntimeError as error:
-                    if len(x) < 16 or not _out_of_memory(error):
+                    if len(x) < 16 or not out_of_memory(error):
                         raise
                     x, y = x[: len(x) // 2], y[: len(y) // 2]
                     warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
@@ -666,17 +591,6 @@ def _artifacts(
         "embedding_adv": features_adv[:m],
         "embedding_labels": images.labels[: len(features[:m])].clone(),  # safetensors refuses shared memory
     }
-
-
-def _batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(images), batch_size):
-        here = slice(start, start + batch_size)
-        yield pixels(images.images[here].to(device)), images.labels[here].to(device)
-
-
-def pixels(images: Tensor) -> Tensor:
-    """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float().clone()
 
 
 def digest(images: ImageSet) -> str:

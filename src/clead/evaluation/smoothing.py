@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.robust import exact_float32
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
+from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.progress import progress

@@ -19,9 +19,9 @@ from clead.attacks.run import check_inputs, logits_of, prepared
 from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.robust import exact_float32, pixels, right_images
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
+from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.progress import progress
