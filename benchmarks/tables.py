@@ -42,7 +42,7 @@ def digits():
 
 def small(recipes):
     """AutoAttack of seed 0 with its interval over images; clean and quick suite over all seeds."""
-    print("| recipe | clean % | AutoAttack, with its notes, % (seed 0, 95 % interval) | quick suite % | compute |")
+    print("| recipe | clean % | AutoAttack % (seed 0, 95 % interval) | quick suite % | compute |")
     print("|---|---|---|---|---|")
     for recipe, name in recipes.items():
         quick, standard = records(recipe, "quick"), records(recipe, "standard")
@@ -54,7 +54,7 @@ def small(recipes):
             gap = 100 * (quick[0]["worst"]["accuracy"] - standard[0]["worst"]["accuracy"])
             stages = ", ".join(f"{p['name']} {100 * p['robust']['accuracy']:.1f}" for p in standard[0]["attacks"])
             print(
-                f"    {standard[0]['notes']}; seeds {sorted(quick)}; quick − standard {gap:.1f} points; seed 0 after {stages}"
+                f"    notes {standard[0]['notes']}; seeds {sorted(quick)}; quick − standard {gap:.1f} points; seed 0 after {stages}"
             )
 
 
