@@ -14,6 +14,9 @@ from clead.config import load_recipe, recipe_names, recipe_text
 
 EXPECTED = {"digits-standard", "digits-gaussian", "digits-pgd-at", "digits-trades", "digits-clead", "mnist-clead"}
 EXPECTED |= {f"cifar10-small-{method}" for method in ("standard", "pgd-at", "trades", "clead")}
+EXPECTED |= {
+    f"{data}-{method}" for data in ("digits", "cifar10-small") for method in ("mart", "fgsm-rs", "free", "trades-awp")
+}
 EXPECTED |= {f"cifar10-resnet18-{method}" for method in ("pgd-at", "trades", "clead")}
 
 
@@ -37,7 +40,9 @@ def test_the_header_says_what_to_expect(recipe):
 def test_the_recipe_fits_its_name(recipe):
     config = load_recipe(recipe)
     tree = config.to_dict()
-    named = re.sub(r"^.*?(standard|pgd-at|trades|clead|gaussian)$", r"\1", recipe)
+    methods = "standard|pgd-at|trades|clead|clead-published|gaussian|mart|fgsm-rs|free"
+    named = re.sub(rf"^.*?({methods})(-awp)?$", r"\1", recipe)
+    assert (config.train.awp > 0) == recipe.endswith("-awp")
     assert tree["method"]["name"].replace("_", "-") == ("standard" if named == "gaussian" else named)
     assert (tree["data"]["augment"]["gaussian"] > 0) == (named == "gaussian")
     assert recipe.startswith(tree["data"]["name"])
@@ -88,7 +93,7 @@ def test_the_recipe_runs(recipe, data, tmp_path, monkeypatch):
         overrides += ["--model.width", "8"]
     config = load_recipe(recipe, overrides)
     run = clead.train(config, out=tmp_path / "run", show=False)
-    assert run.outcome.steps == 1
+    assert run.outcome.steps == len(config.trainings())
     record = clead.evaluate_run(run.path, show=False).record
     assert (
         record.data.n == 2

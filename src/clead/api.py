@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -17,23 +18,25 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.run import check_inputs, logits_of
 from clead.attacks.unrestricted import Unrestricted
-from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
+from clead.checkpoint import RunDir, check_weights, load_weights, save_weights, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError, did_you_mean
 from clead.evaluation import adversarial
 from clead.evaluation.corruptions import SEVERITIES, evaluate_corruptions
 from clead.evaluation.detection import DETECTORS, evaluate_detection
+from clead.evaluation.linear_probe import STRENGTHS, evaluate_linear_probe
 from clead.evaluation.measurement import Measurement, Result, measure
 from clead.evaluation.minimum_norm import evaluate_minimum_norm
 from clead.evaluation.processes import Shard, folders, rank, shards
-from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model, exact_float32, pixels, right_images
+from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model
 from clead.evaluation.smoothing import certify
 from clead.evaluation.state import State, discard
 from clead.evaluation.statistics import mcnemar
 from clead.evaluation.suites import NamedAttack
-from clead.evaluation.transfer import transfer
+from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.evaluation.unrestricted import described, evaluate_unrestricted
+from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet, Search, Splits, Threat
 from clead.models.build import build_model
 from clead.models.custom import make_module
@@ -42,14 +45,18 @@ from clead.models.onnx import OnnxModel
 from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt, weights
 from clead.report import html
-from clead.report.record import Record, TrainingPart
+from clead.report.record import Record, TrainingPart, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import Outcome, device_of, fit, mean_std
 from clead.training.profile import profile_training
+from clead.training.stages import fit_stages, write_outcome
+from clead.training.trainable import start_from, unfrozen_afterwards
 
 DETECT_IMAGES = 300
 """So many images are attacked by ``detect_run`` if no number is given: each is attacked once per threshold of each detector."""
+PSEUDO_LABELS = "pseudo_labels.safetensors"
+"""In a run directory: the pseudo-labels that it was trained with, and how many of them are right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +97,26 @@ def train(
     elif path.is_file() or (path.is_dir() and any(path.iterdir())):
         RunDir.create(path, config)  # raises: there is something else
     device_of(config.train.device)
-    _check_start(config)
+    _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
+    splits, pseudo_labels = _as_seen(config, splits, path, show=show)
     own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else _build(config, splits)
     _dry_run(split_model, _shape(splits), config.to_dict()["model"]["name"])
+    if config.train.start_from is not None:
+        first = config.trainings()[0].method
+        dim = first.embedding_dim if first.uses_embedding else None
+        start_from(split_model, Path(config.train.start_from), dim=dim)
     run = RunDir(path) if continuing else RunDir.create(path, config)
-    with seeded(config.train.seed):  # leaves the caller's global random state as it was
-        outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
-    write_atomically(path / "outcome.json", json.dumps(dataclasses.asdict(outcome), indent=2).encode())
+    if pseudo_labels is not None:
+        save_weights(path / PSEUDO_LABELS, *pseudo_labels)
+    # Leave the caller's global random state, and what of the model is frozen, as they were.
+    with seeded(config.train.seed), unfrozen_afterwards(split_model):
+        if config.stages:
+            outcome = fit_stages(config, splits, split_model, run, show=show)
+        else:
+            outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
+    write_outcome(path, outcome)
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)
@@ -110,9 +128,13 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
 
     See ``clead.training.profile.profile_training`` for what comes back; arguments as for ``train``.
     """
+    if config.stages:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise UserError(f"--profile looks at one training, got the stages {names}; give a recipe without stages")
     device_of(config.train.device)
     _check_start(config)
     splits = data if data is not None else config.data.load(config.train.seed)
+    splits, _ = _as_seen(config, splits, None, show=False)
     own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
     with seeded(config.train.seed):
         return profile_training(config, splits, own if own is not None else _build(config, splits))
@@ -269,6 +291,10 @@ def evaluate_run(
     opened = _open(path, config, model, data)
     device = opened.device
     sources = _sources(transfer_from, opened.images, opened.model.num_classes, device)
+    stored = None
+    if attacks is None and opened.config.eval.split == "test":
+        stored = stored_test(opened.run.path / "stored", opened.splits.fingerprint)
+    tried = None if stored is None else transferred(opened.model, opened.images, stored, opened.config.threat, device)
     return _evaluate_into(
         opened.run.path / "results",
         result,
@@ -277,6 +303,7 @@ def evaluate_run(
         opened.config,
         opened.subject,
         part,
+        tried=tried,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -328,8 +355,8 @@ def detect_run(
 ) -> Measurement:
     """Measure detectors of adversarial images on a run, and leave ``RUN/results/detect.json``.
 
-    They are fitted on the training images, their thresholds set on the validation images, both clean; ``eval.images`` of the test
-    images, 300 if it is not given, are attacked in ``eval.steps`` steps, 100 if not given.
+    They are fitted on the training images that have a label, their thresholds set on the validation images, both clean;
+    ``eval.images`` of the test images, 300 if it is not given, are attacked in ``eval.steps`` steps, 100 if not given.
 
     ``detectors`` are names of ``clead.evaluation.detection.DETECTORS``, ``restarts`` those of the attack that knows the detector;
     the rest is as of ``evaluate_run``.
@@ -353,7 +380,7 @@ def detect_run(
     def work(state: State) -> Result:
         return evaluate_detection(
             run.model,
-            run.splits.train,
+            run.splits.train.known(),
             run.images,
             run.config.threat,
             calibration=run.splits.val,
@@ -394,6 +421,51 @@ def corruptions_run(
         return evaluate_corruptions(run.model, run.images, **run.common, **settings, state=state, show=show)
 
     return run.measure("corruptions", work, settings, fresh=fresh)
+
+
+def probe_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    fresh: bool = False,
+    show: bool = True,
+) -> Measurement:
+    """Fit a linear classifier on a run's frozen features, attack through both, and leave ``RUN/results/probe.json``.
+
+    ``config.data`` may be of other classes than the run's, if the images have the same shape: its training images are fitted, its
+    validation images choose C, its test images are measured. ``strengths`` are those of
+    ``clead.evaluation.linear_probe.evaluate_linear_probe``, ``eval.steps`` is the length of PGD, 50 if not given; the rest is as of
+    ``evaluate_run``.
+    """
+    run = _open(path, config, model, data, same_classes=False)
+    if run.config.eval.split != "test":
+        raise UserError(f"eval.split: the validation images choose C, got {run.config.eval.split}; use test")
+    settings = {
+        "steps": run.config.eval.steps or 50,
+        "strengths": list(strengths),
+        "batch_size": run.config.eval.batch_size or 256,
+    }
+    # What a classifier of other data is fitted on decides the result as much as the images that are measured.
+    fitted = {"labelled": run.config.data.labelled, "label_noise": run.config.data.label_noise}
+
+    def work(state: State) -> Result:
+        return evaluate_linear_probe(
+            run.model,
+            run.splits.train,
+            run.splits.val,
+            run.images,
+            run.config.threat,
+            num_classes=run.k,
+            **run.common,
+            **settings,
+            state=state,
+            show=show,
+        )
+
+    return run.measure("probe", work, {**settings, **fitted}, threat=run.config.threat, fresh=fresh)
 
 
 def distances_run(
@@ -505,6 +577,7 @@ def _open(
     data: Splits | None,
     *,
     images: int | None = None,
+    same_classes: bool = True,
 ) -> _Opened:
     """Load a run, its model and its images; ``images`` counts where ``config.eval`` names no number."""
     run = RunDir.open(Path(path))
@@ -513,7 +586,7 @@ def _open(
     if images is not None and config.eval.images is None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=images))
     loaded = _load(run, config, config.eval.weights, model)
-    chosen, splits = _evaluated_images(run, config, trained, data)
+    chosen, splits = _evaluated_images(run, config, trained, data, same_classes=same_classes)
     tree = config.to_dict()
     subject = Subject(
         name=run.name,
@@ -692,6 +765,7 @@ def _evaluate_into(
     *,
     fresh: bool,
     save_adversarial: Path | None,
+    tried: TransferredPart | None = None,
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
@@ -714,6 +788,8 @@ def _evaluate_into(
     if evaluation is None:
         assert shard is not None
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
+    if tried is not None:
+        evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
     if rank() > 0:
         return evaluation
     write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
@@ -729,13 +805,13 @@ def _evaluate_into(
 
 
 def _evaluated_images(
-    run: RunDir, config: RunConfig, trained: RunConfig, data: Splits | None
+    run: RunDir, config: RunConfig, trained: RunConfig, data: Splits | None, *, same_classes: bool = True
 ) -> tuple[ImageSet, Splits]:
     """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
     # The run's own seed: another one would move training images into the validation split.
     splits = data if data is not None else config.data.load(trained.train.seed)
     _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
-    if tuple(metadata["classes"]) != splits.classes:
+    if same_classes and tuple(metadata["classes"]) != splits.classes:
         raise UserError(
             f"{run.path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
             "give data of the same classes"
@@ -772,8 +848,9 @@ def read_record(source: str | Path) -> Record:
 def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     """Return ``{"rows": …, "pairs": …}`` of several runs or records, as plain data.
 
-    ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, each attack's accuracy, and training
-    cost. ``pairs``: McNemar's exact test for every two records of the same images under the same threat and attacks.
+    ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, each attack's accuracy, that on images
+    that the training stored, and training cost. ``pairs``: McNemar's exact test for every two records of the same images under the
+    same threat and attacks.
     """
     records = _records(sources)
     rows = [
@@ -788,6 +865,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "robust_low": record.worst.low,
             "robust_high": record.worst.high,
             "attacks": {part.name: part.robust.accuracy for part in record.attacks},
+            "transferred": record.transferred.robust.accuracy if record.transferred else None,
             "forward_equivalents": record.training.forward_equivalents if record.training else None,
         }
         for record in records
@@ -835,6 +913,18 @@ def _records(sources: Sequence[str | Path | Record]) -> list[Record]:
     ]
 
 
+def _check_starts(config: RunConfig) -> None:
+    """Raise UserError for every training of ``config`` that could not begin."""
+    problems = []
+    for training, stage in zip(config.trainings(), config.stages or (None,), strict=True):
+        try:
+            _check_start(training)
+        except UserError as error:
+            problems += [said if stage is None else f"stages.{stage.name}.{said}" for said in error.problems]
+    if problems:
+        raise UserError(*problems)
+
+
 def _check_start(config: RunConfig) -> None:
     """Raise UserError if the inner attack has no objective, or starts where it is flat and would climb rounding errors."""
     if config.method.uses_attack and isinstance(config.attack, Search):
@@ -854,6 +944,58 @@ def _check_start(config: RunConfig) -> None:
             f"attack.random_start: method.inner {inner} is smallest, so without slope, at the image itself, got false; "
             "set attack.random_start true, or method.inner cross_entropy"
         )
+
+
+def _as_seen(
+    config: RunConfig, splits: Splits, path: Path | None, *, show: bool
+) -> tuple[Splits, tuple[dict[str, Tensor], dict[str, Any]] | None]:
+    """Return the images with the labels that training sees, and pseudo-labels to be kept in the run, if there are any new ones.
+
+    Those that the run in ``path`` keeps already are taken up, so that it goes on as it began whatever became of their source.
+    """
+    train, source = splits.train, config.data.pseudo_labels_from
+    new = None
+    if source is not None:
+        kept = None if path is None else path / PSEUDO_LABELS
+        if kept is not None and kept.exists():
+            tensors, about = load_weights(kept)
+        else:
+            tensors, about = new = _pseudo_labels(config, splits, source)
+        if tensors["labels"].shape != train.labels.shape or about["data"] != splits.fingerprint:
+            raise UserError(
+                f"{kept} is of other images; --resume continues on the same data: restore it, or train anew"
+            )
+        train = dataclasses.replace(train, pseudo_labels=tensors["labels"])
+        if show:
+            said = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
+            print(f"{said} (by the hidden labels, which training does not see)", file=sys.stderr)
+    return dataclasses.replace(splits, train=train), new
+
+
+def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what the model of the run ``source`` takes the training images for, and what to know of it."""
+    train = splits.train
+    if train.labelled is None:
+        raise UserError(f"data.pseudo_labels_from: every image has a label already, got {source}; leave it out")
+    try:
+        run = RunDir.open(Path(source))
+        trained = run.config()
+        model = _load(run, trained, trained.eval.weights, None)
+        _evaluated_images(run, trained, trained, splits)
+    except UserError as error:
+        raise UserError(*(f"data.pseudo_labels_from: {problem}" for problem in error.problems)) from None
+    device = device_of(config.train.device)
+    with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
+        parts = train.images.split(512)
+        labels = torch.cat([model(pixels(part.to(device))).argmax(1).cpu() for part in parts])
+    unlabelled = ~train.labelled
+    about = {
+        "from": run.name,
+        "data": splits.fingerprint,
+        "unlabelled": int(unlabelled.sum()),
+        "agreement": (labels == train.labels)[unlabelled].double().mean().item(),
+    }
+    return {"labels": labels}, about
 
 
 def _build(config: RunConfig, splits: Splits) -> SplitModel:
@@ -914,6 +1056,8 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[tupl
     found = []
     for key in {**a, **b}:
         old, new = a.get(key), b.get(key)
+        if key == "stages" and isinstance(old, list) and isinstance(new, list):
+            old, new = ({stage["name"]: stage for stage in stages} for stages in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -3,9 +3,12 @@
 config.yaml         complete configuration
 metrics.jsonl       one JSON object per log line
 last.safetensors    weights at the end (EMA weights if EMA is on); ``best`` at the best validation robust accuracy
+projection.safetensors  the projection head at the end, of a training that had one
 resume.state        optimiser, schedule, EMA, RNG and position; ``resume.previous.state`` is one checkpoint older
 environment.json    versions and machine
 results/            one JSON record per evaluation, with its images beside it
+stages/             a run directory for each stage of a run that has several; weights and metrics are joined in the run's own
+stored/             adversarial images that were made once, of the model that training started from
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ _MAGIC = b"clead-state-1\n"
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
-_WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", "outcome.json")
+PROJECTION = "projection.safetensors"
+_WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

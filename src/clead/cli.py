@@ -102,7 +102,8 @@ def train(
     with _interruptible():
         run = api.train(config, out=out, resume=resume)
     o = run.outcome
-    which = "robust" if config.method.uses_attack else "clean"
+    last = config.trainings()[-1].method
+    which = "neighbours'" if not last.uses_classifier else "robust" if last.uses_attack else "clean"
     _say(
         f"{o.steps} steps, {o.epochs:.1f} epochs, {o.forward_equivalents:.0f} forward-equivalents per image, "
         f"{o.seconds:.0f} s; best validation {which} accuracy {o.best_validation:.1%} at step {o.best_step}"
@@ -384,6 +385,25 @@ def corruptions(
 
 
 @app.command(context_settings=_OPEN)
+def probe(
+    context: typer.Context,
+    strengths: Annotated[
+        str, typer.Option(help="C of the logistic regression, with commas; validation images choose.")
+    ] = "0.001,0.01,0.1,1,10",
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Fit a linear classifier on runs' frozen features, and attack through both: clead probe RUN ... [--data.path OTHER]."""
+    from clead import api
+
+    def work(run: str, config: RunConfig) -> Any:
+        return api.probe_run(run, config=config, strengths=_numbers(strengths), fresh=fresh)
+
+    runs, overrides = _runs(context.args)
+    _measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
+
+
+@app.command(context_settings=_OPEN)
 def distances(
     context: typer.Context,
     attacks: Annotated[str, typer.Option(help="Which, with commas: fmn, deepfool, fab, cw.")] = "fmn",
@@ -485,7 +505,7 @@ def _only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
     problems = []
     for path, _ in parse_overrides(overrides):
         key = ".".join(path)
-        useless = path[0] in GROUPS and path[0] not in groups and key != "train.device"
+        useless = path[0] in (*GROUPS, "stages") and path[0] not in groups and key != "train.device"
         if useless or ("attack" in groups and path[0] == "eval" and path[-1] in suite):
             hint = instead if path[0] in ("attack", "eval") else f"settings of {', '.join(groups)} and train.device do"
             problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
@@ -510,6 +530,7 @@ def _measure(
     # A key that nobody knows is told so by the configuration.
     known = {f"{group}.{key}" for group, _, key, *_ in documented_keys()} | {"threat.norm", "attack.name"}
     given = [".".join(path) for path, _ in parse_overrides(overrides)]
+    known |= {key for key in given if key.startswith("stages.")}
     useless = [key for key in given if key in known and key not in used and key.split(".")[0] not in used]
     if useless:
         raise UserError(*(f"--{key}: changes nothing here; settings of {', '.join(used)} do" for key in useless))
@@ -528,6 +549,13 @@ def _measure(
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in _parts(text)]
+    except ValueError:
+        raise UserError(f"--strengths must be numbers above 0, with commas, got {text!r}") from None
 
 
 def _without(overrides: list[str], start: str) -> list[str]:
@@ -574,6 +602,8 @@ def _print_record(record: Any) -> None:
     table.add_row("none (clean)", *_shown(record.clean), "")
     for part in record.attacks:
         table.add_row(part.name, *_shown(part.robust), f"{part.seconds:.1f}")
+    if record.transferred is not None:
+        table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
     table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
     Console().print(table)
     for note in record.notes:
@@ -593,6 +623,11 @@ def _verdict(record: Any) -> str:
         f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {in_words(record)}; "
         f"{record.clean.accuracy:.1%} are right when clean."
     )
+    if (stored := record.transferred) is not None:
+        said += (
+            f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
+            f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
+        )
     if failed:
         said += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
     return said
@@ -620,10 +655,12 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
     table = Table(
         title=f"Accuracy on {', '.join(sorted({str(row['n']) for row in rows}))} images, {', '.join(threats)}"
     )
-    for column in ("run", "clean", *names, "worst case", "95 % interval", "compute"):
+    stored = ["stored (transferred)"] if any(row["transferred"] is not None for row in rows) else []
+    for column in ("run", "clean", *names, *stored, "worst case", "95 % interval", "compute"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for row in rows:
         cells = [f"{row['attacks'][name]:.1%}" if name in row["attacks"] else "–" for name in names]
+        cells += [f"{row['transferred']:.1%}" if row["transferred"] is not None else "–" for _ in stored]
         compute = f"{row['forward_equivalents']:.0f}" if row["forward_equivalents"] else "–"
         interval = f"{row['robust_low']:.1%} – {row['robust_high']:.1%}"
         table.add_row(

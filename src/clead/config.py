@@ -95,6 +95,14 @@ class Train:
         None, "stop after so many validations without a better robust accuracy; none: never", ge=1
     )
     checkpoint_seconds: float = setting(60.0, "time between resume checkpoints", ge=0, unit="seconds")
+    trainable: Literal["all", "classifier"] = setting(
+        "all",
+        "all weights, or the final linear layer alone on an encoder that is frozen, in evaluation mode, batch-norm statistics too",
+    )
+    start_from: str | None = setting(
+        None,
+        "weights to begin with: a .safetensors file, or a run directory (those its eval.weights names); none: drawn from the seed",
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
@@ -144,7 +152,27 @@ _CHOSEN: dict[str, tuple[Registry[Any], str]] = {
 }
 _FIXED: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
 GROUPS = (*_CHOSEN, *_FIXED)
+_STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")
+_STAGE_DATA = ("batch_size", "augment", "view", "cutmix")  # what of the data a stage may change
+_OF_THE_RUN = ("seed", "device", "start_from")  # what of the training it may not
 _DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One of several trainings that follow each other in a run, each from the weights that the one before it ended with.
+
+    Of ``data`` only batch size, augmentation, view and CutMix count, of ``train`` all but seed, device and start_from: the rest is
+    the run's own.
+    """
+
+    name: str
+    data: Any
+    threat: Any
+    attack: Any
+    method: Any
+    optim: Optim
+    train: Train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,13 +193,35 @@ class RunConfig:
     method: Any = dataclasses.field(default_factory=lambda: METHODS.get("clead")())
     optim: Optim = dataclasses.field(default_factory=Optim)
     eval: Eval = dataclasses.field(default_factory=Eval)
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what concerns several groups at once."""
         parts = {group: getattr(self, group) for group in GROUPS}
         problems = [f"{group}: {problem}" for group, value in parts.items() if (problem := _stranger(group, value))]
-        if problems or (problems := _joint_problems(parts)):
+        problems += _stage_problems([stage.name for stage in self.stages], [vars(stage) for stage in self.stages])
+        for stage in self.stages:
+            own = {group: getattr(stage, group) for group in _STAGE_GROUPS}
+            strange = [f"{group}: {said}" for group, value in own.items() if (said := _stranger(group, value))]
+            problems += [f"stages.{stage.name}.{said}" for said in strange or _joint_problems(own)]
+        if problems or (not self.stages and (problems := _joint_problems(parts))):
             raise UserError(*problems)
+
+    def trainings(self) -> tuple[RunConfig, ...]:
+        """Return the complete configuration of each stage, in order; without stages, this one alone."""
+        return tuple(self._training(stage) for stage in self.stages) or (self,)
+
+    def _training(self, stage: Stage) -> RunConfig:
+        known = {key: getattr(stage.data, key) for key in _STAGE_DATA if hasattr(self.data, key)}
+        whole = {key: getattr(self.train, key) for key in _OF_THE_RUN if key != "start_from"}
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}-{stage.name}",
+            data=dataclasses.replace(self.data, **known),
+            train=dataclasses.replace(stage.train, **whole, start_from=None),
+            **{group: getattr(stage, group) for group in ("threat", "attack", "method", "optim")},
+            stages=(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dicts, complete, in the form that ``from_dict`` and YAML take."""
@@ -179,6 +229,8 @@ class RunConfig:
         for group in GROUPS:
             value = getattr(self, group)
             tree[group] = {**_chosen_name(group, value), **_plain(value)}
+        if self.stages:
+            tree["stages"] = [_stage_tree(stage) for stage in self.stages]
         return tree
 
     def to_yaml(self) -> str:
@@ -197,7 +249,7 @@ class RunConfig:
             if not re.fullmatch(r"\w[\w .+-]*", parts["name"]):
                 problems.append(f"name: becomes part of a directory's name: letters, digits, '-', got {tree['name']!r}")
         for group in tree:
-            if group not in (*GROUPS, "name"):
+            if group not in (*GROUPS, "name", "stages"):
                 problems.append(f"{group}: unknown group; {did_you_mean(str(group), GROUPS)}")
         for group in GROUPS:
             values = {} if tree.get(group) is None else tree[group]
@@ -207,10 +259,106 @@ class RunConfig:
                 parts[group] = _build(group, {str(key): value for key, value in values.items()})
             except UserError as error:
                 problems.extend(error.problems)
-        problems.extend(_joint_problems(parts))
+        if tree.get("stages"):
+            parts["stages"], of_stages = _stages(tree, parts)
+            # What is wrong in the common groups is not said once per stage.
+            problems.extend(said for said in of_stages if said.split(".", 2)[-1] not in problems)
+        else:
+            problems.extend(_joint_problems(parts))
         if problems:
             raise UserError(*problems)
         return RunConfig(**parts)
+
+
+def _stages(tree: dict[str, Any], common: Mapping[str, Any]) -> tuple[tuple[Stage, ...], list[str]]:
+    """Return the stages of a recipe and every problem in them; ``common`` are the run's own groups, as far as they are valid."""
+    given = tree["stages"]
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        return (), [f"stages: must be a list of mappings, each with a name and groups, got {given!r:.60}"]
+    names = [str(item.get("name")) for item in given]
+    problems, parts = _stage_problems(names, []), []
+    for name, item in zip(names, given, strict=True):
+        found, part = [], {}
+        for group in item:
+            if group not in (*_STAGE_GROUPS, "name"):
+                unknown = f"unknown group; {did_you_mean(str(group), _STAGE_GROUPS)}"
+                found.append(f"{group}: {_WHOLE_RUN if group in GROUPS else unknown}")
+        for group in _STAGE_GROUPS:
+            own = {} if item.get(group) is None else item[group]
+            if not isinstance(own, dict):
+                found.append(f"{group}: must be a mapping of keys, got {own!r}")
+                continue
+            refused = [key for key in own if _of_the_run(group, str(key), common)]
+            found += [f"{group}.{key}: {_WHOLE_RUN}" for key in refused]
+            own = {str(key): value for key, value in own.items() if key not in refused}
+            try:
+                values = tree.get(group)
+                part[group] = _build(group, _inherited(group, values if isinstance(values, dict) else {}, own))
+            except UserError as error:
+                found += error.problems
+        found += _joint_problems(part)
+        problems += [f"stages.{name}.{said}" for said in found]
+        parts.append(part)
+    if not problems:
+        problems = _stage_problems(names, parts)
+    return () if problems else tuple(Stage(name=n, **part) for n, part in zip(names, parts, strict=True)), problems
+
+
+_WHOLE_RUN = "belongs to the whole run; give it outside of stages"
+
+
+def _of_the_run(group: str, key: str, common: Mapping[str, Any]) -> bool:
+    if group == "data":
+        return key == "name" or (key not in _STAGE_DATA and hasattr(common.get("data"), key))
+    return group == "train" and key in _OF_THE_RUN
+
+
+def _inherited(group: str, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the common keys with a stage's own in their place; another choice (a method, say) starts from its defaults."""
+    if group in _CHOSEN:
+        key = _CHOSEN[group][1]
+        usual = common.get(key, _DEFAULT_NAME[group])
+        if own.get(key, usual) != usual:
+            return own
+    if group == "train":
+        for key, other in (("epochs", "budget"), ("budget", "epochs")):
+            if own.get(key) is not None:
+                common = {name: value for name, value in common.items() if name != other}
+    return _deep(common, own)
+
+
+def _deep(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _deep(common[key], own[key]) for key in own if _both_mappings(common.get(key), own[key])}
+    return {**common, **own, **nested}
+
+
+def _both_mappings(a: Any, b: Any) -> bool:
+    return isinstance(a, dict) and isinstance(b, dict)
+
+
+def _stage_problems(names: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what is wrong with the stages' names, and with several stages together."""
+    problems = [
+        f"stages.{number}.name: must be letters, digits and _, beginning with a letter, got {name!r}"
+        for number, name in enumerate(names, start=1)
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or name == "None"
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    problems += [f"stages: two stages are called {name!r}; give each a name of its own" for name in twice]
+    storing = [name for name, part in zip(names, parts, strict=False) if getattr(part["method"], "uses_stored", False)]
+    if len(storing) > 1:
+        problems.append(f"stages: only one stage of a run can store adversarial images, got {', '.join(storing)}")
+    return problems
+
+
+def _stage_tree(stage: Stage) -> dict[str, Any]:
+    tree: dict[str, Any] = {"name": stage.name}
+    for group in _STAGE_GROUPS:
+        value = getattr(stage, group)
+        tree[group] = {**_chosen_name(group, value), **_plain(value)}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key in _STAGE_DATA}
+    tree["train"] = {key: value for key, value in tree["train"].items() if key not in _OF_THE_RUN}
+    return tree
 
 
 def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
@@ -219,11 +367,24 @@ def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
     if method is None or data is None:
         return []
     inner = getattr(method, "inner", "") == "contrastive" or getattr(method, "inner_contrastive_weight", 0) > 0
-    contrasts = getattr(method, "uses_embedding", False) or (inner and getattr(method, "uses_attack", False))
+    contrasts = getattr(method, "contrastive_weight", 0) > 0 or (inner and getattr(method, "uses_attack", False))
+    contrasts = contrasts or getattr(method, "uses_embedding", False)
     if contrasts and data.batch_size < 2:
         return [
             "data.batch_size: a contrastive loss needs at least 2 images, because the others are the negatives, "
             f"got {data.batch_size}; raise it, or set the contrastive weights to 0"
+        ]
+    if problems := _label_problems(method, data):
+        return problems
+    trained = parts.get("train")
+    if getattr(trained, "trainable", "all") == "classifier" and getattr(method, "uses_embedding", False):
+        return [
+            "train.trainable: a contrastive loss trains encoder and projection head, which are frozen then, got classifier; "
+            "set it to all, or take a method without that term (method.name standard)"
+        ]
+    if data.cutmix and getattr(method, "uses_stored", False):
+        return [
+            f"data.cutmix: a mixed image is not the one whose adversarial image is stored, got {data.cutmix:g}; set it to 0"
         ]
     if data.augment.gaussian and getattr(method, "uses_attack", False):
         return [
@@ -231,6 +392,25 @@ def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
             f"{data.augment.gaussian:g}; set it to 0, or take a method without an attack (method.name standard)"
         ]
     return []
+
+
+def _label_problems(method: Any, data: Any) -> list[str]:
+    """Return what is wrong with the settings on labels together."""
+    few = data.labelled < 1
+    problems = [
+        f"data.{key}: changes nothing while every image has a label, got {value}; set data.labelled below 1"
+        for key in ("labelled_share", "pseudo_labels_from")
+        if (value := getattr(data, key)) is not None and not few
+    ]
+    if few and data.labelled_share is not None and data.batch_size < 2:
+        problems.append(
+            f"data.batch_size: labelled_share needs one labelled and one unlabelled image at least, got {data.batch_size}; raise it"
+        )
+    if few and data.cutmix and getattr(method, "uses_unlabelled", False) and data.pseudo_labels_from is None:
+        problems.append(
+            f"data.cutmix: mixes labels, which images without one have not, got {data.cutmix:g}; set it to 0, or data.labelled 1"
+        )
+    return problems
 
 
 def _stranger(group: str, value: Any) -> str:
@@ -325,9 +505,16 @@ def _changed(tree: Any, overrides: Sequence[str]) -> RunConfig:
         if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):
             changes.append((["data", "name"], "auto"))
         # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
-        changes.sort(key=lambda change: not _chooses(change[0]))
+        # What is given for all stages comes before what is given for one.
+        changes.sort(
+            key=lambda change: (change[0][0] == "stages", not _chooses(change[0]) and not _chooses(change[0][2:]))
+        )
         for path, value in changes:
+            if path[0] == "stages":
+                _override_stage(tree, path, value)
+                continue
             _override(tree, path, value)
+            _override_stages(tree, path)
         _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
     return RunConfig.from_dict(tree)
 
@@ -404,7 +591,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 
 def _chooses(path: list[str]) -> bool:
-    return path[0] in _CHOSEN and path[1:] == [_CHOSEN[path[0]][1]]
+    return bool(path) and path[0] in _CHOSEN and path[1:] == [_CHOSEN[path[0]][1]]
 
 
 def _one_length(tree: dict[str, Any], given: set[str]) -> None:
@@ -412,6 +599,42 @@ def _one_length(tree: dict[str, Any], given: set[str]) -> None:
     for key, other in (("epochs", "budget"), ("budget", "epochs")):
         if key in given and other not in given:
             tree["train"].pop(other, None)
+
+
+def _override_stages(tree: dict[str, Any], path: list[str]) -> None:
+    """Let an override of a common key hold in the stages too, in place of what they say of it; not that of a choice by name."""
+    stages = tree.get("stages")
+    for stage in stages if isinstance(stages, list) and not _chooses(path) else ():
+        *parents, last = path
+        values = stage
+        for part in parents:
+            values = values.get(part) if isinstance(values, dict) else None
+        if isinstance(values, dict):
+            for key in ("epochs", "budget") if path in (["train", "epochs"], ["train", "budget"]) else (last,):
+                values.pop(key, None)
+
+
+def _override_stage(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set ``stages.NAME.group.key``; the stage may be given by its number, from 1 on, too."""
+    stages = tree.get("stages")
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    names = [str(stage.get("name")) for stage in stages]
+    if len(path) < 4:
+        raise UserError(f"--{'.'.join(path)}: a setting of a stage is --stages.NAME.group.key VALUE")
+    if not stages:
+        raise UserError(f"--{'.'.join(path)}: the recipe has no stages; leave out stages.{path[1]}")
+    if path[1] not in names and not (path[1].isdecimal() and 1 <= int(path[1]) <= len(stages)):
+        raise UserError(
+            f"--{'.'.join(path)}: no stage {path[1]!r}; {did_you_mean(path[1], names)} (or 1 to {len(stages)})"
+        )
+    stage = stages[names.index(path[1]) if path[1] in names else int(path[1]) - 1]
+    group = path[2]
+    if _chooses(path[2:]) and isinstance(stage.get(group), dict) and isinstance(common := tree.get(group), dict):
+        key = path[3]
+        stage[group].setdefault(key, common.get(key, _DEFAULT_NAME[group]))
+    _override(stage, path[2:], value)
+    if group == "train" and value is not None:
+        _one_length(stage, {path[3]})
 
 
 def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
@@ -455,6 +678,11 @@ def key_reference() -> str:
                     continue
                 shown = _shown_default(defaults)
                 lines.append(f"  --{group}.{key}  ({shown}{f'; {allowed}' if allowed else ''})\n      {doc}")
+    lines.append(
+        "\nstages\n  A recipe may have several trainings, each from the weights of the one before it. --stages.NAME.group.key is\n"
+        f"  a setting of one of them, by number too, as --stages.2.train.epochs (groups: {', '.join(_STAGE_GROUPS)}); a key\n"
+        "  without stages. holds in all."
+    )
     return "\n".join(lines)
 
 

@@ -25,8 +25,14 @@ class MissingExtra(UserError):
         super().__init__(f"{purpose} needs {library}, which is not installed; run: pip install 'clead[{extra}]'")
 
 
+_MANY = 10
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return the tail of an error for an unknown name: the closest known names, else all of them."""
     known = sorted(known)
     close = get_close_matches(str(given), known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(known) or 'none'}"
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    shown = known if len(known) <= _MANY else [*known[:_MANY], f"… ({len(known)} in all, clead list has them)"]
+    return f"known: {', '.join(shown) or 'none'}"

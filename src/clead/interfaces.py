@@ -22,11 +22,12 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (B, C, H, W) float in [0, 1].
-        labels: (B,) int64.
+        labels: (B,) int64, −1 where ``labelled`` is False.
         second_view: a second random augmentation of the same images, or None.
         index: which images of the training set these are, (B,) int64, or None.
         soft_labels: (B, K) float, rows of sum 1, of images that were mixed, or None.
         labelled: (B,) bool, where a method may look at ``labels``; None: everywhere.
+        stored: (B, C, H, W) float in [0, 1], adversarial images of the same images that were made before the training, or None.
     """
 
     images: Tensor
@@ -35,6 +36,7 @@ class Batch(NamedTuple):
     index: Tensor | None = None
     soft_labels: Tensor | None = None
     labelled: Tensor | None = None
+    stored: Tensor | None = None
 
 
 class StepOutput(NamedTuple):
@@ -50,18 +52,41 @@ class ImageSet:
 
     Args:
         images: (N, C, H, W) uint8.
-        labels: (N,) int64 in [0, K).
+        labels: (N,) int64 in [0, K); hidden ones too, for measuring: training looks at ``visible_labels`` only.
+        labelled: (N,) bool, where training may look at ``labels``; None: everywhere.
+        pseudo_labels: (N,) int64 in [0, K), what counts as label where there is none, or None.
+        labelled_share: part of every training batch that is drawn from labelled images, in (0, 1]; None: as they come.
     """
 
     images: Tensor
     labels: Tensor
+    labelled: Tensor | None = None
+    pseudo_labels: Tensor | None = None
+    labelled_share: float | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def visible_labels(self) -> Tensor:
+        """The labels that training may look at, (N,) int64: where there is none the pseudo-label, or −1."""
+        if self.labelled is None:
+            return self.labels
+        others = torch.full_like(self.labels, -1) if self.pseudo_labels is None else self.pseudo_labels
+        return torch.where(self.labelled, self.labels, others)
+
+    def known(self) -> ImageSet:
+        """Return the images that have a visible label, with that label."""
+        if self.labelled is None:
+            return self
+        labels = self.visible_labels
+        index = (labels >= 0).nonzero()[:, 0]
+        return ImageSet(self.images[index], labels[index])
+
     def subset(self, index: Tensor) -> ImageSet:
         """Return the images at ``index``, (n,) int64."""
-        return ImageSet(self.images[index], self.labels[index])
+        flags, pseudo = (None if part is None else part[index] for part in (self.labelled, self.pseudo_labels))
+        return ImageSet(self.images[index], self.labels[index], flags, pseudo, self.labelled_share)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clead.data.decoding import Fit, decode, fit_arrays
+from clead.data.labels import partly_labelled, stratified
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean
 from clead.interfaces import ImageSet, Splits
@@ -88,6 +89,42 @@ class InMemoryDataset(ABC):
     )
     augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
     view: Augmentation = setting(default_factory=Augmentation, doc="Second random view, for contrastive methods.")
+    cutmix: float = setting(
+        0.0,
+        "α of CutMix: images swap a box with others of their batch, its share of the area drawn from Beta(α, α), and their labels "
+        "mix alike; the second view is not mixed, and supcon goes by the label of the image around the box; 0: off.",
+        ge=0,
+    )
+
+    labelled: float = setting(
+        1.0,
+        "Part of the training images whose labels training may look at, evenly by class and at least one of each, counted after "
+        "validation is cut: the labels of val_fraction come on top, so make it small in a study of few labels.",
+        unit="fraction",
+        gt=0,
+        le=1,
+    )
+    labelled_share: float | None = setting(
+        None,
+        "Part of every batch that is drawn from the labelled images; an epoch is then one pass over the others. None: as they "
+        "come. A method without a use for unlabelled images draws labelled ones only.",
+        unit="fraction",
+        gt=0,
+        lt=1,
+    )
+    label_noise: float = setting(
+        0.0,
+        "Part of the labels of training images (of labelled ones) that are replaced by another class, drawn uniformly; validation "
+        "and test labels never are.",
+        unit="fraction",
+        ge=0,
+        lt=1,
+    )
+    pseudo_labels_from: str | None = setting(
+        None,
+        "A run directory of the same classes, whose model labels the unlabelled training images once, at the start; with "
+        "method.name trades robust self-training (Carmon et al. 2019, arXiv:1905.13736, algorithm 1). None: they have no label.",
+    )
 
     @abstractmethod
     def read(self) -> Found:
@@ -96,8 +133,8 @@ class InMemoryDataset(ABC):
     def load(self, seed: int) -> Splits:
         """Read, check, decode and split.
 
-        ``seed`` decides only which training images become validation images: test images, and the images that
-        a limit keeps, are the same for every seed.
+        ``seed`` decides only which training images become validation images, which of the others are labelled, and which labels are
+        wrong: test images, and the images that a limit keeps, are the same for every seed.
 
         Raises:
             UserError: a path is missing, an image is broken, labels or classes are not as they should be.
@@ -113,7 +150,11 @@ class InMemoryDataset(ABC):
         val_count = round(self.val_fraction * len(train))
         chosen, rest = stratified(train.labels, val_count, seed)
         train, val = train.subset(rest), train.subset(chosen)
-        return Splits(train, val, test, found.classes, fingerprint([train, val, test], found.classes))
+        digest = fingerprint([train, val, test], found.classes)  # of the true labels, whatever is hidden or wrong below
+        train = partly_labelled(
+            train, self.labelled, self.label_noise, len(found.classes), seed, share=self.labelled_share
+        )
+        return Splits(train, val, test, found.classes, digest)
 
     def _decode(self, train: Part, test: Part) -> tuple[ImageSet, ImageSet]:
         fit = Fit(self.image_size, self.resize, self.channels)
@@ -169,42 +210,6 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
         )
     if problems:
         raise UserError(*problems)
-
-
-def stratified(labels: Tensor, count: int, seed: int, *, least: int = 1, spare: int = 1) -> tuple[Tensor, Tensor]:
-    """Choose ``count`` images at random with every class in proportion (largest remainders).
-
-    The bounds ``least`` and ``spare`` hold even where that makes more or fewer than ``count``.
-
-    Args:
-        labels: (N,) int64.
-        count: images to choose, in [0, N].
-        seed: decides which; the draw is NumPy's frozen legacy stream, equal on every machine and version.
-        least: images to choose of each class at least, if it has so many.
-        spare: images to leave over of each class at least, as far as ``least`` allows.
-
-    Returns:
-        The chosen indices and the others, both (n,) int64, ascending.
-    """
-    values = labels.numpy()
-    present, sizes = np.unique(values, return_counts=True)
-    ideal = sizes * (count / max(1, len(values)))
-    low = np.minimum(least, sizes)
-    high = np.maximum(low, sizes - spare)
-    quota = np.clip(np.floor(ideal), low, high).astype(int)
-    for _ in range(abs(count - quota.sum())):
-        if count > quota.sum():
-            movable, step, wish = quota < high, 1, ideal - quota
-        else:
-            movable, step, wish = quota > low, -1, quota - ideal
-        if not movable.any():
-            break
-        quota[np.where(movable, wish, -np.inf).argmax()] += step
-    random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-    mask = np.zeros(len(values), dtype=bool)
-    for label, size, amount in zip(present, sizes, quota, strict=True):
-        mask[np.flatnonzero(values == label)[random.permutation(size)[:amount]]] = True
-    return torch.from_numpy(np.flatnonzero(mask)), torch.from_numpy(np.flatnonzero(~mask))
 
 
 def mixed(image_set: ImageSet) -> ImageSet:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clead.data.views import Augmentation
 from clead.interfaces import Batch, ImageSet
 
-_ORDER, _FIRST_VIEW, _SECOND_VIEW = 1, 2, 3  # one random stream each
+# One random stream each.
+_ORDER, _FIRST_VIEW, _SECOND_VIEW, _CUTMIX, _LABELLED_ORDER, _UNLABELLED_ORDER = 1, 2, 3, 4, 5, 6
 
 
 def seeded(device: torch.device | str, *integers: int) -> torch.Generator:
@@ -31,6 +34,11 @@ class Loader:
     A last batch of a single image is dropped (batch normalisation cannot train on it), unless ``batch_size``
     is 1. A batch size above the number of images gives one batch of them all.
 
+    ``Batch.labels`` are −1 where ``image_set.labelled`` hides them, so that a method that overlooks ``Batch.labelled`` fails.
+    With a ``labelled_share`` s < 1, of B images (at most N) round(s·B) are labelled and the others not, one at least of each; all
+    batches are full, and an epoch is one pass over the unlabelled images. Either kind comes in random order, all before one comes
+    again, so a batch may hold an image twice. With s = 1 all are labelled, and an epoch is N images long all the same.
+
     Args:
         image_set: the images; copied to ``device``.
         batch_size: images per batch, ≥ 1.
@@ -40,6 +48,9 @@ class Loader:
         drop_last: leave out the last, smaller batch.
         augment: makes ``Batch.images``; None for the plain images.
         view: makes ``Batch.second_view`` from the plain images; None for no second view.
+        cutmix: α of ``cutmix``, which mixes ``Batch.images`` after ``augment`` and makes ``Batch.soft_labels``; 0: off.
+        num_classes: K, needed for soft labels.
+        stored: one more image for each image of the set, (N, C, H, W) float, of which ``Batch.stored`` is made.
     """
 
     def __init__(
@@ -53,32 +64,68 @@ class Loader:
         drop_last: bool = False,
         augment: Augmentation | None = None,
         view: Augmentation | None = None,
+        cutmix: float = 0.0,
+        num_classes: int | None = None,
+        stored: Tensor | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(image_set) == 0:
             raise ValueError("a loader needs at least one image, got an empty set")
+        if cutmix and num_classes is None:
+            raise ValueError(f"cutmix makes soft labels and needs num_classes, got cutmix={cutmix:g} without it")
         self.device = torch.device(device)
         self.images = image_set.images.to(self.device)
-        self.labels = image_set.labels.to(self.device)
+        self.labels = image_set.visible_labels.to(self.device)
+        self.stored = None if stored is None else stored.to(self.device)
         self.batch_size = batch_size
         self.seed, self.shuffle = seed, shuffle
         self.augment, self.view = augment, view
+        self.cutmix, self.num_classes = cutmix, num_classes
         full, rest = divmod(len(image_set), batch_size)
         self.steps_per_epoch: int = full + int(full == 0 or (rest > 1 and not drop_last))
         """Batches in one epoch, ≥ 1."""
-        self._epoch_of_order: int | None = None
-        self._order = torch.arange(len(image_set), device=self.device)
+        self._orders: dict[int, tuple[int, Tensor]] = {}
+        self._parts: list[tuple[int, Tensor, int]] | None = None
+        self.labelled: Tensor | None = None
+        if image_set.labelled is not None:
+            self._use_labelled(image_set, image_set.labelled)
+
+    def _use_labelled(self, image_set: ImageSet, labelled: Tensor) -> None:
+        """Hide labels, and part batches between labelled and unlabelled images if there is a share."""
+        share, size = image_set.labelled_share, min(self.batch_size, len(labelled))
+        if image_set.pseudo_labels is None and share != 1:
+            self.labelled = labelled.to(self.device)
+            if self.cutmix:
+                raise ValueError(
+                    f"cutmix mixes labels and needs one of every image, got cutmix={self.cutmix:g} without"
+                )
+        if share is None:
+            return
+        if share < 1 and size < 2:
+            raise ValueError(f"labelled_share needs at least 2 images per batch, one of each kind, got {size}")
+        count = size if share == 1 else min(max(1, round(share * size)), size - 1)
+        pools = [flags.nonzero()[:, 0].to(self.device) for flags in (labelled, ~labelled)]
+        self._parts = [(_LABELLED_ORDER, pools[0], count), (_UNLABELLED_ORDER, pools[1], size - count)]
+        self.steps_per_epoch = max(1, len(labelled) // size if share == 1 else len(pools[1]) // (size - count))
 
     def batch(self, epoch: int, index: int) -> Batch:
         """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``; raises IndexError outside."""
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
-        chosen = self._order_of(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        chosen = self._chosen(epoch, index)
         plain, labels = _as_float(self.images[chosen]), self.labels[chosen]
         first = self._draw(self.augment, plain, epoch, index, _FIRST_VIEW)
         second = None if self.view is None else self._draw(self.view, plain, epoch, index, _SECOND_VIEW)
-        return Batch(first, labels, second, index=chosen)
+        soft = None
+        if self.cutmix:
+            assert self.num_classes is not None
+            # Drawn on the CPU, so that every device sees the same boxes.
+            generator = seeded("cpu", self.seed, epoch, index, _CUTMIX)
+            first, soft = cutmix(first, labels, self.num_classes, self.cutmix, generator=generator)
+        stored = None if self.stored is None else self.stored[chosen].float()
+        labelled = None if self.labelled is None else self.labelled[chosen]
+        return Batch(first, labels, second, index=chosen, soft_labels=soft, labelled=labelled, stored=stored)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from batch ``start`` on."""
@@ -90,12 +137,71 @@ class Loader:
             return plain
         return augment(plain, generator=seeded(self.device, self.seed, epoch, index, stream))
 
-    def _order_of(self, epoch: int) -> Tensor:
-        if self.shuffle and epoch != self._epoch_of_order:
+    def _chosen(self, epoch: int, index: int) -> Tensor:
+        """Return which images are in a batch, (B,) int64."""
+        if self._parts is None:
+            order = self._order_of(_ORDER, epoch, len(self.labels))
+            return order[index * self.batch_size : (index + 1) * self.batch_size]
+        step, pieces = epoch * self.steps_per_epoch + index, []
+        for stream, pool, count in self._parts:
+            at, end = step * count, (step + 1) * count
+            while at < end:
+                turn, first = divmod(at, len(pool))
+                piece = self._order_of(stream, turn, len(pool))[first : first + end - at]
+                pieces.append(pool[piece])
+                at += len(piece)
+        return torch.cat(pieces)
+
+    def _order_of(self, stream: int, turn: int, count: int) -> Tensor:
+        """Return the order of ``count`` images when they come for the ``turn``-th time."""
+        kept = self._orders.get(stream)
+        if kept is None or kept[0] != turn:
             # Drawn on the CPU, so that every device sees the same order.
-            order = torch.randperm(len(self.labels), generator=seeded("cpu", self.seed, epoch, _ORDER))
-            self._order, self._epoch_of_order = order.to(self.device), epoch
-        return self._order
+            order = torch.arange(count)
+            if self.shuffle:
+                order = torch.randperm(count, generator=seeded("cpu", self.seed, turn, stream))
+            self._orders[stream] = kept = (turn, order.to(self.device))
+        return kept[1]
+
+
+def cutmix(
+    images: Tensor, labels: Tensor, num_classes: int, alpha: float, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Put a box of another image of the batch into each image: x̃ = M ⊙ x + (1 − M) ⊙ x', ỹ = λ·y + (1 − λ)·y'.
+
+    Source: Yun et al. 2019, arXiv:1905.04899, eq. 1-2; in adversarial training Rebuffi et al. 2021, arXiv:2103.01946. Per batch one
+    λ ~ Beta(α, α), one order of the partners, and one box of height H·√(1 − λ), width W·√(1 − λ) and a uniform centre. It is cut at
+    the border, and λ in ỹ is the share of the pixels that are still x's.
+
+    Args:
+        images: (B, C, H, W).
+        labels: (B,) int64 in [0, K).
+        num_classes: K.
+        alpha: α > 0; 1 in the papers, so λ is uniform.
+        generator: on the CPU.
+
+    Returns:
+        x̃, (B, C, H, W), and ỹ, (B, K) float32, on the device of the images.
+    """
+    height, width = images.shape[2:]
+    partner = torch.randperm(len(images), generator=generator).to(images.device)
+    # The first of Dirichlet(α, α) is Beta(α, α); torch.distributions takes no generator.
+    share = torch._sample_dirichlet(torch.full((2,), alpha, dtype=torch.float64), generator=generator)[0]
+    centre = torch.rand(2, generator=generator)
+    rows, columns = (
+        _window(size, round(size * math.sqrt(1 - share)), int(size * at))
+        for size, at in zip((height, width), centre.tolist(), strict=True)
+    )
+    mixed = images.clone()
+    mixed[:, :, rows, columns] = images[partner][:, :, rows, columns]
+    kept = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    own = F.one_hot(labels, num_classes).float()
+    return mixed, kept * own + (1 - kept) * own[partner]
+
+
+def _window(size: int, side: int, centre: int) -> slice:
+    start = centre - side // 2
+    return slice(max(0, start), min(size, start + side))
 
 
 def _as_float(images: Tensor) -> Tensor:

@@ -1,18 +1,28 @@
-"""Adversarial images of another model, tried on this one."""
+"""Adversarial images of another model, tried on this one: made for the purpose, or stored by the training."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
 from clead.attacks.run import attack_images
-from clead.checkpoint import fingerprint
+from clead.checkpoint import fingerprint, load_weights
+from clead.evaluation.state import read_header
+from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import NamedAttack
-from clead.interfaces import Model, Threat
+from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
+from clead.report.record import TransferredPart
+
+PART = 256
+"""Images that a training attacks and keeps together."""
+STORED_TEST = "test_images"
+"""Where the header of a folder of stored images says how many test images are in it."""
 
 
 class Transfer:
@@ -41,3 +51,48 @@ def transfer(name: str, source: nn.Module) -> NamedAttack:
     """Return the attack that takes its images from ``source``, a model on the same classes."""
     attack: Any = Transfer(name, source)
     return NamedAttack(attack.label, attack, cost=2.0 * attack.pgd.steps)
+
+
+class StoredTest(NamedTuple):
+    """Stored images of the first test images, (N, C, H, W), and which were wrong for the model they were made for, (N,)."""
+
+    x_adv: Tensor
+    wrong: Tensor
+    attack: dict[str, Any]
+
+
+def stored_test(folder: Path, data: str) -> StoredTest | None:
+    """Return the adversarial test images that a training has stored in ``folder``; None if there are none, or of other data.
+
+    data: fingerprint of the data set. Raises UserError if they are damaged.
+    """
+    header = read_header(folder)
+    if header is None or header["data"] != data:
+        return None
+    parts = [
+        load_weights(folder / f"test-{number:06d}.safetensors")[0] for number in range(-(-header[STORED_TEST] // PART))
+    ]
+    x_adv, wrong = (torch.cat([part[name] for part in parts]) for name in ("x_adv", "wrong"))
+    return StoredTest(x_adv.float(), wrong, {**header["attack"], "clip": header["clip"]})
+
+
+def transferred(
+    model: nn.Module, images: ImageSet, stored: StoredTest, threat: Threat, device: torch.device
+) -> TransferredPart:
+    """Return how many of ``images`` the model has right, clean and as stored; of the first, as far as there are stored ones."""
+    n = min(len(images), len(stored.x_adv))
+    flags, sizes = [], []
+    with exact_float32():
+        for start in range(0, n, PART):
+            here = slice(start, min(start + PART, n))
+            x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
+            x_adv = stored.x_adv[here].to(device)
+            flags += (right_images(model, x, y) & right_images(model, x_adv, y)).tolist()
+            sizes.append(threat.size(x_adv - x).max().item())
+    return TransferredPart(
+        settings=stored.attack,
+        fooled=stored.wrong[:n].float().mean().item(),
+        robust=estimate(flags),
+        flags=flags,
+        largest=max(sizes),
+    )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clead.errors import UserError
 from clead.interfaces import Attack, Batch, StepOutput, Threat
 from clead.models.split import SplitModel
 from clead.settings import settings
@@ -18,6 +19,12 @@ class Views(NamedTuple):
 
     images: dict[str, Tensor]
     batch: Batch
+
+
+def require_labels(batch: Batch, method: str) -> None:
+    """Raise UserError if not every image of the batch has a label."""
+    if batch.labelled is not None:
+        raise UserError(f"method.name: {method} needs every image's label, got images without; take trades or clead")
 
 
 @settings
@@ -41,6 +48,29 @@ class Method(ABC):
     @property
     def uses_attack(self) -> bool:
         """Whether adversarial images are made at all."""
+        return True
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """Whether the loss has a term for images without a label; if not, batches hold labelled images only."""
+        return False
+
+    @property
+    def replays(self) -> int:
+        """How many steps in a row are taken on the same batch, ≥ 1."""
+        return 1
+
+    @property
+    def uses_stored(self) -> bool:
+        """Whether adversarial images of the whole training set are made once, of the model as it is at the start.
+
+        Then there are settings ``stored_attack`` (the attack, by ``attack_of``) and ``stored_clip``.
+        """
+        return False
+
+    @property
+    def uses_classifier(self) -> bool:
+        """Whether the loss trains the classifier; if not, the features' nearest neighbours are what validation looks at."""
         return True
 
     def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:

@@ -22,3 +22,8 @@ class TRADES(CLead):
         "kl",
         "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
     )
+
+    @property
+    def uses_unlabelled(self) -> bool:
+        """False: the paper's method is supervised. The clead method without contrast takes the KL of unlabelled images too."""
+        return False

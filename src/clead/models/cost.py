@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
@@ -16,7 +17,10 @@ class CostMeter:
 
     A forward costs 1 per image, a backward to the inputs only 1, a backward to inputs and weights 2: the
     usual count, each of the two products of a layer's backward costing as much as its forward. A backward
-    counts as full if any parameter required a gradient when the forward ran. A SplitModel is counted by
+    counts as full if any parameter required a gradient when the forward ran, and not at all if of a SplitModel only the
+    last layer did (one layer's product; the encoder has none). One that is itself to be differentiated
+    (``create_graph``) counts as one to the inputs, and the double backward through it 4: to its own two factors, and
+    through the forward that they came from. A SplitModel is counted by
     whichever of its methods runs it, compiled or not; any other module by its calls. Meters nest.
 
     Attributes:
@@ -72,12 +76,17 @@ class CostMeter:
         images = len(x)
         self.forwards += images
         tracked = [value for value in outputs if value.requires_grad]
-        if not tracked:
+        # Of features and logits the logits alone: the encoder is frozen, and the backward ends in the last layer.
+        if not tracked or (isinstance(self.model, SplitModel) and not outputs[0].requires_grad):
             return
         full = any(parameter.requires_grad for parameter in self.model.parameters())
 
         def count(gradient: Tensor) -> None:
-            if full:
+            # With create_graph; the double backward's way through the forward is seen when it comes.
+            if torch.is_grad_enabled():
+                self.input_backwards += images
+                self.full_backwards += images
+            elif full:
                 self.full_backwards += images
             else:
                 self.input_backwards += images

@@ -102,6 +102,21 @@ class CheckPart(_Part):
     explanation: str
 
 
+class TransferredPart(_Part):
+    """Images that were made for another model, before this one was trained: no worst case, and no part of ``worst``.
+
+    ``fooled`` is the fraction of them that the other model gets wrong, ``largest`` the largest perturbation in the threat's norm,
+    which may be beyond eps; ``robust`` and ``flags`` are of the first n evaluated images, right when clean and as stored.
+    """
+
+    name: Literal["stored images (transferred)"] = "stored images (transferred)"
+    settings: dict[str, Any]
+    fooled: float
+    robust: Estimate
+    flags: list[bool]
+    largest: float
+
+
 class TrainingPart(_Part):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
@@ -135,6 +150,7 @@ class Record(_Part):
     checks: list[CheckPart]
     per_class: list[ClassPart]
     training: TrainingPart | None
+    transferred: TransferredPart | None = None
     versions: dict[str, str]
     seconds: float
 

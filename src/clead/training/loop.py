@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,19 +20,23 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from clead.attacks.pgd import PGD
-from clead.checkpoint import RunDir, check_weights, save_weights
+from clead.checkpoint import PROJECTION, RunDir, check_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import mixed
+from clead.data.labels import for_method
 from clead.data.loaders import Loader, seeded
 from clead.errors import UserError
-from clead.evaluation.robust import accuracy_under_attack
+from clead.evaluation.knn import neighbours_accuracy
+from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import Batch, Splits, StepOutput
 from clead.models.cost import CostMeter
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.training.awp import perturbed_weights
 from clead.training.optim import make_optimizer, make_schedule
+from clead.training.stored import store_images
 from clead.training.tracking import tensorboard
+from clead.training.trainable import train_classifier_only
 
 _log = logging.getLogger("clead")
 _LOG_STEPS = 10
@@ -146,12 +151,13 @@ def fit(
     resume: bool = False,
     show: bool = True,
     after_step: Callable[[], None] | None = None,
+    stored: Path | None = None,
 ) -> Outcome:
     """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
 
     Every batch, view and perturbation is a function of (seed, step), so a resumed run continues bit-identically on a CPU.
-    ``after_step`` is called after every step. Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does
-    not fit.
+    ``after_step`` is called after every step; ``stored`` is where images that are attacked before the first step are kept,
+    RUN/stored if None. Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
     """
     settings = config.train
     device = device_of(settings.device)
@@ -159,14 +165,26 @@ def fit(
     if config.method.uses_embedding and model.projection is None:
         model.add_projection(config.method.embedding_dim, seed=settings.seed)
     model.to(device=device, memory_format=layout).train()  # ty: ignore[no-matching-overload]
+    kept_images, prior, prior_seconds = None, 0.0, 0.0
+    if config.method.uses_stored:
+        folder = run.path / "stored" if stored is None else stored
+        try:
+            kept_images, prior, prior_seconds = store_images(config, splits, model, folder, device=device, show=show)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped while images were stored; continue with --resume --out {run.path}") from None
+    if settings.trainable == "classifier":
+        train_classifier_only(model)
     loader = Loader(
-        splits.train,
+        for_method(splits.train, config.method.uses_unlabelled),
         config.data.batch_size,
         device=device,
         seed=settings.seed,
         drop_last=True,
         augment=config.data.augment,
         view=config.data.view if config.method.uses_second_view else None,
+        cutmix=config.data.cutmix,
+        num_classes=len(splits.classes),
+        stored=kept_images,
     )
     memory = config.method.memory(
         model, images=len(splits.train), num_classes=len(splits.classes), shape=tuple(splits.train.images.shape[1:])
@@ -181,7 +199,10 @@ def fit(
     steps = max(1, round(images_seen / batch_images))
     every = max(1, round(settings.validate_every * per_epoch))
 
-    learnt = [*model.parameters(), *(p for p in (memory.parameters() if memory else ()) if p.requires_grad)]
+    learnt = [
+        *(p for p in model.parameters() if p.requires_grad or settings.trainable == "all"),
+        *(p for p in (memory.parameters() if memory else ()) if p.requires_grad),
+    ]
     optimizer = make_optimizer(learnt, config.optim)
     schedule = make_schedule(optimizer, config.optim, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
@@ -194,6 +215,8 @@ def fit(
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
         at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler)
+    if not at.step:
+        at.seconds = prior_seconds
     if settings.compile:
         model.compile()
 
@@ -226,7 +249,7 @@ def fit(
             raise UserError(f"{error} (training stopped at step {at.step}; {kept})") from error
 
     def passes() -> float:
-        return at.step * batch_images * cost / len(splits.train)
+        return prior + at.step * batch_images * cost / len(splits.train)
 
     amp = torch.autocast(device.type, dtype=PRECISION[settings.precision], enabled=settings.precision != "float32")
     validation = mixed(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
@@ -247,12 +270,12 @@ def fit(
         validated: dict[str, float] = {}
         while at.step < steps and not at.stopped_early:
             with record_function("data"):
-                batch = loader.batch(*divmod(at.step, per_epoch))
+                batch = loader.batch(*divmod(at.step // config.method.replays, per_epoch))
                 if settings.channels_last:
-                    second = batch.second_view
+                    names = ("images", "second_view", "stored")
+                    views = {name: part for name in names if (part := getattr(batch, name)) is not None}
                     batch = batch._replace(
-                        images=batch.images.contiguous(memory_format=layout),
-                        second_view=second if second is None else second.contiguous(memory_format=layout),
+                        **{name: part.contiguous(memory_format=layout) for name, part in views.items()}
                     )
             generator = seeded(device, settings.seed, at.step, _PERTURBATION)
             optimizer.zero_grad(set_to_none=True)
@@ -287,24 +310,29 @@ def fit(
             }
 
             if at.step % every == 0 or at.step == steps:
-                clean, robust = accuracy_under_attack(
-                    kept(),
-                    validation,
-                    config.threat,
-                    validation_attack,
-                    "margin",
-                    seed=settings.seed,
-                    device=device,
-                )
-                log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
-                validated = {"validation_clean": clean, "validation_robust": robust}
-                if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
-                    at.collapsed_at = at.step
-                    _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
+                if config.method.uses_classifier:
+                    clean, robust = accuracy_under_attack(
+                        kept(),
+                        validation,
+                        config.threat,
+                        validation_attack,
+                        "margin",
+                        seed=settings.seed,
+                        device=device,
+                    )
+                    log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
+                    validated = {"validation_clean": clean, "validation_robust": robust}
+                    if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
+                        at.collapsed_at = at.step
+                        _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
+                    # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
+                    # weights win.
+                    score = robust if config.method.uses_attack else clean
+                else:
+                    score = neighbours_accuracy(kept(), splits.train.known(), validation, device=device)
+                    log("validation", knn_accuracy=score, images=len(validation))
+                    validated = {"validation_knn": score}
                 at.validations_since_best += 1
-                # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
-                # weights win.
-                score = robust if config.method.uses_attack else clean
                 if score > at.best:
                     at.validations_since_best = 0
                 if score >= at.best:  # of equals the later one, which has learnt longer
@@ -320,6 +348,8 @@ def fit(
                 last_save = time.monotonic()
     save()  # first: it refuses weights that are not finite
     _save(run, "last", kept(), config, splits, at, cost)
+    if (head := kept().projection) is not None:  # not deployed, but a training that starts from here takes it up
+        save_weights(run.path / PROJECTION, head.state_dict(), {})
     return Outcome(
         steps=at.step,
         epochs=at.step / per_epoch,

@@ -1,0 +1,223 @@
+"""How useful and how robust a run's features are elsewhere: a linear classifier on them, for other data, attacked through both."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clead.attacks.pgd import PGD
+from clead.attacks.run import attack_images
+from clead.data.loaders import seeded
+from clead.errors import MissingExtra, UserError
+from clead.evaluation.state import State
+from clead.evaluation.statistics import estimate
+from clead.evaluation.unrestricted import UnrestrictedResult
+from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.interfaces import ImageSet, Threat
+from clead.models.modes import attack_mode
+from clead.models.split import SplitModel
+from clead.progress import progress
+from clead.settings import Ratio
+
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
+"""C, the inverse strengths of the penalty, of which the validation images choose."""
+OBJECTIVES = ("cross_entropy", "margin")
+_CHUNK = 512  # images forwarded at once
+
+
+class Probe(nn.Module):
+    """g(e(x)): a frozen encoder e and a linear layer g of its own; x (B, C, H, W) in [0, 1] -> logits (B, K)."""
+
+    def __init__(self, encoder: SplitModel, linear: nn.Linear) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, (B, K)."""
+        return self.linear(self.encoder.features(x))
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int, strength: float) -> nn.Linear:
+    """Return the layer (D -> K) that minimises ½·‖W‖² + C·Σᵢ CE(W·h̃ᵢ + b, yᵢ), h̃ being features of mean 0 and deviation 1.
+
+    Multinomial logistic regression by L-BFGS, as in Kornblith et al. 2019, arXiv:1805.08974, section 3, who do not rescale the
+    features; so C means the same for every encoder, and the rescaling is part of the layer that is returned. Of two classes it is
+    the binary form, whose logits are 0 and w·h̃ + b. A class without an image gets a logit of −10⁶.
+
+    Args:
+        features: (N, D) float.
+        labels: (N,) int64 in [0, K), of at least 2 classes.
+        num_classes: K.
+        strength: C > 0.
+
+    Raises MissingExtra without scikit-learn.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise MissingExtra("scikit-learn", "data", "a linear probe") from None
+    h = features.double().cpu().numpy()
+    mean, deviation = h.mean(0), h.std(0)
+    deviation[deviation < 1e-8] = 1  # a feature that is constant says nothing
+    regression = LogisticRegression(C=strength, max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1000 steps: what is left is far below what C decides
+        regression.fit((h - mean) / deviation, labels.cpu().numpy())
+    weight, bias = regression.coef_, regression.intercept_
+    if len(weight) == 1:
+        weight, bias = np.vstack([0 * weight, weight]), np.append(0, bias)
+    linear = nn.Linear(h.shape[1], num_classes)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.fill_(-1e6)
+        linear.weight[regression.classes_] = torch.from_numpy(weight / deviation).float()
+        linear.bias[regression.classes_] = torch.from_numpy(bias - (weight / deviation) @ mean).float()
+    return linear
+
+
+def evaluate_linear_probe(
+    model: SplitModel,
+    train: ImageSet,
+    validation: ImageSet,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    num_classes: int,
+    steps: int = 50,
+    strengths: Sequence[float] = STRENGTHS,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | None = None,
+    state: State | None = None,
+    show: bool = True,
+) -> UnrestrictedResult:
+    """Fit a linear classifier on the frozen features, and attack encoder and classifier together (white-box).
+
+    As Salman et al. 2020 (arXiv:2007.08489) and Shafahi et al. 2020 (arXiv:1905.08232) ask how adversarially trained features
+    transfer. Robust are the images that are right when clean, after PGD on the cross-entropy, and after PGD on the margin, from a
+    random start each. That is an upper bound, as every attack gives, and not AutoAttack.
+
+    Args:
+        model: the encoder; in eval mode, left bit-identical.
+        train: images of the data to transfer to; those with a label (``labelled``) are fitted.
+        validation: chooses C among ``strengths`` by clean accuracy, of equals the smaller.
+        images: what is measured.
+        threat: the set of allowed perturbations.
+        num_classes: K of that data.
+        steps: of PGD, ≥ 1.
+        strengths: values of C to choose from.
+        batch_size: images attacked at once.
+        seed: of the attack's random starts.
+        device: where to compute; that of the model's parameters if None.
+        state: keeps the classifier and finished batches: a call that was stopped goes on from there; None: nothing is kept.
+        show: whether to show progress.
+
+    Returns:
+        Clean and robust accuracy per image; ``settings`` has C, the numbers of images fitted and attack steps, and the clean
+        accuracy on the training images. Raises UserError if a number is out of range, or too few images or classes are labelled.
+    """
+    if not len(images) or min(batch_size, steps) < 1:
+        raise UserError(
+            f"need at least one image, step and image per batch, got {len(images)} images, {steps} steps, batches of {batch_size}"
+        )
+    if not strengths or min(strengths) <= 0:
+        raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}")
+    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    train = train.known()
+    if len(train.labels.unique()) < 2:
+        raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
+    state = state or State(None, {})
+    attack = PGD(steps=steps, random_start=True, keep="best")
+    clean: list[bool] = []
+    robust: list[bool] = []
+    with state.opened(), exact_float32(), attack_mode(model), progress("linear probe", len(images), show=show) as tick:
+        if "probe" not in state.parts:
+            begun = time.monotonic()
+            linear, about = _chosen(model, train, validation, num_classes, strengths, device)
+            about["seconds"] = time.monotonic() - begun
+            state.put("probe", linear.state_dict(), about)
+        tensors, about = state.parts["probe"]
+        linear = nn.Linear(tensors["weight"].shape[1], num_classes)
+        linear.load_state_dict(tensors)
+        probe = Probe(model, linear).to(device).eval()
+        for batch, start in enumerate(range(0, len(images), batch_size)):
+            key, here = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
+            if key not in state.parts:
+                begun = time.monotonic()
+                x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
+                right = right_images(probe, x, y)
+                held = right.clone()
+                for number, objective in enumerate(OBJECTIVES):
+                    if held.any():  # synchronises the device
+                        generator = seeded(device, seed, number, batch)
+                        x_adv = attack_images(
+                            attack,
+                            probe,
+                            x[held],
+                            y[held],
+                            threat,
+                            objective=objective,
+                            generator=generator,
+                            checked=True,
+                        )
+                        held[held.clone()] = right_images(probe, x_adv, y[held])
+                state.put(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
+            flags = state.parts[key][0]
+            clean += flags["clean"].tolist()
+            robust += flags["robust"].tolist()
+            tick(here.stop - here.start, robust=sum(robust) / len(robust))
+    return UnrestrictedResult(
+        attack=f"PGD-{steps}, {threat.norm} {Ratio(threat.eps).text}, through encoder and linear probe",
+        settings={key: about[key] for key in ("C", "fitted", "training_accuracy", "validation_accuracy")},
+        n=len(images),
+        seed=seed,
+        clean=estimate(clean),
+        clean_flags=clean,
+        robust=estimate(robust),
+        robust_flags=robust,
+        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+    )
+
+
+def _chosen(
+    model: SplitModel,
+    train: ImageSet,
+    validation: ImageSet,
+    num_classes: int,
+    strengths: Sequence[float],
+    device: torch.device,
+) -> tuple[nn.Linear, dict[str, float]]:
+    near, asked = (_features(model, part, device) for part in (train, validation))
+
+    def accuracy(linear: nn.Linear, features: Tensor, truth: Tensor) -> float:
+        with torch.no_grad():
+            return (linear(features).argmax(1) == truth).double().mean().item()
+
+    best: tuple[float, float, nn.Linear] | None = None
+    for strength in sorted(strengths):
+        linear = fit_linear(near, train.labels, num_classes, strength)
+        found = accuracy(linear, asked, validation.labels)
+        if best is None or found > best[0]:
+            best = (found, strength, linear)
+    assert best is not None
+    found, strength, linear = best
+    return linear, {
+        "C": strength,
+        "fitted": len(train),
+        "training_accuracy": round(accuracy(linear, near, train.labels), 4),
+        "validation_accuracy": round(found, 4),
+    }
+
+
+def _features(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:
+    with torch.no_grad():
+        return torch.cat(
+            [model.features(pixels(part.to(device))).float().cpu() for part in images.images.split(_CHUNK)]
+        )

@@ -1,0 +1,96 @@
+"""Several trainings in one run, one after another, each from the weights that the one before it ended with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clead.checkpoint import RunDir, write_atomically
+from clead.config import RunConfig
+from clead.interfaces import Splits
+from clead.models.split import SplitModel
+from clead.training.loop import Interrupted, Outcome, fit
+from clead.training.trainable import start_from, unfrozen_afterwards
+
+_ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
+
+
+def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir, *, show: bool = True) -> Outcome:
+    """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
+
+    A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
+    have one of the same size. What is finished is not done again and what was begun goes on, so this is also how a run is resumed.
+    ``run`` gets the weights of the last stage and the metrics of all, whose steps, epochs, seconds and costs go on counting.
+
+    Returns:
+        What all stages cost together; best step and validation are the last one's. Raises as ``fit``.
+    """
+    trainings = config.trainings()
+    folders = [
+        RunDir(run.path / "stages" / f"{number}-{stage.name}") for number, stage in enumerate(config.stages, start=1)
+    ]
+    outcomes: list[Outcome] = []
+    for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
+        done = here.path / "outcome.json"
+        if not done.exists():
+            if number:
+                dim = training.method.embedding_dim if training.method.uses_embedding else None
+                start_from(model, folders[number - 1].path, which="last", dim=dim)
+            begun = (here.path / "config.yaml").exists()
+            if not begun:
+                shutil.rmtree(here.path, ignore_errors=True)  # a kill while it was made
+                RunDir.create(here.path, training)
+            try:
+                with unfrozen_afterwards(model):
+                    outcome = fit(training, splits, model, here, resume=begun, show=show, stored=run.path / "stored")
+            except Interrupted as error:
+                where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
+                raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
+            write_outcome(here.path, outcome)
+        outcomes.append(Outcome(**json.loads(done.read_text())))
+        finished = zip(config.stages, folders, outcomes, strict=False)
+        write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
+    for name in ("best", "last"):
+        write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
+    return _sum(outcomes)
+
+
+def write_outcome(path: Path, outcome: Outcome) -> None:
+    """Write ``outcome.json``, which says that the training in ``path`` is finished."""
+    write_atomically(path / "outcome.json", json.dumps(dataclasses.asdict(outcome), indent=2).encode())
+
+
+def write_metrics(run: RunDir, finished: Sequence[tuple[str, RunDir, Outcome]]) -> None:
+    """Join the metrics of the finished stages in ``run``, each line with its stage's name, counts going on from stage to stage."""
+    lines: list[dict[str, Any]] = []
+    before = dict.fromkeys(_ADDED_UP, 0.0)
+    for name, folder, outcome in finished:
+        for line in folder.history():
+            counts = {key: _rounded(before[key] + line[key]) for key in _ADDED_UP if key in line}
+            lines.append({**line, **counts, "stage": name})
+        ended = (outcome.steps, outcome.epochs, outcome.seconds, outcome.forward_equivalents)
+        before = {key: before[key] + value for key, value in zip(_ADDED_UP, ended, strict=True)}
+    write_atomically(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def _rounded(value: float) -> float:
+    return int(value) if value == int(value) else round(value, 4)
+
+
+def _sum(outcomes: Sequence[Outcome]) -> Outcome:
+    before, last = outcomes[:-1], outcomes[-1]
+    steps = sum(outcome.steps for outcome in before)
+    return dataclasses.replace(
+        last,
+        steps=steps + last.steps,
+        best_step=steps + last.best_step,
+        collapsed_at=last.collapsed_at if last.collapsed_at < 0 else steps + last.collapsed_at,
+        **{
+            key: sum(getattr(outcome, key) for outcome in outcomes)
+            for key in ("epochs", "seconds", "forward_equivalents")
+        },
+    )

@@ -1,0 +1,72 @@
+"""Which weights learn: all, or the final linear layer alone; and the weights that a training begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from clead.checkpoint import PROJECTION, RunDir, check_weights, load_weights
+from clead.errors import UserError
+from clead.models.split import AdaptedModel, SplitModel, weights
+
+
+def classifier_of(model: SplitModel) -> nn.Module:
+    """Return the linear layer that maps the features to the logits."""
+    if isinstance(model, AdaptedModel):
+        return model.module.get_submodule(model.classifier_name)
+    return model.get_submodule("classifier")
+
+
+def train_classifier_only(model: SplitModel) -> None:
+    """Freeze all but the final linear layer, and hold the rest in evaluation mode: batch-norm keeps its statistics."""
+    final = classifier_of(model)
+    model.eval().requires_grad_(False)
+    final.train().requires_grad_(True)
+
+
+@contextmanager
+def unfrozen_afterwards(model: nn.Module) -> Generator[None, None, None]:
+    """Give every parameter its own ``requires_grad`` again on exit."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in required:
+            parameter.requires_grad_(flag)
+
+
+def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: int | None = None) -> None:
+    """Load the weights of ``path`` into ``model``, in place.
+
+    Args:
+        model: of the architecture that was trained.
+        path: a .safetensors file, or a run directory.
+        which: ``best`` or ``last`` weights of a run directory; None: those that its ``eval.weights`` names.
+        dim: d of the projection head that training will need, or None; the last one of a run directory is taken up if it has
+            this size.
+
+    Raises UserError if there are no weights, or of another architecture.
+    """
+    file = path
+    if path.is_dir():
+        run = RunDir.open(path)
+        file = path / f"{which or run.config().eval.weights}.safetensors"
+    try:
+        content, _ = load_weights(file)
+        check_weights(weights(model), content, str(file))
+    except UserError as error:
+        raise UserError(*(f"train.start_from: {problem}" for problem in error.problems)) from None
+    model.drop_projection()
+    model.load_state_dict(content)
+    if dim is not None and path.is_dir() and (path / PROJECTION).exists():
+        head, _ = load_weights(path / PROJECTION)
+        model.add_projection(dim)
+        assert model.projection is not None
+        shapes = {name: tensor.shape for name, tensor in model.projection.state_dict().items()}
+        if shapes == {name: tensor.shape for name, tensor in head.items()}:
+            model.projection.load_state_dict(head)
+        else:
+            model.drop_projection()  # another size: the training draws a new one
