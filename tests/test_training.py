@@ -107,7 +107,7 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     time.sleep(random.random() * 0.1)
     process.kill()
     assert process.communicate()[1] == b"" and process.returncode == -signal.SIGKILL
-    assert (killed / "resume.state").exists() and not (killed / "outcome.json").exists()
+    assert RunDir(killed).has_state() and not (killed / "outcome.json").exists()
 
     config = load_recipe("digits-standard", overrides)
     clead.train(config, out=whole, show=False)

@@ -87,8 +87,8 @@ def train(
     recipes, overrides = _positional(context.args)
     if len(recipes) != 1:
         parse_overrides(overrides)  # raises first: an option without a value may have taken the recipe for it
-        known = f"a shipped name ({', '.join(recipe_names())}) or a YAML file"
-        raise UserError(f"give one recipe, {known}, got {' '.join(recipes) or 'none'}")
+        shipped = f"a shipped name (clead list has all {len(recipe_names())}) or a YAML file"
+        raise UserError(f"give one recipe, {shipped}, got {' '.join(recipes) or 'none'}")
     config = load_recipe(recipes[0], overrides)
     if show:
         print(config.to_yaml(), end="")

@@ -25,7 +25,7 @@ class MissingExtra(UserError):
         super().__init__(f"{purpose} needs {library}, which is not installed; run: pip install 'clead[{extra}]'")
 
 
-_MANY = 10
+_LONGEST = 250
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
@@ -34,5 +34,6 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     close = get_close_matches(str(given), known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
-    shown = known if len(known) <= _MANY else [*known[:_MANY], f"… ({len(known)} in all, clead list has them)"]
-    return f"known: {', '.join(shown) or 'none'}"
+    shown = known[: max(1, sum(len(", ".join(known[:n])) <= _LONGEST for n in range(1, len(known) + 1)))]
+    more = f", … ({len(known)} in all, clead list has them)" if len(shown) < len(known) else ""
+    return f"known: {', '.join(shown) or 'none'}{more}"
