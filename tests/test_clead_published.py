@@ -138,9 +138,9 @@ def test_a_batch_has_the_stored_images_of_its_own_images_in_every_order():
 def test_the_starting_model_is_attacked_once_and_every_image_meets_its_own(start, tmp_path, monkeypatch):
     seen, real = [], CLeadPublished.views
 
-    def views(self, model, batch, **keys):
+    def views(self, model, batch, step):
         seen.append(batch)
-        return real(self, model, batch, **keys)
+        return real(self, model, batch, step)
 
     monkeypatch.setattr(CLeadPublished, "views", views)
     run = fit(tmp_path / "run", "--train.start_from", str(start.path), "--train.epochs", "2")

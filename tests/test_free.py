@@ -16,7 +16,7 @@ from clead.config import load_recipe
 from clead.data.loaders import Loader
 from clead.errors import UserError
 from clead.interfaces import Batch
-from clead.methods.base import Method
+from clead.methods.base import Method, Step
 from clead.methods.free import Free, Perturbation
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
@@ -44,8 +44,9 @@ def make_batch(seed=1, count=6):
 
 
 def step(method, model, batch, memory, optimizer=None, threat=THREAT):
-    views = method.views(model, batch, threat=threat, attack=PGD(), generator=generator(), memory=memory)
-    output = method.loss(model, views, memory=memory)
+    at = Step(threat, PGD(), generator(), memory=memory)
+    views = method.views(model, batch, at)
+    output = method.loss(model, views, at)
     model.zero_grad()
     output.loss.backward()
     if optimizer is not None:
@@ -121,13 +122,14 @@ def test_with_perturbed_weights_the_gradient_is_taken_there_and_kept_once():
 
     method, model, batch = Free(), make_model(), make_batch()
     memory = method.memory(model, images=6, num_classes=4, shape=(1, 8, 8))
-    views = method.views(model, batch, threat=THREAT, attack=PGD(), generator=generator(), memory=memory)
+    at = Step(THREAT, PGD(), generator(), memory=memory)
+    views = method.views(model, batch, at)
     before = copy.deepcopy(memory.state_dict())
-    with perturbed_weights(model, lambda: method.loss(model, views, memory=memory).loss, 0.05):
+    with perturbed_weights(model, lambda: method.loss(model, views, at).loss, 0.05):
         assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
         x = batch.images.clone().requires_grad_()
         (expected,) = torch.autograd.grad(F.cross_entropy(copy.deepcopy(model)(x), batch.labels), x)
-        method.loss(model, views, memory=memory).loss.backward()
+        method.loss(model, views, at).loss.backward()
     torch.testing.assert_close(memory.gradient, expected)
 
 

@@ -15,6 +15,7 @@ from clead.attacks.pgd import PGD
 from clead.errors import UserError
 from clead.interfaces import Batch
 from clead.losses.contrastive import Keys, asymmetric, nt_xent, prototype, published, supcon
+from clead.methods.base import Step
 from clead.methods.clead import CLead
 from clead.methods.momentum import MomentumQueue, Prototypes
 from clead.methods.pgd_at import PGDAT
@@ -765,9 +766,10 @@ def test_the_momentum_queue_over_several_steps(form, size):
             for own, new in zip(twin.parameters(), model.parameters(), strict=True):
                 own.copy_(0.7 * own + 0.3 * new)
             made = twin.embedding(twin.features(batch.images))
-        views = method.views(model, batch, threat=THREAT, attack=ATTACK, generator=generator(step), memory=memory)
+        at = Step(THREAT, ATTACK, generator(step), memory=memory)
+        views = method.views(model, batch, at)
         before = {name: value.clone() for name, value in memory.state_dict().items()}
-        output = method.loss(model, views, memory=memory)
+        output = method.loss(model, views, at)
 
         queued = listed[-size:]
         keys = Keys(

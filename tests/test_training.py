@@ -198,11 +198,11 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     real = CLead.loss
 
-    def interrupted(self, model, views, **keys):
+    def interrupted(self, model, views, step):
         interrupted.calls += 1
         if interrupted.calls == 5:  # the first counts the cost of a step
             os.kill(os.getpid(), signal.SIGINT)
-        return real(self, model, views, **keys)
+        return real(self, model, views, step)
 
     interrupted.calls = 0
     with monkeypatch.context() as patch:

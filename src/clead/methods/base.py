@@ -21,6 +21,24 @@ class Views(NamedTuple):
     batch: Batch
 
 
+class Step(NamedTuple):
+    """What a training step goes by, besides the model and the images.
+
+    Attributes:
+        threat: the set of allowed perturbations.
+        attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
+        generator: source of the random starts, on the device of the images.
+        progress: part of the training that lies behind, in [0, 1).
+        memory: what ``Method.memory`` returned.
+    """
+
+    threat: Threat
+    attack: Attack
+    generator: torch.Generator
+    progress: float = 0.0
+    memory: nn.Module | None = None
+
+
 def require_labels(batch: Batch, method: str) -> None:
     """Raise UserError if not every image of the batch has a label."""
     if batch.labelled is not None:
@@ -85,34 +103,18 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the views of one batch, adversarial images among them.
 
         Args:
             model: in train mode; what is differentiated here reaches inputs only.
             batch: images (B, C, H, W) in [0, 1], labels (B,), and the second view if ``uses_second_view``.
-            threat: the set of allowed perturbations.
-            attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
-            generator: source of the random starts, on the device of the images.
-            progress: part of the training that lies behind, in [0, 1).
-            memory: what ``memory`` returned, and changes from step to step.
+            step: threat, attack, randomness, and what is kept from step to step, which may change here.
         """
 
     @abstractmethod
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
-        """Return the loss of the views and its metrics; leaves ``memory`` as it is."""
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+        """Return the loss of the views and its metrics; leaves ``step.memory`` as it is."""
 
     def __call__(
         self,
@@ -125,11 +127,9 @@ class Method(ABC):
         progress: float = 0.0,
         memory: nn.Module | None = None,
     ) -> StepOutput:
-        """Return the loss of one batch and its metrics; arguments as for ``views``.
+        """Return the loss of one batch and its metrics; arguments as those of ``views`` and ``Step``.
 
         The model is in train mode; its parameters receive gradients when the loss is differentiated.
         """
-        views = self.views(
-            model, batch, threat=threat, attack=attack, generator=generator, progress=progress, memory=memory
-        )
-        return self.loss(model, views, progress=progress, memory=memory)
+        step = Step(threat, attack, generator, progress, memory)
+        return self.loss(model, self.views(model, batch, step), step)

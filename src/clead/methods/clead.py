@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
-from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
+from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
-from clead.methods.base import Method, Views
+from clead.methods.base import Method, Step, Views
 from clead.methods.contrast import dimension, find_layer, forward, vectors
 from clead.methods.labels import classes, known_labels, mean_of
 from clead.methods.momentum import MomentumQueue, Prototypes
@@ -169,39 +169,25 @@ class CLead(Method):
             return MomentumQueue(model, self.queue, dim, self.momentum)
         return Prototypes(num_classes, dim)
 
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the clean, adversarial and augmented images, as far as some term needs them; labels are −1 where unknown."""
         x = batch.images
         predict = self.uses_attack and self.inner == "cross_entropy"
         batch, attacked = known_labels(model, batch, predict=predict, confidence=self.pseudo_label_confidence)
-        if isinstance(memory, MomentumQueue):
-            memory.update(model, x, batch.labels, self._embed)
+        if isinstance(step.memory, MomentumQueue):
+            step.memory.update(model, x, batch.labels, self._embed)
         views = {}
         if self.clean_weight or self.kl_weight or (self.contrastive_weight and self.clean_view):
             views["clean"] = x
         if self.uses_attack:
             targets = attacked if batch.soft_labels is None else batch.soft_labels
-            views["adversarial"] = self._attack(
-                model, x, targets, threat, attack, generator, self._temperature(progress)
-            )
+            views["adversarial"] = self._attack(model, x, targets, step)
         if self.uses_second_view:
             assert batch.second_view is not None, "the loader was built without a second view"
             views["augmented"] = batch.second_view
         return Views(views, batch)
 
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
         """Return the weighted sum of the terms, and each term; accuracies are of images with a label of their own."""
         batch = views.batch
         layer = self.contrastive_layer if self.contrastive_weight else None
@@ -233,8 +219,8 @@ class CLead(Method):
                 if name in outputs and wanted:
                     vector = vectors(model, outputs[name], self.contrastive_level)
                     z.append(vector.detach() if self.stop_gradient and name != "adversarial" else vector)
-            ramp = {"constant": 1.0, "up": progress, "down": 1 - progress}[self.contrastive_ramp]
-            contrast = self._contrast(z, batch, self._temperature(progress), memory)
+            ramp = {"constant": 1.0, "up": step.progress, "down": 1 - step.progress}[self.contrastive_ramp]
+            contrast = self._contrast(z, batch, step)
             add("contrastive", self.contrastive_weight * ramp, contrast)
         for name, key in (("clean", "clean_accuracy"), ("adversarial", "robust_accuracy")):
             if name in outputs:
@@ -244,37 +230,29 @@ class CLead(Method):
             metrics["pseudo_labelled"] = ((batch.labels >= 0) & ~batch.labelled).float().mean()
         return StepOutput(loss, metrics)
 
-    def _attack(
-        self,
-        model: SplitModel,
-        x: Tensor,
-        y: Tensor,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        temperature: float,
-    ) -> Tensor:
+    def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: Step) -> Tensor:
+        temperature = self._temperature(step)
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective: Objective = self._objective(self.inner, model, x, y, temperature)
             if self.inner_contrastive_weight:
                 base, contrast = objective, self._objective("contrastive", model, x, y, temperature)
                 # Two forwards per step: the price of keeping every objective a function of x_adv alone.
-                return attack(
+                return step.attack(
                     lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv),
                     x,
-                    threat,
-                    generator=generator,
+                    step.threat,
+                    generator=step.generator,
                 )
-            return attack(objective, x, threat, generator=generator)
+            return step.attack(objective, x, step.threat, generator=step.generator)
 
     def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor, temperature: float) -> Objective:
         options = {"temperature": temperature} if name == "contrastive" else {}
         return OBJECTIVES.get(name)(model, x, y, **options)
 
-    def _temperature(self, progress: float) -> float:
+    def _temperature(self, step: Step) -> float:
         if self.temperature_end is None:
             return self.temperature
-        return self.temperature + progress * (self.temperature_end - self.temperature)
+        return self.temperature + step.progress * (self.temperature_end - self.temperature)
 
     def _embed(self, model: SplitModel, images: Tensor) -> Tensor:
         outputs = forward(model, {"images": images}, layer=self.contrastive_layer)["images"]
@@ -289,7 +267,8 @@ class CLead(Method):
         losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing, reduction="none")
         return mean_of(losses, known)
 
-    def _contrast(self, z: list[Tensor], batch: Batch, temperature: float, memory: nn.Module | None) -> Tensor:
+    def _contrast(self, z: list[Tensor], batch: Batch, step: Step) -> Tensor:
+        temperature, memory = self._temperature(step), step.memory
         if self.contrastive_loss == "prototype":
             assert isinstance(memory, Prototypes), "contrastive_loss prototype needs what memory() returned"
             losses = prototype(z, batch.labels, memory.weight, temperature)

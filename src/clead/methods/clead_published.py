@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, cast
 
-import torch
 from pydantic import field_validator
-from torch import nn
 
 from clead.attacks import ATTACKS
 from clead.attacks.minimal import MinimumNorm
 from clead.errors import UserError
-from clead.interfaces import Attack, Batch, Search, StepOutput, Threat
+from clead.interfaces import Attack, Batch, Search, StepOutput
 from clead.losses.contrastive import published
 from clead.methods import METHODS
-from clead.methods.base import Method, Views
+from clead.methods.base import Method, Step, Views
 from clead.methods.contrast import forward
 from clead.models.split import SplitModel
 from clead.settings import Ratio, setting, settings, validated
@@ -96,24 +94,12 @@ class CLeadPublished(Method):
         """The classifier does not learn."""
         return False
 
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the clean, the augmented and the stored adversarial images."""
         assert batch.second_view is not None and batch.stored is not None, "the loader was built without these views"
         return Views({"clean": batch.images, "augmented": batch.second_view, "adversarial": batch.stored}, batch)
 
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
         """Return the three-view loss."""
         z = [model.embedding(outputs.features) for outputs in forward(model, views.images).values()]
         loss = published(z, self.temperature).mean()

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clead.interfaces import Attack, Batch, StepOutput, Threat
+from clead.interfaces import Batch, StepOutput
 from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
-from clead.methods.base import Views
+from clead.methods.base import Step, Views
 from clead.methods.clead import CLead
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
@@ -54,32 +54,18 @@ class FGSMRS(CLead):
         0.0, "λ of GradAlign; 0.2 at 8/255 in the paper, ten times more at 16/255; 0: off, plain FGSM-RS", ge=0
     )
 
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the views of PGD-AT, and x + η if gradients are to be aligned."""
-        views = super().views(
-            model, batch, threat=threat, attack=attack, generator=generator, progress=progress, memory=memory
-        )
+        views = super().views(model, batch, step)
         if self.grad_align_weight:
-            views.images["neighbour"] = threat.random_start(batch.images, generator=generator)
+            views.images["neighbour"] = step.threat.random_start(batch.images, generator=step.generator)
         return views
 
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
         """Return the loss of PGD-AT plus λ times the misalignment, and each term."""
         images, batch = dict(views.images), views.batch
         neighbour = images.pop("neighbour", None)
-        output = super().loss(model, Views(images, batch), progress=progress, memory=memory)
+        output = super().loss(model, Views(images, batch), step)
         if neighbour is None:
             return output
         targets = batch.labels.where(batch.labels >= 0, _IGNORED) if batch.soft_labels is None else batch.soft_labels

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clead.interfaces import Attack, Batch, StepOutput, Threat
+from clead.interfaces import Batch, StepOutput
 from clead.methods import METHODS
-from clead.methods.base import Method, Views, require_labels
+from clead.methods.base import Method, Step, Views, require_labels
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
 
@@ -64,30 +64,18 @@ class Free(Method):
         """Return δ and its pending gradient."""
         return Perturbation(shape)
 
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return x + δ after the update that the backward before has left to do; without a memory δ is 0."""
         require_labels(batch, "free")
         x = batch.images
-        kept = memory if isinstance(memory, Perturbation) else Perturbation(tuple(x.shape[1:])).to(x.device)
+        kept = step.memory if isinstance(step.memory, Perturbation) else Perturbation(tuple(x.shape[1:])).to(x.device)
         kept.fit(x)
-        x_adv = threat.project(threat.ascend(x + kept.delta, kept.gradient, float(threat.eps)), x)
+        x_adv = step.threat.project(step.threat.ascend(x + kept.delta, kept.gradient, float(step.threat.eps)), x)
         kept.delta = x_adv - x
         x_adv.requires_grad_().register_hook(kept.keep)
         return Views({"adversarial": x_adv}, batch)
 
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
         """Return the cross-entropy of x + δ."""
         y, soft = views.batch.labels, views.batch.soft_labels
         # A model that normalises in place may not write into a leaf.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
-from clead.interfaces import Attack, Batch, StepOutput, Threat
+from clead.interfaces import Batch, StepOutput
 from clead.losses.divergence import kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
-from clead.methods.base import Method, Views, require_labels
+from clead.methods.base import Method, Step, Views, require_labels
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -41,28 +41,17 @@ class MART(Method):
         False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
     )
 
-    def views(
-        self,
-        model: SplitModel,
-        batch: Batch,
-        *,
-        threat: Threat,
-        attack: Attack,
-        generator: torch.Generator,
-        progress: float = 0.0,
-        memory: nn.Module | None = None,
-    ) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the adversarial images, and the clean ones if λ > 0."""
         require_labels(batch, "mart")
         x = batch.images
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            x_adv = attack(OBJECTIVES.get("cross_entropy")(model, x, targets), x, threat, generator=generator)
+            objective = OBJECTIVES.get("cross_entropy")(model, x, targets)
+            x_adv = step.attack(objective, x, step.threat, generator=step.generator)
         return Views({"clean": x, "adversarial": x_adv} if self.kl_weight else {"adversarial": x_adv}, batch)
 
-    def loss(
-        self, model: SplitModel, views: Views, *, progress: float = 0.0, memory: nn.Module | None = None
-    ) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
         """Return the mean over the batch, and both terms before their weight."""
         joined = model(torch.cat(list(views.images.values())))
         logits = dict(zip(views.images, joined.chunk(len(views.images)), strict=True))

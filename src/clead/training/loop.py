@@ -29,6 +29,7 @@ from clead.errors import UserError
 from clead.evaluation.knn import neighbours_accuracy
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import Batch, Splits, StepOutput
+from clead.methods.base import Step
 from clead.models.cost import CostMeter
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
@@ -127,13 +128,13 @@ def _forward_backward(
     scaler: torch.amp.GradScaler,
 ) -> StepOutput:
     """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken."""
-    method, where = config.method, {"progress": progress, "memory": memory}
+    step = Step(config.threat, config.attack, generator, progress, memory)
     with record_function("views"), amp:
-        views = method.views(model, batch, threat=config.threat, attack=config.attack, generator=generator, **where)
+        views = config.method.views(model, batch, step)
 
     def output() -> StepOutput:
         with record_function("loss"), amp:
-            return method.loss(model, views, **where)
+            return config.method.loss(model, views, step)
 
     with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp):
         found = output()
