@@ -15,7 +15,7 @@ from clead.data.loaders import seeded
 from clead.interfaces import Attack, ImageSet, Threat
 from clead.models.modes import attack_mode
 
-_CPU_PIXELS = 32 * 3 * 32 * 32  # pixels of the images that go together on a CPU
+_CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that go together on a CPU
 
 
 @contextmanager
