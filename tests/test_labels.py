@@ -277,9 +277,9 @@ def watched(monkeypatch):
     given = []
     views = CLead.views
 
-    def watch(self, model, batch, **keys):
+    def watch(self, model, batch, step):
         given.append(batch)
-        return views(self, model, batch, **keys)
+        return views(self, model, batch, step)
 
     monkeypatch.setattr(CLead, "views", watch)
     return given

@@ -93,7 +93,7 @@ def test_half_of_a_batch_can_be_labelled_as_in_the_paper(teacher, tmp_path, monk
     batches = []
     views = CLead.views
     monkeypatch.setattr(
-        CLead, "views", lambda self, model, batch, **keys: batches.append(batch) or views(self, model, batch, **keys)
+        CLead, "views", lambda self, model, batch, step: batches.append(batch) or views(self, model, batch, step)
     )
     student(teacher, tmp_path / "rst", "--data.labelled_share", "0.5")
     mask = config("digits-trades").data.load(0).train.labelled
