@@ -64,13 +64,6 @@ def log(path):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in RunDir(path).history()]
 
 
-@pytest.fixture
-def semi(monkeypatch):
-    """Let the joint objective take unlabelled images wherever it has a term for them."""
-    uses = property(lambda self: self.kl_weight > 0 or self.contrastive_weight > 0)
-    monkeypatch.setattr(CLead, "uses_unlabelled", uses)
-
-
 # ----------------------------------------------------------------------------------------------------- which images
 
 
@@ -260,7 +253,7 @@ def hidden_changed(splits):
 
 
 @pytest.mark.parametrize("recipe", ["digits-standard", "digits-pgd-at", "digits-trades", "digits-clead"])
-def test_nothing_learns_from_a_hidden_label(recipe, tmp_path, semi):
+def test_nothing_learns_from_a_hidden_label(recipe, tmp_path):
     config = tiny("--data.labelled", "0.2", recipe=recipe)
     splits = config.data.load(0)
     runs = [tmp_path / "a", tmp_path / "b"]
@@ -285,7 +278,7 @@ def watched(monkeypatch):
     return given
 
 
-def test_baselines_see_labelled_images_only_at_the_same_cost(tmp_path, monkeypatch, semi):
+def test_baselines_see_labelled_images_only_at_the_same_cost(tmp_path, monkeypatch):
     given = watched(monkeypatch)
     outcomes = {}
     for name, recipe, labelled in (
@@ -316,7 +309,7 @@ def test_baselines_see_labelled_images_only_at_the_same_cost(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("share", ["null", "0.5"])
-def test_resume_is_exact(share, tmp_path, semi):
+def test_resume_is_exact(share, tmp_path):
     options = ["--data.labelled", "0.2", "--data.labelled_share", share, "--data.label_noise", "0.3"]
     options += ["--train.checkpoint_seconds", "0"]
     fit(tmp_path / "straight", *options, recipe="digits-clead")
@@ -342,7 +335,7 @@ def test_resume_is_exact(share, tmp_path, semi):
         fit(tmp_path / "stopped", *other, recipe="digits-clead", resume=True)
 
 
-def test_every_option_changes_the_result(tmp_path, semi):
+def test_every_option_changes_the_result(tmp_path):
     few = ("--data.labelled", "0.2")
     variants = {
         "all": (),
@@ -386,7 +379,7 @@ def test_every_option_changes_the_result(tmp_path, semi):
         ),
     ],
 )
-def test_mistakes_are_one_line(options, message, semi):
+def test_mistakes_are_one_line(options, message):
     with pytest.raises(UserError) as error:
         tiny(*options)
     assert message in error.value.problems
