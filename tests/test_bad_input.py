@@ -106,6 +106,10 @@ def snapshot(folder):
         ("compare", "Missing argument"),
         ("report .", "not a run directory"),
         ("demo --fast", "No such option: --fast"),
+        (
+            "train digits-clead --method.contrastive_level features --method.contrastive_layer encoder.convolutons.5",
+            "did you mean 'encoder.convolutions.5'",
+        ),
         ("trian digits-clead", "No such command 'trian'"),
     ],
 )

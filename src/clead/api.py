@@ -38,6 +38,7 @@ from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.evaluation.unrestricted import described, evaluate_unrestricted
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet, Search, Splits, Threat
+from clead.methods.contrast import find_layer
 from clead.models.build import build_model
 from clead.models.custom import make_module
 from clead.models.modes import attack_mode
@@ -103,6 +104,9 @@ def train(
     own = None if model is None else adapt(model, sample_shape=_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else _build(config, splits)
     _dry_run(split_model, _shape(splits), config.to_dict()["model"]["name"])
+    for training in config.trainings():  # before anything is written
+        if layer := getattr(training.method, "contrastive_layer", None):
+            find_layer(split_model, layer)
     if config.train.start_from is not None:
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
