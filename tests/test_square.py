@@ -64,7 +64,7 @@ def test_bumps_are_the_papers_sum(side, power, order):
 @pytest.mark.parametrize("shape", [(6, 3, 8, 8), (3, 1, 5, 9), (2, 2, 1, 1), (2, 1, 2, 3)])
 def test_every_proposal_lies_in_the_set_and_changes_windows_only(norm, shape):
     x, threat = images(*shape), THREATS.get(norm)(eps=RADII[norm])
-    moves = (_Signs if norm == "linf" else _Bumps)(x, threat, generator())
+    moves = (_Signs if norm == "linf" else _Bumps)(torch.nn.Flatten(), x, threat, generator())
     luck = generator(5)
     for proposal in range(60):
         fraction = window_fraction(0.8, proposal, 60)
@@ -92,10 +92,12 @@ def test_every_proposal_lies_in_the_set_and_changes_windows_only(norm, shape):
 
 
 def test_windows_reach_every_pixel():
-    moves = _Signs(images(500, 1, 4, 4), THREATS.get("linf")(eps=0.05), generator())
-    before = moves.best.clone()
-    moves.propose(1 / 16)
-    share = (moves.best != before).float().mean((0, 1))
+    moves = _Signs(torch.nn.Flatten(), images(2, 1, 4, 4), THREATS.get("linf")(eps=0.05), generator())
+    before, share = moves.best.clone(), torch.zeros(4, 4)
+    for _ in range(500):
+        moves.propose(1 / 16)
+        share += (moves.best != before).float().mean((0, 1)) / 500
+        moves.settle(torch.tensor([False, False]))
     torch.testing.assert_close(share, torch.full((4, 4), 1 / 16), atol=0.04, rtol=0)
 
 
@@ -135,7 +137,7 @@ def test_the_margin_never_falls(norm):
     """Recorded after each decision: what is kept is at least as near to a mistake as what was kept before."""
     x, y, threat = images(), torch.zeros(6, dtype=torch.int64), THREATS.get(norm)(eps=RADII[norm])
     model = Toy(bias=1e4)
-    moves = (_Signs if norm == "linf" else _Bumps)(x, threat, generator())
+    moves = (_Signs if norm == "linf" else _Bumps)(torch.nn.Flatten(), x, threat, generator())
     value = start = margin(model(moves.best), y)
     for proposal in range(80):
         moves.propose(window_fraction(0.8, proposal, 80))
@@ -195,7 +197,7 @@ def test_an_images_luck_does_not_depend_on_who_falls_before(norm):
     kind = _Signs if norm == "linf" else _Bumps
     ends = []
     for leaving in (3, 9):
-        moves, value = kind(x, threat, generator()), None
+        moves, value = kind(held, x, threat, generator()), None
         for proposal in range(20):
             if proposal == leaving:
                 moves.keep(torch.arange(len(moves.x)) % 2 == 1)

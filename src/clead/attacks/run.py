@@ -16,6 +16,7 @@ from clead.interfaces import Attack, Model, Search, Threat
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
+from clead.models.windowed import Prepared
 from clead.settings import validated
 from clead.threats import THREATS
 
@@ -164,7 +165,7 @@ def prepared(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.fl
             if lower:
                 yield lambda x: model(x.contiguous(memory_format=layout)).float()
             else:
-                yield lambda x: model(x.contiguous(memory_format=layout))
+                yield Prepared(lambda x: model(x.contiguous(memory_format=layout)))
 
 
 def _takes_channels_last(model: nn.Module, image: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
+from clead.models.windowed import Prepared, WindowedModel
 from clead.settings import setting, settings
 from clead.threats.geometry import per_image
 
@@ -21,6 +22,7 @@ _NEWTON_STEPS = 4
 _TINY = 1e-12
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor]
+Slices = tuple[slice, slice, slice, slice]
 
 
 def window_fraction(p_init: float, proposal: int, queries: int) -> float:
@@ -38,8 +40,10 @@ class Square:
     """Maximise max_{k≠y} z_k − z_y by random search over windows (Andriushchenko et al. 2020, arXiv:1912.00049, algorithm 1).
 
     The version of AutoAttack (Croce & Hein 2020, arXiv:2003.01690; L1: Croce & Hein 2021, arXiv:2103.01208): margin loss, schedule
-    of the windows stretched to the queries. Departures: each image has windows and signs of its own, as in the paper; a window may
-    touch the last row and column; an L∞ proposal always changes something. The answers may come from any function of the images.
+    of the windows stretched to the queries. Departures: each image has signs, and in L2 and L1 windows, of its own, as in the paper
+    (in L∞ all images of a batch have the same window at a query, as in the authors' code, so that convolutions need computing there
+    only); a window may touch the last row and column; an L∞ proposal always changes something. The answers may come from any
+    function of the images.
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
@@ -73,7 +77,7 @@ class Square:
         generator: torch.Generator | None,
     ) -> Tensor:
         """Search once for the images at ``left``, write those found into ``x_adv``, return the index of the others."""
-        moves = (_Signs if threat.norm == "linf" else _Bumps)(x[left], threat, generator)
+        moves = (_Signs if threat.norm == "linf" else _Bumps)(model, x[left], threat, generator)
         y = y[left]
         value = margin(model(moves.best), y)
         for proposal in range(self.queries - 1):
@@ -85,7 +89,7 @@ class Square:
             if not len(left) or proposal == self.queries - 2:
                 break
             moves.propose(window_fraction(self.p_init, proposal, self.queries))
-            new = margin(model(moves.best), y)
+            new = margin(moves.answer(), y)
             better = ~(new <= value)  # NaN is better: the search has found where the model fails
             value = torch.where(better, new, value)
             moves.settle(better)
@@ -102,11 +106,12 @@ class _Moves:
     Around the model's forward there is no work on whole images, except in L1.
     """
 
-    def __init__(self, x: Tensor, threat: Threat, generator: torch.Generator | None) -> None:
+    def __init__(self, model: Model, x: Tensor, threat: Threat, generator: torch.Generator | None) -> None:
+        self.model = model
         self.x, self.threat, self.eps, self.generator = x, threat, float(threat.eps), generator
         # Numbers are drawn for all images at every query, so that an image's luck does not depend on when others fall.
         self.count, self.left = len(x), torch.arange(len(x), device=x.device)
-        self.written: list[tuple[Index, Tensor, Tensor]] = []
+        self.written: list[tuple[Index | Slices, Tensor, Tensor]] = []
         self.best = self._start()
 
     def _start(self) -> Tensor:
@@ -115,6 +120,10 @@ class _Moves:
     def propose(self, fraction: float) -> None:
         """Change ``best`` in windows that cover ``fraction`` of the image."""
         raise NotImplementedError
+
+    def answer(self) -> Tensor:
+        """Return the model's logits for the proposal, (n, K)."""
+        return self.model(self.best)
 
     def settle(self, better: Tensor) -> None:
         """Take the proposal back except where it was ``better``, (n,) bool."""
@@ -126,7 +135,7 @@ class _Moves:
         """Go on with the images ``stands``, (n,) bool."""
         self.x, self.best, self.left = self.x[stands], self.best[stands], self.left[stands]
 
-    def _write(self, window: Index, new: Tensor, old: Tensor) -> None:
+    def _write(self, window: Index | Slices, new: Tensor, old: Tensor) -> None:
         self.written.append((window, new, old))
         self.best[window] = new
 
@@ -153,15 +162,25 @@ class _Moves:
 class _Signs(_Moves):
     """L∞: every pixel at x ± eps, a window all + or all − in a channel (Andriushchenko et al. 2020, algorithm 2)."""
 
+    windowed: WindowedModel | None = None
+    corner: tuple[int, int]  # of the last window
+
     def _start(self) -> Tensor:
+        if isinstance(self.model, Prepared) and self.x.device.type == "cpu":
+            self.windowed = WindowedModel(self.model)
         stripes = self._coins(self.x.shape[1], 1, self.x.shape[3])
         return (self.x + self.eps * stripes).clamp_(0, 1)
 
     def propose(self, fraction: float) -> None:
-        """Write x ± eps into one window per image."""
+        """Write x ± eps into a window."""
         channels, h, w = self.x.shape[1:]
-        window = self._window(min(max(self._side(fraction), 1), h, w))
-        x, old = self.x[window], self.best[window]
+        side = min(max(self._side(fraction), 1), h, w)
+        if self.windowed is not None:
+            self.windowed.remember(self.best, side)
+        corner = torch.rand(2, device=self.x.device, generator=self.generator)
+        self.corner = row, column = int(corner[0] * (h - side + 1)), int(corner[1] * (w - side + 1))
+        window = (slice(None), slice(None), slice(row, row + side), slice(column, column + side))
+        x, old = self.x[window], self.best[window].clone()
         signs, turns = self._coins(channels, 1, 1), self._coins(channels, 1, 1)
         new = (x + self.eps * signs).clamp_(0, 1)
         # A query that changes nothing is lost, half of the last ones on grey images: there some channels' signs are turned, or all.
@@ -169,6 +188,22 @@ class _Signs(_Moves):
         turns = torch.where((turns > 0).all(1, keepdim=True), -1, turns)
         other = (x + self.eps * signs * turns).clamp_(0, 1)
         self._write(window, torch.where(per_image(idle, new), other, new), old)
+
+    def answer(self) -> Tensor:
+        """Return the model's logits for the proposal, (n, K)."""
+        return super().answer() if self.windowed is None else self.windowed(self.best, *self.corner)
+
+    def settle(self, better: Tensor) -> None:
+        """Take the proposal back except where it was ``better``, (n,) bool."""
+        super().settle(better)
+        if self.windowed is not None:
+            self.windowed.settle(better)
+
+    def keep(self, stands: Tensor) -> None:
+        """Go on with the images ``stands``, (n,) bool."""
+        super().keep(stands)
+        if self.windowed is not None:
+            self.windowed.keep(stands)
 
 
 class _Bumps(_Moves):
