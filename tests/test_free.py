@@ -14,10 +14,11 @@ from clead.attacks.pgd import PGD
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
-from clead.errors import UserError
 from clead.interfaces import Batch
 from clead.methods.base import Method, Step
-from clead.methods.free import Free, Perturbation
+from clead.methods.clead import CLead
+from clead.methods.free import Free
+from clead.methods.replay import Perturbation
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
 from clead.models.small_cnn import SmallCNN
@@ -100,12 +101,13 @@ def test_mixed_labels_are_learnt_and_attacked():
     own = F.one_hot(batch.labels, 4).float()
     soft = 0.6 * own + 0.4 * own.flip(0)
     model, other = make_model(), make_model()
-    output, views = step(Free(), model, batch._replace(soft_labels=soft), Perturbation((1, 8, 8)))
+    memory = Perturbation((1, 8, 8))
+    output, _ = step(Free(), model, batch._replace(soft_labels=soft), memory)
     x = batch.images.clone().requires_grad_()
     loss = -(soft * F.log_softmax(other(x), 1)).sum(1).mean()
     loss.backward()
     torch.testing.assert_close(output.loss, loss)
-    torch.testing.assert_close(views.images["adversarial"].grad, x.grad)
+    torch.testing.assert_close(memory.gradient, x.grad)
 
 
 def test_cost_is_three_per_image_and_step():
@@ -140,11 +142,40 @@ def test_gradients_that_overflowed_move_nothing():
     assert memory.gradient.flatten().tolist() == [1, 0, 0, 0]
 
 
-def test_images_without_a_label_are_refused_in_one_line():
-    batch = make_batch()._replace(labelled=torch.ones(6, dtype=torch.bool))
-    with pytest.raises(UserError, match="free needs every image's label") as caught:
-        step(Free(), make_model(), batch, None)
-    assert "\n" not in str(caught.value)
+def test_the_whole_joint_objective_moves_the_perturbation():
+    """Two steps of β·CE(x) + κ·KL + λ·SupCon, whose gradient to x_adv is that of KL and SupCon, written again."""
+    method = CLead(replays=2, contrastive_weight=0.7, augmented_view=False, contrastive_level="logits", temperature=0.4)
+    ours, theirs, batch = make_model(), make_model(), make_batch()
+    memory = method.memory(ours, images=6, num_classes=4, shape=(1, 8, 8))
+    delta = torch.zeros(6, 1, 8, 8)
+    for _ in range(2):
+        output, views = step(method, ours, batch, memory)
+        delta.requires_grad_()
+        clean, adversarial = theirs(torch.cat([batch.images, batch.images + delta])).chunk(2)
+        kl = (clean.softmax(1) * (clean.log_softmax(1) - adversarial.log_softmax(1))).sum(1).mean()
+        z = F.normalize(torch.cat([clean, adversarial]), dim=1)
+        y, others = batch.labels.repeat(2), ~torch.eye(12, dtype=torch.bool)
+        logits = z @ z.T / 0.4
+        positive = (y[:, None] == y) & others
+        each = logits - torch.logsumexp(logits.masked_fill(~others, -torch.inf), 1, keepdim=True)
+        contrast = -((each * positive).sum(1) / positive.sum(1)).mean()
+        loss = F.cross_entropy(clean, batch.labels) + 6 * kl + 0.7 * contrast
+        theirs.zero_grad()
+        loss.backward()
+        torch.testing.assert_close(output.loss, loss)
+        torch.testing.assert_close(views.images["adversarial"].detach(), (batch.images + delta).detach())
+        torch.testing.assert_close(memory.gradient, delta.grad)
+        delta = (delta.detach() + EPS * delta.grad.sign()).clamp(-EPS, EPS)
+
+
+def test_what_replays_have_no_use_for_is_refused():
+    for settings, said in (
+        ({"kl_weight": 0, "contrastive_weight": 0}, "no term has one"),
+        ({"queue": 8}, "set queue 0"),
+        ({"contrastive_loss": "prototype"}, "set queue 0 and another contrastive_loss"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            CLead(replays=2, **settings)
 
 
 def test_the_memory_is_saved_whole_whatever_the_batch_size():
@@ -236,4 +267,3 @@ def test_other_methods_see_a_batch_once():
 def test_every_option_changes_the_result(change, tmp_path):
     one, other = fit(tmp_path / "a"), fit(tmp_path / "b", *change.split())
     assert not same(stored(one.path), stored(other.path))
-    assert set(Free.__pydantic_fields__) == {"replays", "label_smoothing"}

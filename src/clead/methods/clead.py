@@ -21,6 +21,7 @@ from clead.methods.base import Method, Step, Views
 from clead.methods.contrast import dimension, find_layer, forward, vectors
 from clead.methods.labels import classes, known_labels, mean_of
 from clead.methods.momentum import MomentumQueue, Prototypes
+from clead.methods.replay import Perturbation, replayed
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -98,6 +99,12 @@ class CLead(Method):
     )
     inner_contrastive_weight: float = setting(0.0, "μ: weight of NT-Xent(x, x_adv) added to J", ge=0)
     label_smoothing: float = setting(0.0, "of every cross-entropy that is minimised; the attack's has none", ge=0, lt=1)
+    replays: int = setting(
+        1,
+        "m: steps in a row on each minibatch; above 1 no inner attack is made, and attack and inner are not used: x_adv is moved "
+        "by the gradient of the whole loss that the backward gives anyway, and goes on from step to step",
+        ge=1,
+    )
     separate_forwards: bool = setting(
         False,
         "forward each view by itself, so that batch-norm statistics are per view, instead of all views in one batch",
@@ -117,6 +124,15 @@ class CLead(Method):
             )
         if self.contrastive_weight:
             self._check_views()
+        if self.replays > 1 and not self.uses_attack:
+            raise ValueError(
+                f"replays move an adversarial image, and no term has one, got replays {self.replays}; set it to 1"
+            )
+        if self.replays > 1 and self.contrastive_weight and (self.queue or self.contrastive_loss == "prototype"):
+            raise ValueError(
+                f"replays above 1 keep the perturbation where a queue or prototypes would be, got replays {self.replays}; "
+                "set queue 0 and another contrastive_loss, or replays 1"
+            )
 
     def _check_views(self) -> None:
         form, others = self.contrastive_loss, self.clean_view + self.augmented_view
@@ -157,11 +173,13 @@ class CLead(Method):
         return self.adversarial_weight > 0 or self.kl_weight > 0 or self.contrastive_weight > 0
 
     def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
-        """Return the class prototypes, or the momentum encoder with its queue, or None; raises UserError for an unknown layer."""
+        """Return δ, the class prototypes, the momentum encoder with its queue, or None; raises UserError for an unknown layer."""
+        if self.contrastive_weight and self.contrastive_layer is not None:
+            find_layer(model, self.contrastive_layer)
+        if self.replays > 1:
+            return Perturbation(shape)
         if not self.contrastive_weight:
             return None
-        if self.contrastive_layer is not None:
-            find_layer(model, self.contrastive_layer)
         if self.contrastive_loss != "prototype" and not self.queue:
             return None
         dim = dimension(model, shape, self.contrastive_level, self.contrastive_layer)
@@ -172,7 +190,7 @@ class CLead(Method):
     def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
         """Return the clean, adversarial and augmented images, as far as some term needs them; labels are −1 where unknown."""
         x = batch.images
-        predict = self.uses_attack and self.inner == "cross_entropy"
+        predict = self.uses_attack and self.inner == "cross_entropy" and self.replays == 1
         batch, attacked = known_labels(model, batch, predict=predict, confidence=self.pseudo_label_confidence)
         if isinstance(step.memory, MomentumQueue):
             step.memory.update(model, x, batch.labels, self._embed)
@@ -181,7 +199,7 @@ class CLead(Method):
             views["clean"] = x
         if self.uses_attack:
             targets = attacked if batch.soft_labels is None else batch.soft_labels
-            views["adversarial"] = self._attack(model, x, targets, step)
+            views["adversarial"] = replayed(x, step) if self.replays > 1 else self._attack(model, x, targets, step)
         if self.uses_second_view:
             assert batch.second_view is not None, "the loader was built without a second view"
             views["augmented"] = batch.second_view
