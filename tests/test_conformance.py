@@ -65,3 +65,36 @@ def test_the_same_images_break_as_in_the_reference(subject, norm):
     for name, allowed in (("APGD-CE", 4), ("APGD-T", 3), ("FAB-T", 3), ("Square", 2)):
         only_ours, only_theirs = int((~ours[name] & theirs[name]).sum()), int((ours[name] & ~theirs[name]).sum())
         assert max(only_ours, only_theirs) <= allowed, f"{name}: {only_ours} break here only, {only_theirs} there only"
+
+
+class Noisy(torch.nn.Module):
+    """A defence by noise: every answer is one draw."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_randomised_model_breaks_as_under_rand_of_the_reference(subject):
+    """Verdicts are majorities of 100 draws, of the reference's images too (it looks at one). Both average 20 gradients a step."""
+    from pyautoattack import AutoAttack
+
+    model, x, y = subject
+    noisy, x, y = Noisy(model).eval(), x[:20], y[:20]
+    record = clead.evaluate(noisy, x, y, suite="rand", eps=EPS["linf"], curve_points=0, check_images=0)
+    assert [part.name for part in record.attacks] == ["APGD-CE EoT-20", "APGD-DLR EoT-20"]
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        adversary = AutoAttack(noisy, norm="Linf", eps=EPS["linf"], version="rand", seed=0)
+        adversary.verbose = False
+        x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+        with torch.no_grad():
+            right = torch.stack([noisy(x_adv).argmax(1) == y for _ in range(100)]).float().mean(0)
+    ours, theirs = torch.tensor(record.robust_flags), right > 0.5
+    assert 0.15 * len(x) < int(theirs.sum()) < 0.85 * len(x)
+    assert int((ours & ~theirs).sum()) <= 1, "an image that the reference breaks holds here"
+    assert int((~ours & theirs).sum()) <= 3
