@@ -6,7 +6,8 @@ The YAML file names the recipes, seeds, common overrides and variants, and the s
 is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same name: one row per (variant,
 seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val`` among the overrides keeps
 the test set untouched. Each run has one thread, so that two share a machine of two cores without changing each other's result.
-Run directories are in ``--work``, where a stopped training or evaluation goes on.
+Run directories are in ``--work``, where a stopped training or evaluation goes on. A variant that ``needs`` another one is run
+after it; NEEDED in its overrides is the other's run directory of the same seed.
 """
 
 import argparse
@@ -50,6 +51,10 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
     return {**row, "seconds": time.time() - start}
 
 
+def folder(work: Path, name: str, seed: int) -> Path:
+    return work / f"{name.replace(' ', '-')}-s{seed}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
@@ -63,24 +68,31 @@ def main() -> None:
     rows = json.loads(out.read_text()) if out.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
+    variants = [pair for pair in study["variants"].items() if not arguments.only or pair[0] in arguments.only]
+
+    def finish(job, name, seed, variant, overrides):
+        rows.append(
+            {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()}
+        )
+        rows.sort(key=lambda row: (row["variant"], row["seed"]))
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(f"{name} seed {seed}: {job.result()}", flush=True)
+
     with ProcessPoolExecutor(arguments.workers) as pool:
-        jobs = {}
-        for seed in study["seeds"]:
-            for name, variant in study["variants"].items():
-                if (name, seed) not in done and (not arguments.only or name in arguments.only):
+        for needs in (False, True):  # first the runs that others need
+            jobs = {}
+            for seed in study["seeds"]:
+                for name, variant in variants:
+                    if (name, seed) in done or ("needs" in variant) != needs:
+                        continue
                     overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
-                    path = work / f"{name.replace(' ', '-')}-s{seed}"
-                    suites = study.get("suites", [None])
-                    job = pool.submit(run, variant["recipe"], overrides, seed, suites, path)
+                    needed = str(folder(work, variant["needs"], seed)) if needs else ""
+                    given = [value.replace("NEEDED", needed) for value in overrides]
+                    suites = variant.get("suites", study.get("suites", [None]))
+                    job = pool.submit(run, variant["recipe"], given, seed, suites, folder(work, name, seed))
                     jobs[job] = (name, seed, variant, overrides)
-        for job in as_completed(jobs):
-            name, seed, variant, overrides = jobs[job]
-            rows.append(
-                {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()}
-            )
-            rows.sort(key=lambda row: (row["variant"], row["seed"]))
-            out.write_text(json.dumps(rows, indent=1) + "\n")
-            print(f"{name} seed {seed}: {job.result()}", flush=True)
+            for job in as_completed(jobs):
+                finish(job, *jobs[job])
 
 
 if __name__ == "__main__":
