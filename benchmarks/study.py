@@ -42,6 +42,8 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
                 "split": record.data.split,
                 "n": record.data.n,
             }
+        if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
+            row["transferred_accuracy"] = record.transferred.robust.accuracy
         if suite is not None:
             row.setdefault("suites", {})[suite] = {
                 "robust_accuracy": record.robust_accuracy,
