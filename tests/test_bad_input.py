@@ -16,7 +16,7 @@ from PIL import Image
 
 import clead
 from clead import cli
-from clead.api import _differences
+from clead.api.training import _differences
 from clead.errors import UserError
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16

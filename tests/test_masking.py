@@ -111,7 +111,9 @@ def test_a_healthy_model_passes_every_check(name, threat, request):
     model = request.getfixturevalue(name)
     parts = run_checks(adapt(model, sample_shape=(1, 8, 8)), *TEST, threat)
     assert not [part for part in parts if not part.passed]
-    assert [part.name for part in parts] == [name for name in CHECKS if threat.norm not in ("l0", "l1") or name != "black box"]
+    assert [part.name for part in parts] == [
+        name for name in CHECKS if threat.norm not in ("l0", "l1") or name != "black box"
+    ]
     for part in parts:
         assert all(np.isfinite(value) for value in part.numbers.values())
         assert part.explanation.count(". ") >= 1 and part.explanation.endswith(".") and "\n" not in part.explanation

@@ -1,0 +1,392 @@
+"""Evaluate a run, somebody else's model, or saved adversarial images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from clead.api.opened import evaluated_images, image_shape, load, load_model, open_run
+from clead.attacks.run import check_inputs, logits_of
+from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
+from clead.config import Eval, RunConfig
+from clead.data.base import mixed
+from clead.errors import UserError
+from clead.evaluation import adversarial
+from clead.evaluation.processes import Shard, folders, rank, shards
+from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model
+from clead.evaluation.state import discard
+from clead.evaluation.suites import NamedAttack
+from clead.evaluation.transfer import stored_test, transfer, transferred
+from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.interfaces import ImageSet, Splits
+from clead.models.custom import make_module
+from clead.models.onnx import OnnxModel
+from clead.models.split import adapt
+from clead.report.record import Record, TransferredPart
+from clead.settings import validated
+from clead.threats import THREATS
+from clead.training.loop import device_of
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor | Iterable[tuple[Tensor, Tensor]],
+    labels: Tensor | None = None,
+    *,
+    suite: str = "standard",
+    norm: str = "linf",
+    eps: float | str = "8/255",
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    name: str = "model",
+    state: str | Path | None = None,
+    show: bool = False,
+    **settings: Any,
+) -> Record:
+    """Attack any classifier on the images and return the record: clean, each attack of the suite, worst case per image.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
+        labels: (N,) int64 in [0, K).
+        suite: standard (AutoAttack), plus, rand, quick, adaptive, queries or pgd.
+        norm: linf, l2 or l1 (l0 with suite pgd).
+        eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
+        seed: of the attacks' randomness.
+        classes: K names.
+        name: the model's name in the record.
+        state: a directory; an evaluation that was stopped goes on from there, and removes it in the end.
+        show: show progress on stderr.
+        **settings: other keys of the ``eval`` group, such as ``batch_size=256``, ``steps=20``, ``check_images=0``.
+
+    Returns:
+        The record, with ``clean_accuracy``, ``robust_accuracy`` and ``robust``, one flag per image. Raises UserError on pixels
+        outside [0, 1], NaN, wrong labels, or an eps of the wrong scale.
+
+    >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    >>> record = evaluate(net, torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long), suite="quick", eps=0.1)
+    >>> record.robust_accuracy <= record.clean_accuracy
+    True
+    """
+    threat = validated(THREATS.get(norm), {"eps": eps})
+    options = validated(Eval, {"suite": suite, "seed": seed, **settings})
+    if labels is None:
+        images, labels = _collected(images)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model must be a torch.nn.Module, got a {type(model).__name__}; wrap it in one")
+    for name_, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name_} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
+    assert isinstance(images, Tensor)
+    images, labels = images.detach(), labels.detach()
+    if not labels.is_floating_point():
+        labels = labels.long()
+    if images.is_floating_point():
+        check_inputs(images, labels)
+        images = images.float()
+    else:
+        check_inputs(images[:1] / 255, labels[:1])
+    if len(images) != len(labels):
+        raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
+    first = pixels(images[:1])
+    if classes is None:
+        first = first[:1].to(next(model.parameters(), first).device)
+        classes = [str(k) for k in range(logits_of(model, first).shape[1])]
+    chosen = ImageSet(images.cpu(), labels.cpu())
+    if options.images is not None:
+        chosen = chosen.subset(torch.arange(min(options.images, len(chosen))))
+    subject = Subject(name, type(model).__name__, "given", "given", options.split, "given", tuple(classes))
+    where = None if state is None else Path(state)
+    evaluation = evaluate_model(model, chosen, threat, options, subject, state=where, show=show)
+    assert evaluation is not None
+    if where is not None and rank() == 0:
+        for done in folders(where):
+            discard(done)
+    return evaluation.record
+
+
+def evaluate_run(
+    path: str | Path,
+    *,
+    config: RunConfig | None = None,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    attacks: Sequence[NamedAttack] | None = None,
+    transfer_from: Sequence[str | Path] = (),
+    result: str = "evaluation",
+    fresh: bool = False,
+    shard: str | None = None,
+    merge: bool = False,
+    save_adversarial: str | Path | None = None,
+    show: bool = True,
+) -> Evaluation:
+    """Evaluate a run as its ``eval`` and ``threat`` settings say, and leave the record in ``RUN/results``.
+
+    An evaluation that was stopped goes on where it was when it is called again.
+
+    Args:
+        path: a run directory.
+        config: the run's configuration with changes (another eps, other data); the run's own if None.
+        model: your own module with the architecture that was trained; needed if it was given as an object in Python.
+        data: loaded images instead of ``config.data``.
+        attacks: instead of the suite that ``config.eval`` names; each on all images.
+        transfer_from: runs whose adversarial images are tried on this one, after the suite.
+        result: file name of the record, without ``.json``.
+        fresh: forget what a stopped evaluation has left.
+        shard: ``"i/n"``: compute every n-th batch only, from the i-th; raises ShardDone, whose text says how to go on.
+        merge: make the record of the shards.
+        save_adversarial: write all adversarial images to this Parquet file.
+        show: show progress on stderr.
+
+    Returns:
+        The evaluation, with all its images if ``save_adversarial`` is given.
+    """
+    part = Shard.parse(shard) if shard else None
+    opened = open_run(path, config, model, data)
+    device = opened.device
+    sources = _sources(transfer_from, opened.images, opened.model.num_classes, device)
+    stored = None
+    if attacks is None and opened.config.eval.split == "test":
+        stored = stored_test(opened.run.path / "stored", opened.splits.fingerprint)
+    tried = None if stored is None else transferred(opened.model, opened.images, stored, opened.config.threat, device)
+    return _evaluate_into(
+        opened.run.path / "results",
+        result,
+        opened.model,
+        opened.images,
+        opened.config,
+        opened.subject,
+        part,
+        tried=tried,
+        fresh=fresh,
+        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        attacks=attacks,
+        more=[transfer(name, other) for name, other in sources],
+        source=sources[0][1] if sources else None,
+        merge=merge,
+        device=device,
+        show=show,
+    )
+
+
+def evaluate_foreign(
+    model: str | nn.Module,
+    config: RunConfig,
+    *,
+    weights: str | Path | None = None,
+    out: str | Path,
+    attacks: Sequence[NamedAttack] | None = None,
+    transfer_from: Sequence[str | Path] = (),
+    result: str = "evaluation",
+    fresh: bool = False,
+    shard: str | None = None,
+    merge: bool = False,
+    save_adversarial: str | Path | None = None,
+    show: bool = True,
+) -> Evaluation:
+    """Evaluate a model that this program did not train, and leave the record in ``out``.
+
+    Args:
+        model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
+        config: data, threat and eval settings; ``clead.config.bare_config`` makes one.
+        weights: a safetensors file for what the factory makes; None: as it is made.
+        out: directory of the record and the state.
+        attacks: as of ``evaluate_run``, as all that follow.
+        transfer_from: runs.
+        result: file name.
+        fresh: forget what was stopped.
+        shard: ``"i/n"``.
+        merge: of shards.
+        save_adversarial: Parquet file.
+        show: progress.
+    """
+    part = Shard.parse(shard) if shard else None
+    splits = config.data.load(config.train.seed)
+    name = model if isinstance(model, str) else type(model).__name__
+    made = _foreign(model, weights, splits)
+    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    if config.eval.images is not None:
+        images = images.subset(torch.arange(min(config.eval.images, len(images))))
+    device = device_of(config.train.device)
+    sources = _sources(transfer_from, images, len(splits.classes), device)
+    subject = Subject(
+        name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
+        model=Path(name).name,
+        weights=Path(weights).name if weights else "given",
+        data=config.to_dict()["data"]["name"],
+        split=config.eval.split,
+        data_fingerprint=splits.fingerprint,
+        classes=splits.classes,
+    )
+    return _evaluate_into(
+        Path(out),
+        result,
+        made.to(device),
+        images,
+        config,
+        subject,
+        part,
+        fresh=fresh,
+        save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        attacks=attacks,
+        more=[transfer(name, other) for name, other in sources],
+        source=sources[0][1] if sources else None,
+        merge=merge,
+        device=device,
+        show=show,
+    )
+
+
+def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = None) -> dict[str, Any]:
+    """Score the adversarial images of a file, made for this run or for another, and measure them anew.
+
+    Args:
+        path: a run directory.
+        file: what ``save_adversarial`` wrote.
+        config: the run's configuration with changes (the data's path); the run's own if None.
+
+    Returns:
+        ``n``; ``broken``, so many the file states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all
+        images, and ``accuracy_8_bits`` on the same rounded to 8 bits, as a picture file or a camera would hold them; ``largest``
+        perturbation, ``eps`` and how many are ``outside``. Raises UserError if the images are not those that the run is
+        evaluated on.
+    """
+    run = RunDir.open(Path(path))
+    trained = run.config()
+    config = config or trained
+    model = load_model(run, config, config.eval.weights, None)
+    x_adv, as_bytes, about = adversarial.load(Path(file))
+    changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=len(x_adv)))
+    images, _ = evaluated_images(run, changed, trained, None)
+    if digest(images) != about["images"]:
+        raise UserError(
+            f"{file} holds other images than the first {len(x_adv)} of {path}; give the same data (--data.path, --eval.split)"
+        )
+    threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
+    x, labels = pixels(images.images), images.labels
+    size = threat.size(x_adv - x)
+    in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False for NaN
+    with exact_float32():
+        right = torch.cat([right_images(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
+        as_file = torch.cat(
+            [right_images(model, pixels(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
+        )
+    return {
+        "run": run.name,
+        "n": len(labels),
+        "broken": int((~about["robust"]).sum()),
+        "wrong": int((~right & ~about["robust"]).sum()),
+        "accuracy": right.double().mean().item(),
+        "accuracy_8_bits": as_file.double().mean().item(),
+        "largest": size.max().item(),
+        "eps": threat.eps,
+        "outside": int((~((size <= threat.eps * (1 + 1e-5) + 1e-6) & in_box)).sum()),
+    }
+
+
+class ShardDone(Exception):
+    """A shard is computed; the record is made when all are."""
+
+
+def _collected(batches: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels of a loader, on the CPU; raises UserError if it yields anything else."""
+    pairs = []
+    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(p, Tensor) for p in batch):
+                raise UserError(f"batches must be pairs of images and labels, got a {type(batch).__name__}")
+            pairs.append((batch[0].cpu(), batch[1].cpu()))
+    if not pairs:
+        raise UserError(
+            f"labels are missing; give evaluate(model, images, labels) or batches of both, got {batches!r:.60}"
+        )
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
+
+
+def _sources(
+    paths: Sequence[str | Path], images: ImageSet, num_classes: int, device: torch.device
+) -> list[tuple[str, nn.Module]]:
+    """Return names and models of the runs whose images are tried; raises UserError unless they take these images."""
+    found = []
+    for path in paths:
+        other = load(path).to(device)
+        if other.num_classes != num_classes:
+            raise UserError(
+                f"--transfer-from {path} has {other.num_classes} classes, the data has {num_classes}; "
+                "give a run on the same classes"
+            )
+        logits_of(other, pixels(images.images[:1].to(device)))
+        found.append((Path(path).resolve().name, other))
+    return found
+
+
+def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits) -> nn.Module:
+    if isinstance(model, str) and model.endswith(".onnx"):
+        if weights is not None:
+            raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
+        return OnnxModel(model)
+    made = make_module(model, len(splits.classes)) if isinstance(model, str) else model
+    if weights is not None:
+        content, _ = load_weights(Path(weights))
+        check_weights(made.state_dict(), content, str(weights))
+        made.load_state_dict(content)
+    try:  # attacks on the embedding need to know where it is
+        return adapt(made, sample_shape=image_shape(splits)).eval()
+    except UserError:
+        return made.eval()
+
+
+def _evaluate_into(
+    folder: Path,
+    result: str,
+    model: nn.Module,
+    images: ImageSet,
+    config: RunConfig,
+    subject: Subject,
+    shard: Shard | None,
+    *,
+    fresh: bool,
+    save_adversarial: Path | None,
+    tried: TransferredPart | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
+    state = folder / f"{result}.state"
+    if fresh:
+        discard(shard.folder(state) if shard else folders(state)[rank()])
+    if save_adversarial is not None:
+        adversarial.ready(save_adversarial)
+    evaluation = evaluate_model(
+        model,
+        images,
+        config.threat,
+        config.eval,
+        subject,
+        state=state,
+        shard=shard,
+        keep_adversarial=save_adversarial is not None,
+        **options,
+    )
+    if evaluation is None:
+        assert shard is not None
+        raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
+    if tried is not None:
+        evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
+    if rank() > 0:
+        return evaluation
+    write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
+    if evaluation.artifacts:
+        content = {key: value.contiguous() for key, value in evaluation.artifacts.items()}
+        write_atomically(folder / f"{result}.safetensors", to_safetensors(content))
+    if save_adversarial is not None:
+        assert evaluation.adversarial is not None
+        adversarial.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
+    for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
+        discard(done)
+    return evaluation

@@ -1,0 +1,194 @@
+"""Runs that are opened: their model, configuration and images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clead.checkpoint import RunDir, check_weights, load_weights
+from clead.config import RunConfig
+from clead.data.base import mixed
+from clead.errors import UserError
+from clead.evaluation.measurement import Measurement, Result, measure
+from clead.evaluation.robust import Subject
+from clead.evaluation.state import State
+from clead.interfaces import ImageSet, Splits, Threat
+from clead.models.build import build_model
+from clead.models.split import SplitModel, adapt, weights
+from clead.report.record import TrainingPart
+from clead.training.loop import device_of, mean_std
+
+
+def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = None) -> SplitModel:
+    """Return the trained model of a run directory, in eval mode, without the projection head.
+
+    Args:
+        path: a run directory.
+        weights: ``best`` or ``last``.
+        model: your own module with the architecture that was trained; needed if it was given as an object in Python.
+
+    Raises UserError if the weights are missing, truncated, a pickle, or of another architecture.
+
+    >>> load("runs/nothing")
+    Traceback (most recent call last):
+        ...
+    clead.errors.UserError: runs/nothing is not a run directory (no config.yaml in it); give a directory that clead train made
+    """
+    run = RunDir.open(Path(path))
+    return load_model(run, run.config(), weights, model)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A run with its model on the device, and the images that it is evaluated on."""
+
+    run: RunDir
+    config: RunConfig
+    model: SplitModel
+    images: ImageSet
+    splits: Splits
+    subject: Subject
+    device: torch.device
+
+    @property
+    def k(self) -> int:
+        """Number of classes."""
+        return len(self.splits.classes)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Return what every measurement is given."""
+        return {"seed": self.config.eval.seed, "device": self.device}
+
+    def measure(
+        self,
+        kind: str,
+        work: Callable[[State], Result],
+        settings: dict[str, Any],
+        *,
+        threat: Threat | None = None,
+        fresh: bool,
+    ) -> Measurement:
+        """Return what ``work`` finds, in a record that is kept as ``results/KIND.json`` of the run; see ``measure``."""
+        return measure(
+            kind,
+            work,
+            model=self.model,
+            images=self.images,
+            subject=self.subject,
+            settings=settings,
+            seed=self.config.eval.seed,
+            device=self.device,
+            threat=threat,
+            path=self.run.path / "results" / f"{kind}.json",
+            fresh=fresh,
+        )
+
+
+def open_run(
+    path: str | Path,
+    config: RunConfig | None,
+    model: nn.Module | None,
+    data: Splits | None,
+    *,
+    images: int | None = None,
+    same_classes: bool = True,
+) -> OpenedRun:
+    """Load a run, its model and its images; ``images`` counts where ``config.eval`` names no number."""
+    run = RunDir.open(Path(path))
+    trained = run.config()
+    config = config or trained
+    if images is not None and config.eval.images is None:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=images))
+    loaded = load_model(run, config, config.eval.weights, model)
+    chosen, splits = evaluated_images(run, config, trained, data, same_classes=same_classes)
+    tree = config.to_dict()
+    subject = Subject(
+        name=run.name,
+        model=tree["model"].get("factory") or tree["model"]["name"],
+        weights=config.eval.weights,
+        data=tree["data"]["name"],
+        split=config.eval.split,
+        data_fingerprint=splits.fingerprint,
+        classes=splits.classes,
+        training=training_part(run, trained),
+    )
+    device = device_of(config.train.device)
+    return OpenedRun(run, config, loaded.to(device), chosen, splits, subject, device)
+
+
+def evaluated_images(
+    run: RunDir, config: RunConfig, trained: RunConfig, data: Splits | None, *, same_classes: bool = True
+) -> tuple[ImageSet, Splits]:
+    """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
+    # The run's own seed: another one would move training images into the validation split.
+    splits = data if data is not None else config.data.load(trained.train.seed)
+    _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
+    if same_classes and tuple(metadata["classes"]) != splits.classes:
+        raise UserError(
+            f"{run.path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
+            "give data of the same classes"
+        )
+    if tuple(metadata["shape"]) != image_shape(splits):
+        raise UserError(
+            f"{run.path} was trained on images of shape {tuple(metadata['shape'])}, the data has {image_shape(splits)}; "
+            "set data.image_size and data.channels"
+        )
+    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    if config.eval.images is not None:
+        images = images.subset(torch.arange(min(config.eval.images, len(images))))
+    return images, splits
+
+
+def load_model(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> SplitModel:
+    """Return the model of ``run`` with its ``which`` weights, best or last; ``model`` is what was trained, if that was given."""
+    path = run.path / f"{which}.safetensors"
+    content, metadata = load_weights(path)
+    if lacking := [key for key in ("shape", "classes", "mean_std") if key not in metadata]:
+        raise UserError(
+            f"{path} lacks {', '.join(lacking)}, which clead train writes into it; give a run's own weights"
+        )
+    shape, k = tuple(metadata["shape"]), len(metadata["classes"])
+    if model is not None:
+        built = adapt(model, sample_shape=shape, num_classes=k)
+    else:
+        mean, std = metadata["mean_std"]
+        built = build_model(config.model, shape[0], k, mean, std, seed=0, sample_shape=shape)
+    check_weights(weights(built), content, str(path))
+    built.load_state_dict(content)
+    return built.eval()
+
+
+def build(config: RunConfig, splits: Splits) -> SplitModel:
+    """Return the model of ``config`` for these images, its weights drawn from ``train.seed``."""
+    mean, std = mean_std(splits)
+    shape = image_shape(splits)
+    return build_model(
+        config.model, shape[0], len(splits.classes), mean, std, seed=config.train.seed, sample_shape=shape
+    )
+
+
+def image_shape(splits: Splits) -> tuple[int, int, int]:
+    """Return (C, H, W)."""
+    c, h, w = splits.train.images.shape[1:]
+    return c, h, w
+
+
+def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:
+    """Return what a record says of the training, or None if it did not end."""
+    path = run.path / "outcome.json"
+    if not path.exists():
+        return None
+    try:
+        outcome = json.loads(path.read_text())
+        keys = ("epochs", "steps", "seconds", "forward_equivalents")
+        costs = {key: outcome[key] for key in keys}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; remove it, or repeat clead train with --resume") from None
+    return TrainingPart(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)

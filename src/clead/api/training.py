@@ -1,0 +1,235 @@
+"""Train a model into a run directory, or measure where the time of a training goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clead.api.opened import build, evaluated_images, image_shape, load_model
+from clead.attacks import ATTACKS
+from clead.checkpoint import RunDir, load_weights, save_weights
+from clead.config import RunConfig
+from clead.errors import UserError
+from clead.evaluation.verdicts import exact_float32, pixels
+from clead.interfaces import Search, Splits
+from clead.methods.contrast import find_layer
+from clead.models.modes import attack_mode
+from clead.models.seeding import seeded
+from clead.models.split import SplitModel, adapt
+from clead.training.loop import Outcome, device_of, fit
+from clead.training.profile import profile_training
+from clead.training.stages import fit_stages, write_outcome
+from clead.training.trainable import start_from, unfrozen_afterwards
+
+PSEUDO_LABELS = "pseudo_labels.safetensors"
+"""In a run directory: the pseudo-labels that it was trained with, and how many of them are right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A finished training: its directory, the model with the best validation robust accuracy, and what it cost."""
+
+    path: Path
+    model: SplitModel
+    outcome: Outcome
+
+
+def train(
+    config: RunConfig,
+    *,
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    show: bool = True,
+) -> TrainedRun:
+    """Train as ``config`` says and leave a run directory.
+
+    Args:
+        config: the complete configuration; ``clead.load_recipe`` makes one.
+        model: your own module (pixels in [0, 1] -> logits) instead of ``config.model``; trained in place.
+        data: loaded images instead of ``config.data``.
+        out: the run directory, new or empty; ``runs/NAME-TIME`` if None.
+        resume: continue the run in ``out`` if there is one.
+        show: show progress on stderr.
+
+    Returns:
+        The run. Raises UserError for a mistake of the user, NonFiniteLoss if training diverges.
+    """
+    path = Path(out) if out is not None else RunDir.default_path(config.name)
+    continuing = resume and (path / "config.yaml").exists()
+    if continuing:
+        _same_config(config, RunDir.open(path).config())
+    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
+        RunDir.create(path, config)  # raises: there is something else
+    device_of(config.train.device)
+    _check_starts(config)
+    splits = data if data is not None else config.data.load(config.train.seed)
+    splits, pseudo_labels = _as_seen(config, splits, path, show=show)
+    own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
+    split_model = own if own is not None else build(config, splits)
+    _dry_run(split_model, image_shape(splits), config.to_dict()["model"]["name"])
+    for training in config.trainings():  # before anything is written
+        if layer := getattr(training.method, "contrastive_layer", None):
+            find_layer(split_model, layer)
+    if config.train.start_from is not None:
+        first = config.trainings()[0].method
+        dim = first.embedding_dim if first.uses_embedding else None
+        start_from(split_model, Path(config.train.start_from), dim=dim)
+    run = RunDir(path) if continuing else RunDir.create(path, config)
+    if pseudo_labels is not None:
+        save_weights(path / PSEUDO_LABELS, *pseudo_labels)
+    # Leave the caller's global random state, and what of the model is frozen, as they were.
+    with seeded(config.train.seed), unfrozen_afterwards(split_model):
+        if config.stages:
+            outcome = fit_stages(config, splits, split_model, run, show=show)
+        else:
+            outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
+    write_outcome(path, outcome)
+    split_model.drop_projection()
+    best, _ = load_weights(path / "best.safetensors")
+    split_model.load_state_dict(best)
+    return TrainedRun(path, split_model.eval(), outcome)
+
+
+def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits | None = None) -> dict[str, Any]:
+    """Make a few training steps as ``config`` says, keep nothing, and return where their time went.
+
+    See ``clead.training.profile.profile_training`` for what comes back; arguments as for ``train``.
+    """
+    if config.stages:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise UserError(f"--profile looks at one training, got the stages {names}; give a recipe without stages")
+    device_of(config.train.device)
+    _check_start(config)
+    splits = data if data is not None else config.data.load(config.train.seed)
+    splits, _ = _as_seen(config, splits, None, show=False)
+    own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
+    with seeded(config.train.seed):
+        return profile_training(config, splits, own if own is not None else build(config, splits))
+
+
+def _check_starts(config: RunConfig) -> None:
+    """Raise UserError for every training of ``config`` that could not begin."""
+    problems = []
+    for training, stage in zip(config.trainings(), config.stages or (None,), strict=True):
+        try:
+            _check_start(training)
+        except UserError as error:
+            problems += [said if stage is None else f"stages.{stage.name}.{said}" for said in error.problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def _check_start(config: RunConfig) -> None:
+    """Raise UserError if the inner attack has no objective, or starts where it is flat and would climb rounding errors."""
+    if config.method.uses_attack and isinstance(config.attack, Search):
+        usable = ", ".join(name for name, kind in ATTACKS.items() if not issubclass(kind, Search))
+        raise UserError(
+            f"attack.name: training needs an attack that maximises the method's objective ({usable}), got "
+            f"{config.to_dict()['attack']['name']}, which searches by itself; use it with clead attack"
+        )
+    inner = getattr(config.method, "inner", "")
+    if (
+        config.method.uses_attack
+        and inner in ("kl", "embedding")
+        and not config.method.inner_contrastive_weight
+        and getattr(config.attack, "random_start", True) is False
+    ):
+        raise UserError(
+            f"attack.random_start: method.inner {inner} is smallest, so without slope, at the image itself, got false; "
+            "set attack.random_start true, or method.inner cross_entropy"
+        )
+
+
+def _as_seen(
+    config: RunConfig, splits: Splits, path: Path | None, *, show: bool
+) -> tuple[Splits, tuple[dict[str, Tensor], dict[str, Any]] | None]:
+    """Return the images with the labels that training sees, and pseudo-labels to be kept in the run, if there are any new ones.
+
+    Those that the run in ``path`` keeps already are taken up, so that it goes on as it began whatever became of their source.
+    """
+    train, source = splits.train, config.data.pseudo_labels_from
+    new = None
+    if source is not None:
+        kept = None if path is None else path / PSEUDO_LABELS
+        if kept is not None and kept.exists():
+            tensors, about = load_weights(kept)
+        else:
+            tensors, about = new = _pseudo_labels(config, splits, source)
+        if tensors["labels"].shape != train.labels.shape or about["data"] != splits.fingerprint:
+            raise UserError(
+                f"{kept} is of other images; --resume continues on the same data: restore it, or train anew"
+            )
+        train = dataclasses.replace(train, pseudo_labels=tensors["labels"])
+        if show:
+            said = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
+            print(f"{said} (by the hidden labels, which training does not see)", file=sys.stderr)
+    return dataclasses.replace(splits, train=train), new
+
+
+def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what the model of the run ``source`` takes the training images for, and what to know of it."""
+    train = splits.train
+    if train.labelled is None:
+        raise UserError(f"data.pseudo_labels_from: every image has a label already, got {source}; leave it out")
+    try:
+        run = RunDir.open(Path(source))
+        trained = run.config()
+        model = load_model(run, trained, trained.eval.weights, None)
+        evaluated_images(run, trained, trained, splits)
+    except UserError as error:
+        raise UserError(*(f"data.pseudo_labels_from: {problem}" for problem in error.problems)) from None
+    device = device_of(config.train.device)
+    with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
+        parts = train.images.split(512)
+        labels = torch.cat([model(pixels(part.to(device))).argmax(1).cpu() for part in parts])
+    unlabelled = ~train.labelled
+    about = {
+        "from": run.name,
+        "data": splits.fingerprint,
+        "unlabelled": int(unlabelled.sum()),
+        "agreement": (labels == train.labels)[unlabelled].double().mean().item(),
+    }
+    return {"labels": labels}, about
+
+
+def _dry_run(model: SplitModel, shape: tuple[int, int, int], name: str) -> None:
+    """Raise UserError, before anything is written, if the model cannot take images of this shape."""
+    try:
+        parameter = next(model.parameters(), torch.zeros(()))
+        with attack_mode(model), seeded(0), torch.no_grad():
+            model(torch.zeros(2, *shape, device=parameter.device))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+
+
+def _same_config(given: RunConfig, stored: RunConfig) -> None:
+    differences = [
+        f"{key}: the run has {old!r}, got {new!r}"
+        for key, old, new in _differences(stored.to_dict(), given.to_dict(), "")
+        if key != "train.device"
+    ]
+    if differences:
+        raise UserError(*(f"--resume continues the same configuration; {difference}" for difference in differences))
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in {**a, **b}:
+        old, new = a.get(key), b.get(key)
+        if key == "stages" and isinstance(old, list) and isinstance(new, list):
+            old, new = ({stage["name"]: stage for stage in stages} for stages in (old, new))
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append((prefix + key, old, new))
+    return found
