@@ -1,11 +1,15 @@
 """Print the README's tables, and the figures in the recipes' headers, from the committed results.
 
-python benchmarks/tables.py
+python benchmarks/tables.py                                                       # the README's
+python benchmarks/tables.py benchmarks/study_headline/digits.json --against clead       # of a study, with paired differences
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
+
+from scipy import stats
 
 HERE = Path(__file__).parent
 NAMES = {"standard": "standard", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD"}
@@ -58,7 +62,52 @@ def small(recipes):
             )
 
 
+def study(rows, against):
+    """Every variant under every suite, and ``against`` minus it, paired over seeds, with a 95 % t-interval."""
+    names = sorted({suite for row in rows for suite in row.get("suites", {})}) or ["robust"]
+    by = {}
+    for row in rows:
+        suites = {name: part["robust_accuracy"] for name, part in row.get("suites", {}).items()}
+        found = {"clean": row["clean_accuracy"], **(suites or {"robust": row["robust_accuracy"]})}
+        if "transferred_accuracy" in row:
+            found["transferred"] = row["transferred_accuracy"]
+        by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"]}
+    columns = [*names, *(["transferred"] if any("transferred_accuracy" in row for row in rows) else [])]
+    titles = [f"{name} % | {against} − it" if name in names else f"{name} %" for name in columns]
+    print(f"n = {rows[0]['n']} {rows[0]['split']} images; mean ± standard deviation over seeds\n")
+    print("| variant | seeds | clean % | " + " | ".join(titles) + " | compute |")
+    print("|---" * (4 + sum(1 + (name in names) for name in columns)) + "|")
+    for variant in sorted(by, key=lambda v: -statistics.mean(found.get(names[-1], 0) for found in by[v].values())):
+        mine = by[variant]
+        cells = [variant, str(len(mine)), spread(found["clean"] for found in mine.values())]
+        for name in columns:
+            cells.append(spread(found[name] for found in mine.values() if name in found))
+            if name in names:
+                cells.append("" if variant == against else difference(by.get(against, {}), mine, name))
+        print("| " + " | ".join([*cells, f"{statistics.mean(found['compute'] for found in mine.values()):.0f}"]) + " |")
+
+
+def spread(values):
+    values = list(values)
+    return percent(values) if len(values) > 1 else "".join(f"{100 * value:.1f}" for value in values)
+
+
+def difference(one, other, name):
+    pairs = [100 * (one[seed][name] - other[seed][name]) for seed in one if seed in other and name in other[seed]]
+    if len(pairs) < 2:
+        return ""
+    half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
+    return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", type=Path, help="the JSON file of a study; the README's tables if left out")
+    parser.add_argument("--against", default="clead", help="the variant whose differences to the others are shown")
+    arguments = parser.parse_args()
+    if arguments.study is not None:
+        study(json.loads(arguments.study.read_text()), arguments.against)
+        raise SystemExit
     digits()
     print()
     small({f"cifar10-small-{key}": name for key, name in NAMES.items()})

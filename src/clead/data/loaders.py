@@ -1,4 +1,4 @@
-"""Batches from images in memory: functions of (seed, epoch, index) alone, so that resuming is exact."""
+"""Batches from images in memory: functions of seed and place in the training alone, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -109,14 +109,17 @@ class Loader:
         self._parts = [(_LABELLED_ORDER, pools[0], count), (_UNLABELLED_ORDER, pools[1], size - count)]
         self.steps_per_epoch = max(1, len(labelled) // size if share == 1 else len(pools[1]) // (size - count))
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``; raises IndexError outside."""
+    def batch(self, epoch: int, index: int, progress: float = 0.0) -> Batch:
+        """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``; raises IndexError outside.
+
+        ``progress``, the part of the training that lies behind, in [0, 1), says how strong an annealed augmentation is.
+        """
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
         chosen = self._chosen(epoch, index)
         plain, labels = _as_float(self.images[chosen]), self.labels[chosen]
-        first = self._draw(self.augment, plain, epoch, index, _FIRST_VIEW)
-        second = None if self.view is None else self._draw(self.view, plain, epoch, index, _SECOND_VIEW)
+        first = self._draw(self.augment, plain, progress, epoch, index, _FIRST_VIEW)
+        second = None if self.view is None else self._draw(self.view, plain, progress, epoch, index, _SECOND_VIEW)
         soft = None
         if self.cutmix:
             assert self.num_classes is not None
@@ -132,10 +135,10 @@ class Loader:
         for index in range(start, self.steps_per_epoch):
             yield self.batch(epoch, index)
 
-    def _draw(self, augment: Augmentation | None, plain: Tensor, epoch: int, index: int, stream: int) -> Tensor:
+    def _draw(self, augment: Augmentation | None, plain: Tensor, progress: float, *key: int) -> Tensor:
         if augment is None:
             return plain
-        return augment(plain, generator=seeded(self.device, self.seed, epoch, index, stream))
+        return augment(plain, generator=seeded(self.device, self.seed, *key), strength=augment.strength(progress))
 
     def _chosen(self, epoch: int, index: int) -> Tensor:
         """Return which images are in a batch, (B,) int64."""

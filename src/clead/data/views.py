@@ -17,6 +17,7 @@ from clead.settings import Probability, setting, settings
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 _ASPECT = math.log(4 / 3)
 _JITTER_PROBABILITY = 0.8
+_SHORT = 1e-6  # of one step of the annealing: 0.15 / 0.05 is below 3
 
 
 @settings
@@ -26,6 +27,8 @@ class Augmentation:
     Calling it maps (B, C, H, W) float in [0, 1] to the same shape, and to the same range unless ``gaussian`` is on; all
     randomness comes from the given generator, which lives on the images' device. With everything off, the input itself is
     returned.
+
+    ``anneal`` says how the random box, jitter and greyscale weaken in the course of training; see ``strength``.
 
     One-channel images: ``color_jitter`` changes brightness and contrast only, and ``greyscale`` does nothing.
 
@@ -67,6 +70,14 @@ class Augmentation:
         ge=0,
         le=2,
     )
+    anneal: float | None = setting(
+        None,
+        "K/T of DynACL: random_resized_crop, color_jitter and greyscale weaken over training towards nothing, in steps this long; "
+        "0.05 in the paper; none: they stay.",
+        unit="fraction of training",
+        gt=0,
+        lt=1,
+    )
 
     @field_validator("random_resized_crop")
     @classmethod
@@ -84,8 +95,37 @@ class Augmentation:
             )
         return self
 
-    def __call__(self, images: Tensor, *, generator: torch.Generator) -> Tensor:
+    @model_validator(mode="after")
+    def _something_to_anneal(self) -> Augmentation:
+        if self.anneal and not (self.random_resized_crop or self.color_jitter or self.greyscale):
+            raise ValueError(
+                "anneal weakens random_resized_crop, color_jitter and greyscale, and all three are off, got "
+                f"anneal {self.anneal:g}; set one of them, or anneal to null"
+            )
+        return self
+
+    def strength(self, progress: float) -> float:
+        """Return s(t) = 1 − ⌊t/K⌋·K/T, in (0, 1] (DynACL, Luo et al. 2023, arXiv:2303.01289); 1 without ``anneal``.
+
+        The paper counts t in epochs; here t/T = ``progress``, so a change may fall inside an epoch.
+
+        Args:
+            progress: part of the training that lies behind, in [0, 1).
+
+        >>> [round(Augmentation(greyscale=1, anneal=0.25).strength(t / 8), 2) for t in range(8)]
+        [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+        """
+        return 1 - math.floor(progress / self.anneal + _SHORT) * self.anneal if self.anneal else 1.0
+
+    def __call__(self, images: Tensor, *, generator: torch.Generator, strength: float = 1.0) -> Tensor:
         """Return random views of the images, (B, C, H, W) float in [0, 1], or beyond where ``gaussian`` leads out of it.
+
+        Args:
+            images: (B, C, H, W) float in [0, 1].
+            generator: of all draws, on the device of the images.
+            strength: s in [0, 1]: boxes have an area in [1 − s·(1 − min), 1 − s·(1 − max)], jitter has s times its strength and
+                probability, and greyscale s times its probability, as in DynACL's code; the logarithm of a box's aspect ratio is s
+                times as large too, so that with s = 0 nothing of the three is left. The others stay, as flips do there.
 
         Raises:
             ValueError: the images are not a floating batch (B, C, H, W).
@@ -104,19 +144,22 @@ class Augmentation:
         if self.crop:
             images = shift(images, integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1), self.crop)
         if self.random_resized_crop:
-            area, ratio = uniform(*self.random_resized_crop), uniform(-_ASPECT, _ASPECT).exp()
+            # Not 1 − s·(1 − area), which rounds where s = 1: views of published runs must not change.
+            smallest, largest = (strength * area + (1 - strength) for area in self.random_resized_crop)
+            area, ratio = uniform(smallest, largest), uniform(-strength * _ASPECT, strength * _ASPECT).exp()
             # A box that would stick out is cut to the image, where torchvision draws again: no loop.
             box_h, box_w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
             images = zoom(images, uniform() * (1 - box_h), uniform() * (1 - box_w), box_h, box_w)
         if self.flip:
             images = mirror(images, uniform() < 0.5)
         if self.color_jitter:
-            strength = 0.8 * self.color_jitter
-            factors = [uniform(max(0.0, 1 - strength), 1 + strength) for _ in range(3)]
-            hue, chosen = uniform(-0.2, 0.2) * self.color_jitter, uniform() < _JITTER_PROBABILITY
+            jittering = strength * self.color_jitter
+            spread = 0.8 * jittering
+            factors = [uniform(max(0.0, 1 - spread), 1 + spread) for _ in range(3)]
+            hue, chosen = uniform(-0.2, 0.2) * jittering, uniform() < strength * _JITTER_PROBABILITY
             images = torch.where(_each(chosen), jitter(images, *factors, hue), images)
         if self.greyscale and channels == 3:
-            images = torch.where(_each(uniform() < self.greyscale), grey(images), images)
+            images = torch.where(_each(uniform() < strength * self.greyscale), grey(images), images)
         if self.cutout:
             images = cut(images, integer(0, height), integer(0, width), self.cutout)
         if self.gaussian:
