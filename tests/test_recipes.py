@@ -17,7 +17,7 @@ EXPECTED |= {f"cifar10-small-{method}" for method in ("standard", "pgd-at", "tra
 EXPECTED |= {
     f"{data}-{method}" for data in ("digits", "cifar10-small") for method in ("mart", "fgsm-rs", "free", "trades-awp")
 }
-EXPECTED |= {f"cifar10-resnet18-{method}" for method in ("pgd-at", "trades", "clead")}
+EXPECTED |= {f"cifar10-resnet18-{method}" for method in ("pgd-at", "trades", "trades-awp", "clead")}
 
 
 def test_the_promised_recipes_are_shipped():
