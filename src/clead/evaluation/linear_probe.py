@@ -14,9 +14,8 @@ from clead.attacks.pgd import PGD
 from clead.attacks.run import attack_images
 from clead.data.loaders import seeded
 from clead.errors import MissingExtra, UserError
+from clead.evaluation.attacked import AttackedResult, Flags, in_batches
 from clead.evaluation.state import State
-from clead.evaluation.statistics import estimate
-from clead.evaluation.unrestricted import UnrestrictedResult
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet, Threat
 from clead.models.modes import attack_mode
@@ -97,7 +96,7 @@ def evaluate_linear_probe(
     device: torch.device | None = None,
     state: State | None = None,
     show: bool = True,
-) -> UnrestrictedResult:
+) -> AttackedResult:
     """Fit a linear classifier on the frozen features, and attack encoder and classifier together (white-box).
 
     As Salman et al. 2020 (arXiv:2007.08489) and Shafahi et al. 2020 (arXiv:1905.08232) ask how adversarially trained features
@@ -135,8 +134,6 @@ def evaluate_linear_probe(
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
     state = state or State(None, {})
     attack = PGD(steps=steps, random_start=True, keep="best")
-    clean: list[bool] = []
-    robust: list[bool] = []
     with state.opened(), exact_float32(), attack_mode(model), progress("linear probe", len(images), show=show) as tick:
         if "probe" not in state.parts:
             begun = time.monotonic()
@@ -147,43 +144,30 @@ def evaluate_linear_probe(
         linear = nn.Linear(tensors["weight"].shape[1], num_classes)
         linear.load_state_dict(tensors)
         probe = Probe(model, linear).to(device).eval()
-        for batch, start in enumerate(range(0, len(images), batch_size)):
-            key, here = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
-            if key not in state.parts:
-                begun = time.monotonic()
-                x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
-                right = right_images(probe, x, y)
-                held = right.clone()
-                for number, objective in enumerate(OBJECTIVES):
-                    if held.any():  # synchronises the device
-                        generator = seeded(device, seed, number, batch)
-                        x_adv = attack_images(
-                            attack,
-                            probe,
-                            x[held],
-                            y[held],
-                            threat,
-                            objective=objective,
-                            generator=generator,
-                            checked=True,
-                        )
-                        held[held.clone()] = right_images(probe, x_adv, y[held])
-                state.put(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
-            flags = state.parts[key][0]
-            clean += flags["clean"].tolist()
-            robust += flags["robust"].tolist()
-            tick(here.stop - here.start, robust=sum(robust) / len(robust))
-    return UnrestrictedResult(
-        attack=f"PGD-{steps}, {threat.norm} {Ratio(threat.eps).text}, through encoder and linear probe",
-        settings={key: about[key] for key in ("C", "fitted", "training_accuracy", "validation_accuracy")},
-        n=len(images),
-        seed=seed,
-        clean=estimate(clean),
-        clean_flags=clean,
-        robust=estimate(robust),
-        robust_flags=robust,
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
-    )
+
+        def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
+            right = right_images(probe, x, y)
+            held = right.clone()
+            for number, objective in enumerate(OBJECTIVES):
+                if held.any():  # synchronises the device
+                    generator = seeded(device, seed, number, batch)
+                    x_adv = attack_images(
+                        attack, probe, x[held], y[held], threat, objective=objective, generator=generator, checked=True
+                    )
+                    held[held.clone()] = right_images(probe, x_adv, y[held])
+            return right, held
+
+        return in_batches(
+            images,
+            verdicts,
+            attack=f"PGD-{steps}, {threat.norm} {Ratio(threat.eps).text}, through encoder and linear probe",
+            settings={key: about[key] for key in ("C", "fitted", "training_accuracy", "validation_accuracy")},
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            state=state,
+            tick=tick,
+        )
 
 
 def _chosen(

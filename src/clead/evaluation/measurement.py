@@ -13,20 +13,20 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from clead.checkpoint import command, environment, fingerprint, write_atomically
+from clead.evaluation.attacked import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection
 from clead.evaluation.minimum_norm import MinimumNormResult
 from clead.evaluation.robust import Subject, digest
 from clead.evaluation.smoothing import Certificates
 from clead.evaluation.state import State, discard
-from clead.evaluation.unrestricted import UnrestrictedResult
 from clead.interfaces import ImageSet, Threat
 from clead.models.split import weights
 from clead.report.record import DataPart, ModelPart, ThreatPart
 from clead.settings import Ratio
 
 SCHEMA_VERSION = 1
-Result = Certificates | Detection | CorruptionResult | MinimumNormResult | UnrestrictedResult
+Result = Certificates | Detection | CorruptionResult | MinimumNormResult | AttackedResult
 
 
 class Measurement(BaseModel):

@@ -6,12 +6,10 @@ again in float32.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
@@ -19,30 +17,13 @@ from clead.attacks.run import check_inputs, logits_of, prepared
 from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.data.loaders import seeded
 from clead.errors import UserError
+from clead.evaluation.attacked import AttackedResult, Flags, in_batches
 from clead.evaluation.state import State
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.progress import progress
-from clead.report.record import Estimate
 from clead.settings import Ratio
-
-
-class UnrestrictedResult(BaseModel):
-    """Clean accuracy and accuracy under one attack; flags are per image, in the order of the images."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    attack: str
-    settings: dict[str, Any]
-    n: int = Field(ge=1)
-    seed: int
-    clean: Estimate
-    clean_flags: list[bool]
-    robust: Estimate
-    robust_flags: list[bool]
-    seconds: float
 
 
 def evaluate_unrestricted(
@@ -56,7 +37,7 @@ def evaluate_unrestricted(
     device: torch.device | None = None,
     state: State | None = None,
     show: bool = True,
-) -> UnrestrictedResult:
+) -> AttackedResult:
     """Attack ``model`` on ``images``; robust are those that are classified right when clean and after the attack.
 
     Args:
@@ -83,36 +64,27 @@ def evaluate_unrestricted(
         raise UserError(f"the model returns {k} logits, the data has {classes} classes")
     attack.allows(first, first)  # raises if the attack does not fit into the image
 
+    def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
+        check_inputs(x, y, k)
+        right = right_images(model, x, y)
+        held = right.clone()
+        if right.any():  # synchronises the device
+            held[right] = _holds(attack, model, x[right], y[right], seeded(device, seed, batch), name)
+        return right, held
+
     state = state or State(None, {})
-    clean: list[bool] = []
-    robust: list[bool] = []
     with state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=show) as tick:
-        for batch, start in enumerate(range(0, len(images), batch_size)):
-            key, here = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
-            if key not in state.parts:
-                begun = time.monotonic()
-                x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
-                check_inputs(x, y, k)
-                right = right_images(model, x, y)
-                held = right.clone()
-                if right.any():  # synchronises the device
-                    held[right] = _holds(attack, model, x[right], y[right], seeded(device, seed, batch), name)
-                state.put(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
-            flags = state.parts[key][0]
-            clean += flags["clean"].tolist()
-            robust += flags["robust"].tolist()
-            tick(here.stop - here.start, robust=sum(robust) / len(robust))
-    return UnrestrictedResult(
-        attack=name,
-        settings=values,
-        n=len(images),
-        seed=seed,
-        clean=estimate(clean),
-        clean_flags=clean,
-        robust=estimate(robust),
-        robust_flags=robust,
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
-    )
+        return in_batches(
+            images,
+            verdicts,
+            attack=name,
+            settings=values,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            state=state,
+            tick=tick,
+        )
 
 
 def described(attack: Unrestricted) -> tuple[str, dict[str, Any]]:

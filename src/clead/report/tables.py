@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from rich.table import Table
 
+from clead.evaluation.attacked import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection, DetectionPoint, DetectorPart
 from clead.evaluation.measurement import Measurement
 from clead.evaluation.minimum_norm import MinimumNormResult
 from clead.evaluation.smoothing import Certificates
-from clead.evaluation.unrestricted import UnrestrictedResult
 from clead.report.record import Estimate
 
 REJECTED = (0.05, 0.1)
@@ -127,7 +127,7 @@ def _distances(measurement: Measurement, result: MinimumNormResult) -> tuple[Tab
     return table, said
 
 
-def _unrestricted(measurement: Measurement, result: UnrestrictedResult) -> tuple[Table, str]:
+def _unrestricted(measurement: Measurement, result: AttackedResult) -> tuple[Table, str]:
     settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
     table = _table(measurement, result.attack, "attack", "accuracy", "95 % interval", "seconds")
     table.add_row("none (clean)", *_shown(result.clean), "")
