@@ -250,7 +250,9 @@ def test_each_minibatch_is_replayed_and_budgets_count_every_replay(tmp_path, mon
     asked = []
     real = Loader.batch
     monkeypatch.setattr(
-        Loader, "batch", lambda self, epoch, index: (asked.append((epoch, index)), real(self, epoch, index))[1]
+        Loader,
+        "batch",
+        lambda self, epoch, index, *rest: (asked.append((epoch, index)), real(self, epoch, index, *rest))[1],
     )
     run = fit(tmp_path / "run", "--train.budget", "11.52")
     # 3 forward-equivalents per image and step, 16 of 50 images a step: 0.96 a step.

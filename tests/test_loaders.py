@@ -79,6 +79,22 @@ def test_views_are_drawn_apart():
     assert len(kinds) == 4
 
 
+def test_annealed_views_follow_the_progress_and_nothing_else():
+    """Either view by its own strength, the draws being those of a constant one; the same place gives the same batch."""
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    data, strong = ImageSet(images, torch.zeros(8, dtype=torch.int64)), {"color_jitter": 1.0, "greyscale": 0.5}
+    augment, view = Augmentation(**strong, anneal=0.25), Augmentation(**strong, anneal=0.5)
+    make = lambda: Loader(data, 8, augment=augment, view=view, shuffle=False)  # noqa: E731
+    for progress, strengths in ((0.0, (1, 1)), (0.3, (0.75, 1)), (0.5, (0.5, 0.5)), (0.99, (0.25, 0.5))):
+        batch = make().batch(1, 0, progress)
+        for stream, strength, found in zip((2, 3), strengths, (batch.images, batch.second_view), strict=True):
+            expected = Augmentation(**strong)(images / 255, generator=seeded("cpu", 0, 1, 0, stream), strength=strength)
+            assert torch.equal(found, expected), (progress, stream)
+    assert torch.equal(make().batch(1, 0).images, make().batch(1, 0, 0.2).images)
+    constant = Loader(data, 8, augment=Augmentation(**strong), shuffle=False)
+    assert torch.equal(constant.batch(1, 0, 0.9).images, constant.batch(1, 0).images)
+
+
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         Loader(image_set(), 0)

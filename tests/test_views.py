@@ -281,6 +281,80 @@ def test_gaussian_noise_is_refused_where_images_are_attacked(method, refused):
         assert RunConfig.from_dict(tree).data.augment.gaussian == 0.25
 
 
+STRONG = {"random_resized_crop": (0.1, 1.0), "color_jitter": 0.5, "greyscale": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("steps", "period", "expected"),
+    [
+        (8, 2, [1, 1, 3 / 4, 3 / 4, 1 / 2, 1 / 2, 1 / 4, 1 / 4]),
+        (7, 3, [1, 1, 1, 4 / 7, 4 / 7, 4 / 7, 1 / 7]),  # the last level is cut short
+        (3, 1, [1, 2 / 3, 1 / 3]),
+        (4, 3.9, [1, 1, 1, 1]),
+    ],
+)
+def test_the_strength_falls_in_steps(steps, period, expected):
+    """s(t) = 1 − ⌊t/K⌋·K/T by hand, t = 0 … T − 1."""
+    augment = Augmentation(**STRONG, anneal=period / steps)
+    assert [augment.strength(t / steps) for t in range(steps)] == pytest.approx(expected)
+    assert {Augmentation(**STRONG).strength(t / steps) for t in range(steps)} == {1.0}
+
+
+def test_the_strength_falls_at_whole_steps_however_they_round():
+    """In the paper K = 50 of T = 1,000 epochs: ⌊t/K⌋ in integers, though 0.15 / 0.05 is below 3 in floating point."""
+    for period, total in ((50, 1000), (1, 49), (3, 100), (7, 31)):
+        augment = Augmentation(**STRONG, anneal=period / total)
+        for t in range(total):
+            assert augment.strength(t / total) == pytest.approx(1 - (t // period) * period / total), (t, period)
+
+
+def test_no_strength_is_no_view_and_full_strength_is_the_plain_one():
+    augment, images = Augmentation(**STRONG), batch(40)
+    torch.testing.assert_close(augment(images, generator=generator(), strength=0.0), images, rtol=0, atol=1e-6)
+    full = augment(images, generator=generator(), strength=1.0)
+    assert torch.equal(full, augment(images, generator=generator())) and not torch.allclose(full, images, atol=0.1)
+
+
+def test_full_strength_leaves_published_views_as_they_were():
+    """The sum of a view drawn before there was a strength: the recipes' boxes and jitter, to the last bit of each pixel."""
+    ramp = torch.arange(2 * 3 * 6 * 6, dtype=torch.float32).reshape(2, 3, 6, 6) / 215
+    view = Augmentation(random_resized_crop=(0.2, 1.0), flip=True, color_jitter=0.5, greyscale=0.2)
+    assert view(ramp, generator=generator(4)).double().sum().item() == pytest.approx(86.3624154, rel=1e-6)
+
+
+def test_strength_weakens_boxes_jitter_and_greyscale():
+    """Areas in [1 − s·(1 − min), 1], jitter of s times the strength on s times as many images, greyscale on s times as many."""
+    s, count = 0.5, 4000
+    ramp = torch.linspace(0, 1, 101)
+    images = torch.stack([ramp.expand(101, -1), ramp[:, None].expand(-1, 101), torch.full((101, 101), 0.5)])
+    boxes = Augmentation(random_resized_crop=(0.1, 0.9))(
+        images.expand(500, -1, -1, -1), generator=generator(), strength=s
+    )
+    width = (boxes[:, 0, 50, 75] - boxes[:, 0, 50, 25]) * 2
+    height = (boxes[:, 1, 75, 50] - boxes[:, 1, 25, 50]) * 2
+    area, aspect = width * height, width / height
+    assert 0.54 < area.min() < 0.57 and 0.93 < area.max() <= 0.96
+    assert aspect.min() > 0.85 and 1.12 < aspect.max() < 1.17  # within √(4/3)
+
+    flat = torch.tensor([0.3, 0.4, 0.5])[:, None, None].expand(3, 2, 2)
+    grey = Augmentation(greyscale=0.6)(flat.expand(count, -1, -1, -1), generator=generator(), strength=s)
+    share = (grey[:, 0] == grey[:, 1]).all(-1).all(-1).float().mean().item()
+    assert share == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / count) ** 0.5)
+
+    constant = torch.full((1, 2, 2), 0.4)  # one channel, constant: brightness alone is seen
+    factor = Augmentation(color_jitter=0.5)(constant.expand(count, -1, -1, -1), generator=generator(), strength=s)
+    factor = factor[:, 0, 0, 0] / 0.4
+    changed = (factor - 1).abs() > 1e-6
+    assert changed.float().mean().item() == pytest.approx(0.8 * s, abs=4 * (0.24 / count) ** 0.5)
+    assert 0.8 <= factor.min() + 1e-6 < 0.81 and 1.19 < factor.max() - 1e-6 <= 1.2  # 1 ± 0.8·0.5·s
+
+
+def test_strength_leaves_the_others_as_they_are():
+    others, images = Augmentation(crop=2, flip=True, cutout=3, gaussian=0.1), batch(channels=1)
+    weak = others(images, generator=generator(), strength=0.1)
+    assert torch.equal(weak, others(images, generator=generator()))
+
+
 def test_one_channel_jitter_has_no_colour():
     images = batch(channels=1)
     one = torch.ones(6)
@@ -300,6 +374,9 @@ def test_one_channel_jitter_has_no_colour():
         ({"gaussian": -0.1}, "greater than or equal to 0"),
         ({"gaussian": 25}, "less than or equal to 2"),
         ({"croop": 4}, "croop"),
+        ({"anneal": 0.05, "crop": 4, "flip": True}, "all three are off, got anneal 0.05; set one of them"),
+        ({"anneal": 1.0, "greyscale": 0.2}, "less than 1"),
+        ({"anneal": 0, "greyscale": 0.2}, "greater than 0"),
     ],
 )
 def test_bad_settings_are_refused(keys, message):

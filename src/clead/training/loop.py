@@ -136,14 +136,10 @@ def _forward_backward(
         with record_function("loss"), amp:
             return config.method.loss(model, views, step)
 
-    def ascent() -> torch.Tensor:
-        buffers = [] if memory is None else [(part, part.clone()) for part in memory.buffers()]
-        loss = scaler.scale(output().loss)
-        for part, before in buffers:  # of the model's own perturbed_weights sees to it
+    kept = [(part, part.clone()) for part in memory.buffers()] if config.train.awp and memory is not None else []
+    with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp):
+        for part, before in kept:  # the ascent leaves the memory's buffers as they are, as it does the model's
             part.copy_(before)
-        return loss
-
-    with perturbed_weights(model, ascent, config.train.awp):
         found = output()
         with record_function("backward"):
             scaler.scale(found.loss).backward()
@@ -278,7 +274,8 @@ def fit(
         validated: dict[str, float] = {}
         while at.step < steps and not at.stopped_early:
             with record_function("data"):
-                batch = loader.batch(*divmod(at.step // config.method.replays, per_epoch), at.step / steps)
+                turn = at.step // config.method.replays
+                batch = loader.batch(*divmod(turn, per_epoch), turn * config.method.replays / steps)
                 if settings.channels_last:
                     names = ("images", "second_view", "stored")
                     views = {name: part for name in names if (part := getattr(batch, name)) is not None}
