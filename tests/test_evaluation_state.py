@@ -116,7 +116,7 @@ def test_kill_9_in_a_real_process(run, alone):
 
 
 def test_a_damaged_part_is_computed_again(run, alone, monkeypatch):
-    monkeypatch.setattr(api, "discard", lambda path: None)
+    monkeypatch.setattr("clead.api.evaluation.discard", lambda path: None)
     assert evaluated(run) == alone
     first, second = (run / "results" / "evaluation.state" / name for name in parts(run)[1:3])
     first.write_bytes(first.read_bytes()[:-3])
@@ -138,17 +138,20 @@ def test_a_damaged_part_is_computed_again(run, alone, monkeypatch):
 )
 def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypatch):
     def killed(self, key, *part):
+        put(self, key, *part)
         raise Killed
+
+    put = State.put
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(State, "put", killed)
         evaluated(run)
     weights = run / "last.safetensors"
     if "last" in change:
-        content, metadata = api.load_weights(weights)
-        api_weights = {key: value + 1 if key.endswith("bias") else value for key, value in content.items()}
-        from clead.checkpoint import save_weights
+        from clead.checkpoint import load_weights, save_weights
 
+        content, metadata = load_weights(weights)
+        api_weights = {key: value + 1 if key.endswith("bias") else value for key, value in content.items()}
         save_weights(weights, api_weights, metadata)
     with pytest.raises(UserError) as caught:
         evaluated(run, *change)
@@ -307,7 +310,7 @@ def test_parts_without_a_header_are_of_nobody(tmp_path):
     settings: dict[str, Any] = {"steps": 2, "curve_points": 0, "check_images": 0}
     expected = clead.evaluate(net, x, y, eps=0.1, **settings).robust
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "discard", lambda path: (path / "state.json").unlink())
+        patch.setattr("clead.api.evaluation.discard", lambda path: (path / "state.json").unlink())
         assert clead.evaluate(net, x, y, eps=0.0001, state=tmp_path / "state", **settings).robust != expected
     assert list((tmp_path / "state").glob("*.safetensors"))
     assert clead.evaluate(net, x, y, eps=0.1, state=tmp_path / "state", **settings).robust == expected
@@ -325,7 +328,7 @@ def test_the_same_weights_with_another_constant_are_another_model(tmp_path, monk
     a, b = Scaled(1), Scaled(-1)
     b.load_state_dict(a.state_dict())
     x, y = torch.rand(8, 1, 4, 4), torch.arange(8) % 3
-    monkeypatch.setattr(api, "discard", lambda path: None)
+    monkeypatch.setattr("clead.api.evaluation.discard", lambda path: None)
     clead.evaluate(a, x, y, steps=1, state=tmp_path / "state", curve_points=0, check_images=0)
     with pytest.raises(UserError, match="answers: "):
         clead.evaluate(b, x, y, steps=1, state=tmp_path / "state", curve_points=0, check_images=0)

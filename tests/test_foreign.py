@@ -111,7 +111,40 @@ def test_a_factory_with_weights(place, run):
         "evaluate", "--model", "nets.py:net", "--data.path", "data.npz", *EVAL, "--out", "bare", "--json", "b.json"
     )
     assert without[0] == 0
-    assert json.loads(Path("b.json").read_text())["model"]["fingerprint"] != record["model"]["fingerprint"]
+    bare = json.loads(Path("b.json").read_text())
+    assert bare["model"]["fingerprint"] != record["model"]["fingerprint"]
+    assert any("no --weights given" in note for note in bare["notes"]) and "no --weights given" in without[1]
+    assert not any("no --weights" in note for note in record["notes"])
+
+
+def test_another_evaluation_does_not_replace_a_record(place, run):
+    arguments = ("--model", "nets.py:net", "--weights", "net.safetensors", "--data.path", "data.npz", *EVAL)
+    folder = Path("evaluations/nets.py-net")
+    assert run("evaluate", *arguments)[0] == 0
+    first = (folder / "evaluation.json").read_text()
+    assert run("evaluate", *arguments)[0] == 0 and not (folder / "earlier").exists(), "the same again replaces itself"
+    first = (folder / "evaluation.json").read_text()
+    code, _, err = run("evaluate", *arguments, "--suite", "quick")
+    assert code == 0 and "is kept as evaluations/nets.py-net/earlier/standard-linf-0.05-30-" in err
+    (kept,) = (folder / "earlier").glob("*.json")
+    assert kept.read_text() == first and kept.with_suffix(".safetensors").exists()
+    assert json.loads((folder / "evaluation.json").read_text())["suite"] == "quick"
+    assert run("compare", str(kept), str(folder / "evaluation.json"))[0] == 0
+
+
+def test_a_mistake_of_the_user_leaves_nothing(place, run):
+    for model in ("nets.py:nan", "nets.py:pair"):
+        assert run("evaluate", "--model", model, "--data.path", "data.npz", *EVAL)[0] == 2
+    arguments = ("--model", "nets.py:net", "--data.path", "data.npz", *EVAL, "--save-adversarial", "x.txt")
+    code, _, err = run("evaluate", *arguments)
+    assert code == 2 and "got x.txt; give a name that ends in .parquet" in err
+    assert not list(Path().rglob("*.state"))
+
+
+def test_rand_says_what_it_leaves_out(place, run):
+    arguments = ("--model", "nets.py:net", "--weights", "net.safetensors", "--data.path", "data.npz", *EVAL)
+    code, out, _ = run("evaluate", *arguments, "--suite", "rand", "--eval.images", "6")
+    assert code == 0 and "no checks of gradient masking" in out and "the model answers the same twice" in out
 
 
 @pytest.mark.parametrize("batch", ["N", 7])

@@ -136,7 +136,10 @@ def evaluate(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--suite quick] [--threat.eps 8/255]."""
+    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--suite quick] [--threat.eps 8/255].
+
+    Keys of clead train --help can be given too, such as --eval.images, --eval.batch_size, --threat.norm and --data.path.
+    """
     from clead import api
     from clead.config import bare_config, parse_overrides
     from clead.evaluation.processes import rank
@@ -336,7 +339,7 @@ def certify(
     from clead import api
 
     def work(run: str, config: RunConfig) -> Any:
-        if config.data.augment.gaussian != sigma:
+        if config.data.augment.gaussian != sigma > 0:
             trained = config.data.augment.gaussian
             _say(
                 f"note: {run} was trained with noise σ {trained:g} (data.augment.gaussian), not {sigma:g}: expect small radii"
@@ -670,6 +673,8 @@ def _print_comparison(comparison: dict[str, Any]) -> None:
     print(
         "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
     )
+    if len(rows) > 1 and not comparison["pairs"]:
+        print("not tested against each other: these are not records of the same images, threat and attacks")
     for pair in comparison["pairs"]:
         print(
             f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, "

@@ -35,5 +35,5 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     shown = known[: max(1, sum(len(", ".join(known[:n])) <= _LONGEST for n in range(1, len(known) + 1)))]
-    more = f", … ({len(known)} in all, clead list has them)" if len(shown) < len(known) else ""
+    more = f", … ({len(known)} in all)" if len(shown) < len(known) else ""
     return f"known: {', '.join(shown) or 'none'}{more}"

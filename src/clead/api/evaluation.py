@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,7 @@ def evaluate_foreign(
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     device = device_of(config.train.device)
     sources = _sources(transfer_from, images, len(splits.classes), device)
+    guessed = weights is None and not name.endswith(".onnx")
     subject = Subject(
         name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
         model=Path(name).name,
@@ -234,6 +236,7 @@ def evaluate_foreign(
         part,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
+        note=f"no --weights given: those that {subject.model} makes" if isinstance(model, str) and guessed else None,
         attacks=attacks,
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
@@ -315,7 +318,7 @@ def _sources(
     """Return names and models of the runs whose images are tried; raises UserError unless they take these images."""
     found = []
     for path in paths:
-        other = load(path).to(device)
+        other = load(path, weights=RunDir.open(Path(path)).config().eval.weights).to(device)
         if other.num_classes != num_classes:
             raise UserError(
                 f"--transfer-from {path} has {other.num_classes} classes, the data has {num_classes}; "
@@ -354,6 +357,7 @@ def _evaluate_into(
     fresh: bool,
     save_adversarial: Path | None,
     tried: TransferredPart | None = None,
+    note: str | None = None,
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
@@ -378,8 +382,12 @@ def _evaluate_into(
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if tried is not None:
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
+    if note is not None:
+        notes = [*evaluation.record.notes, note]
+        evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": notes}))
     if rank() > 0:
         return evaluation
+    _set_aside(folder, result, evaluation.record)
     write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
     if evaluation.artifacts:
         content = {key: value.contiguous() for key, value in evaluation.artifacts.items()}
@@ -390,3 +398,25 @@ def _evaluate_into(
     for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation
+
+
+def _set_aside(folder: Path, result: str, record: Record) -> None:
+    """Move a record that ``record`` does not repeat to ``folder/earlier``, with its pictures: it may have taken hours."""
+    path = folder / f"{result}.json"
+    try:
+        old = Record.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):  # there is none, or it cannot be read
+        return
+
+    def what(record: Record) -> list[str]:
+        threat = f"{record.threat.norm}-{record.threat.eps_text.replace('/', '_')}"
+        return [record.suite, threat, str(record.data.n), record.data.images[:8], record.model.fingerprint[:8]]
+
+    if what(old) == what(record):
+        return
+    for suffix in (".safetensors", ".json"):
+        kept = folder / "earlier" / f"{'-'.join(what(old))}{suffix}"
+        if path.with_suffix(suffix).exists():
+            kept.parent.mkdir(exist_ok=True)
+            path.with_suffix(suffix).replace(kept)
+    print(f"note: the record before, of another evaluation, is kept as {kept}", file=sys.stderr)

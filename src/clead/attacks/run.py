@@ -76,7 +76,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
         ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
         what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(f"the model must return logits (B, K) for {len(x)} images, got {what}")
+        raise UserError(f"the model must return logits (B, K) for {len(x)} images, got {what}; return them alone")
     if logits.shape[1] < 2:
         raise UserError(f"the model must return at least 2 logits per image, got {logits.shape[1]}; give one per class")
     return logits

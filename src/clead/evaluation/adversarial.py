@@ -23,6 +23,8 @@ _KEY = b"clead"
 def ready(path: Path) -> None:
     """Raise UserError if ``save`` could not write there: before hours of attacks, not after."""
     _pyarrow()
+    if path.suffix != ".parquet":
+        raise UserError(f"adversarial images are written as Parquet, got {path}; give a name that ends in .parquet")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -204,6 +204,13 @@ def evaluate_model(
                 store.parts.update(parts)
             curve = _curve(job, store, show) if gradients else []
             checks = _checks(job, store, source, show) if gradients else []
+            if job.draws > 1:
+                notes.append(
+                    "suite rand: no checks of gradient masking, which are for models that answer the same twice"
+                )
+                x, _ = job.inputs(slice(0, 1))
+                if torch.equal(logits_of(model, x), logits_of(model, x)):
+                    notes.append("the model answers the same twice, so suite rand says less than standard: use that")
             if not gradients:
                 notes.append("the model has no gradient: no curve and no checks of gradient masking")
             evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
@@ -247,7 +254,10 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
         clean = {_key(b, -1): _clean(job, b, subject) for b in batches if _key(b, -1) not in store.parts}
         if broken := [index for _, ids in clean.values() for index in ids]:
             more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-            raise UserError(f"logits must be finite, got NaN or infinity for images {broken[:5]}{more}")
+            raise UserError(
+                f"logits must be finite, got NaN or infinity for images {broken[:5]}{more}; "
+                "look for an overflow, a logarithm or a division by 0 in the model"
+            )
         for key, (flags, _) in clean.items():
             store.put(key, {"flags": flags}, {"seconds": 0.0})
         for batch in batches:
@@ -281,7 +291,10 @@ def _clean(job: _Job, batch: int, subject: Subject) -> tuple[Tensor, list[int]]:
     with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
         logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
         if logits.shape[1] != len(subject.classes):
-            raise UserError(f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes")
+            raise UserError(
+                f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes; "
+                "give data of the classes that it was trained for"
+            )
         broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
         flags = logits.argmax(1) == y if job.draws == 1 else _right(job, x, y, job.draws)
     return flags.cpu(), [here.start + index for index in broken.tolist()]
@@ -455,6 +468,11 @@ def _evaluation(
 
     clean = all_flags(-1)
     robust = clean.clone()
+    if clean.float().mean() <= 1 / len(subject.classes):
+        notes = [
+            *notes,
+            f"clean accuracy is no better than guessing among {len(subject.classes)} classes: are weights and pixels right?",
+        ]
     adversarial = pixels(images.images[: job.kept])
     attacks = []
     for stage, named in enumerate(job.attacks):

@@ -132,7 +132,7 @@ def certify(
     x, y = _pixels(images.images), images.labels
     k = logits_of(model, x[:1].to(device)).shape[1] if len(x) else 1
     if num_classes is not None and num_classes != k:
-        raise UserError(f"the model returns {k} logits, the data has {num_classes} classes")
+        raise UserError(f"the model returns {k} logits, the data has {num_classes} classes; give data of its classes")
     check_inputs(x, y, k)
 
     def vote(index: int) -> list[int]:

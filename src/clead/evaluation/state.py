@@ -63,7 +63,12 @@ class State:
                 with contextlib.suppress(UserError):
                     self.parts[file.stem] = load_weights(file)
             self.resumed = len(self.parts)
-            yield self
+            try:
+                yield self
+            except BaseException:
+                if not self.parts:  # a mistake found before anything was computed leaves nothing behind
+                    discard(self.path)
+                raise
 
     def put(self, key: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep a finished part; raises UserError if the disk refuses, what was kept before stays."""

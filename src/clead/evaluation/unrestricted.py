@@ -61,7 +61,7 @@ def evaluate_unrestricted(
     check_inputs(first, images.labels[:1].to(device))
     k = logits_of(model, first).shape[1]
     if classes is not None and classes != k:
-        raise UserError(f"the model returns {k} logits, the data has {classes} classes")
+        raise UserError(f"the model returns {k} logits, the data has {classes} classes; give data of its classes")
     attack.allows(first, first)  # raises if the attack does not fit into the image
 
     def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:

@@ -28,7 +28,9 @@ class OnnxModel(nn.Module):
             raise MissingExtra("onnxruntime", "onnx", "evaluating an ONNX model") from None
         self.path = Path(path)
         if not self.path.is_file():
-            raise UserError(f"no ONNX file at {path}")
+            raise UserError(
+                f"no ONNX file at {path}; give the path of a file that torch.onnx.export or another tool wrote"
+            )
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3

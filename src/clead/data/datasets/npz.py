@@ -39,7 +39,7 @@ def read_npz(path: Path) -> Found:
             arrays = {key: file[key] for key in file.files if key in (*_KEYS, "classes")}
             keys = file.files
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) and "pickle" not in str(error) else type(error).__name__
         raise UserError(
             f"{path}: not a readable .npz file without pickled objects ({reason}); write it with numpy.savez "
             "and plain arrays"
