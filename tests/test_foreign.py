@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from clead import api, cli
@@ -210,3 +211,26 @@ def test_other_mistakes(place, run):
     Path("bad.onnx").write_text("no")
     with pytest.raises(UserError, match="is not an ONNX model"):
         OnnxModel("bad.onnx")
+
+
+def test_test_images_alone_are_enough_to_evaluate_on(place, run):
+    with np.load("data.npz") as file:
+        x, y = file["x_test"], file["y_test"]
+    seen = y < 2  # the last class is not among them, so it is named
+    np.savez("test.npz", x_test=x[seen], y_test=y[seen], classes=["0", "1", "2"])
+    for label in (0, 1, 2):
+        Path(f"images/test/{label}").mkdir(parents=True)
+        for number, image in enumerate(x[y == label][:4]):
+            pixels = image.squeeze() if image.dtype == np.uint8 else (image.squeeze() * 255).astype(np.uint8)
+            Image.fromarray(pixels).save(f"images/test/{label}/{number}.png")
+    arguments = ("--model", "nets.py:net", "--weights", "net.safetensors", *EVAL)
+    for path, n in (("test.npz", int(seen.sum())), ("images", 12)):
+        code, _, err = run("evaluate", *arguments, "--data.path", path, "--json", "r.json")
+        assert code == 0, err
+        record = json.loads(Path("r.json").read_text())
+        assert record["data"]["n"] == n and record["data"]["classes"] == ["0", "1", "2"]
+        code, _, err = run("train", "digits-standard", "--data.name", "auto", "--data.path", path)
+        assert code == 2 and f"got 0 and {n}; add the others at --data.path" in err
+    np.savez("none.npz", x_test=x[:0], y_test=y[:0])
+    code, _, err = run("evaluate", *arguments, "--data.path", "none.npz")
+    assert code == 2 and err.count("\n") == 1, err

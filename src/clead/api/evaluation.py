@@ -208,7 +208,7 @@ def evaluate_foreign(
         show: progress.
     """
     part = Shard.parse(shard) if shard else None
-    splits = config.data.load(config.train.seed)
+    splits = config.data.load(config.train.seed, training=False)
     name = model if isinstance(model, str) else type(model).__name__
     made = _foreign(model, weights, splits)
     images = mixed(splits.test if config.eval.split == "test" else splits.val)

@@ -130,8 +130,8 @@ class InMemoryDataset(ABC):
     def read(self) -> Found:
         """Return the images as they are stored; raises UserError if they cannot be found or understood."""
 
-    def load(self, seed: int) -> Splits:
-        """Read, check, decode and split.
+    def load(self, seed: int, *, training: bool = True) -> Splits:
+        """Read, check, decode and split; without ``training``, test images alone will do.
 
         ``seed`` decides only which training images become validation images, which of the others are labelled, and which labels are
         wrong: test images, and the images that a limit keeps, are the same for every seed.
@@ -141,7 +141,10 @@ class InMemoryDataset(ABC):
                 Everything that can be checked without decoding is checked first.
         """
         found = self.read()
-        check(found, limit_train=self.limit_train)
+        if training or len(found.train.labels):
+            check(found, limit_train=self.limit_train)
+        elif not len(found.test.labels):
+            raise UserError("there must be test images, got none; check --data.path")
         train, test = self._decode(found.train, found.test)
         if self.limit_train is not None and self.limit_train < len(train):
             train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
@@ -177,7 +180,8 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
     train, test, classes = found
     if len(train.labels) == 0 or len(test.labels) == 0:
         raise UserError(
-            f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; check --data.path"
+            f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; add the others at "
+            "--data.path (only clead evaluate --model does without training images)"
         )
     problems = [
         f"{part} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; "

@@ -33,7 +33,7 @@ def read_any(path: Path) -> Found:
         return read_npz(path)
     if path.is_dir() and has_parquet(path):
         return read_parquet(path)
-    if path.is_dir() and (path / "train").is_dir():
+    if path.is_dir() and ((path / "train").is_dir() or (path / "test").is_dir()):
         return read_folder(path)
     inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
     got = f"a folder with {', '.join(inside) or 'nothing'}" if path.is_dir() else "another kind of file"

@@ -22,7 +22,7 @@ _SPLIT_SEED = 0
 @DATASETS.register("folder")
 @settings
 class Folder(InMemoryDataset):
-    """Image files in train/CLASS/ and test/CLASS/; without test/, a fixed fifth of train/ is the test set."""
+    """Image files in train/CLASS/ and test/CLASS/; without test/, a fixed fifth of train/; test/ alone to evaluate only."""
 
     path: Path = setting(..., "The folder that holds train/ and test/.")
 
@@ -33,6 +33,9 @@ class Folder(InMemoryDataset):
 
 def read_folder(root: Path) -> Found:
     """Read the files of train/CLASS/ and test/CLASS/; classes are train's folder names, sorted."""
+    if not (root / "train").is_dir() and (root / "test").is_dir():  # to be evaluated on, not trained
+        classes = [folder.name for folder in _folders(root / "test")]
+        return Found(Part([], torch.zeros(0, dtype=torch.int64), []), _part(root, "test", classes), tuple(classes))
     if not (root / "train").is_dir():
         raise UserError(f"{root} must hold a folder train/ with one folder per class; put the images in train/CLASS/")
     classes = [folder.name for folder in _folders(root / "train")]

@@ -20,7 +20,7 @@ _KEYS = ("x_train", "y_train", "x_test", "y_test")
 @DATASETS.register("npz")
 @settings
 class Npz(InMemoryDataset):
-    """A ``.npz`` file with x_train, y_train, x_test, y_test and optionally classes (names).
+    """A ``.npz`` file with x_train, y_train, x_test, y_test and optionally classes (names); x_test, y_test to evaluate only.
 
     Images are (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3, uint8 or float in [0, 1].
     """
@@ -44,6 +44,8 @@ def read_npz(path: Path) -> Found:
             f"{path}: not a readable .npz file without pickled objects ({reason}); write it with numpy.savez "
             "and plain arrays"
         ) from None
+    if "x_test" in arrays and not {"x_train", "y_train"} & set(arrays):  # to be evaluated on, not trained
+        arrays |= {f"{key}_train": arrays[f"{key}_test"][:0] for key in ("x", "y") if f"{key}_test" in arrays}
     if missing := [key for key in _KEYS if key not in arrays]:
         raise UserError(f"{path}: must hold {', '.join(_KEYS)}, lacks {', '.join(missing)}; it holds {', '.join(keys)}")
     train, test = (_part(arrays, part, path) for part in ("train", "test"))
