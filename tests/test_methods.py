@@ -232,6 +232,7 @@ BASE: dict[str, Any] = {
     "queue": 0,
     "momentum": 0.99,
     "pseudo_label_confidence": None,
+    "replays": 1,
 }
 CHANGES: list[tuple[str, Any]] = [
     ("adversarial_weight", 0.0),
@@ -266,6 +267,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("queue", 4),
     ("momentum", 0.5),
     ("pseudo_label_confidence", 0.0),
+    ("replays", 2),
 ]
 # What has to be switched on for an option to have a meaning.
 NEEDS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import clead
-from clead import api
+from clead.api.training import PSEUDO_LABELS
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.base import InMemoryDataset
@@ -71,7 +71,7 @@ def test_stages_b_and_c_are_trades_on_the_predicted_labels(teacher, tmp_path, ca
     clead.train(config("digits-trades", "--data.labelled", "1"), out=tmp_path / "truth", show=False)
     assert not same(stored(tmp_path / "rst"), stored(tmp_path / "truth"))
     assert f"{agreement:.1%} of {int(hidden.sum())} pseudo-labels by {teacher} are right" in said
-    tensors, about = load_weights(tmp_path / "rst" / api.PSEUDO_LABELS)
+    tensors, about = load_weights(tmp_path / "rst" / PSEUDO_LABELS)
     assert torch.equal(tensors["labels"][hidden], labels[hidden]) and about["agreement"] == agreement
     assert (about["from"], about["unlabelled"], about["data"]) == ("teacher", int(hidden.sum()), splits.fingerprint)
 
@@ -85,7 +85,7 @@ def test_hidden_labels_are_for_the_report_only(teacher, tmp_path):
     changed = dataclasses.replace(splits, train=dataclasses.replace(train, labels=other))
     clead.train(chosen, data=changed, out=tmp_path / "b", show=False)
     assert same(stored(tmp_path / "a"), stored(tmp_path / "b"))
-    agreement = [load_weights(tmp_path / name / api.PSEUDO_LABELS)[1]["agreement"] for name in "ab"]
+    agreement = [load_weights(tmp_path / name / PSEUDO_LABELS)[1]["agreement"] for name in "ab"]
     assert agreement[0] > agreement[1]
 
 

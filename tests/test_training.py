@@ -722,6 +722,7 @@ METHOD_CHANGES = {
     "contrastive_layer": "encoder.convolutions.5",
     "queue": "40",
     "momentum": "0.5",
+    "replays": "2",
 }
 METHOD_NEEDS = {  # what has to be switched on for an option to have a meaning
     "method.hardness": "--method.negatives hard",
