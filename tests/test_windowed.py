@@ -194,6 +194,34 @@ def test_a_model_that_cannot_be_followed_is_asked_itself(kind):
             assert windowed._memory is None
 
 
+class Excited(nn.Module):
+    """Channels are weighed by their means over the image: for one image alone, such a weight looks like a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.weigh, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8 * 24 * 24, 4)
+
+    def forward(self, x):
+        x = functional.relu(self.a(x))
+        x = x * torch.sigmoid(self.weigh(functional.adaptive_avg_pool2d(x, 1)))
+        return self.fc(functional.relu(self.b(x)).view(len(x), -1))  # a view: not of any layout
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_is_made_of_the_images_is_no_constant(count):
+    torch.manual_seed(0)
+    model, generator = Excited().eval(), torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, 24, 24, generator=generator)
+    with torch.no_grad():
+        windowed = WindowedModel(model)
+        for side in (2, 3):
+            windowed.remember(images, side)
+            for _ in range(20):
+                error, scale = ask(windowed, images, side, generator)
+                assert error <= 2e-5 * scale
+
+
 def test_square_finds_the_same_with_and_without(monkeypatch):
     model = made("resnet8")
     x = torch.rand(12, 3, 24, 24, generator=torch.Generator().manual_seed(3))

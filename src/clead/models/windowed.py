@@ -75,7 +75,10 @@ class WindowedModel:
                 self.model(images[:1])
             self._work = counter.get_total_flops() / 2
         memory = _Memory()
-        self.model(_Changed(memory, images[:, :, :side, :side], 0, 0, memory.slot(images.shape, images)))
+        try:
+            self.model(_Changed(memory, images[:, :, :side, :side], 0, 0, memory.slot(images.shape, images)))
+        except Exception:  # whatever a model does to such a tensor, images themselves can be given to it
+            return
         if memory.worthwhile(self._work):
             memory.finish()
             self._memory = memory
@@ -88,11 +91,11 @@ class WindowedModel:
         memory = self._memory
         if memory is None:
             return self.model(images)
-        memory.count = 0
+        memory.count = memory.constant = 0
         values = images[:, :, row : row + self.side, column : column + self.side].clone()
         try:
             logits = self.model(_Changed(memory, values, row, column, memory.slot()))
-        except _OtherWay:
+        except Exception:  # as above, or _OtherWay
             self._memory = None
             return self.model(images)
         if not self._checked:
@@ -189,6 +192,8 @@ class _Memory:
         self.slots: list[_Slot] = []
         self.count = 0
         self.recording = True
+        self.constants: list[Tensor] = []
+        self.constant = 0
         self.saved = 0.0  # multiplications per image that convolutions are spared
 
     def slot(self, shape: torch.Size | None = None, whole: Tensor | None = None) -> _Slot:
@@ -200,6 +205,14 @@ class _Memory:
         if self.count > len(self.slots):
             raise _OtherWay
         return self.slots[self.count - 1]
+
+    def same(self, value: Tensor) -> None:
+        """Raise _OtherWay unless ``value`` is what it was in the first pass: it may be made of the images."""
+        if self.recording:
+            self.constants.append(value.clone())
+        elif not torch.equal(value, self.constants[self.constant]):
+            raise _OtherWay
+        self.constant += 1
 
     def worthwhile(self, work: float) -> bool:
         """Say whether windows save enough of ``work`` multiplications, and fit into memory."""
@@ -324,11 +337,15 @@ def _binary(func: Callable[..., Tensor], x: Any, other: Any, **kwargs: Any) -> A
     if isinstance(x, _Changed) and isinstance(other, _Changed):
         return _both(func, x, other, **kwargs)
     if isinstance(x, _Changed):
-        if isinstance(other, Tensor) and not _uniform(other):
-            return NotImplemented
+        if isinstance(other, Tensor):
+            if not _uniform(other):
+                return NotImplemented
+            x.memory.same(other)
         return x.then(lambda value: func(value, other, **kwargs), func(x.window, other, **kwargs), x.row, x.column)
-    if isinstance(x, Tensor) and not _uniform(x):
-        return NotImplemented
+    if isinstance(x, Tensor):
+        if not _uniform(x):
+            return NotImplemented
+        other.memory.same(x)
     return other.then(lambda value: func(x, value, **kwargs), func(x, other.window, **kwargs), other.row, other.column)
 
 
