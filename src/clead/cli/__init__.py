@@ -1,0 +1,12 @@
+"""The command line: one file per command; ``clead --help`` shows them in this order."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from clead.cli.application import main
+
+__all__ = ["main"]
+
+for _command in ("train", "evaluate", "attack", "measure", "compare", "report", "demo", "list"):
+    import_module(f"clead.cli.{_command}")

@@ -1,0 +1,105 @@
+"""The command line: a thin layer over ``clead.api``. PyTorch is imported only by the commands that compute."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clead.errors import UserError
+
+app = typer.Typer(
+    name="clead",
+    help="Train image classifiers that withstand adversarial attacks, measure them honestly, and see it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file too.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what a stopped call has left.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from clead import __version__
+
+        print(f"clead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def say(text: str) -> None:
+    """Print at once, though a pipe reads it."""
+    print(text, flush=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, all of it or nothing."""
+    from clead.checkpoint import write_atomically
+
+    write_atomically(path, json.dumps(content, indent=1).encode())
+
+
+class Stopped(Exception):
+    """Ctrl-C: the command line's library would swallow a KeyboardInterrupt's message."""
+
+
+@contextmanager
+def interruptible() -> Generator[None, None, None]:
+    """Let Ctrl-C, and what it left to say, reach ``main``."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(str(error) or "interrupted") from error
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    logging.basicConfig(format="clead: %(message)s", level=logging.WARNING)
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"clead: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt, typer.Abort) as error:
+        print(f"clead: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"clead: error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        kind, usage = type(error).__name__, getattr(error, "format_message", None)
+        if usage is not None and kind == "NoArgsIsHelpError":
+            print(usage(), file=sys.stderr)
+            sys.exit(2)
+        if usage is not None:  # a usage error of the command line
+            print(f"clead: error: {' '.join(usage().split())}", file=sys.stderr)
+            sys.exit(2)
+        if kind == "NonFiniteLoss":
+            print(f"clead: error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if kind == "OutOfMemoryError":
+            print(
+                "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size", file=sys.stderr
+            )
+            sys.exit(1)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)

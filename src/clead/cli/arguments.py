@@ -1,0 +1,78 @@
+"""What stands on the command line: runs, and ``--group.key VALUE``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clead.errors import UserError
+
+if TYPE_CHECKING:
+    from clead.config import RunConfig
+
+
+def runs_and_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part run directories, of which there must be one, from settings."""
+    from clead.config import parse_overrides
+
+    runs, overrides = positional(arguments)
+    if not runs:
+        parse_overrides(overrides)
+        raise UserError("which run? give one or several run directories, such as runs/NAME-TIME, got none")
+    return runs, overrides
+
+
+def positional(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Part what stands by itself from ``--key VALUE`` and ``--key=VALUE``, in whatever order they were given."""
+    alone: list[str] = []
+    overrides: list[str] = []
+    for argument in arguments:
+        waits = bool(overrides) and overrides[-1].startswith("--") and "=" not in overrides[-1]
+        (overrides if argument.startswith("--") or waits else alone).append(argument)
+    return alone, overrides
+
+
+def only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
+    """Refuse settings that would change nothing here, because the run is trained already."""
+    from clead.config import GROUPS, parse_overrides
+
+    suite = ("suite", "steps", "curve_points", "curve_images", "curve_steps", "check_images")
+    problems = []
+    for path, _ in parse_overrides(overrides):
+        key = ".".join(path)
+        useless = path[0] in (*GROUPS, "stages") and path[0] not in groups and key != "train.device"
+        if useless or ("attack" in groups and path[0] == "eval" and path[-1] in suite):
+            hint = instead if path[0] in ("attack", "eval") else f"settings of {', '.join(groups)} and train.device do"
+            problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
+    if problems:
+        raise UserError(*problems)
+
+
+def parts(text: str) -> list[str]:
+    """Return what stands between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def without(overrides: list[str], start: str) -> list[str]:
+    """Leave out the settings whose key begins so, with their values."""
+    kept, skip = [], False
+    for argument in overrides:
+        if argument.startswith("--"):
+            dropped = argument.startswith(start)
+            skip = dropped and "=" not in argument
+            if dropped:
+                continue
+        elif skip:
+            skip = False
+            continue
+        kept.append(argument)
+    return kept
+
+
+def changed(run: str, overrides: list[str]) -> RunConfig:
+    """Return the configuration of a run with these settings instead."""
+    from clead.checkpoint import RunDir
+    from clead.config import load_recipe
+
+    opened = RunDir.open(Path(run))
+    return load_recipe(str(opened.path / "config.yaml"), overrides)

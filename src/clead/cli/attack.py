@@ -1,0 +1,158 @@
+"""``clead attack``: one attack on runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clead.cli.application import OPEN, Fresh, Json, app, interruptible, say, write_json
+from clead.cli.arguments import changed, only, runs_and_overrides, without
+from clead.cli.measure import measure
+from clead.cli.printing import print_record
+from clead.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from clead.config import RunConfig
+
+_STRONG_PGD = (
+    *("--attack.name", "pgd", "--attack.steps", "50", "--attack.step_size", "null", "--attack.restarts", "1"),
+    *("--attack.random_start", "true", "--attack.keep", "best"),
+)
+
+
+@app.command(context_settings=OPEN)
+def attack(
+    context: typer.Context,
+    objective: Annotated[str | None, typer.Option(help="What the attack maximises; cross_entropy by default.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
+    ] = None,
+    fresh: Fresh = False,
+    json_file: Json = None,
+) -> None:
+    """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
+    from clead import api
+    from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
+    from clead.config import parse_overrides
+    from clead.evaluation.suites import NamedAttack, attack_name
+    from clead.interfaces import Search
+    from clead.settings import validated
+
+    if objective is not None:
+        OBJECTIVES.get(objective)
+    runs, overrides = runs_and_overrides(context.args)
+    if verify:
+        if fresh:
+            raise UserError("--fresh: with --verify nothing is attacked, so nothing is left of it; leave it out")
+        useless = [f"--{key}" for key, given in (("save", save), ("objective", objective)) if given is not None]
+        keys = ("eval.split", "eval.weights", "train.device")
+        paths = [".".join(path) for path, _ in parse_overrides(overrides)]
+        useless += [f"--{path}" for path in paths if not path.startswith("data.") and path not in keys]
+        if useless:
+            raise UserError(
+                *(f"{name}: changes nothing with --verify, nothing is attacked; leave it out" for name in useless)
+            )
+        found = [api.verify(run, verify, config=changed(run, overrides)) for run in runs]
+        for result in found:
+            _print_verified(result)
+        if json_file:
+            write_json(json_file, found[0] if len(found) == 1 else found)
+        return
+    settings = parse_overrides(overrides)
+    given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
+    name = str(given.get("name", "pgd"))
+    if name in UNRESTRICTED.names():
+        for option, useless in (("--objective", objective is not None), ("--save", save is not None)):
+            if useless:
+                raise UserError(
+                    f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
+                )
+        del given["name"]
+        unrestricted = validated(UNRESTRICTED.get(name), given, "attack")
+        keys = ("attack", "eval.batch_size")
+
+        def work(run: str, config: RunConfig) -> Any:
+            return api.unrestricted_run(run, unrestricted, config=config, fresh=fresh)
+
+        measure(runs, overrides, keys, work, json_file)
+        return
+    if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
+        raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")
+    only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
+    if save and len(runs) > 1:
+        raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
+    fixed = [
+        "--eval.curve_points",
+        "0",
+        "--eval.check_images",
+        "0",
+        *(["--eval.gallery", "1000000000"] if save else []),
+    ]
+    foreign = None
+    if ":" in name:  # torchattacks:NAME or foolbox:NAME, with the settings of that class
+        from clead.attacks.external import external
+
+        foreign = external(given.pop("name"), **given)
+        overrides = without(overrides, "--attack.")
+        given = {"name": None}
+    # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
+    if given.get("name", "pgd") == "pgd":
+        overrides = [*_STRONG_PGD, *overrides]
+    configs = [changed(run, [*overrides, *fixed]) for run in runs]
+    contents = []
+    for run, config in zip(runs, configs, strict=True):
+        used = foreign or config.attack
+        if objective is not None and isinstance(used, Search):
+            raise UserError(
+                f"--objective: {attack_name(used)} searches by itself and maximises none, got {objective}; leave it out"
+            )
+        name = attack_name(used, objective or "cross_entropy")
+        result = "attack-" + re.sub(r"[^a-z0-9]+", "-", name.lower().replace("×", "x"))
+        with interruptible():
+            evaluation = api.evaluate_run(
+                run,
+                config=config,
+                attacks=[NamedAttack(name, used, objective or "cross_entropy")],
+                result=result,
+                fresh=fresh,
+            )
+        print_record(evaluation.record)
+        say(f"record: {run}/results/{result}.json")
+        contents.append(json.loads(evaluation.record.model_dump_json()))
+        if save:
+            _save_images(save, evaluation)
+    if json_file:
+        write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    say(
+        f"{result['run']}: of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
+        f"classified wrong; largest perturbation {result['largest']:.6g} of eps {result['eps']:.6g}, {result['outside']} "
+        f"outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
+    )
+
+
+def _save_images(path: Path, evaluation: Any) -> None:
+    import io
+
+    import numpy as np
+
+    from clead.checkpoint import write_atomically
+
+    parts = evaluation.artifacts
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        x=parts["x"].numpy(),
+        x_adv=parts["x_adv"].numpy(),
+        labels=parts["labels"].numpy(),
+        robust=np.array(evaluation.record.robust_flags),
+    )
+    write_atomically(path, buffer.getvalue())
+    say(f"images: {path}")

@@ -1,0 +1,123 @@
+"""``clead evaluate``: a suite of attacks on runs, or on a model from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clead.cli.application import OPEN, Json, app, interruptible, say, write_json
+from clead.cli.arguments import changed, only, positional, runs_and_overrides
+from clead.cli.printing import print_record, verdict
+from clead.errors import MissingExtra, UserError
+
+
+@app.command(context_settings=OPEN)
+def evaluate(
+    context: typer.Context,
+    suite: Annotated[
+        str | None, typer.Option(help="standard | plus | rand | quick | adaptive | queries | pgd.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights of --model, as safetensors.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the record of --model goes; evaluations/NAME by default.")
+    ] = None,
+    transfer_from: Annotated[
+        list[str] | None, typer.Option(help="Try the adversarial images of this run too (may be repeated).")
+    ] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: compute every n-th batch from the i-th, and stop.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the record of all shards.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped evaluation has left.")] = False,
+    save_adversarial: Annotated[
+        Path | None, typer.Option(help="Write the adversarial images to this Parquet file.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Attack runs and record clean and robust accuracy: clead evaluate RUN ... [--suite quick] [--threat.eps 8/255].
+
+    Keys of clead train --help can be given too, such as --eval.images, --eval.batch_size, --threat.norm and --data.path.
+    """
+    from clead import api
+    from clead.config import bare_config, parse_overrides
+    from clead.evaluation.processes import rank
+
+    if model is None:
+        runs, overrides = runs_and_overrides(context.args)
+        for name, value in (("--weights", weights), ("--out", out)):
+            if value is not None:
+                raise UserError(f"{name} goes with --model, got {value} with runs {' '.join(runs)}")
+    else:
+        runs, overrides = positional(context.args)
+        if runs:
+            raise UserError(f"give runs or --model, got --model {model} and {' '.join(runs)}")
+    if shard and merge:
+        raise UserError(f"give --shard or --merge, got --shard {shard} and --merge")
+    if save_adversarial and len(runs) > 1:
+        raise UserError(
+            f"--save-adversarial keeps the images of one run, got {len(runs)} runs; evaluate them one by one"
+        )
+    if suite is not None:
+        if ["eval", "suite"] in [path for path, _ in parse_overrides(overrides)]:
+            raise UserError(f"--eval.suite is what --suite says too, got both, --suite {suite}; give one")
+        overrides = [*overrides, "--eval.suite", suite]
+    only(overrides, ("data", "threat", "eval"), "choose a suite with --suite, or use clead attack")
+    options: dict[str, Any] = {
+        "transfer_from": transfer_from or (),
+        "shard": shard,
+        "merge": merge,
+        "fresh": fresh,
+        "save_adversarial": save_adversarial,
+    }
+    records = []
+
+    def done(evaluation: Any, folder: Path, source: Path) -> None:
+        if rank() > 0:
+            return
+        record = evaluation.record
+        records.append(record)
+        print_record(record)
+        say(f"record: {folder}/evaluation.json")
+        if save_adversarial:
+            say(f"images: {save_adversarial}")
+        try:
+            shown = source if model is None else folder / "evaluation.json"
+            page = api.write_report([shown], source / "report.html", title=f"Robustness of {record.run}")
+            say(f"report: {page}")
+        except MissingExtra as error:  # the record is what was asked for
+            say(f"no report: {error}")
+        say(verdict(record))
+
+    @contextmanager
+    def one() -> Generator[None, None, None]:
+        try:
+            with interruptible():
+                yield
+        except api.ShardDone as finished:
+            say(str(finished))
+
+    if model is not None:
+        if ["data", "path"] not in [path for path, _ in parse_overrides(overrides)]:
+            raise UserError(
+                f"--model {model}: which images? give --data.path (and --data.name, if they are CIFAR or MNIST)"
+            )
+        config = bare_config("evaluation", overrides)
+        folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
+        with one():
+            done(api.evaluate_foreign(model, config, weights=weights, out=folder, **options), folder, folder)
+    else:
+        configs = [changed(run, overrides) for run in runs]
+        for run, config in zip(runs, configs, strict=True):
+            with one():
+                done(api.evaluate_run(run, config=config, **options), Path(run) / "results", Path(run))
+    if json_file and records:
+        content: Any = [json.loads(record.model_dump_json()) for record in records]
+        write_json(json_file, content[0] if len(content) == 1 else content)

@@ -1,0 +1,18 @@
+"""``clead list``: what there is to choose from."""
+
+from __future__ import annotations
+
+from clead.cli.application import app
+
+
+@app.command("list")
+def list_() -> None:
+    """List recipes, datasets, models, threats, attacks, objectives and methods."""
+    from clead import config
+    from clead.attacks import OBJECTIVES, UNRESTRICTED
+
+    print(f"recipes: {', '.join(config.recipe_names())}")
+    for group, (_, _, names) in config.choice_keys().items():
+        print(f"{group}: {', '.join(names)}")
+    print(f"unrestricted attacks: {', '.join(UNRESTRICTED.names())}")
+    print(f"objectives: {', '.join(OBJECTIVES.names())}")

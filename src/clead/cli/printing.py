@@ -1,0 +1,88 @@
+"""Records and comparisons as tables and sentences in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def print_record(record: Any) -> None:
+    """Print accuracies, intervals, notes and failed checks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    threat = f"{record.threat.norm} {record.threat.eps_text}"
+    table = Table(title=f"{record.run}: {record.data.n} {record.data.split} images, {threat}")
+    for column in ("attack", "accuracy", "95 % interval", "seconds"):
+        table.add_column(column, justify="left" if column == "attack" else "right")
+    table.add_row("none (clean)", *_shown(record.clean), "")
+    for part in record.attacks:
+        table.add_row(part.name, *_shown(part.robust), f"{part.seconds:.1f}")
+    if record.transferred is not None:
+        table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
+    table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
+    Console().print(table)
+    for note in record.notes:
+        print(f"note: {note}")
+    for check in record.checks:
+        if not check.passed:
+            print(f"check {check.name} failed: {check.explanation}")
+
+
+def verdict(record: Any) -> str:
+    """Return the sentence that a person can quote."""
+    from clead.evaluation.suites import in_words
+
+    worst, threat = record.worst, record.threat
+    failed = [check.name for check in record.checks if not check.passed]
+    said = (
+        f"{record.run}: {worst.accuracy:.1%} of {worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
+        f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {in_words(record)}; "
+        f"{record.clean.accuracy:.1%} are right when clean."
+    )
+    if (stored := record.transferred) is not None:
+        said += (
+            f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
+            f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
+        )
+    if failed:
+        said += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
+    return said
+
+
+def _shown(estimate: Any) -> tuple[str, str]:
+    return f"{estimate.accuracy:.2%}", f"{estimate.low:.1%} – {estimate.high:.1%}"
+
+
+def print_comparison(comparison: dict[str, Any]) -> None:
+    """Print runs beside each other, and the tests between them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = comparison["rows"]
+    names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
+    threats = sorted({row["threat"] for row in rows})
+    table = Table(
+        title=f"Accuracy on {', '.join(sorted({str(row['n']) for row in rows}))} images, {', '.join(threats)}"
+    )
+    stored = ["stored (transferred)"] if any(row["transferred"] is not None for row in rows) else []
+    for column in ("run", "clean", *names, *stored, "worst case", "95 % interval", "compute"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for row in rows:
+        cells = [f"{row['attacks'][name]:.1%}" if name in row["attacks"] else "–" for name in names]
+        cells += [f"{row['transferred']:.1%}" if row["transferred"] is not None else "–" for _ in stored]
+        compute = f"{row['forward_equivalents']:.0f}" if row["forward_equivalents"] else "–"
+        interval = f"{row['robust_low']:.1%} – {row['robust_high']:.1%}"
+        table.add_row(
+            row["run"], f"{row['clean_accuracy']:.1%}", *cells, f"{row['robust_accuracy']:.1%}", interval, compute
+        )
+    Console(width=max(100, Console().width)).print(table)
+    print(
+        "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
+    )
+    if len(rows) > 1 and not comparison["pairs"]:
+        print("not tested against each other: these are not records of the same images, threat and attacks")
+    for pair in comparison["pairs"]:
+        print(
+            f"{pair['a']} against {pair['b']}: {pair['only_a']} images held only by the first, "
+            f"{pair['only_b']} only by the second, McNemar exact p = {pair['p_value']:.2g}"
+        )
