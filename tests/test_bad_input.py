@@ -286,7 +286,7 @@ def test_settings_that_would_change_nothing_are_refused(fails, here, trained):
 def test_suites_and_their_settings(fails, here, trained):
     shutil.copytree(trained, here / "run")
     for arguments, has in (
-        ("--suite standart", "eval.suite: input should be 'standard', 'plus', "),
+        ("--suite standart", "--suite: unknown suite 'standart'; did you mean 'standard'"),
         ("--suite quick --threat.norm l0 --threat.eps 3", "suite quick is defined for linf, l2 and l1, got l0"),
         ("--eval.steps 0", "eval.steps: input should be greater than or equal to 1, got 0"),
         ("--eval.steps 1.5", "eval.steps"),

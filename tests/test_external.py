@@ -332,3 +332,17 @@ def test_a_failure_inside_the_library_is_one_line_and_leaves_no_trace():
     assert (
         "\n" not in str(caught.value) and random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     )
+
+
+def test_settings_are_those_of_the_library_and_weak_ones_are_told():
+    attack = external("torchattacks:PGD", steps=5)
+    assert attack.description == {"name": "torchattacks:PGD", "alpha": 2 / 255, "steps": 5, "random_start": True}
+    said = attack.doubt(THREATS.get("linf")(eps=0.1))
+    assert (
+        said is not None and "5 steps of 0.007843, which cannot cross eps 0.1" in said and "--attack.steps 32" in said
+    )
+    assert attack.doubt(THREATS.get("linf")(eps=8 / 255)) is None  # 5 × 2/255
+    assert external("foolbox:LinfPGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # 40 steps of a thirtieth of it
+    assert external("foolbox:LinfPGD", steps=20).doubt(THREATS.get("linf")(eps=0.3)) is not None
+    assert external("foolbox:LinfPGD", abs_stepsize=0.1).doubt(THREATS.get("linf")(eps=0.3)) is None
+    assert external("torchattacks:APGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # it sets its steps itself

@@ -240,6 +240,12 @@ def test_a_wrong_input_is_named(robust, change, names):
     assert names <= failed(Before(change, robust))
 
 
+def test_noise_is_not_taken_for_rounding(robust):
+    found = checks(Before(lambda x: x + 0.1 * torch.randn_like(x), robust))
+    assert not found["deterministic"].passed
+    assert found["smooth"].passed or "see the check deterministic" in found["smooth"].explanation
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import evaluated_images, image_shape, load, load_model, open_run
 from clead.attacks.run import check_inputs, logits_of
-from clead.checkpoint import RunDir, check_weights, load_weights, write_atomically
+from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
@@ -29,6 +29,7 @@ from clead.interfaces import ImageSet, Splits
 from clead.models.custom import make_module
 from clead.models.onnx import OnnxModel
 from clead.models.split import adapt
+from clead.models.split import weights as model_weights
 from clead.report.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
@@ -255,8 +256,9 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         config: the run's configuration with changes (the data's path); the run's own if None.
 
     Returns:
-        ``n``; ``broken``, so many the file states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all
-        images, and ``accuracy_8_bits`` on the same rounded to 8 bits, as a picture file or a camera would hold them; ``largest``
+        ``made_for``, the run that was attacked, and whether this is the ``same_model``; ``n``; ``broken``, so many the file
+        states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all images, and ``accuracy_8_bits`` on the
+        same rounded to 8 bits, as a picture file or a camera would hold them; ``largest``
         perturbation, ``eps`` and how many are ``outside``. Raises UserError if the images are not those that the run is
         evaluated on.
     """
@@ -282,6 +284,8 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         )
     return {
         "run": run.name,
+        "made_for": about["run"],
+        "same_model": about["model"] == fingerprint(model_weights(model)),
         "n": len(labels),
         "broken": int((~about["robust"]).sum()),
         "wrong": int((~right & ~about["robust"]).sum()),

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import math
 import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -108,6 +109,31 @@ class External:
         except AttributeError:  # foolbox knows of no distance for this attack
             return None
         return ("linf",) if p == float("inf") else (f"l{p}",)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Every setting that the attack runs with, its library's own defaults among them, as plain data."""
+        library, cls = _find(self.name)
+        used = {key: p.default for key, p in _parameters(cls).items() if key not in _OURS[library]} | self.options
+        plain = {key: value if isinstance(value, str | int | float | None) else repr(value) for key, value in used.items()}
+        return {"name": self.name, **plain}
+
+    def doubt(self, threat: Threat) -> str | None:
+        """Return why the attack is weak against ``threat`` by its settings alone, if it is: its steps end before the edge.
+
+        In torchattacks the step is ``alpha``; in foolbox ``abs_stepsize``, or else ``rel_stepsize`` of the radius.
+        """
+        used, eps = self.description, float(threat.eps)
+        steps = used.get("steps")
+        size = used.get("alpha") if self.name.startswith("torchattacks:") else used.get("abs_stepsize")
+        if size is None and isinstance(relative := used.get("rel_stepsize"), float):
+            size = relative * eps
+        if not isinstance(steps, int) or not isinstance(size, float) or steps * size >= eps:
+            return None
+        return (
+            f"{self.name} takes {steps} steps of {size:.4g}, which cannot cross eps {eps:.4g}: a weak attack; "
+            f"give more or longer ones, such as --attack.steps {math.ceil(2.5 * eps / size)}"
+        )
 
     def search(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None

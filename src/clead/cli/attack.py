@@ -122,6 +122,9 @@ def attack(
                 fresh=fresh,
             )
         print_record(evaluation.record)
+        if foreign is not None:
+            settings = (f"{key} {value}" for key, value in foreign.description.items() if key != "name")
+            say(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
         say(f"record: {run}/results/{result}.json")
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
@@ -131,8 +134,10 @@ def attack(
 
 
 def _print_verified(result: dict[str, Any]) -> None:
+    made = f"the images were made for another model, {result['made_for']}, so what is right here is no robustness; "
+    whose = "" if result["same_model"] else made
     say(
-        f"{result['run']}: of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
+        f"{result['run']}: {whose}of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
         f"classified wrong; largest perturbation {result['largest']:.6g} of eps {result['eps']:.6g}, {result['outside']} "
         f"outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
     )

@@ -7,14 +7,14 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from clead.cli.application import OPEN, Json, app, interruptible, say, write_json
 from clead.cli.arguments import changed, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
-from clead.errors import MissingExtra, UserError
+from clead.errors import MissingExtra, UserError, did_you_mean
 
 
 @app.command(context_settings=OPEN)
@@ -49,6 +49,7 @@ def evaluate(
     from clead import api
     from clead.config import bare_config, parse_overrides
     from clead.evaluation.processes import rank
+    from clead.evaluation.suites import SuiteName
 
     if model is None:
         runs, overrides = runs_and_overrides(context.args)
@@ -66,6 +67,8 @@ def evaluate(
             f"--save-adversarial keeps the images of one run, got {len(runs)} runs; evaluate them one by one"
         )
     if suite is not None:
+        if suite not in get_args(SuiteName):
+            raise UserError(f"--suite: unknown suite {suite!r}; {did_you_mean(suite, get_args(SuiteName))}")
         if ["eval", "suite"] in [path for path, _ in parse_overrides(overrides)]:
             raise UserError(f"--eval.suite is what --suite says too, got both, --suite {suite}; give one")
         overrides = [*overrides, "--eval.suite", suite]

@@ -361,13 +361,16 @@ def _smooth(probe: _Probe) -> CheckPart:
     moved = objective(Linf(eps=0.1).random_start(x, generator=probe.generator)) - value
     flat_but_moved = (flat(gradient).abs().amax(1) == 0) & (moved.abs() > rounding)
     wrong = int((~agrees | flat_but_moved).sum())
+    random_ = int(((objective(x) - value).abs() > rounding).sum()) > few(n)  # named elsewhere
     return _part(
         "smooth",
         wrong <= max(3, 0.25 * n),
         f"For {wrong} of {n} images a small step along the gradient does not change the margin as the gradient says",
         "The gradient is the slope of what the model computes",
-        "The model is constant in steps or jumps (inputs rounded, compressed or binarised?), and its gradient is not its slope. "
-        "Attack it with a differentiable stand-in for that layer (BPDA, Athalye 2018), and trust black-box attacks only",
+        "The model answers differently each time (see the check deterministic), which hides the slope of what it computes"
+        if random_
+        else "The model is constant in steps or jumps (inputs rounded, compressed or binarised?), and its gradient is not its "
+        "slope. Attack it with a differentiable stand-in for that layer (BPDA, Athalye 2018), and trust black-box attacks only",
         disagree=wrong / n,
     )
 

@@ -64,7 +64,8 @@ def shards(state: Path) -> list[Path]:
     counts = sorted({int(match[2]) for match in found.values()})
     if len(counts) > 1:
         raise UserError(
-            f"--merge: {state.parent} holds shards of several divisions (n = {', '.join(map(str, counts))}); remove all but one"
+            f"--merge: {state.parent} holds shards of several divisions (n = {', '.join(map(str, counts))}); remove the folders "
+            f"of all but one: {', '.join(path.name for path in sorted(found))}"
         )
     have = {int(match[1]) for match in found.values()}
     if missing := sorted(set(range(1, counts[0] + 1)) - have):

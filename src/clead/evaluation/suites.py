@@ -83,8 +83,10 @@ def describe(named: NamedAttack) -> dict[str, Any]:
     """Return an attack's settings as plain data, for the record and for comparing two evaluations."""
     attack = named.attack
     objective = {} if isinstance(attack, Search) else {"objective": named.objective}
+    if isinstance(description := getattr(attack, "description", None), dict):
+        return {**objective, "attack": type(attack).__name__, **description}
     if not is_dataclass(attack) or isinstance(attack, type):
-        return {**objective, "attack": type(attack).__name__, **getattr(attack, "description", {})}
+        return {**objective, "attack": type(attack).__name__}
     values = asdict(attack)
     return {**objective, **{key: value.text if isinstance(value, Ratio) else value for key, value in values.items()}}
 

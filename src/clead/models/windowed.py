@@ -7,7 +7,9 @@ have reached: a window of k pixels reaches k + 2 after a 3×3 convolution.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,8 @@ _WORTH = 1.3
 _PART = 0.6
 """A layer of which the change reaches more than this part is computed whole, and so are all after it."""
 _TOLERANCE = 1e-3
+_CHECKED = {1, 2, 3, 10, 50, 250}
+"""Questions about one side whose answers are compared with the model's: what goes wrong may do so when a window is kept."""
 
 
 class Prepared:
@@ -62,21 +66,22 @@ class WindowedModel:
         self.model = model
         self.side = 0
         self._memory: _Memory | None = None
-        self._checked = False
+        self._asked = 0  # since the side changed
         self._work = 0.0
 
     def remember(self, images: Tensor, side: int) -> None:
         """Go by ``images``, (n, C, H, W), and windows of ``side`` pixels from here on; nothing happens if it does already."""
         if side == self.side:
             return
-        self.side, self._checked, self._memory = side, False, None
+        self.side, self._asked, self._memory = side, 0, None
         if not self._work:
             with FlopCounterMode(display=False) as counter:
                 self.model(images[:1])
             self._work = counter.get_total_flops() / 2
         memory = _Memory()
         try:
-            self.model(_Changed(memory, images[:, :, :side, :side], 0, 0, memory.slot(images.shape, images)))
+            with _uncompiled():
+                self.model(_Changed(memory, images[:, :, :side, :side], 0, 0, memory.slot(images.shape, images)))
         except Exception:  # whatever a model does to such a tensor, images themselves can be given to it
             return
         if memory.worthwhile(self._work):
@@ -94,12 +99,13 @@ class WindowedModel:
         memory.count = memory.constant = 0
         values = images[:, :, row : row + self.side, column : column + self.side].clone()
         try:
-            logits = self.model(_Changed(memory, values, row, column, memory.slot()))
+            with _uncompiled():
+                logits = self.model(_Changed(memory, values, row, column, memory.slot()))
         except Exception:  # as above, or _OtherWay
             self._memory = None
             return self.model(images)
-        if not self._checked:
-            self._checked = True
+        self._asked += 1
+        if self._asked in _CHECKED:
             plain = self.model(images)
             if not torch.allclose(logits, plain, rtol=_TOLERANCE, atol=_TOLERANCE * float(plain.abs().max())):
                 self._memory = None
@@ -110,8 +116,11 @@ class WindowedModel:
         """Keep the new window of the images where ``better``, (n,) bool, and forget the others."""
         if self._memory is not None:
             chosen = better.nonzero()[:, 0]  # synchronises the device
-            for slot in self._memory.slots:
-                slot.settle(better, chosen)
+            try:
+                for slot in self._memory.slots:
+                    slot.settle(better, chosen)
+            except RuntimeError:  # a model may make tensors that nobody else may write into
+                self._memory = None
 
     def keep(self, stands: Tensor) -> None:
         """Go on with the images ``stands``, (n,) bool."""
@@ -120,8 +129,22 @@ class WindowedModel:
                 slot.keep(stands)
 
 
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Let compiled parts of a model run as they were written, if there can be any: tracing such a tensor would fail, at length."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
 class _OtherWay(Exception):
     """A model did not compute what it had computed before."""
+
+
+class _Window(NamedTuple):
+    """The activations in a window, (n, C, *sides), as they were when they were read: an operation in place makes others of them."""
+
+    values: Tensor
+    row: int
+    column: int
+    sides: tuple[int, int]
 
 
 class _Slot:
@@ -130,7 +153,7 @@ class _Slot:
     def __init__(self, shape: torch.Size, whole: Tensor | None) -> None:
         self.shape, self.whole, self.border = shape, whole, 0
         self.cache: Tensor | None = None
-        self.pending: _Changed | None = None  # the windows that are asked about
+        self.pending: _Window | None = None  # what is asked about
         self.old: Tensor | None = None  # what was in their place, if they are in the cache
 
     def need(self, border: int) -> None:
@@ -150,7 +173,7 @@ class _Slot:
 
     def read(self, x: _Changed, row: int, column: int, sides: tuple[int, int]) -> Tensor:
         """Return a patch with the window of ``x`` in it, (n, C, *sides); it may begin in the border."""
-        self.pending = x
+        self.pending = x.now()
         patch = self.at(row, column, sides).clone()
         top, left = max(x.row, row), max(x.column, column)
         bottom = min(x.row + x.sides[0], row + sides[0])
@@ -162,7 +185,7 @@ class _Slot:
 
     def all(self, x: _Changed) -> Tensor:
         """Return the activations with the window of ``x`` in them, (n, C, H, W): the cache itself, until it is settled."""
-        self.pending = x
+        self.pending = x.now()
         if self.old is None:
             here = self.at(x.row, x.column, x.sides)
             self.old = here.clone()
@@ -176,7 +199,7 @@ class _Slot:
             here = self.at(x.row, x.column, x.sides)
             here.copy_(torch.where(better[:, None, None, None], here, self.old))
         elif x is not None and len(chosen):
-            self.at(x.row, x.column, x.sides)[chosen] = x.window[chosen].permute(0, 2, 3, 1)
+            self.at(x.row, x.column, x.sides)[chosen] = x.values[chosen].permute(0, 2, 3, 1)
         self.pending = self.old = None
 
     def keep(self, stands: Tensor) -> None:
@@ -279,6 +302,10 @@ class _Changed(Tensor):
             return self.slot.whole.clone() if copy else self.slot.whole
         whole = self.slot.all(self)
         return whole.clone(memory_format=torch.channels_last) if copy else whole
+
+    def now(self) -> _Window:
+        """Return the window as it is at present."""
+        return _Window(self.window, self.row, self.column, self.sides)
 
     def around(self, row: int, column: int, sides: tuple[int, int], border: int) -> Tensor:
         """Return a patch, (n, C, *sides), that may reach ``border`` pixels out of the image, where there are zeros."""
