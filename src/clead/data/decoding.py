@@ -69,9 +69,12 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
         part = slice(start, start + _CHUNK)
         return [_decode_one(blob, name, fit) for blob, name in zip(blobs[part], names[part], strict=True)]
 
-    workers = os.cpu_count() if sum(map(len, blobs)) > _THREADS_ABOVE * len(blobs) else 1
-    with ThreadPoolExecutor(workers) as pool:
-        arrays = [array for chunk in pool.map(run, range(0, len(blobs), _CHUNK)) for array in chunk]
+    if len(blobs) <= _CHUNK:  # one piece of work: starting a thread for it takes longer than a small image
+        arrays = run(0)
+    else:
+        workers = os.cpu_count() if sum(map(len, blobs)) > _THREADS_ABOVE * len(blobs) else 1
+        with ThreadPoolExecutor(workers) as pool:
+            arrays = [array for chunk in pool.map(run, range(0, len(blobs), _CHUNK)) for array in chunk]
     images = _stack(arrays, names)
     if cache is not None:
         _write_cache(cache, images)

@@ -1,0 +1,60 @@
+"""``clead playground``: attack images by hand, in the browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clead.cli.application import OPEN, app, interruptible, say
+from clead.errors import MissingExtra
+
+
+@app.command(context_settings=OPEN)
+def playground(
+    context: typer.Context,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 for any free one.", min=0, max=65535)] = 7860,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
+) -> None:
+    """Attack images by hand in the browser: clead playground RUN [RUN2 ...] [--open] [--data.path PLACE].
+
+    Two runs meet side by side, such as a standard and a hardened one; up to eight are on the leaderboard.
+    """
+    from clead.checkpoint import RunDir
+    from clead.cli.arguments import only, runs_and_overrides
+
+    runs, overrides = runs_and_overrides(context.args)
+    only(overrides, ("data",), "settings of data and train.device do")
+    for run in runs:  # before seconds of imports
+        RunDir.open(Path(run))
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Uploaded files, and what gradio makes of pictures, lie in a folder that goes with the server.
+    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="clead-playground-")
+    try:
+        try:
+            from clead.serving import ServeSettings, serve
+            from clead.serving.playground.page import PATH, mounted
+        except ModuleNotFoundError as error:
+            raise MissingExtra(str(error.name), "ui", "the playground") from None
+
+        def announce(text: str) -> None:
+            say(text)
+            where = re.search(r"https?://[^;\s]+", text)
+            assert where is not None
+            address = f"{where[0]}{PATH}/"
+            say(f"playground: {address}")
+            if show:
+                webbrowser.open(address)
+
+        settings = ServeSettings(drain_seconds=2)  # an open page holds a connection for as long as it is open
+        with interruptible():
+            serve(lambda: mounted(runs, settings, overrides), settings, host=host, port=port, say=announce)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,127 @@
+"""What requests may say, and what the server answers: the schemas of the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+from clead.report.record import Estimate
+
+Number = Annotated[float, Strict()]
+
+
+class Arrays(BaseModel):
+    """Images as nested lists (n, C, H, W) in the model's own size."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[list[list[list[Number]]]] = Field(min_length=1)
+    pixels: Literal["unit", "uint8"] = "unit"
+
+
+class PredictQuery(BaseModel):
+    """Which model answers, and whether suspicious images get no class."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="Name of the run; the first one by default.")
+    reject: Literal["true", "false"] = Field(
+        "false", description="true: an image that the detector rejects gets no label (null)."
+    )
+
+
+class ExplainQuery(PredictQuery):
+    """How many neighbours, and of which class."""
+
+    neighbours: int = Field(5, ge=1, le=50, description="Training images shown for each image.")
+    of: str | None = Field(None, description="Only neighbours of this class: what speaks for it.")
+
+
+class Suspicion(BaseModel):
+    """The detector's score; larger is more suspicious. ``threshold`` null: no image is rejected."""
+
+    score: float
+    threshold: float | None
+    rejected: bool
+
+
+class Prediction(BaseModel):
+    """One image: the most probable class (null if rejected, where that was asked for), and all probabilities."""
+
+    label: str | None
+    probability: float = Field(ge=0, le=1, description="Of the most probable class.")
+    probabilities: list[float] = Field(description="In the order of ``classes``, rounded to 6 decimals.")
+    suspicion: Suspicion | None = Field(description="null: the server has no detector.")
+
+
+class PredictAnswer(BaseModel):
+    """Predictions in the order of the images."""
+
+    model: str
+    classes: list[str]
+    predictions: list[Prediction]
+
+
+class NeighbourAnswer(BaseModel):
+    """A training image whose features point in a similar direction."""
+
+    index: int = Field(
+        description="Its place in the run's training images, after validation images were cut from them."
+    )
+    label: str
+    similarity: float = Field(ge=-1, le=1, description="Cosine of the angle between the features.")
+    thumbnail: str | None = Field(description="PNG as data URI, in its own size; null: the server does not show them.")
+
+
+class Explanation(Prediction):
+    """A prediction with its nearest training images, the nearest first."""
+
+    neighbours: list[NeighbourAnswer]
+
+
+class MeasuredAnswer(BaseModel):
+    """From ``clead detect``: the part of all images that is right, or rejected at ``rate``, under attacks.
+
+    The attacker knows the detector, or not; ``without_detector`` is what is right under the attacks that do not.
+    """
+
+    command: str
+    images: int
+    norm: str
+    eps: str
+    fitted: int
+    rate: float
+    clean_rejected: Estimate
+    without_detector: Estimate
+    attacker_unaware: Estimate
+    attacker_aware: Estimate
+
+
+class DetectorAnswer(BaseModel):
+    """The detector, how it was calibrated, and what it is worth."""
+
+    name: str
+    rate: float = Field(description="Part of clean images that it may reject.")
+    threshold: float | None
+    fitted: int = Field(description="Training images on which it was fitted.")
+    calibrated: int = Field(description="Validation images that set its threshold.")
+    warning: str
+    measured: MeasuredAnswer | None
+
+
+class ExplainAnswer(BaseModel):
+    """Explanations in the order of the images."""
+
+    model: str
+    classes: list[str]
+    explanations: list[Explanation]
+    detector: DetectorAnswer
+
+
+class Health(BaseModel):
+    """The server is up and its models are loaded."""
+
+    status: Literal["ok"]
+    version: str
+    models: list[str]

@@ -1,0 +1,270 @@
+"""A request's body to images, refused as early as possible: by its size, by its headers, before anything is decoded.
+
+Nothing in a request is taken for a path or an address, nothing is written to a disk, and no pickle is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import math
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from clead.data.decoding import FORMATS, decode
+from clead.errors import UserError
+from clead.serving.answers import Arrays
+from clead.serving.models import ServedModel
+from clead.serving.problems import Problem, first_error
+from clead.serving.settings import ServeSettings
+
+T = TypeVar("T")
+
+SMALL = 65_536
+"""Bodies up to so many bytes, and images up to so many pixels, are read at once: handing them to a thread takes longer."""
+
+NPY = "application/octet-stream"
+_REFUSED = (  # what is often sent instead of an image that is read here
+    (b"PK\x03\x04", "a zip archive"),
+    (b"GIF8", "a GIF"),
+    (b"%PDF", "a PDF"),
+    (b"II*\x00", "a TIFF"),
+    (b"MM\x00*", "a TIFF"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x93NUMPY", f"a NumPy array (send it as {NPY})"),
+)
+
+
+async def read_images(
+    request: Request, model: ServedModel, settings: ServeSettings, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    """Return the images of a request, (n, C, H, W) in the model's shape: uint8, or float32 in [0, 1].
+
+    Files are brought to that shape the way the training's were; arrays must have it. Raises Problem.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind not in ("multipart/form-data", "application/json", NPY) and not kind.startswith("image/"):
+        raise Problem(
+            415,
+            f"content-type: must be multipart/form-data with files, image/png (or another image), application/json, or {NPY} with "
+            f"a .npy file, got {kind[:60] or 'none'!r}; set the header",
+        )
+    if kind == "image/svg+xml":
+        raise Problem(415, f"content-type: an SVG is no raster image; send one of {', '.join(FORMATS)}")
+    body = await read_body(request, settings)
+    if kind == "application/json":
+        return await _aside(len(body), pool, lambda: from_json(body, model, settings))
+    if kind == NPY:
+        return await _aside(len(body), pool, lambda: from_npy(body, model, settings))
+    files = await _files(request, body, settings) if kind == "multipart/form-data" else [body]
+    pixels = count_pixels(files, settings)
+    return await _aside(max(pixels, sum(map(len, files))), pool, lambda: from_files(files, model))
+
+
+async def _aside(size: int, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """Do small work at once and large work in a thread, so that one large request does not hold up the others."""
+    return work() if size <= SMALL else await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+async def read_body(request: Request, settings: ServeSettings) -> bytes:
+    """Return the body; Problem 413 if it is, or claims to be, too long, and 408 if it does not arrive in time."""
+    limit = settings.max_body
+    close = {"Connection": "close"}
+    claimed = request.headers.get("content-length", "0")
+    too_long = Problem(413, f"body: at most {limit} bytes are read, got more; send fewer or smaller images", close)
+    if not claimed.isdecimal() or int(claimed) > limit:
+        raise too_long
+
+    async def arrive() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_long
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(arrive(), settings.read_seconds)
+    except asyncio.TimeoutError:
+        raise Problem(
+            408,
+            f"body: must arrive within {settings.read_seconds:g} seconds, it did not; send less, or over a faster line",
+            close,
+        ) from None
+
+
+async def _files(request: Request, body: bytes, settings: ServeSettings) -> list[bytes]:
+    """Return the files of a multipart body."""
+
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    parser = MultiPartParser(request.headers, whole(), max_files=settings.max_images, max_fields=0)
+    parser.spool_max_size = settings.max_body + 1  # in memory: no image reaches the disk
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise _too_many(settings, f"more than {settings.max_images}") from None
+        if "Too many fields" in error.message:
+            raise Problem(
+                422, "form: must hold files under the name 'images' only, got a plain field; leave it out"
+            ) from None
+        raise Problem(400, f"form: broken multipart data ({error.message.rstrip('.')}); send it anew") from None
+    except Exception as error:  # python-multipart meets broken bytes with many kinds
+        raise Problem(400, f"form: broken multipart data ({type(error).__name__}); send it anew") from None
+    files = []
+    try:
+        for name, value in form.multi_items():
+            if name != "images" or not isinstance(value, UploadFile):
+                raise Problem(422, f"form: files must be sent under the name 'images', got {name[:40]!r}; rename it")
+            files.append(await value.read())
+    finally:
+        await form.close()
+    if not files:
+        raise Problem(422, "form: must hold at least one file under the name 'images', got none; add one")
+    return files
+
+
+def count_pixels(files: list[bytes], settings: ServeSettings) -> int:
+    """Return the pixels of all files by their headers; Problem if they are too many, or if a file is none of the formats."""
+    total = 0
+    for number, file in enumerate(files):
+        name = f"image {number}"
+        if not file:
+            raise Problem(422, f"{name}: must be an image file, got 0 bytes; send the file's content")
+        try:
+            with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+                width, height = image.size
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            width = height = math.isqrt(settings.max_pixels) + 1
+        except UnidentifiedImageError:
+            raise Problem(415, f"{name}: must be one of {', '.join(FORMATS)}, got {_kind(file)}; convert it") from None
+        except Exception as error:  # Pillow's readers raise whatever a broken header makes them raise
+            raise Problem(422, f"{name}: not a readable image ({type(error).__name__}); replace it") from None
+        total += width * height
+        if total > settings.max_pixels:
+            many = f" ({width}×{height} here)" if width * height < 10**12 else ""
+            raise Problem(
+                413,
+                f"{name}: the images of a request may have {settings.max_pixels} pixels together, got more{many}; shrink them",
+            )
+    return total
+
+
+def _kind(file: bytes) -> str:
+    for start, name in _REFUSED:
+        if file.startswith(start):
+            return name
+    if b"<svg" in file[:1024].lower():
+        return "an SVG, which is no raster image"
+    return f"an unknown format ({len(file)} bytes)"
+
+
+def from_files(files: list[bytes], model: ServedModel) -> np.ndarray:
+    """Return the decoded images, (n, C, H, W) uint8, resized as the training's were."""
+    try:
+        images = decode(files, [f"image {number}" for number in range(len(files))], model.fit)
+    except UserError as error:
+        raise Problem(422, str(error)) from None
+    if tuple(images.shape[1:]) != model.shape:
+        _, height, width = model.shape
+        raise Problem(
+            422,
+            f"images: {model.name} was trained on images of {width}×{height} pixels, got {images.shape[3]}×{images.shape[2]}; "
+            "resize them (only square ones are resized here)",
+        )
+    return images.numpy()
+
+
+def from_json(body: bytes, model: ServedModel, settings: ServeSettings) -> np.ndarray:
+    """Return the images of a JSON object {"images": [...], "pixels": "unit" | "uint8"}."""
+    try:
+        given = Arrays.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        broken = problems[0]["type"] == "json_invalid"
+        raise Problem(400 if broken else 422, "body: not JSON" if broken else first_error(problems)) from None
+    if len(given.images) > settings.max_images:
+        raise _too_many(settings, str(len(given.images)))
+    try:
+        images = np.array(given.images, dtype=np.float64)
+    except ValueError:
+        raise Problem(
+            422, "images: all rows, channels and images must be equally long, got lists of several lengths"
+        ) from None
+    if given.pixels == "uint8":
+        checked(images, model, settings, 255)
+        whole = images.astype(np.uint8)
+        if not (images == whole).all():
+            place = _place(images != whole)
+            raise Problem(
+                422,
+                f"images{place}: must be a whole number, got {images[tuple(place)]:g}; use pixels: unit",
+            )
+        return whole
+    checked(images, model, settings, 1)
+    return images.astype(np.float32)
+
+
+def from_npy(body: bytes, model: ServedModel, settings: ServeSettings) -> np.ndarray:
+    """Return the images of a .npy file; its header is read by itself, for what it claims would be allocated."""
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read: Any = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # NumPy's reader raises whatever a broken header makes it raise
+        raise Problem(
+            400, f"body: must be a .npy file as numpy.save writes it ({type(error).__name__}); send one"
+        ) from None
+    if dtype not in (np.uint8, np.float32, np.float64):
+        raise Problem(422, f"array: must be uint8, float32 or float64, got {str(dtype)[:40]}; convert it")
+    if math.prod(shape) * dtype.itemsize != len(body) - file.tell():
+        raise Problem(
+            400, f"array: its header speaks of shape {str(shape)[:60]}, which its length contradicts; save it anew"
+        )
+    images = np.frombuffer(body, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
+    checked(images, model, settings, 255 if images.dtype == np.uint8 else 1)
+    return np.require(images, np.uint8 if images.dtype == np.uint8 else np.float32, ["C", "W"])
+
+
+def checked(images: np.ndarray, model: ServedModel, settings: ServeSettings, top: int) -> None:
+    """Raise Problem unless ``images`` is (n, C, H, W) in the model's shape, 1 ≤ n ≤ max_images, with values in [0, ``top``]."""
+    expected = "×".join(map(str, model.shape))
+    if images.ndim != 4 or images.shape[1:] != model.shape:
+        given = "×".join(map(str, images.shape)) or "a single number"
+        raise Problem(
+            422,
+            f"images: {model.name} takes n×{expected} (images, channels, rows, columns), got {given}; "
+            "bring the array to that shape, or send image files, which are resized here",
+        )
+    if not 1 <= len(images) <= settings.max_images:
+        raise _too_many(settings, str(len(images)))
+    if images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= top):
+        place = _place(~((images >= 0) & (images <= top)))
+        raise Problem(
+            422,
+            f"images{place}: a pixel must be in [0, {top}], got {images[tuple(place)]:g}; rescale the array or repair it",
+        )
+
+
+def _place(wrong: np.ndarray) -> list[int]:
+    return [int(i) for i in np.argwhere(wrong)[0]]
+
+
+def _too_many(settings: ServeSettings, given: str) -> Problem:
+    return Problem(
+        422, f"images: a request may hold 1 to {settings.max_images} images, got {given}; send several requests"
+    )

@@ -1,0 +1,76 @@
+"""How a server answers and what it refuses."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import SecretStr
+
+from clead.settings import setting, settings
+
+
+def spare_cores() -> int:
+    """Return how many of the cores that this process may use are left when one is kept for the network, at least 1."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable - 1)
+
+
+@settings
+class ServeSettings:
+    """Engine, detector, and limits of a server."""
+
+    engine: Literal["torch", "onnx"] = setting(
+        "torch", "What computes: PyTorch, or onnxruntime on the run exported in memory (on a CPU much faster)."
+    )
+    threads: int = setting(
+        default_factory=spare_cores, doc="Threads of the engine; by default all cores but one.", unit="threads", ge=1
+    )
+    max_batch: int = setting(
+        32, "Images that go through a model together; those that wait while it works are put together.", ge=1, le=4096
+    )
+    detector: Literal["mahalanobis", "nearest_neighbours", "disagreement"] | None = setting(
+        "mahalanobis",
+        "Detector of attacks, fitted on training images; null: no suspicion scores and no neighbours, and the data is not read.",
+    )
+    reject: float = setting(
+        0.05,
+        "Part of clean images that the detector may reject, which sets its threshold.",
+        unit="fraction",
+        gt=0,
+        lt=1,
+    )
+    reference: int = setting(
+        10_000,
+        "Training images, evenly by class, on which the detector is fitted and among which neighbours are sought.",
+        unit="images",
+        ge=20,
+    )
+    thumbnails: bool = setting(
+        True, "Whether /v1/explain shows the neighbouring training images; not if these are private."
+    )
+    api_key: SecretStr | None = setting(
+        None,
+        "What clients must send as X-API-Key or as a Bearer token, at least 16 characters; null: nothing.",
+        min_length=16,
+    )
+    # At most 2,000: more at once are what decode() remembers on the disk.
+    max_images: int = setting(64, "Images in one request.", ge=1, le=2000)
+    max_body: int = setting(16 * 2**20, "Size of one request.", unit="bytes", ge=1024)
+    max_pixels: int = setting(
+        25_000_000,
+        "Pixels of all image files of one request, read from their headers before anything is decoded.",
+        ge=1,
+    )
+    max_requests: int = setting(64, "Requests worked on at once; others are told to come back (503).", ge=1)
+    max_connections: int = setting(1000, "Connections that are open at once.", ge=2)
+    read_seconds: float = setting(20.0, "Time in which a request must have arrived.", unit="seconds", gt=0)
+    request_seconds: float = setting(
+        30.0,
+        "Time in which an arrived request must be answered; it is given up after that (503).",
+        unit="seconds",
+        gt=0,
+    )
+    drain_seconds: int = setting(
+        30, "Time that requests in work are given when the server is told to stop.", unit="seconds", ge=1
+    )
