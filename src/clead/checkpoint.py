@@ -198,6 +198,11 @@ class RunDir:
             )
         return RunDir(path)
 
+    def weights(self, which: str) -> Path:
+        """Return where the weights are that are called ``which``, best or last; an exported folder has only one."""
+        path, only = self.path / f"{which}.safetensors", self.path / "model.safetensors"
+        return only if only.exists() and not path.exists() else path
+
     @property
     def name(self) -> str:
         """The directory's name."""

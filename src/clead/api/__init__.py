@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clead.api.evaluation import ShardDone, evaluate, evaluate_foreign, evaluate_run, verify
+from clead.api.exporting import export_run
 from clead.api.measurements import (
     DETECT_IMAGES,
     certify_run,
@@ -28,6 +29,7 @@ __all__ = [
     "evaluate",
     "evaluate_foreign",
     "evaluate_run",
+    "export_run",
     "load",
     "probe_run",
     "profile",

@@ -129,7 +129,7 @@ def evaluated_images(
     """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
     # The run's own seed: another one would move training images into the validation split.
     splits = data if data is not None else config.data.load(trained.train.seed)
-    _, metadata = load_weights(run.path / f"{config.eval.weights}.safetensors")
+    _, metadata = load_weights(run.weights(config.eval.weights))
     if same_classes and tuple(metadata["classes"]) != splits.classes:
         raise UserError(
             f"{run.path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
@@ -148,7 +148,7 @@ def evaluated_images(
 
 def load_model(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> SplitModel:
     """Return the model of ``run`` with its ``which`` weights, best or last; ``model`` is what was trained, if that was given."""
-    path = run.path / f"{which}.safetensors"
+    path = run.weights(which)
     content, metadata = load_weights(path)
     if lacking := [key for key in ("shape", "classes", "mean_std") if key not in metadata]:
         raise UserError(

@@ -1,0 +1,244 @@
+"""Runs as folders that can be given away: the model, its configuration, and a card of what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from clead.api.opened import OpenedRun, open_run
+from clead.checkpoint import environment, fingerprint, load_weights, save_weights
+from clead.errors import UserError
+from clead.evaluation.verdicts import pixels
+from clead.interfaces import Splits
+from clead.models.onnx import OnnxModel
+from clead.models.split import weights as model_weights
+from clead.report.record import Record
+
+PRECISIONS = {"onnx": ("float32", "int8"), "safetensors": ("float32", "bfloat16")}
+"""onnxruntime's CPU has no bfloat16 convolutions; PyTorch reads 8-bit weights only with another library's help."""
+CALIBRATION = 512
+"""Training images from which int8 takes the ranges of activations."""
+_CHECKED = 64
+
+
+def export_run(
+    path: str | Path,
+    *,
+    out: str | Path,
+    format: str = "onnx",
+    precision: str = "float32",
+    weights: str = "best",
+    images: int = 200,
+    licence: str = "unknown",
+    model: nn.Module | None = None,
+    data: Splits | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Write a run's model into a folder: weights, configuration, ``export.json`` and ``README.md``, the model card.
+
+    Args:
+        path: a run directory.
+        out: a new or empty folder; nothing is left of it if anything fails.
+        format: ``onnx``, checked against PyTorch's logits on test images, or ``safetensors``, which ``clead.load`` opens.
+        precision: float32; int8 (ONNX: static quantisation, calibrated on 512 training images); bfloat16 (safetensors: half the
+            size, computed in float32). Where numbers are rounded, clean and robust accuracy are measured again.
+        weights: best or last.
+        images: so many test images are attacked after rounding.
+        licence: for the card, an identifier such as ``mit``.
+        model: your own module, if it was given as an object in Python.
+        data: loaded images instead of the configuration's.
+        push_to_hub: ``USER/NAME`` on the Hugging Face hub, when everything else is done.
+        private: whether that repository is made private, if it is new.
+        show: show progress on stderr.
+
+    Returns:
+        What ``export.json`` holds: ``file``, ``size`` in bytes, ``difference`` (largest, of logits; ONNX), ``remeasured``.
+        Raises UserError if ``out`` is not empty, an operation has no place in ONNX, or logits differ by more than 1e-4.
+    """
+    from clead.export.card import card
+    from clead.export.onnx import AGREE, difference, to_int8, to_onnx
+    from clead.export.remeasured import Remeasured, remeasure
+
+    out = Path(out)
+    _check(out, format, precision, images)
+    hub = _hub(push_to_hub) if push_to_hub else None
+    opened = open_run(path, None, model, data)
+    if weights != opened.config.eval.weights:
+        config = dataclasses.replace(opened.config, eval=dataclasses.replace(opened.config.eval, weights=weights))
+        opened = open_run(path, config, model, data)
+    original, config = opened.model.cpu(), opened.config
+    metadata = _metadata(opened, weights)
+    file = "model.onnx" if format == "onnx" else "model.safetensors"
+    staged = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    remeasured: Remeasured | None = None
+    differs: float | None = None
+    x = pixels(opened.images.images[:_CHECKED])
+    try:
+        staged.mkdir(parents=True)
+        if format == "onnx":
+            about = {
+                "clead": metadata["clead"],
+                "run": opened.run.name,
+                **{key: metadata[key] for key in ("classes", "shape")},
+            }
+            about |= {"fingerprint": fingerprint(model_weights(original)), "precision": precision}
+            content = to_onnx(original, metadata["shape"], metadata=about)
+            differs = difference(content, original, x)
+            with torch.inference_mode():
+                largest = original(x).abs().max().item()
+            if not differs <= AGREE * max(1.0, largest):
+                raise UserError(
+                    f"the exported model's logits differ from PyTorch's by {differs:.2g}, at most {AGREE:g} is allowed; "
+                    "take --format safetensors"
+                )
+            if precision == "int8":
+                content = to_int8(content, pixels(opened.splits.train.images[:CALIBRATION]).split(64))
+            (staged / file).write_bytes(content)
+            converted: nn.Module = OnnxModel(staged / file)
+        else:
+            kept = {key: value for key, value in metadata.items() if key != "clead"}
+            tensors = model_weights(original)
+            if precision == "bfloat16":
+                tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
+            save_weights(staged / file, tensors, kept)
+            converted = open_run(path, opened.config, model, data).model.cpu()
+            converted.load_state_dict(load_weights(staged / file)[0])
+        if precision != "float32":
+            chosen = opened.images.subset(torch.arange(min(images, len(opened.images))))
+            remeasured = remeasure(
+                original,
+                converted.eval(),
+                chosen,
+                config.threat,
+                opened.subject,
+                precision=precision,
+                gradients=format == "safetensors",
+                seed=config.eval.seed,
+                show=show,
+            )
+        tree = config.to_dict()
+        if "path" in tree["data"]:
+            tree["data"]["path"] = None  # of this machine
+        text = type(config).from_dict(tree).to_yaml()
+        (staged / "config.yaml").write_text(text)
+        record, notes = _record(opened)
+        if record is not None:
+            (staged / "evaluation.json").write_text(record.model_dump_json(indent=1))
+        result = {
+            "file": file,
+            "format": format,
+            "precision": precision,
+            "size": (staged / file).stat().st_size,
+            "difference": differs,
+            "remeasured": remeasured.model_dump() if remeasured else None,
+        }
+        (staged / "export.json").write_text(json.dumps(result, indent=1))
+        facts = {
+            "classes": list(metadata["classes"]),
+            "shape": list(metadata["shape"]),
+            "threat": {"norm": config.threat.norm, "text": tree["threat"]["eps"]},
+            "method": tree["method"]["name"],
+            "config": text,
+            "parameters": f"{sum(p.numel() for p in original.parameters()):,}",
+            "fingerprint": fingerprint(model_weights(original)),
+            "data_fingerprint": opened.splits.fingerprint,
+            "data": tree["data"]["name"],
+            "versions": ", ".join(f"{name} {environment()[name]}" for name in ("clead", "torch", "numpy", "python")),
+            "size": f"{result['size']:,}",
+            "difference": differs or 0.0,
+            "checked": len(x),
+        }
+        written = card(
+            name=opened.run.name,
+            format=format,
+            file=file,
+            precision=precision,
+            licence=licence,
+            facts=facts,
+            record=record,
+            remeasured=remeasured,
+            notes=notes,
+        )
+        (staged / "README.md").write_text(written)
+        if out.is_dir():
+            out.rmdir()  # it is empty
+        os.replace(staged, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    if hub is not None:
+        result["hub"] = _push(hub, out, push_to_hub or "", private)
+    return result
+
+
+def _check(out: Path, format: str, precision: str, images: int) -> None:
+    if format not in PRECISIONS:
+        raise UserError(f"--format must be {' or '.join(PRECISIONS)}, got {format!r}")
+    if precision not in PRECISIONS[format]:
+        others = [f"{name}: {', '.join(values)}" for name, values in PRECISIONS.items()]
+        raise UserError(f"--precision {precision} is not one of --format {format}; there are {'; '.join(others)}")
+    if images < 1:
+        raise UserError(f"--images must be at least 1, got {images}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out {out} is not empty; give an empty or new directory")
+
+
+def _metadata(opened: OpenedRun, which: str) -> dict[str, Any]:
+    from clead import __version__
+
+    _, metadata = load_weights(opened.run.weights(which))
+    kept = {key: metadata[key] for key in ("shape", "classes", "mean_std")}
+    return {**kept, "shape": tuple(kept["shape"]), "clead": __version__}
+
+
+def _record(opened: OpenedRun) -> tuple[Record | None, list[str]]:
+    """Return the evaluation of the very weights, and what must be known of it."""
+    path = opened.run.path / "results" / "evaluation.json"
+    try:
+        record = Record.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None, []
+    if record.model.fingerprint != fingerprint(model_weights(opened.model)):
+        return None, ["The run's evaluation is of other weights than these, and is left out."]
+    notes = [f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in record.notes]
+    if failed := [check.name for check in record.checks if not check.passed]:
+        notes.append(f"Do not trust the robust accuracy: checks of gradient masking failed: {', '.join(failed)}.")
+    elif not record.checks:
+        notes.append("The checks of gradient masking were not run.")
+    return record, notes
+
+
+def _hub(name: str) -> Any:
+    """Return the hub's client; raises UserError before anything is computed if it cannot be used."""
+    from clead.errors import MissingExtra
+
+    try:
+        from huggingface_hub import HfApi, get_token
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "hub", "--push-to-hub") from None
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise UserError(f"--push-to-hub must be USER/NAME, got {name!r}")
+    if not get_token():
+        raise UserError("--push-to-hub needs a token of the hub; run: hf auth login, or set HF_TOKEN")
+    return HfApi()
+
+
+def _push(hub: Any, out: Path, name: str, private: bool) -> str:
+    try:
+        url = hub.create_repo(name, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=str(out), commit_message="Exported by clead")
+    except Exception as error:  # of the network, of rights, of names
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{out} is written, but the hub did not take it: {reason}; try again, or upload the folder"
+        ) from error
+    return str(url)

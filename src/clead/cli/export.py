@@ -1,0 +1,59 @@
+"""``clead export``: a run becomes a folder that can be given away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clead.cli.application import app, interruptible, say
+
+ESTIMATES = ("clean_before", "clean", "before", "transferred", "white_box", "queries", "worst")
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Option(help="The folder that is made; new or empty.")],
+    format: Annotated[str, typer.Option(help="onnx | safetensors.")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="float32; int8 (onnx) or bfloat16 (safetensors), and accuracy is measured again.")
+    ] = "float32",
+    weights: Annotated[str, typer.Option(help="best | last.")] = "best",
+    images: Annotated[int, typer.Option(help="Test images that are attacked after rounding.")] = 200,
+    licence: Annotated[str, typer.Option(help="For the model card: mit, apache-2.0, cc-by-4.0 …")] = "unknown",
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to the Hugging Face hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository there public.")] = False,
+) -> None:
+    """Write a run's model as ONNX or safetensors, with a model card: clead export RUN --out FOLDER [--precision int8]."""
+    from clead import api
+
+    with interruptible():
+        result = api.export_run(
+            run,
+            out=out,
+            format=format,
+            precision=precision,
+            weights=weights,
+            images=images,
+            licence=licence,
+            push_to_hub=push_to_hub,
+            private=not public,
+        )
+    say(f"{out}/{result['file']}: {result['size']:,} bytes, {precision}")
+    if result["difference"] is not None:
+        before = " before quantisation" if precision == "int8" else ""
+        say(f"logits differ from PyTorch's by at most {result['difference']:.2g}{before}")
+    if (found := result["remeasured"]) is not None:
+        part = {name: f"{value['accuracy']:.1%}" for name, value in found.items() if name in ESTIMATES}
+        say(
+            f"on {found['clean']['n']} images: clean {part['clean_before']}, now {part['clean']}; robust {part['before']} "
+            f"(quick suite), now {part['worst']} (transferred {part['transferred']}, white-box {part['white_box']}, "
+            f"queries {part['queries']})"
+        )
+    say(f"card: {out}/README.md")
+    if "hub" in result:
+        say(f"uploaded: {result['hub']}")

@@ -1,0 +1,75 @@
+"""The model card: what the model is for, what was measured, and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clead.errors import MissingExtra
+from clead.evaluation.suites import in_words
+from clead.export.remeasured import Remeasured
+from clead.report.record import Estimate, Record
+
+
+def card(
+    *,
+    name: str,
+    format: str,
+    file: str,
+    precision: str,
+    licence: str,
+    facts: Mapping[str, Any],
+    record: Record | None,
+    remeasured: Remeasured | None,
+    notes: list[str],
+) -> str:
+    """Return the card as Markdown with the YAML header of Hugging Face's model cards.
+
+    Args:
+        name: of the model.
+        format: onnx or safetensors.
+        file: of the weights.
+        precision: float32, bfloat16 or int8.
+        licence: an identifier such as ``mit``; ``unknown`` where nobody has said.
+        facts: classes, shape, threat, method, config (YAML), command, versions, fingerprint, data, size, difference.
+        record: the evaluation of the very weights, if there is one.
+        remeasured: accuracy after the conversion, if numbers were rounded.
+        notes: what a reader must know before trusting the numbers.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtra("jinja2", "export", "the model card") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shown"] = _shown
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["json"] = _json
+    return environment.get_template("card.md.jinja").render(
+        name=name,
+        format=format,
+        file=file,
+        precision=precision,
+        licence=licence,
+        record=record,
+        remeasured=remeasured,
+        notes=notes,
+        suite=in_words(record) if record else "",
+        **facts,
+    )
+
+
+def _shown(estimate: Estimate) -> str:
+    return f"{estimate.accuracy:.1%} ({estimate.low:.1%} – {estimate.high:.1%})"
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False)
