@@ -1,18 +1,40 @@
-"""The report is one complete file whose numbers are the record's, whose strings are escaped; it asks no network."""
+"""The report is one complete file whose numbers are the record's, whose strings are escaped; it asks no network.
 
+The second half is about the other measurements, predictions and memory, the figures' files, and which sources it takes.
+"""
+
+import csv
+import io
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from sklearn.datasets import load_digits
+from typer.testing import CliRunner
 
+from clead import api
+from clead.cli.application import app
+from clead.config import Eval
 from clead.errors import MissingExtra, UserError
+from clead.evaluation.measurement import Measurement
+from clead.evaluation.robust import Subject, evaluate_model
 from clead.evaluation.suites import MEANING
-from clead.report import plots
+from clead.interfaces import ImageSet
+from clead.report.drawing import PALETTE
 from clead.report.html import RunResult, write_report
-from clead.report.record import Record
+from clead.report.record import MemoryPart, PredictionsPart, Record
+from clead.report.run import parse_eps
+from clead.report.sections.epsilon import epsilon
+from clead.report.sections.stages import draw_stages
+from clead.threats import THREATS
 
+RECORDS = sorted((Path(__file__).parents[1] / "benchmarks/records").glob("cifar10-small-*-s0-standard.json"))
+VOID = {"meta", "br", "img", "link", "input", "hr", "path", "circle", "use", "rect"}
 DIGITS = load_digits()
 
 
@@ -338,7 +360,7 @@ def test_stages_are_shown_of_attacks_on_survivors_only(tmp_path):
 
 def test_bars_of_the_stages_are_as_long_as_the_accuracies():
     record = fake_record()
-    svg = plots.stages(record, 0, title="t", prefix="p", label="l")
+    svg = draw_stages(record, 0, title="t", name="p", label="l").svg
     bars = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [^"]* z\s*"[^>]*fill: var\(--p0[^;"]*(; opacity)?', svg)
     lengths = {pale: [float(b) - float(a) for a, b, p in bars if bool(p) == pale] for pale in (True, False)}
     left = [record.clean.accuracy, *(attack.robust.accuracy for attack in record.attacks), record.worst.accuracy]
@@ -461,15 +483,420 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch, module):
 
 
 def test_plot_takes_the_colours_of_the_page():
-    record = fake_record()
-    svg = plots.epsilon_curve([record], {8 / 255: "8/255"}, prefix="p", label="a <label>", indices=[1])
-    assert svg.startswith("<svg ") and 'aria-label="a &lt;label&gt;"' in svg and "<style" not in svg
-    assert f"var(--p1,{plots.PALETTE[1]})" in svg and plots.PALETTE[0] not in svg
+    run = fake_run("a <label>")
+    svg = epsilon([run])[0]["drawing"].svg
+    assert svg.startswith("<svg ") and "a &lt;label&gt;" in svg.partition(">")[0] and "<style" not in svg
+    assert f"var(--p0,{PALETTE[0]})" in svg and PALETTE[1] not in svg
     left = set(re.findall(r"(?<!,)#[0-9a-f]{6}", svg))
     assert left <= {"#000000", "#ffffff"}, left
-    assert all(name.startswith("p-") for name in re.findall(r' id="([^"]*)"', svg))
+    assert all(name.startswith("epsilon-linf-") for name in re.findall(r' id="([^"]*)"', svg))
 
 
 @pytest.mark.parametrize(("given", "eps"), [("8/255", 8 / 255), (0.5, 0.5), ("x", None), (None, None)])
 def test_radius_is_parsed(given, eps):
-    assert plots.parse_eps(given) == eps
+    assert parse_eps(given) == eps
+
+
+def curve(norm_radii, fractions, n):
+    return [
+        {"eps": e, "eps_text": f"{e:.4g}", "attack": "fmn+deepfool", "robust": wilson(round(f * n), n)}
+        for e, f in zip(norm_radii, fractions, strict=True)
+    ]
+
+
+def measured(record, n=200):
+    """Return one measurement of each kind, of the weights of ``record``."""
+    distances = [None if k < 20 else 0.0 if k > 180 else 0.001 * (k % 60) for k in range(n)]
+    others = [None if d is None else d * 1.1 for d in distances]
+    radii = sorted({d for d in distances if d is not None})
+    left = [sum(d is None or d > r for d in distances) / n for r in radii]
+    results = {
+        "distances": {
+            "norm": "linf", "seed": 0, "n": n, "clean": wilson(180, n), "median": 0.03, "distances": distances,
+            "attacks": [
+                {"attack": name, "settings": {}, "n": n, "found": 180, "median": 0.03, "distances": values, "seconds": 1.0}
+                for name, values in (("fmn", distances), ("deepfool", others))
+            ],
+            "curve": curve(radii, left, n),
+        },
+        "corruptions": {
+            "n": n, "seed": 0, "names": ["fog", "gaussian_noise"], "severities": [1, 2, 3, 4, 5], "clean": wilson(180, n),
+            "cells": [
+                {"name": name, "severity": s, "accuracy": wilson(190 - 20 * s - 7 * (name == "fog"), n)}
+                for name in ("fog", "gaussian_noise") for s in range(1, 6)
+            ],
+            "mean_accuracy": 0.6325,
+        },
+        "detect": {
+            "images": n, "fitted": 500, "calibrated": 100, "norm": "linf", "eps": 8 / 255, "eps_text": "8/255", "steps": 50,
+            "restarts": 3, "seed": 0, "clean": wilson(180, n), "robust": wilson(77, n), "seconds": 3.0,
+            "detectors": [
+                {"name": name, "settings": {}, "attacks": [
+                    {"name": "PGD-50 margin", "n": 90, "auroc": 0.875, "fpr95": 0.4375},
+                    {"name": "knows it", "n": 0, "auroc": None, "fpr95": None}],
+                 "curve": [
+                    {"rate": r, "threshold": None if r == 0 else 1.0, "clean_rejected": wilson(round(r * n), n),
+                     "accepted_accuracy": None if r == 0.5 else wilson(150, n), "oblivious": wilson(100 + round(r * 100), n),
+                     "aware": wilson(79 + round(r * 20), n)} for r in (0, 0.05, 0.1, 0.5)]}
+                for name in ("mahalanobis", "nearest_neighbours")
+            ],
+        },
+        "certify": {
+            "sigma": 0.25, "n0": 10, "n": 1000, "alpha": 0.001, "seed": 0, "images": n, "predicted": [0], "right": [True],
+            "lower": [0.9], "radii": [0.3], "accuracy": wilson(150, n), "abstained": wilson(13, n), "average_radius": 0.321,
+            "curve": [{"radius": r, "certified": wilson(150 - round(200 * r), n)} for r in (0, 0.125, 0.25, 0.5)],
+            "seconds": 2.0,
+        },
+        "attack-spatial": {
+            "attack": "spatial <b>", "settings": {"degrees": 30.0}, "n": n, "seed": 0, "clean": wilson(180, n),
+            "clean_flags": [True], "robust": wilson(31, n), "robust_flags": [True], "seconds": 1.0,
+        },
+    }  # fmt: skip
+    return {
+        kind: Measurement.model_validate(
+            {
+                "kind": kind, "run": record.run, "created": "2025-06-02", "command": f"clead {kind} runs/x", "seed": 0,
+                "settings": {"attacks": ["a", "b"], "steps": None, "sigma": 0.25, "attack": {"name": "spatial"}},
+                "model": record.model.model_dump(), "data": {**record.data.model_dump(), "n": n}, "result": result,
+                "threat": record.threat.model_dump(), "versions": {"clead": "0.1.0"}, "seconds": 61.0,
+            }
+        )
+        for kind, result in results.items()
+    }  # fmt: skip
+
+
+def full_run(name="clead", robust=0.541, **changes):
+    base = fake_run(name, robust, **changes)
+    labels = [k % 10 for k in range(1000)]
+    attacked = [k if i % 3 else (k + 1) % 10 for i, k in enumerate(labels)]
+    clean = [k if i % 50 else (k + 2) % 10 for i, k in enumerate(labels)]
+    record = base.record.model_copy(
+        update={
+            "predictions": PredictionsPart(labels=labels, clean=clean, attacked=attacked),
+            "memory": MemoryPart(process=536870912, device=None),
+        }
+    )
+    return RunResult(name, record, base.artifacts, base.history, base.config, measured(record))
+
+
+class Nesting(HTMLParser):
+    """Every tag is closed by its own; headings, tables, regions and images have what a screen reader needs."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.faults, self.headings, self.labels = [], [], [], []
+        self.feed(text)
+        self.faults += [f"open at the end: {tag}" for tag in self.open]
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag in ("p", "ul", "table", "div", "figure", "section") and "p" in self.open:
+            self.faults.append(f"{tag} in p at {self.getpos()}")
+        if re.fullmatch(r"h\d", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "th" and attrs.get("scope") not in ("row", "col"):
+            self.faults.append(f"th without scope at {self.getpos()}")
+        if tag == "svg" and not attrs.get("aria-label") and attrs.get("aria-hidden") != "true":
+            self.faults.append(f"svg without a label at {self.getpos()}")
+        if tag == "img" and not attrs.get("alt"):
+            self.faults.append(f"img without alt at {self.getpos()}")
+        if attrs.get("role") == "region":
+            self.labels.append(attrs["aria-label"])
+            if attrs.get("tabindex") != "0":
+                self.faults.append(f"a region that scrolls and cannot be focused at {self.getpos()}")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> closes another at {self.getpos()}")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    runs = [full_run(name, robust) for name, robust in (("a", 0.5), ("b", 0.4), ("c <i>", 0.3), ("d", 0.2))]
+    return write_report(runs, tmp_path_factory.mktemp("four") / "page.html", title="Four").read_text()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    runs, path = [full_run("a", 0.5), full_run("b", 0.4)], tmp_path_factory.mktemp("two")
+    write_report(runs, path / "page.html", title="Two", figures=path / "page-figures")
+    return runs, path
+
+
+def rows(path):
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def test_page_of_four_runs_with_every_section_is_small_and_well_formed(four):
+    html = four
+    assert len(html.encode()) < 5_000_000
+    keys = re.findall(r'<section id="(\w+)"', html)
+    every = "verdict trained results checks epsilon training gallery classes confusion embedding"
+    more = "detection certified corruptions beyond cost made"
+    assert keys == [*every.split(), *more.split()]
+    assert set(re.findall(r"https?://[^\s\"'<]+", html)) <= {"http://www.w3.org/2000/svg"}
+    page = Nesting(html)
+    assert page.faults == []
+    assert page.headings[:2] == [1, 2] and all(
+        b - a <= 1 for a, b in zip(page.headings, page.headings[1:], strict=False)
+    )
+    assert len(page.labels) == len(set(page.labels))
+    assert '<a class="skip" href="#verdict">' in html and "<main>" in html and "<nav " in html
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return sum(w * (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4) for w, c in
+               zip((0.2126, 0.7152, 0.0722), parts, strict=True))  # fmt: skip
+
+
+def contrast(a, b):
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_can_be_read_on_light_and_dark(four):
+    html = four
+    themes = [
+        dict(re.findall(r"--([\w-]+):(#[0-9a-f]{3,6})[;}]", block)) for block in re.findall(r":root\{[^}]*\}", html)
+    ]
+    assert len(themes) == 2
+    for theme in themes:
+        theme = {
+            key: "#" + "".join(2 * c for c in value[1:]) if len(value) == 4 else value for key, value in theme.items()
+        }
+        pairs = [(text, ground) for text in ("ink", "muted", "accent") for ground in ("page", "card")]
+        pairs += [
+            ("ink", "soft"),
+            ("care", "care-bg"),
+            ("ink", "care-bg"),
+            ("good", "card"),
+            ("bad", "card"),
+            ("card", "accent"),
+        ]
+        for text, ground in pairs:
+            assert contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
+        for k in range(10):
+            assert contrast(theme[f"p{k}"], theme["card"]) >= 3, k  # marks and lines
+            # A cell of a map, at its darkest, under its number.
+            mixed = [
+                round(0.4 * int(theme[f"p{k}"][i : i + 2], 16) + 0.6 * int(theme["card"][i : i + 2], 16))
+                for i in (1, 3, 5)
+            ]
+            assert contrast(theme["ink"], "#" + "".join(f"{c:02x}" for c in mixed)) >= 4.5, k
+
+
+def test_numbers_of_the_measurements_appear(four):
+    html = four
+    for key, numbers in {
+        "epsilon": ("fmn", "deepfool", "nearest of fmn and deepfool", "200 and 1,000 images", "pgd-20"),
+        "confusion": ("a, 1,000 images", "digit 0 as digit 1 (34 of 100)", "numbers of images"),
+        "detection": ("nearest neighbours", "38.5 % are right without a detector", "40.0 %", "87.5 %", "43.8 %", "attack knows it"),
+        "certified": ("noise σ = 0.25", "62.5 %", "0.125", "average certified radius 0.321", "abstains on 6.5 %"),
+        "corruptions": ("gaussian noise", "severity 5", "worst is fog", "61.5 %", "41.5 %"),
+        "beyond": ("spatial <b>", "15.5 %", "200 (test)", "degrees 30"),
+        "cost": ("512 MiB", "none used", "certify", "attacks a + b, sigma 0.25, name spatial", "1 min 1 s"),
+        "made": ("clead certify runs/x",),
+    }.items():  # fmt: skip
+        text = section(html, key)
+        for number in numbers:
+            assert number in text, (key, number, text[:1500])
+
+
+def test_csv_holds_the_numbers_of_the_records(two):
+    runs, path = two
+    folder = path / "page-figures"
+    for i, run in enumerate(runs, 1):
+        stages = {row["after"]: row for row in rows(folder / f"stages-{i}.csv")}
+        assert float(stages["worst case"]["still right (fraction)"]) == run.record.worst.accuracy
+        for part in run.record.attacks:
+            assert float(stages[part.name]["still right (fraction)"]) == part.robust.accuracy
+            assert int(stages[part.name]["broken (images)"]) == part.broken
+        per_class = [
+            (row["class"], float(row["robust accuracy (fraction)"])) for row in rows(folder / f"classes-{i}.csv")
+        ]
+        assert per_class == [(part.name, part.robust_accuracy) for part in run.record.per_class]
+        cells = [(r["corruption"], int(r["severity (1 to 5)"]), float(r["accuracy (fraction)"])) for r in
+                 rows(folder / f"corruptions-{i}.csv")]  # fmt: skip
+        assert cells == [
+            (c.name, c.severity, c.accuracy.accuracy) for c in run.measurements["corruptions"].result.cells
+        ]
+        matrix = np.zeros((10, 10), int)
+        np.add.at(matrix, (run.record.predictions.labels, run.record.predictions.attacked), 1)
+        counts = [int(row["number (images)"]) for row in rows(folder / f"confusion-{i}-under-attack.csv")]
+        assert counts == matrix.flatten().tolist()
+        aware = [float(r["right or rejected (fraction)"]) for r in rows(folder / f"detection-{i}-aware.csv")
+                 if r["detector"] == "mahalanobis"]  # fmt: skip
+        assert aware == [p.aware.accuracy for p in run.measurements["detect"].result.detectors[0].curve]
+    epsilon = rows(folder / "epsilon-linf.csv")
+    radius = next(key for key in epsilon[0] if key.startswith("epsilon"))
+    assert radius == "epsilon (linf, pixels in [0, 1])"
+    for run in runs:
+        mine = [row for row in epsilon if row["run"] == run.name]
+        drawn = {(row["attack"], float(row[radius])): float(row["accuracy (fraction)"]) for row in mine}
+        assert all(drawn[p.attack, p.eps] == p.robust.accuracy for p in run.record.curve)
+        assert drawn["worst case over all attacks", run.record.threat.eps] == run.record.worst.accuracy
+        exact = {p.eps: p.robust.accuracy for p in run.measurements["distances"].result.curve if p.eps <= 16 / 255}
+        assert exact and all(drawn["nearest of fmn and deepfool", eps] == value for eps, value in exact.items())
+    certified = [float(row["accuracy (fraction)"]) for row in rows(folder / "certified.csv") if row["run"] == "b"]
+    assert certified == [p.certified.accuracy for p in runs[1].measurements["certify"].result.curve]
+
+
+def test_every_plot_is_there_as_png_svg_and_csv_and_in_the_index(two):
+    folder = two[1] / "page-figures"
+    names = [row["figure"] for row in rows(folder / "index.csv")]
+    drawn = (two[1] / "page.html").read_text().count('<svg class="plot"')
+    assert len(names) == len(set(names)) == drawn > 20
+    assert {path.name for path in folder.iterdir()} == {f"{n}.{s}" for n in names for s in ("png", "svg", "csv")} | {
+        "index.csv"
+    }
+    for name in names:
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size[0] > 900
+        svg = (folder / f"{name}.svg").read_text()
+        assert "<svg" in svg and "<image" not in svg and "var(--" not in svg
+        assert len(rows(folder / f"{name}.csv")) > 1, name
+
+
+def test_figures_of_an_earlier_report_go_and_foreign_files_stay(tmp_path):
+    folder = tmp_path / "figures"
+    write_report([full_run()], tmp_path / "page.html", title="t", figures=folder)
+    assert (folder / "certified.png").exists()
+    (folder / "mine.txt").write_text("kept")
+    write_report([RunResult("a", fake_record())], tmp_path / "page.html", title="t", figures=folder)
+    names = {row["figure"] for row in rows(folder / "index.csv")}
+    assert names == {"stages-1", "classes-1", "epsilon-linf"}
+    assert {path.stem for path in folder.iterdir()} == {*names, "index", "mine"}
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "stages-1.png").write_text("a holiday")
+    with pytest.raises(UserError, match="holds no figures of clead"):
+        write_report([RunResult("a", fake_record())], tmp_path / "other.html", title="t", figures=foreign)
+    assert (foreign / "stages-1.png").read_text() == "a holiday" and not (tmp_path / "other.html").exists()
+
+
+def test_only_a_report_is_replaced(tmp_path):
+    mine = tmp_path / "thesis.html"
+    mine.write_text("<html>ten years of work</html>")
+    with pytest.raises(UserError, match=r"no report of clead; remove it, or give another name"):
+        write_report([RunResult("a", fake_record())], mine, title="t")
+    assert "ten years" in mine.read_text()
+    for name, message in (("report.pdf", r"ends in \.html"), ("folder.html", "is a directory")):
+        (tmp_path / "folder.html").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            write_report([RunResult("a", fake_record())], tmp_path / name, title="t")
+
+
+def test_measurements_of_other_weights_are_left_out_and_said(tmp_path):
+    run = full_run()
+    other = run.measurements["certify"].model_copy(
+        update={"model": run.record.model.model_copy(update={"fingerprint": "other"})}
+    )
+    changed = RunResult("a", run.record, measurements={**run.measurements, "certify": other})
+    html = write_report([changed], tmp_path / "r.html", title="t").read_text()
+    assert '<section id="certified"' not in html and '<section id="detection"' in html
+    assert "results/certify.json was measured on other weights" in section(html, "verdict")
+
+
+def test_names_from_outside_cannot_break_page_or_files(tmp_path):
+    evil = '<script>alert("1")</script>, "x"\n../up'
+    run = full_run(evil, classes=[evil, "$x_$", "猫", *map(str, range(7))])
+    write_report([run, full_run("_b")], tmp_path / "r.html", title=evil, figures=tmp_path / "f")
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("<script>") == 1 and "alert(&#34;1&#34;)" in html and Nesting(html).faults == []
+    assert {path.name for path in tmp_path.iterdir()} == {"r.html", "f"}
+    assert {row["run"] for row in rows(tmp_path / "f/certified.csv")} == {evil, "_b"}
+    assert evil in {row["class"] for row in rows(tmp_path / "f/classes-1.csv")}
+
+
+def test_many_classes_have_a_list_of_errors_and_no_matrix(tmp_path):
+    names = [f"class {k}" for k in range(100)]
+    record = full_run(classes=names).record
+    html = write_report([RunResult("a", record)], tmp_path / "r.html", title="t", figures=tmp_path / "f").read_text()
+    text = section(html, "confusion")
+    assert "no matrix is drawn" in text and "class 0 as class 1 (34 of 100)" in text
+    assert not (tmp_path / "f/confusion-1-clean.csv").exists()
+
+
+def run_cli(*words):
+    return CliRunner().invoke(app, ["report", *map(str, words)])
+
+
+def test_records_alone_make_a_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(RECORDS) >= 4
+    result = run_cli(*RECORDS, "--title", "Small models")
+    assert result.exit_code == 0, result.output
+    assert "report: report.html" in result.output and "figures: report-figures" in result.output
+    html = (tmp_path / "report.html").read_text()
+    assert "<h1>Small models</h1>" in html and Nesting(html).faults == []
+    assert '<section id="gallery"' not in html and "McNemar" in html
+    stages = rows(tmp_path / "report-figures/stages-1.csv")
+    assert float(stages[-1]["still right (fraction)"]) == json.loads(RECORDS[0].read_text())["worst"]["accuracy"]
+
+
+def test_an_evaluations_folder_is_a_source_with_what_lies_in_it(tmp_path):
+    folder = tmp_path / "evaluations" / "net"
+    folder.mkdir(parents=True)
+    run = full_run("net")
+    (folder / "evaluation.json").write_text(run.record.model_dump_json())
+    (folder / "certify.json").write_text(run.measurements["certify"].model_dump_json())
+    # An attack in a norm ball leaves a record under such a name, which is no measurement.
+    (folder / "attack-pgd-50-ce.json").write_text(fake_record().model_dump_json())
+    result = run_cli(folder, "--no-figures")
+    assert result.exit_code == 0, result.output
+    html = (folder / "report.html").read_text()
+    assert "Robustness of runs/net" in html and '<section id="certified"' in html
+    assert not (folder / "report-figures").exists()
+    (folder / "certify.json").write_text('{"kind": "certify"}')
+    with pytest.raises(UserError, match=r"certify\.json is not a measurement of clead: "):
+        api.write_report([folder], folder / "report.html")
+
+
+def test_the_rule_of_the_folder_is_in_the_help():
+    words = "".join(CliRunner().invoke(app, ["report", "--help"]).output.split())
+    assert "intothefolderNAME-figuresbesidethepageNAME.html" in words
+
+
+@pytest.mark.parametrize("suite", ["quick", "pgd"])
+def test_predictions_are_the_answers_to_the_images_that_were_counted(suite):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 5))
+    x, y = torch.rand(40, 1, 4, 4), torch.randint(5, (40,))
+    with torch.no_grad():
+        y[:30] = net(x[:30]).argmax(1)
+    threat = THREATS.get("linf")(eps=0.08)
+    subject = Subject("net", "net", "given", "given", "test", "given", tuple("abcde"))
+    evaluation = evaluate_model(
+        net,
+        ImageSet(x, y),
+        threat,
+        Eval(suite=suite, steps=10, check_images=0, batch_size=16, curve_points=0),
+        subject,
+        keep_adversarial=True,
+        show=False,
+    )
+    record, adversarial = evaluation.record, evaluation.adversarial
+    part = record.predictions
+    with torch.no_grad():
+        assert part.clean == net(x).argmax(1).tolist()
+        answers = net(adversarial).argmax(1).tolist()
+    assert part.labels == y.tolist()
+    broken = [c and not r for c, r in zip(record.clean_flags, record.robust_flags, strict=True)]
+    assert 5 < sum(broken) < sum(record.clean_flags)
+    expected = [a if b else c for a, b, c in zip(answers, broken, part.clean, strict=True)]
+    assert part.attacked == expected
+    right = [a == label for a, label in zip(part.attacked, part.labels, strict=True)]
+    assert right == record.robust_flags
+    assert record.memory.process > 2**24 and record.memory.device is None
+    again = Record.model_validate_json(record.model_dump_json(exclude={"predictions", "memory"}))  # one of before
+    assert again.predictions is None and again.robust_flags == record.robust_flags

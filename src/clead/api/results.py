@@ -5,33 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from clead.checkpoint import RunDir, load_weights
 from clead.errors import UserError
+from clead.evaluation.measurement import Measurement
 from clead.evaluation.statistics import mcnemar
 from clead.report import html
 from clead.report.record import Record
 
+Read = TypeVar("Read", bound=BaseModel)
+
 
 def read_record(source: str | Path) -> Record:
-    """Return the record of a run directory or of a JSON file; raises UserError if there is none or it is not one."""
+    """Return the record of a run directory, an evaluation's folder or a JSON file; raises UserError if there is none."""
     path = Path(source)
     if path.is_dir():
-        RunDir.open(path)
-        path = path / "results" / "evaluation.json"
+        folder = _results(path)
+        path = folder / "evaluation.json"
         if not path.exists():
             raise UserError(f"{source} has not been evaluated; run: clead evaluate {source}")
     if not path.is_file():
         raise UserError(f"no run directory or record at {source}")
+    return _read(Record, path, "a record of clead evaluate")
+
+
+def _results(folder: Path) -> Path:
+    """Return where a folder has its records: ``results/`` of a run, or itself if ``clead evaluate --model`` made it."""
+    if not (folder / "config.yaml").exists() and (folder / "evaluation.json").exists():
+        return folder
+    return RunDir.open(folder).path / "results"
+
+
+def _read(kind: type[Read], path: Path, what: str) -> Read:
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is not a record of clead evaluate: {where or 'file'}: {first['msg']}") from None
+        raise UserError(f"{path} is not {what}: {where or 'file'}: {first['msg']}") from None
 
 
 def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
@@ -72,22 +86,60 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     return {"rows": rows, "pairs": pairs}
 
 
-def write_report(sources: Sequence[str | Path], path: str | Path, *, title: str = "Robustness report") -> Path:
-    """Write one self-contained HTML page about runs or record files and return its path.
+def write_report(
+    sources: Sequence[str | Path],
+    path: str | Path,
+    *,
+    title: str | None = None,
+    figures: str | Path | None = None,
+) -> Path:
+    """Write one self-contained HTML page about runs, evaluations' folders or record files, and return its path.
 
-    A record file alone gives tables and curves; a run directory also has training curves, images and embeddings.
+    A record file alone gives tables and curves; a folder also images, embeddings and the measurements beside the record, and a
+    run's its training curves.
+
+    Args:
+        sources: at least one.
+        path: a new file whose name ends in .html, or a report to be replaced.
+        title: the heading; ``Robustness of RUN`` or ``Robustness report`` if None.
+        figures: a folder for every plot as PNG and SVG and its numbers as CSV, or None.
     """
+    html.check_target(Path(path))
     records = _records(sources)
     results = []
     for source, record in zip(map(Path, sources), records, strict=True):
-        if source.is_dir():
-            run = RunDir.open(source)
-            images = source / "results" / "evaluation.safetensors"
-            artifacts = {k: v.numpy() for k, v in load_weights(images)[0].items()} if images.exists() else {}
-            results.append(html.RunResult(record.run, record, artifacts, run.history(), run.config().to_dict()))
-        else:
+        if not source.is_dir():
             results.append(html.RunResult(record.run, record))
-    return html.write_report(results, Path(path), title=title, pairs=compare(records)["pairs"])
+            continue
+        folder = _results(source)
+        images = folder / "evaluation.safetensors"
+        artifacts = {k: v.numpy() for k, v in load_weights(images)[0].items()} if images.exists() else {}
+        run = RunDir.open(source) if folder != source else None
+        results.append(
+            html.RunResult(
+                record.run,
+                record,
+                artifacts,
+                run.history() if run else [],
+                run.config().to_dict() if run else {},
+                _measurements(folder),
+            )
+        )
+    if title is None:
+        title = f"Robustness of {records[0].run}" if len(records) == 1 else "Robustness report"
+    pairs = compare(records)["pairs"]
+    return html.write_report(
+        results, Path(path), title=title, pairs=pairs, figures=None if figures is None else Path(figures)
+    )
+
+
+def _measurements(folder: Path) -> dict[str, Measurement]:
+    """Return what ``clead distances``, ``corruptions``, ``detect``, ``certify``, ``probe`` and ``attack`` left in a folder."""
+    names = ("distances", "corruptions", "detect", "certify", "probe")
+    paths = [path for name in names if (path := folder / f"{name}.json").exists()]
+    # An attack within a norm ball leaves a record of clead evaluate under such a name.
+    paths += [path for path in sorted(folder.glob("attack-*.json")) if b'"suite"' not in path.read_bytes()]
+    return {path.stem: _read(Measurement, path, "a measurement of clead") for path in paths}
 
 
 def _records(sources: Sequence[str | Path | Record]) -> list[Record]:

@@ -92,8 +92,7 @@ def evaluate(
         if save_adversarial:
             say(f"images: {save_adversarial}")
         try:
-            shown = source if model is None else folder / "evaluation.json"
-            page = api.write_report([shown], source / "report.html", title=f"Robustness of {record.run}")
+            page = api.write_report([source], source / "report.html", title=f"Robustness of {record.run}")
             say(f"report: {page}")
         except MissingExtra as error:  # the record is what was asked for
             say(f"no report: {error}")

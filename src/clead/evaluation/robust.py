@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from clead import __version__
 from clead.attacks import OBJECTIVES
 from clead.attacks.apgd import APGD
+from clead.attacks.external import External
 from clead.attacks.fab import FAB
 from clead.attacks.pgd import PGD
 from clead.attacks.rays import RayS
@@ -43,7 +45,9 @@ from clead.report.record import (
     ClassPart,
     CurvePoint,
     DataPart,
+    MemoryPart,
     ModelPart,
+    PredictionsPart,
     Record,
     ThreatPart,
     TrainingPart,
@@ -70,7 +74,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A record, and the tensors that its pictures are drawn from (names as in ``report/html.py``).
+    """A record, and the tensors that its pictures are drawn from (names as in ``report/run.py``).
 
     ``adversarial`` holds every image after the last attack on it, in the order of the evaluated images, if it was asked for.
     """
@@ -164,11 +168,15 @@ def evaluate_model(
     if not len(images):
         raise UserError("there is no image to evaluate, got 0")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     notes: list[str] = []
     survivors_only = attacks is None and settings.suite != "pgd"
     suite_name = "attacks" if attacks is not None else settings.suite
     if attacks is None:
         attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
+    doubts = (named.attack.doubt(threat) for named in attacks if isinstance(named.attack, External))
+    notes += [doubt for doubt in doubts if doubt]
     job = _Job(
         model,
         images,
@@ -258,8 +266,8 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
                 f"logits must be finite, got NaN or infinity for images {broken[:5]}{more}; "
                 "look for an overflow, a logarithm or a division by 0 in the model"
             )
-        for key, (flags, _) in clean.items():
-            store.put(key, {"flags": flags}, {"seconds": 0.0})
+        for key, (tensors, _) in clean.items():
+            store.put(key, tensors, {"seconds": 0.0})
         for batch in batches:
             here = job.where(batch)
             size = here.stop - here.start
@@ -283,8 +291,8 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
             finished, right = finished + size, right + int(held.sum())
 
 
-def _clean(job: _Job, batch: int, subject: Subject) -> tuple[Tensor, list[int]]:
-    """Return which clean images are right and the ids of those whose logits are not finite, having checked images and labels."""
+def _clean(job: _Job, batch: int, subject: Subject) -> tuple[dict[str, Tensor], list[int]]:
+    """Return which clean images are right, what they are taken for, and the ids of those whose logits are not finite."""
     here = job.where(batch)
     x, y = job.inputs(here)
     check_inputs(x, y, len(subject.classes))
@@ -296,8 +304,10 @@ def _clean(job: _Job, batch: int, subject: Subject) -> tuple[Tensor, list[int]]:
                 "give data of the classes that it was trained for"
             )
         broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
-        flags = logits.argmax(1) == y if job.draws == 1 else _right(job, x, y, job.draws)
-    return flags.cpu(), [here.start + index for index in broken.tolist()]
+        predicted = logits.argmax(1)
+        flags = predicted == y if job.draws == 1 else _right(job, x, y, job.draws)
+    tensors = {"flags": flags.cpu(), "predicted": predicted.cpu()}
+    return tensors, [here.start + index for index in broken.tolist()]
 
 
 def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -306,8 +316,15 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
     named, here = job.attacks[stage], job.where(batch)
     chosen = (held if job.survivors_only else store.parts[_key(batch, -1)][0]["flags"]).nonzero()[:, 0]
     flags = torch.zeros(here.stop - here.start, dtype=torch.bool)
+    predicted = job.images.labels[here].clone()
     if not len(chosen):
-        return {"flags": flags}, {"attacked": 0, "seconds": 0.0, "forwards": 0, "backwards": 0, "largest": 0.0}
+        return {"flags": flags, "predicted": predicted}, {
+            "attacked": 0,
+            "seconds": 0.0,
+            "forwards": 0,
+            "backwards": 0,
+            "largest": 0.0,
+        }
     x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
     generator = seeded(job.device, job.settings.seed, stage, batch)
     with CostMeter(job.model) as meter:
@@ -317,6 +334,12 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
     if not size <= job.threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
         raise AssertionError(f"{named.name} left the threat set: size {size}, eps {job.threat.eps}")
     flags[chosen] = robust
+    if not robust.all():
+        wrong = (~robust).to(job.device)
+        rivals = in_pieces(
+            lambda x, y: logits_of(job.model, x).scatter(1, y[:, None], -torch.inf), x_adv[wrong], y[wrong], job.pieces
+        )
+        predicted[chosen[~robust]] = rivals.argmax(1).cpu()
     # Pictures show the attack that broke the image, else the last one tried.
     last = stage == len(job.attacks) - 1
     kept = (chosen + here.start < job.kept) & (~robust | last)
@@ -327,7 +350,8 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
         "backwards": meter.backwards,
         "largest": size,
     }
-    return {"flags": flags, "index": chosen[kept] + here.start, "x_adv": x_adv.cpu()[kept]}, data
+    tensors = {"flags": flags, "predicted": predicted, "index": chosen[kept] + here.start, "x_adv": x_adv.cpu()[kept]}
+    return tensors, data
 
 
 def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -541,6 +565,8 @@ def _evaluation(
         checks=checks,
         per_class=per_class,
         training=subject.training,
+        predictions=_predictions(job, store),
+        memory=_memory(job.device),
         versions=environment(),
         # Of an evaluation that was resumed or shared out: the work of all its parts.
         seconds=max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),
@@ -548,6 +574,32 @@ def _evaluation(
     shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
     artifacts = _artifacts(job.model, images, shown, settings.gallery, job.batch_size, job.device)
     return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
+
+
+def _predictions(job: _Job, store: State) -> PredictionsPart | None:
+    """Return what the images are taken for; None of a randomised model, whose verdict is no single answer."""
+    stages = [
+        [store.parts[_key(batch, stage)][0] for batch in range(job.batches)] for stage in range(-1, len(job.attacks))
+    ]
+    # A state that an earlier version left does not hold them.
+    if job.draws > 1 or any("predicted" not in part for stage in stages for part in stage):
+        return None
+    clean, *attacks = ([torch.cat([part[key] for part in stage]) for key in ("flags", "predicted")] for stage in stages)
+    held, attacked = clean[0].clone(), clean[1].clone()
+    for flags, predicted in attacks:
+        attacked = torch.where(held & ~flags, predicted, attacked)
+        held &= flags
+    return PredictionsPart(labels=job.images.labels.tolist(), clean=clean[1].tolist(), attacked=attacked.tolist())
+
+
+def _memory(device: torch.device) -> MemoryPart:
+    """Return the most memory that was in use, as far as the system tells."""
+    status = Path("/proc/self/status")  # not getrusage, whose figure a process inherits from the one that started it
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return MemoryPart(
+        process=1024 * int(peak[1]) if peak else None,
+        device=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
 
 
 def _automatic_batch_size(images: ImageSet, device: torch.device) -> int:

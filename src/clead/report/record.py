@@ -117,6 +117,28 @@ class TransferredPart(_Part):
     largest: float
 
 
+class PredictionsPart(_Part):
+    """What each evaluated image is taken for; numbers of classes, in the order of the images.
+
+    ``attacked`` is the answer to the image of the first attack that broke it: of the true class's rivals the one with the largest
+    logit. Where no attack did, and where the image is wrong when clean and was not attacked, it is the answer to the clean image.
+    """
+
+    labels: list[int]
+    clean: list[int]
+    attacked: list[int]
+
+
+class MemoryPart(_Part):
+    """The most memory in use, in bytes: ``process``, all that it held since it began; ``device``, tensors on the GPU meanwhile.
+
+    None where the system does not tell, and without a GPU. Of an evaluation that was continued or shared out: of its last process.
+    """
+
+    process: int | None
+    device: int | None
+
+
 class TrainingPart(_Part):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
@@ -151,6 +173,8 @@ class Record(_Part):
     per_class: list[ClassPart]
     training: TrainingPart | None
     transferred: TransferredPart | None = None
+    predictions: PredictionsPart | None = None
+    memory: MemoryPart | None = None
     versions: dict[str, str]
     seconds: float
 

@@ -1,0 +1,98 @@
+"""What a report is given of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from clead.errors import UserError
+from clead.evaluation.measurement import Measurement
+from clead.report.record import Record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a report shows of one run; everything but the record is optional, and what is missing drops its section.
+
+    Args:
+        name: how the report calls the run; unique within one report.
+        record: the evaluation.
+        artifacts: for the gallery ``x``, ``x_adv`` (n, C, H, W) float in [0, 1], ``labels`` (n,), ``probabilities``,
+            ``probabilities_adv`` (n, K); for the map ``embedding_clean``, ``embedding_adv`` (m, D),
+            ``embedding_labels`` (m,).
+        history: the lines of ``metrics.jsonl``.
+        config: the configuration as nested groups (data, model, threat …).
+        measurements: the other measurements by the names of their files without ``.json``: ``distances``, ``corruptions``,
+            ``detect``, ``certify``, ``probe``, ``attack-NAME``.
+    """
+
+    name: str
+    record: Record
+    artifacts: dict[str, np.ndarray] = field(default_factory=dict)
+    history: list[dict] = field(default_factory=list)
+    config: dict = field(default_factory=dict)
+    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+
+    def measured(self, kind: str) -> Measurement | None:
+        """Return a measurement of the weights that were evaluated; None if there is none, or it is of other weights."""
+        found = self.measurements.get(kind)
+        return found if found and found.model.fingerprint == self.record.model.fingerprint else None
+
+    @property
+    def stale(self) -> list[str]:
+        """Names of measurements that are of other weights than the evaluation."""
+        return [kind for kind in self.measurements if self.measured(kind) is None]
+
+    def arrays(self, *keys: str) -> list[np.ndarray] | None:
+        """Return the artifacts called ``keys``; None if one is missing or empty; UserError if their lengths differ."""
+        if any(key not in self.artifacts for key in keys):
+            return None
+        arrays = [np.asarray(self.artifacts[key]) for key in keys]
+        lengths = {key: len(array) for key, array in zip(keys, arrays, strict=True)}
+        if len(set(lengths.values())) > 1:
+            raise UserError(
+                f"artifacts of run {self.name!r} must have one row per image, got {lengths}; write them again"
+            )
+        return arrays if len(arrays[0]) else None
+
+    def class_name(self, index: int) -> str:
+        """Return the name of class ``index``, or its number if it has none."""
+        classes = self.record.data.classes
+        return classes[index] if 0 <= index < len(classes) else str(index)
+
+    def trained_radius(self) -> tuple[float, str, str] | None:
+        """Return radius, how it was written, and norm of the threat in the run's configuration."""
+        threat = self.config.get("threat")
+        if not isinstance(threat, Mapping):
+            return None
+        eps = parse_eps(threat.get("eps"))
+        if eps is None:
+            return None
+        norm = str(threat.get("norm") or threat.get("name") or self.record.threat.norm).lower()
+        text = str(plain(threat["eps"]))
+        return eps, self.record.threat.eps_text if abs(eps - self.record.threat.eps) < 1e-9 else text, norm
+
+
+def parse_eps(value: Any) -> float | None:
+    """Return a radius written as a number or a fraction such as ``"8/255"``; None if it is neither."""
+    try:
+        return float(Fraction(value)) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        return None
+
+
+def plain(value: object) -> Any:
+    """Return ``value`` as what YAML knows; a radius keeps how it was written."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(text := getattr(value, "text", None), str):
+        return text
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)

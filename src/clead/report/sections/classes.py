@@ -1,0 +1,129 @@
+"""Accuracy per class, and what the images of a class are taken for, clean and under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from clead.report.drawing import INK, MUTED, Drawing, draw, head, new_axes, style
+from clead.report.record import ClassPart
+from clead.report.run import RunResult
+from clead.report.sections.stages import bar_axes
+from clead.report.words import percent, suite_label
+
+MOST = 20
+"""More classes than this are not drawn."""
+
+_LISTED = 8
+
+
+def classes(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Return the bars of each run that has accuracies per class."""
+    found = []
+    for i, run in enumerate(runs):
+        parts = run.record.per_class
+        if parts:
+            worst, best = (choose(parts, key=lambda part: part.robust_accuracy) for choose in (min, max))
+            under = f" ({text})" if (text := suite_label(run.record)) else ""
+            caption = (
+                f"{run.name}{under}: least robust is {worst.name} ({percent(worst.robust_accuracy)} of {worst.n}), "
+                f"most robust {best.name} ({percent(best.robust_accuracy)} of {best.n})."
+            )
+            drawing = _bars(parts, i, title=run.name, name=f"classes-{i + 1}", label=f"Accuracy per class. {caption}")
+            found.append({"drawing": drawing, "caption": caption, "parts": parts, "name": run.name + under})
+    return found
+
+
+def _bars(parts: Sequence[ClassPart], index: int, *, title: str, name: str, label: str) -> Drawing:
+    """Draw clean (pale) and robust (full) accuracy per class; above 20 classes, the 20 least robust."""
+    shown = list(parts)
+    if len(shown) > MOST:
+        shown = sorted(shown, key=lambda part: part.robust_accuracy)[:MOST]
+    figure, axes = new_axes(390, 62 + 19 * len(shown))
+    color, rows = style(index).color, np.arange(len(shown))
+    axes.barh(rows, [part.clean_accuracy for part in shown], height=0.72, color=color, alpha=0.26, linewidth=0)
+    axes.barh(rows, [part.robust_accuracy for part in shown], height=0.4, color=color, linewidth=0)
+    for row, part in enumerate(shown):
+        numbers = f"{100 * part.robust_accuracy:.0f} / {100 * part.clean_accuracy:.0f} %"
+        axes.annotate(numbers, (1.02, row), va="center", fontsize=9, color=MUTED, annotation_clip=False)
+    axes.set_yticks(rows, [shortened(part.name, 18) for part in shown])
+    bar_axes(axes, len(shown), 1.2)
+    head(axes, title)
+    columns = ("class", "images", "clean accuracy (fraction)", "robust accuracy (fraction)")
+    numbers = [(part.name, part.n, part.clean_accuracy, part.robust_accuracy) for part in shown]
+    return draw(figure, name, label, columns, numbers)
+
+
+def confusion(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Return the two matrices of each run whose record has the predictions, and the most frequent errors under attack."""
+    found = []
+    for i, run in enumerate(runs):
+        part = run.record.predictions
+        if part is None:
+            continue
+        names = run.record.data.classes
+        matrices = [np.zeros((len(names), len(names)), dtype=int) for _ in range(2)]
+        for matrix, answers in zip(matrices, (part.clean, part.attacked), strict=True):
+            np.add.at(matrix, (part.labels, answers), 1)
+        clean, attacked = matrices
+        errors = attacked * (1 - np.eye(len(names), dtype=int))
+        order = np.argsort(-errors, axis=None, kind="stable")[:_LISTED]
+        pairs = [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, errors.shape), strict=True) if errors[a, b]]
+        total = attacked.sum(1)
+        listed = [
+            {"truth": names[a], "answer": names[b], "clean": int(clean[a, b]), "attacked": int(attacked[a, b]), "of": int(total[a])}
+            for a, b in pairs
+        ]  # fmt: skip
+        most = "; ".join(f"{e['truth']} as {e['answer']} ({e['attacked']} of {e['of']})" for e in listed[:3])
+        caption = f"{run.name}, {len(part.labels):,} images. Under attack most often: {most or 'no error'}."
+        drawings = []
+        if len(names) <= MOST:
+            drawings = [
+                _matrix(run, i, matrix, what, f"Confusion, {what}. {caption}")
+                for matrix, what in ((clean, "clean"), (attacked, "under attack"))
+            ]
+        found.append({"drawings": drawings, "caption": caption, "name": run.name, "errors": listed})
+    return found
+
+
+def _matrix(run: RunResult, index: int, matrix: np.ndarray, what: str, label: str) -> Drawing:
+    """Draw a matrix (true class by row), each row shaded by its fractions and holding its numbers of images."""
+    names = run.record.data.classes
+    figure, axes = new_axes(390, 96 + 22 * len(names))
+    shares, rows = matrix / np.maximum(matrix.sum(1, keepdims=True), 1), []
+    for a, b in np.ndindex(matrix.shape):
+        cell(axes, b, a, float(shares[a, b]), str(matrix[a, b]) if matrix[a, b] else "", style(index).color)
+        rows.append((names[a], names[b], int(matrix[a, b]), float(shares[a, b])))
+    cell_axes(axes, [shortened(name, 10) for name in names], [shortened(name, 14) for name in names])
+    axes.tick_params(axis="x", rotation=90 if max(map(len, names)) > 2 else 0)
+    head(axes, f"{run.name}, {what}", "taken for")
+    columns = ("true class", "taken for", "number (images)", "share of the true class (fraction)")
+    return draw(figure, f"confusion-{index + 1}-{what.replace(' ', '-')}", label, columns, rows)
+
+
+def cell(axes: Any, x: float, y: float, share: float, text: str, color: str) -> None:
+    """Draw one cell of a map, shaded so weakly that its number can be read on light and dark."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=color, alpha=0.03 + 0.37 * share, linewidth=0))
+    if text:
+        written = axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=INK)
+        written.set_in_layout(False)  # it lies inside its cell: measuring hundreds of them takes seconds
+
+
+def cell_axes(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Make the axes of a map of cells, the first row on top."""
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(colors=INK, labelsize=8.5)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return ``text`` with at most ``most`` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"

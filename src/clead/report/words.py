@@ -1,0 +1,94 @@
+"""How numbers, threats and suites are written in a report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from clead.evaluation.suites import NOT, in_words, is_autoattack
+from clead.report.record import Estimate, Record
+
+NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
+
+
+def norm_of(norm: str) -> str:
+    """Return ``linf`` as ``L∞``; a norm that is not known as it is."""
+    return NORMS.get(norm.lower(), norm)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Return 0.541 as ``54.1 %`` with a space that does not break."""
+    return f"{100 * fraction:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def interval(estimate: Estimate) -> str:
+    """Return the 95 % interval as ``51.0–57.2 %``."""
+    return f"{100 * estimate.low:.1f}–{percent(estimate.high)}"
+
+
+def count(number: float) -> str:
+    """Return 11173962 as ``11,173,962``; fractions keep one digit."""
+    return f"{number:,.0f}" if float(number).is_integer() or number >= 1000 else f"{number:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``850 ms``, ``12.3 s``, ``4 min 5 s`` or ``2 h 3 min``."""
+    space = "\N{NO-BREAK SPACE}"
+    if seconds < 1:
+        return f"{1000 * seconds:.0f}{space}ms"
+    if seconds < 60:
+        return f"{seconds:.1f}{space}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{space}min{space}{rest}{space}s"
+    return f"{minutes // 60:,}{space}h{space}{minutes % 60}{space}min"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Return settings as ``steps 50, loss dlr``; what is not set is left out."""
+    parts = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            parts.append(settings(value))
+        elif value is not None:
+            listed = value if isinstance(value, (list, tuple)) else [value]
+            text = " + ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in listed)
+            parts.append(f"{key.replace('_', ' ')}\N{NO-BREAK SPACE}{text}")
+    return ", ".join(filter(None, parts)) or "–"
+
+
+def size(bytes_: int) -> str:
+    """Return 536870912 as ``512 MiB``."""
+    space, mebibytes = "\N{NO-BREAK SPACE}", bytes_ / 2**20
+    return f"{mebibytes:,.0f}{space}MiB" if mebibytes < 1000 else f"{mebibytes / 1024:,.1f}{space}GiB"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value with two digits, or ``< 0.001``."""
+    return "<\N{NO-BREAK SPACE}0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def threat_of(record: Record) -> str:
+    """Return norm and radius as ``L∞ ε = 8/255``."""
+    text = f"{norm_of(record.threat.norm)} ε = {record.threat.eps_text}"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def suite_label(record: Record) -> str:
+    """Return the suite, to stand beside a figure that is not AutoAttack's; nothing for one that is."""
+    return "" if is_autoattack(record) else in_words(record)
+
+
+def under_suite(record: Record) -> str:
+    """Return the suite as a clause after ``under``, with its commas."""
+    words = in_words(record)
+    head = words.removesuffix(NOT)
+    if head == words:
+        return f"{words},"
+    return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{words},"
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence of an explanation, with its full stop."""
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z])", text.strip(), maxsplit=1)[0].rstrip(".") + "."
