@@ -1,19 +1,32 @@
 # Two commands: `make demo` and `make test`. Each makes .venv through constraints.txt on its first run.
+# `make browser` installs Debian's Chromium, which the tests of the playground drive; `make test` does it where it can.
+# `make docs` builds the documentation into site/.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint browser docs clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m clead demo
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev lint browser
 	$(RUN) -m pytest
 
+docs: $(VENV)/.dev
+	$(VENV)/bin/zensical build --clean --strict
+
+# Any Chromium will do: CLEAD_BROWSER names it where it is not on the path.
+browser:
+	@for name in "$${CLEAD_BROWSER:-chromium}" chromium-browser google-chrome; do command -v "$$name" >/dev/null && exit 0; done; \
+	echo 'make browser: installing Chromium'; \
+	test "$$(id -u)" = 0 || sudo='sudo -n'; \
+	{ $$sudo apt-get -qq update && $$sudo apt-get -qq install -y chromium; } || \
+	{ echo 'make browser: no Chromium found, and none could be installed; install one, or set CLEAD_BROWSER to its path' >&2; exit 1; }
+
 lint: $(VENV)/.dev
-	$(RUN) -m ruff check src tests benchmarks
-	$(RUN) -m ruff format --check src tests benchmarks
+	$(RUN) -m ruff check src tests benchmarks examples docs/*.py
+	$(RUN) -m ruff format --check src tests benchmarks examples docs/*.py
 	$(RUN) -m ty check --python $(VENV) src
 
 $(VENV)/bin/python:

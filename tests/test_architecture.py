@@ -16,7 +16,8 @@ ROOT = Path(clead.__file__).parent
 # draw it, and api hands it to them.
 ORDER = [
     *("errors", "registry", "settings", "interfaces", "progress", "threats", "losses", "models", "attacks", "methods"),
-    *("data", "config", "checkpoint", "report.record", "evaluation", "training", "report", "api", "demo", "cli"),
+    *("data", "config", "checkpoint", "report.record", "evaluation", "training", "report"),
+    *("export", "api", "serving", "demo", "cli"),
 ]
 TORCH_ONLY = "interfaces"
 EXEMPT = {"__init__", "__main__"}

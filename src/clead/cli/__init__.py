@@ -8,5 +8,17 @@ from clead.cli.application import main
 
 __all__ = ["main"]
 
-for _command in ("train", "evaluate", "attack", "measure", "compare", "report", "demo", "list"):
+for _command in (
+    "train",
+    "evaluate",
+    "attack",
+    "measure",
+    "compare",
+    "report",
+    "export",
+    "serve",
+    "playground",
+    "demo",
+    "list",
+):
     import_module(f"clead.cli.{_command}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,4 +23,7 @@ def demo(
     with interruptible():
         comparison = run_demo(out, quick=quick)
     print_comparison(comparison)
-    say(f"report: {Path(comparison['report']).resolve()}")
+    page = Path(comparison["report"])
+    say(f"report: {page.resolve()}")
+    where = shlex.quote(str(page.parent))
+    say(f"attack them by hand: clead playground {where}/standard {where}/clead --open")

@@ -1,0 +1,207 @@
+"""Write the pages of docs/reference/ from the registries, docstrings, recipes and commands, so that they cannot drift.
+
+python docs/generate.py            # after a change; tests/test_docs.py fails while the pages are not what this would write
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from clead import config
+from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
+from clead.cli.application import app
+from clead.data.datasets import DATASETS
+from clead.methods import METHODS
+from clead.models import MODELS
+from clead.threats import THREATS
+
+REFERENCE = Path(__file__).parent / "reference"
+_NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
+_REGISTRIES = {"data": DATASETS, "model": MODELS, "threat": THREATS}
+_GROUPS = {
+    "data": "What is read, and how images are changed on their way into training.",
+    "model": "The network. Any `nn.Module` goes as `--model.name FILE.py:FACTORY`, or as an object in Python.",
+    "threat": "What an attacker may change: a ball of radius `eps` around the image, intersected with the pixel range [0, 1].",
+    "optim": "The optimiser.",
+    "train": "How long, at which precision, from which weights.",
+    "eval": "What `clead evaluate` attacks, and with what.",
+}
+
+
+def pages() -> dict[str, str]:
+    """Return file name -> text of every generated page."""
+    return {
+        "attacks.md": _attacks(),
+        "methods.md": _methods(),
+        "settings.md": _settings(),
+        "recipes.md": _recipes(),
+        "commands.md": _commands(),
+    }
+
+
+def _attacks() -> str:
+    parts = [
+        "# Attacks",
+        "Each attack with its source, where it departs from it, and its settings. `clead attack RUN --attack.name NAME` runs one, "
+        '`--attack.KEY VALUE` changes a setting; in Python they are functions: `clead.attacks.NAME(model, x, y, eps="8/255")`. '
+        "Which of them a suite runs is told in [Evaluation](../evaluation.md).",
+        "## In a norm ball",
+        "Those marked *in training, too* maximise any [objective](#objectives) and can be the inner attack of a "
+        "[method](methods.md). The others search by themselves.",
+    ]
+    for name, cls in ATTACKS.items():
+        kind = "Searches by itself." if hasattr(cls, "search") else "In training, too."
+        norms = getattr(cls, "norms", None)
+        for_norms = f" Made for {', '.join(norms)}." if norms else ""
+        parts += [f"### {name}", *_docstring(cls), f"*{kind}{for_norms}*", _table(_keys("attack", name))]
+    parts += [
+        "### Attacks of other libraries",
+        "`--attack.name foolbox:NAME` and `torchattacks:NAME` run any attack of these libraries on the same images; what they "
+        "return counts only if it lies in the threat set, measured here.",
+        "## In no norm ball",
+        "These change many pixels a lot, each within a set of its own that its settings describe.",
+    ]
+    for name, cls in UNRESTRICTED.items():
+        parts += [f"### {name}", *_docstring(cls), _table(config._rows(cls, ""))]
+    parts += ["## Objectives", "What a gradient attack maximises: `clead attack RUN --objective NAME`."]
+    for name, function in OBJECTIVES.items():
+        parts += [f"### {name}", *_docstring(function)]
+    return _page(parts)
+
+
+def _methods() -> str:
+    parts = [
+        "# Methods",
+        "Each training method with its source, where it departs from it, and its settings: `--method.name NAME`, "
+        "`--method.KEY VALUE`. Most are settings of one [objective](../method.md); a key that several have means the same in each.",
+    ]
+    for name, cls in METHODS.items():
+        parts += [f"## {name}", *_docstring(cls), _table(_keys("method", name))]
+    return _page(parts)
+
+
+def _settings() -> str:
+    parts = [
+        "# Settings",
+        "Every key of a recipe or run: `--group.key VALUE` on the command line, `group: {key: VALUE}` in YAML. "
+        "`clead train --help` prints the same. Keys of attacks and methods are with the [attacks](attacks.md) and "
+        "[methods](methods.md).",
+    ]
+    choices = config.choice_keys()
+    for group, about in _GROUPS.items():
+        parts += [f"## {group}", about]
+        if group not in choices:
+            parts.append(_table(_keys(group, "")))
+            continue
+        key, default, names = choices[group]
+        said = f"default `{default}`" if default else "required"
+        parts.append(f"`{group}.{key}` ({said}) is one of {', '.join(f'`{name}`' for name in names)}.")
+        rows = {name: _keys(group, name) for name in names}
+        shared = [row for row in rows[names[0]] if all(row in other for other in rows.values())]
+        if shared:
+            parts += ["All of them have:", _table(shared)]
+        for name, cls in _REGISTRIES[group].items():
+            own = [row for row in rows[name] if row not in shared]
+            parts += [f"### {group} {name}", *_docstring(cls, formula=group == "threat"), _table(own) if own else ""]
+    return _page(parts)
+
+
+def _recipes() -> str:
+    parts = [
+        "# Recipes",
+        "The shipped recipes, as their headers describe them: what was measured, with n and seeds, or that it was not. "
+        "`clead train NAME` runs one, `clead train NAME --show` prints every key of it. "
+        "[Measured results](../results.md) compares them.",
+    ]
+    for name in config.recipe_names():
+        lines = config.recipe_text(name)[1].splitlines()
+        header = [line.removeprefix("# ") for line in lines if line.startswith("# ")][1:]
+        fields: list[list[str]] = []
+        for line in header:
+            if re.match(r"\w+: ", line):
+                key, text = line.split(":", 1)
+                fields.append([key, text.strip()])
+            else:
+                fields[-1][1] += f" {line.strip()}"
+        parts += [f"## {name}", "\n".join(f"- **{key}**: {_prose(text)}" for key, text in fields)]
+    return _page(parts)
+
+
+def _commands() -> str:
+    parts = [
+        "# Commands",
+        "`clead COMMAND --help` prints the same. Commands that take a run also take keys of its [settings](settings.md), such as "
+        "`--data.path` or `--eval.images 100`. Exit codes: 0 done; 1 training became non-finite or memory ran out; 2 a mistake in "
+        "what was given, told in one line; 130 interrupted.",
+    ]
+    program: Any = get_command(app)
+    for name, command in program.commands.items():
+        parts += [f"## clead {name}", *(_prose(" ".join(part.split())) for part in (command.help or "").split("\n\n"))]
+        rows = []
+        for option in command.params:
+            options = [*option.opts, *option.secondary_opts]
+            if option.param_type_name == "argument":
+                options = [option.name.upper()]
+            if "--help" not in options:
+                rows.append((", ".join(f"`{word}`" for word in options), _prose(getattr(option, "help", "") or "")))
+        if rows:
+            parts.append("| option | what it does |\n|---|---|\n" + "\n".join(f"| {a} | {_cell(b)} |" for a, b in rows))
+    return _page(parts)
+
+
+def _keys(group: str, name: str) -> list[tuple[str, str, str, str]]:
+    return [row[2:] for row in config.documented_keys() if row[:2] == (group, name)]
+
+
+def _table(rows: Iterable[tuple[str, str, str, str]]) -> str:
+    lines = [
+        f"| `{key}` | `{default}` | {_cell(_prose(allowed))} | {_cell(_prose(doc))} |"
+        for key, default, allowed, doc in rows
+    ]
+    if not lines:
+        return "It has no settings."
+    return "\n".join(["| key | default | range, unit | what it does |", "|---|---|---|---|", *lines])
+
+
+def _docstring(entry: Any, *, formula: bool = True) -> list[str]:
+    """Return the first line, as a block if it is a formula, and the paragraphs after it."""
+    first, *rest = re.split(r"\n\s*\n", inspect.cleandoc(entry.__doc__))
+    rest = [part for part in rest if not part.startswith((">>>", "Args:", "Returns:"))]
+    first = " ".join(first.split())
+    return [f"```text\n{first}\n```" if formula else _prose(first), *(_prose(" ".join(part.split())) for part in rest)]
+
+
+def _prose(text: str) -> str:
+    """Return plain text as Markdown: sources become links, and nothing in it is taken for markup."""
+    text = text.replace("``", "`")
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(piece if piece.startswith("`") else _linked(_escaped(piece)) for piece in pieces)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([*_\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _page(parts: Iterable[str]) -> str:
+    title, *rest = [part for part in parts if part]
+    return "\n\n".join([title, _NOTICE, *rest]) + "\n"
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        (REFERENCE / page).write_text(text)
+        print(f"{REFERENCE / page}: {len(text.splitlines())} lines")
