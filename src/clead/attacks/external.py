@@ -115,7 +115,9 @@ class External:
         """Every setting that the attack runs with, its library's own defaults among them, as plain data."""
         library, cls = _find(self.name)
         used = {key: p.default for key, p in _parameters(cls).items() if key not in _OURS[library]} | self.options
-        plain = {key: value if isinstance(value, str | int | float | None) else repr(value) for key, value in used.items()}
+        plain = {
+            key: value if isinstance(value, str | int | float | None) else repr(value) for key, value in used.items()
+        }
         return {"name": self.name, **plain}
 
     def doubt(self, threat: Threat) -> str | None:
