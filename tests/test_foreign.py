@@ -188,7 +188,7 @@ def test_a_module_in_python(place):
         (("--model", "net.onnx"), "no ONNX file at net.onnx"),
         (("--model", "nets.py:net", "--threat.eps", "8"), "did you mean 8/255?"),
         (("--model", "nets.py:net", "--shard", "3/2"), "--shard must be i/n"),
-        (("--model", "nets.py:net", "--suite", "standart"), "eval.suite"),
+        (("--model", "nets.py:net", "--suite", "standart"), "--suite: unknown suite 'standart'"),
         (("--model", "nets.py:net", "--method.name", "trades"), "changes nothing here"),
         (("--model", "nets.py:net", "--eval.stepz", "3"), "did you mean 'steps'"),
     ],

@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 import clead
 from clead.serving import ServeSettings, create_app
 
-EXAMPLES = 40
+EXAMPLES = 100
 MEDIA = {"multipart/form-data", "application/json", "application/octet-stream"}
 MEDIA |= {f"image/{kind}" for kind in ("png", "jpeg", "webp", "bmp")}
 OPERATIONS = [("POST", "/v1/predict"), ("POST", "/v1/explain"), ("GET", "/healthz"), ("GET", "/metrics")]

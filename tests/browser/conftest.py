@@ -35,7 +35,8 @@ def executable() -> str:
     return found
 
 
-@pytest.fixture(scope="session")
+# Of the module, not the session: until it ends, an event loop of playwright's runs in this thread, and asyncio.run fails.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     path = executable()
     # Chromium's sandbox does not work for root, whom containers are often run as.
@@ -58,7 +59,7 @@ class Duel:
     files: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def duel(tmp_path_factory) -> Iterator[Duel]:
     folder = tmp_path_factory.mktemp("duel")
     runs = [folder / "standard", folder / "hardened"]

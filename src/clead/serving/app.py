@@ -176,7 +176,7 @@ class _Service:
 
     def model(self, query: PredictQuery) -> ServedModel:
         """Return the model that a request names, the first one by default."""
-        name = query.model or next(iter(self.models))
+        name = next(iter(self.models)) if query.model is None else query.model
         if name not in self.models:
             raise Problem(
                 422, f"model: no such run is served, got {name[:60]!r}; {did_you_mean(name[:60], self.models)}"
