@@ -285,7 +285,7 @@ def test_cache_is_used_keyed_by_content_and_mended(tmp_path, monkeypatch, caplog
     first = decode(blobs, list("abc"), Fit())
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "_decode_one", None)  # must not be called
+        patch.setattr(decoding, "decode_one", None)  # must not be called
         assert torch.equal(decode(blobs, list("xyz"), Fit()), first)
     content = file.read_bytes()
     flipped = content[:-1] + bytes([content[-1] ^ 1])

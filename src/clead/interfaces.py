@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,17 +48,17 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Decoded images in memory.
+    """Labelled images.
 
     Args:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8; or what is indexed like that and decodes images when they are asked for (``data/streaming.py``).
         labels: (N,) int64 in [0, K); hidden ones too, for measuring: training looks at ``visible_labels`` only.
         labelled: (N,) bool, where training may look at ``labels``; None: everywhere.
         pseudo_labels: (N,) int64 in [0, K), what counts as label where there is none, or None.
         labelled_share: part of every training batch that is drawn from labelled images, in (0, 1]; None: as they come.
     """
 
-    images: Tensor
+    images: Any
     labels: Tensor
     labelled: Tensor | None = None
     pseudo_labels: Tensor | None = None
@@ -81,12 +81,15 @@ class ImageSet:
             return self
         labels = self.visible_labels
         index = (labels >= 0).nonzero()[:, 0]
-        return ImageSet(self.images[index], labels[index])
+        return ImageSet(self._at(index), labels[index])
 
     def subset(self, index: Tensor) -> ImageSet:
         """Return the images at ``index``, (n,) int64."""
         flags, pseudo = (None if part is None else part[index] for part in (self.labelled, self.pseudo_labels))
-        return ImageSet(self.images[index], self.labels[index], flags, pseudo, self.labelled_share)
+        return ImageSet(self._at(index), self.labels[index], flags, pseudo, self.labelled_share)
+
+    def _at(self, index: Tensor) -> Any:
+        return self.images[index] if isinstance(self.images, Tensor) else self.images.at(index)
 
 
 @dataclass(frozen=True)

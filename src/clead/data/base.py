@@ -56,7 +56,7 @@ class Found(NamedTuple):
 
 @settings
 class InMemoryDataset(ABC):
-    """Labelled images that fit into memory. A dataset is one file in ``datasets/`` with a ``read`` method."""
+    """Labelled images. A dataset is one file in ``datasets/`` with a ``read`` method."""
 
     batch_size: int = setting(128, "Images per training step.", unit="images", ge=1)
     val_fraction: float = setting(

@@ -67,7 +67,7 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
 
     def run(start: int) -> list[np.ndarray]:
         part = slice(start, start + _CHUNK)
-        return [_decode_one(blob, name, fit) for blob, name in zip(blobs[part], names[part], strict=True)]
+        return [decode_one(blob, name, fit) for blob, name in zip(blobs[part], names[part], strict=True)]
 
     if len(blobs) <= _CHUNK:  # one piece of work: starting a thread for it takes longer than a small image
         arrays = run(0)
@@ -75,7 +75,7 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
         workers = os.cpu_count() if sum(map(len, blobs)) > _THREADS_ABOVE * len(blobs) else 1
         with ThreadPoolExecutor(workers) as pool:
             arrays = [array for chunk in pool.map(run, range(0, len(blobs), _CHUNK)) for array in chunk]
-    images = _stack(arrays, names)
+    images = stack(arrays, names)
     if cache is not None:
         _write_cache(cache, images)
     return images
@@ -89,7 +89,7 @@ def fit_arrays(images: Tensor, fit: Fit) -> Tensor:
         return images
     arrays = images.permute(0, 2, 3, 1).numpy()
     arrays = arrays[..., 0] if channels == 1 else arrays
-    return _stack([_fit_one(Image.fromarray(np.ascontiguousarray(array)), fit) for array in arrays], [])
+    return stack([_fit_one(Image.fromarray(np.ascontiguousarray(array)), fit) for array in arrays], [])
 
 
 def cache_folder() -> Path:
@@ -97,8 +97,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLEAD_CACHE") or "~/.cache/clead/decoded").expanduser()
 
 
-def _decode_one(blob: bytes, name: str, fit: Fit) -> np.ndarray:
-    """Return (H, W) for grey and (H, W, 3) for colour, uint8."""
+def decode_one(blob: bytes, name: str, fit: Fit) -> np.ndarray:
+    """Return one image, (H, W) for grey and (H, W, 3) for colour, uint8; raises as ``decode`` does."""
     try:
         image = Image.open(io.BytesIO(blob), formats=FORMATS)
         # Pillow itself only warns up to twice the limit.
@@ -153,8 +153,8 @@ def _fit_one(image: Image.Image, fit: Fit) -> np.ndarray:
     return np.asarray(image)
 
 
-def _stack(arrays: list[np.ndarray], names: Sequence[str]) -> Tensor:
-    """Return (N, C, H, W): colour if any image is."""
+def stack(arrays: list[np.ndarray], names: Sequence[str]) -> Tensor:
+    """Return images as one tensor, (N, C, H, W): colour if any image is; raises as ``decode`` does where sizes differ."""
     sizes = Counter(array.shape[:2] for array in arrays)
     if len(sizes) > 1:
         (common, _), *_ = sizes.most_common()

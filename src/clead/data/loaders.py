@@ -1,4 +1,4 @@
-"""Batches from images in memory: functions of seed and place in the training alone, so that resuming is exact."""
+"""Training batches: functions of seed and place in the training alone, so that resuming is exact."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clead.data.streaming import StreamedImages
 from clead.data.views import Augmentation
 from clead.interfaces import Batch, ImageSet
 
@@ -40,7 +41,7 @@ class Loader:
     again, so a batch may hold an image twice. With s = 1 all are labelled, and an epoch is N images long all the same.
 
     Args:
-        image_set: the images; copied to ``device``.
+        image_set: the images; copied to ``device``, unless they are streamed.
         batch_size: images per batch, ≥ 1.
         device: where batches are made.
         seed: decides order and views.
@@ -117,7 +118,10 @@ class Loader:
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
         chosen = self._chosen(epoch, index)
-        plain, labels = _as_float(self.images[chosen]), self.labels[chosen]
+        plain, labels = _as_float(self.images[chosen].to(self.device)), self.labels[chosen]
+        if isinstance(self.images, StreamedImages):
+            after = (epoch, index + 1) if index + 1 < self.steps_per_epoch else (epoch + 1, 0)
+            self.images.prefetch(self._chosen(*after))
         first = self._draw(self.augment, plain, progress, epoch, index, _FIRST_VIEW)
         second = None if self.view is None else self._draw(self.view, plain, progress, epoch, index, _SECOND_VIEW)
         soft = None
@@ -162,7 +166,9 @@ class Loader:
             # Drawn on the CPU, so that every device sees the same order.
             order = torch.arange(count)
             if self.shuffle:
-                order = torch.randperm(count, generator=seeded("cpu", self.seed, turn, stream))
+                generator = seeded("cpu", self.seed, turn, stream)
+                streamed = isinstance(self.images, StreamedImages)
+                order = self.images.shuffled(generator) if streamed else torch.randperm(count, generator=generator)
             self._orders[stream] = kept = (turn, order.to(self.device))
         return kept[1]
 

@@ -436,7 +436,7 @@ class _Job:
     def fit(self, detectors: Sequence[Detector], reference: ImageSet) -> None:
         """Fit on the features of clean images."""
         self._check(reference)
-        x, features = _pixels(reference.images), []
+        x, features = _pixels(reference.images[:]), []
         with torch.no_grad():
             for here in _slices(len(x), self.batch_size):
                 features.append(self.model.features(x[here].to(self.device)))

@@ -120,5 +120,6 @@ def batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is."""
+    """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is, and what is streamed is read."""
+    images = images[:]
     return images.float() / 255 if images.dtype == torch.uint8 else images.float().clone()

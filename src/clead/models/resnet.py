@@ -1,11 +1,12 @@
-"""Residual networks for small images (He et al. 2016, arXiv:1512.03385).
+"""Residual networks (He et al. 2016, arXiv:1512.03385).
 
-The paper's CIFAR family (ResNet-8, -20), and its ImageNet family on a CIFAR stem (ResNet-18, -34, -50).
+The paper's CIFAR family (ResNet-8, -20), and its ImageNet family (ResNet-18, -34, -50) on a CIFAR stem or its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -62,16 +63,20 @@ class Residual(nn.Module):
 
 
 class ResNetEncoder(nn.Module):
-    """A 3×3 stem of stride 1 without max-pooling, stages of residual blocks, and the spatial mean.
+    """A stem, stages of residual blocks, and the spatial mean.
 
-    Each stage halves height and width. x: (B, C, H, W) -> (B, D), D the width of the last stage.
+    The small stem is a 3×3 convolution of stride 1; the large one a 7×7 of stride 2 and 3×3 max-pooling of stride 2 (He et al.
+    2016, table 1). Each stage but the first halves height and width. x: (B, C, H, W) -> (B, D), D the width of the last stage.
     """
 
-    def __init__(self, channels: int, width: int, depths: Sequence[int], *, bottleneck: bool, pad: bool) -> None:
+    def __init__(
+        self, channels: int, width: int, depths: Sequence[int], *, bottleneck: bool, pad: bool, stem: str = "small"
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        large = stem == "large"
+        convolution = nn.Conv2d(channels, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
+        pool = [nn.MaxPool2d(3, 2, 1)] if large else []
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(), *pool)
         blocks: list[nn.Module] = []
         self.feature_dim = width
         for stage, depth in enumerate(depths):
@@ -117,31 +122,43 @@ class ResNet20(ModelSettings):
 @MODELS.register("resnet18")
 @settings
 class ResNet18(ModelSettings):
-    """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 11.2 M parameters."""
+    """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 11.2 M parameters."""
 
     width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
 
+    stem: Literal["small", "large"] = setting(
+        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
+    )
+
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 8 × width."""
-        return ResNetEncoder(channels, self.width, (2, 2, 2, 2), bottleneck=False, pad=False), 8 * self.width
+        return ResNetEncoder(
+            channels, self.width, (2, 2, 2, 2), bottleneck=False, pad=False, stem=self.stem
+        ), 8 * self.width
 
 
 @MODELS.register("resnet34")
 @settings
 class ResNet34(ModelSettings):
-    """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 21.3 M parameters."""
+    """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 21.3 M parameters."""
 
     width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
 
+    stem: Literal["small", "large"] = setting(
+        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
+    )
+
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 8 × width."""
-        return ResNetEncoder(channels, self.width, (3, 4, 6, 3), bottleneck=False, pad=False), 8 * self.width
+        return ResNetEncoder(
+            channels, self.width, (3, 4, 6, 3), bottleneck=False, pad=False, stem=self.stem
+        ), 8 * self.width
 
 
 @MODELS.register("resnet50")
 @settings
 class ResNet50(ModelSettings):
-    """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem, 1×1 shortcuts (B); 23.5 M parameters.
+    """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 23.5 M parameters.
 
     The stride of a bottleneck is on its 3×3 convolution, not on the first 1×1 as in the paper: the usual
     variant since 2016.
@@ -149,6 +166,12 @@ class ResNet50(ModelSettings):
 
     width: int = setting(64, "bottleneck channels of the first of four stages; each next one has twice as many", ge=1)
 
+    stem: Literal["small", "large"] = setting(
+        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
+    )
+
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 32 × width."""
-        return ResNetEncoder(channels, self.width, (3, 4, 6, 3), bottleneck=True, pad=False), 32 * self.width
+        return ResNetEncoder(
+            channels, self.width, (3, 4, 6, 3), bottleneck=True, pad=False, stem=self.stem
+        ), 32 * self.width

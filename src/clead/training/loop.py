@@ -433,10 +433,16 @@ def _save(
 
 
 def mean_std(splits: Splits) -> tuple[list[float], list[float]]:
-    """Return per-channel mean and standard deviation of the training images, in [0, 1]; a constant channel gets std 1."""
+    """Return per-channel mean and standard deviation of the training images, in [0, 1]; a constant channel gets std 1.
+
+    Of images that are streamed a sample counts, see ``StreamedImages.histogram``.
+    """
     # By histogram: exact, and without a float copy of the whole set.
-    channels = splits.train.images.unbind(1)
-    counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in channels])
+    images = splits.train.images
+    if isinstance(images, torch.Tensor):
+        counts = torch.stack([torch.bincount(channel.reshape(-1), minlength=256) for channel in images.unbind(1)])
+    else:
+        counts = images.histogram()
     value = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * value).sum(1) / counts.sum(1)
     std = ((counts * value**2).sum(1) / counts.sum(1) - mean**2).clamp_min(0).sqrt()

@@ -14,7 +14,7 @@ from clead.data.datasets import DATASETS
 from clead.errors import MissingExtra, UserError
 from clead.settings import setting, settings
 
-_IMAGE, _LABEL = ("img", "image"), ("label", "fine_label")
+IMAGE, LABEL = ("img", "image"), ("label", "fine_label")
 
 
 @DATASETS.register("parquet")
@@ -55,6 +55,34 @@ def read_parquet(path: Path) -> Found:
 
 
 def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] | None]:
+    shards = shards_of(folder, part)
+    blobs: list[bytes] = []
+    labels: list[torch.Tensor] = []
+    where: list[str] = []
+    names: list[list[str] | None] = []
+    for shard in shards:
+        image, label = (column_of(shard, wanted) for wanted in (IMAGE, LABEL))
+        try:
+            table = pyarrow.parquet.read_table(shard, columns=[image], partitioning=None)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise _unreadable(shard, error) from None
+        images = [image and image.get("bytes") for image in table[image].to_pylist()]
+        if None in images:
+            raise UserError(
+                f"{shard} row {images.index(None)}: the image has no bytes (only a path?); write the file "
+                "with the images embedded"
+            )
+        blobs += images
+        labels.append(label_column(shard, label))
+        where += [f"{shard} row {row}" for row in range(len(images))]
+        names.append(class_names(shard, label))
+    if any(each != names[0] for each in names):
+        raise UserError(f"{folder}: the {part} files name different classes; rewrite them with one list")
+    return Part(blobs, torch.cat(labels), where), names[0]
+
+
+def shards_of(folder: Path, part: str) -> list[Path]:
+    """Return the files of ``part`` in order; UserError if there are none, or fewer than their names say."""
     shards = sorted(folder.glob(f"{part}-*.parquet"))
     if not shards:
         raise UserError(
@@ -62,45 +90,20 @@ def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] |
         )
     if (match := re.search(r"-of-(\d+)", shards[0].name)) and int(match[1]) != len(shards):
         raise UserError(f"{folder}: {shards[0].name} says {int(match[1])} files, got {len(shards)}; fetch the others")
-    blobs: list[bytes] = []
-    labels: list[int] = []
-    where: list[str] = []
-    names: list[list[str] | None] = []
-    for shard in shards:
-        try:
-            schema = pyarrow.parquet.read_schema(shard)
-            columns = [_column(schema, wanted, shard) for wanted in (_IMAGE, _LABEL)]
-            table = pyarrow.parquet.read_table(shard, columns=columns, partitioning=None)
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{shard}: not a readable Parquet file ({reason}); fetch it again") from None
-        images = [image and image.get("bytes") for image in table[columns[0]].to_pylist()]
-        if None in images:
-            raise UserError(
-                f"{shard} row {images.index(None)}: the image has no bytes (only a path?); write the file "
-                "with the images embedded"
-            )
-        numbers = table[columns[1]].to_pylist()
-        if None in numbers:
-            raise UserError(f"{shard} row {numbers.index(None)}: the label is empty; fill it in or remove the row")
-        blobs += images
-        labels += numbers
-        where += [f"{shard} row {row}" for row in range(len(images))]
-        names.append(_class_names(schema, columns[1]))
-    if any(each != names[0] for each in names):
-        raise UserError(f"{folder}: the {part} files name different classes; rewrite them with one list")
-    return Part(blobs, torch.tensor(labels, dtype=torch.int64), where), names[0]
+    return shards
 
 
-def _column(schema: Any, wanted: tuple[str, ...], shard: Path) -> str:
+def column_of(shard: Path, wanted: tuple[str, ...]) -> str:
+    """Return which of the ``wanted`` columns, ``IMAGE`` or ``LABEL``, a file has; UserError if none, or of another type."""
+    schema = _schema(shard)
     for name in wanted:
         if name in schema.names:
             kind = str(schema.field(name).type)
-            if name in _IMAGE and kind.startswith("struct<") and "bytes: " in kind:
+            if name in IMAGE and kind.startswith("struct<") and "bytes: " in kind:
                 return name
-            if name in _LABEL and re.fullmatch(r"u?int\d+", kind):
+            if name in LABEL and re.fullmatch(r"u?int\d+", kind):
                 return name
-            rule = "a struct of bytes and path" if name in _IMAGE else "integers"
+            rule = "a struct of bytes and path" if name in IMAGE else "integers"
             raise UserError(
                 f"{shard}: the column {name!r} must be {rule}, got {kind}; rewrite the file in Hugging Face's layout"
             )
@@ -109,10 +112,42 @@ def _column(schema: Any, wanted: tuple[str, ...], shard: Path) -> str:
     )
 
 
-def _class_names(schema: Any, label: str) -> list[str] | None:
-    """Return the names in the schema's Hugging Face metadata, or None if it has none."""
+def label_column(shard: Path, column: str) -> torch.Tensor:
+    """Return a file's labels, (n,) int64; UserError if one is empty."""
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        found = pyarrow.parquet.read_table(shard, columns=[column], partitioning=None)[column]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(shard, error) from None
+    if found.null_count:
+        row = found.is_null().to_pylist().index(True)
+        raise UserError(f"{shard} row {row}: the label is empty; fill it in or remove the row")
+    return torch.from_numpy(found.to_numpy().astype("int64"))
+
+
+def class_names(shard: Path, label: str) -> list[str] | None:
+    """Return the names in a file's Hugging Face metadata, or None if it has none."""
+    try:
+        names = json.loads((_schema(shard).metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
         return list(map(str, names)) or None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _schema(shard: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
+    try:
+        return pyarrow.parquet.read_schema(shard)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _unreadable(shard, error) from None
+
+
+def _unreadable(shard: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0]
+    return UserError(f"{shard}: not a readable Parquet file ({reason}); fetch it again")

@@ -1,0 +1,133 @@
+"""Parquet files in Hugging Face's layout whose training images do not fit into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing
+from clead.data.datasets import DATASETS
+from clead.data.datasets.parquet import IMAGE, LABEL, class_names, column_of, label_column, shards_of
+from clead.data.decoding import Fit
+from clead.data.labels import partly_labelled, stratified
+from clead.data.streaming import Shards, StreamedImages
+from clead.errors import UserError
+from clead.interfaces import ImageSet, Splits
+from clead.settings import setting, settings
+
+_LIMIT_SEED = 0
+
+
+@DATASETS.register("parquet_stream")
+@settings
+class ParquetStream(InMemoryDataset):
+    """Parquet files as for parquet; training images stay on the disk and are decoded batch by batch.
+
+    Labels, validation and test images are in memory: set limit_test and a small val_fraction. The test part is test-*.parquet,
+    else validation-*.parquet. Rows should be written in random order and in row groups of some hundred images: an epoch takes row
+    groups in random order and mixes the images of a window of them.
+
+    Validation images are whole row groups, so that cutting them does not read everything.
+    """
+
+    path: Path = setting(..., "The folder that holds the Parquet files.")
+    shuffle_buffer: int = setting(
+        8192,
+        "Images among which an epoch mixes; two windows of so many are kept in memory, encoded.",
+        unit="images",
+        ge=1,
+    )
+    decode_workers: int | None = setting(None, "Threads that decode images; None: one per core.", unit="threads", ge=1)
+
+    def read(self) -> Found:
+        """Not for images that do not fit into memory: ``load`` reads."""
+        raise NotImplementedError
+
+    def load(self, seed: int, *, training: bool = True) -> Splits:
+        """Return the splits, with training images that are read later; see ``InMemoryDataset.load`` and this class."""
+        if self.image_size is None:
+            raise UserError(
+                "data.image_size: images that are streamed must be given a size, got none; set --data.image_size, such as 224"
+            )
+        if self.labelled_share is not None:
+            raise UserError(
+                f"data.labelled_share: images that are streamed come as they lie, got {self.labelled_share:g}; leave it out, "
+                "or use --data.name parquet"
+            )
+        folder = existing(self.path)
+        if not any(folder.glob("*.parquet")) and (folder / "data").is_dir():
+            folder = folder / "data"
+        files = {"train": shards_of(folder, "train")}
+        name = "test" if any(folder.glob("test-*.parquet")) else "validation"
+        files["test"] = shards_of(folder, name)
+        fit = Fit(self.image_size, self.resize, self.channels or 3)
+        images, labels, names = {}, {}, {}
+        for part, found in files.items():
+            columns = {(column_of(file, IMAGE), column_of(file, LABEL)) for file in found}
+            if len(columns) > 1:
+                raise UserError(
+                    f"{folder}: the {part} files name their columns differently; rewrite them with the same names"
+                )
+            (image, label), *_ = columns
+            shards = Shards(found, image, self.shuffle_buffer)
+            labels[part] = torch.cat([label_column(file, label) for file in found])
+            names[part] = [class_names(file, label) for file in found]
+            images[part] = StreamedImages(
+                shards,
+                torch.arange(shards.rows),
+                fit,
+                buffer=self.shuffle_buffer,
+                workers=self.decode_workers or os.cpu_count() or 1,
+            )
+        classes = _classes(folder, names, labels)
+        check(Found(Part([], labels["train"]), Part([], labels["test"]), classes), limit_train=self.limit_train)
+        train = ImageSet(images["train"], labels["train"])
+        test = ImageSet(images["test"], labels["test"])
+        if self.limit_train is not None and self.limit_train < len(train):
+            train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
+        if self.limit_test is not None and self.limit_test < len(test):
+            test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
+        val, rest = self._validation(train, seed)
+        digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit))).encode())
+        for part in ("train", "test"):
+            digest.update(images[part].shards.fingerprint.encode())
+            digest.update(labels[part].numpy())
+        digest.update(val.images.rows.numpy())
+        train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
+        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest())
+
+    def _validation(self, train: ImageSet, seed: int) -> tuple[ImageSet, Tensor]:
+        """Return validation images, of row groups of their own as far as they go, and which images are left for training."""
+        count = max(1, round(self.val_fraction * len(train)))
+        stream: StreamedImages = train.images
+        groups = stream.shards.group_of(stream.rows.numpy())
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+        turns = random.permutation(np.unique(groups))
+        place = np.empty(int(groups.max()) + 1, dtype=np.int64)
+        place[turns] = np.arange(len(turns))
+        order = np.argsort(place[groups], kind="stable")
+        chosen, rest = (torch.from_numpy(np.sort(part)) for part in (order[:count], order[count:]))
+        val, k = train.subset(chosen), len(np.unique(train.labels))
+        if len(torch.unique(val.labels)) < min(k, count) / 2:
+            raise UserError(
+                f"{self.path}: {count} validation images of whole row groups show {len(torch.unique(val.labels))} of {k} classes; "
+                "write the rows in random order, or raise --data.val_fraction"
+            )
+        return val, rest
+
+
+def _decoded(image_set: ImageSet) -> ImageSet:
+    return dataclasses.replace(image_set, images=torch.cat(list(image_set.images.split(512))))
+
+
+def _classes(folder: Path, names: dict[str, list[list[str] | None]], labels: dict[str, Tensor]) -> tuple[str, ...]:
+    everywhere = [each for part in names.values() for each in part]
+    if any(each != everywhere[0] for each in everywhere):
+        raise UserError(f"{folder}: the files name different classes; rewrite them with one list")
+    return tuple(everywhere[0]) if everywhere[0] else default_names(labels["train"], labels["test"])
