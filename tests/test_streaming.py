@@ -114,8 +114,8 @@ def test_an_epoch_has_every_image_once_and_mixes_within_windows_of_row_groups(fo
 
 
 def test_row_groups_are_read_once_per_epoch(folder, monkeypatch):
-    data = stream(folder)
-    train = data.load(0).train
+    train = stream(folder).load(0).train
+    train.images.shards._kept.clear()  # what cutting validation images has read
     loader = Loader(train, 10, seed=3)
     reads: list[tuple[int, int]] = []
     read = pq.ParquetFile.read_row_group
@@ -206,7 +206,6 @@ print(before, used("VmHWM"), sum(file.stat().st_size for file in Path({str(tmp_p
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"image_size": None}, "must be given a size, got none; set --data.image_size"),
         ({"labelled_share": 0.5, "labelled": 0.5}, "come as they lie, got 0.5"),
         ({"path": "nowhere"}, "data.path must exist, got 'nowhere'"),
     ],
@@ -269,8 +268,33 @@ def test_rows_that_lie_class_by_class_are_refused(tmp_path):
     labels = sorted(i % 3 for i in range(300))
     write(tmp_path / "train-00000-of-00001.parquet", [png(100, noise) for _ in labels], labels)
     write(tmp_path / "test-00000-of-00001.parquet", [png(100, noise) for _ in range(9)], [0, 1, 2] * 3)
-    with pytest.raises(UserError, match=r"show 1 of 3 classes; write the rows in random order"):
-        stream(tmp_path, val_fraction=0.05).load(0)
+    with pytest.raises(
+        UserError, match=r"rows lie class by class \(the label changes in 0\.7% of the rows\), and only 40"
+    ):
+        stream(tmp_path).load(0)
+    splits = stream(tmp_path, shuffle_buffer=300).load(0)  # all mix
+    assert torch.bincount(splits.val.labels).tolist() == [10, 10, 10]
+
+
+def test_validation_images_come_from_few_row_groups_by_class_in_proportion(folder, monkeypatch):
+    reads: list[int] = []
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, n, **k: reads.append(n) or read(self, n, **k))
+    splits = stream(folder, channels=3, limit_test=5).load(0)
+    share = torch.bincount(torch.cat([splits.train.labels, splits.val.labels])) / 300
+    assert ((torch.bincount(splits.val.labels) - 30 * share).abs() <= 1).all()
+    assert (
+        len(reads) <= 6 + 2
+    )  # 30 images; a row group of 16 has about 5 of each class; 2 row groups are the test part's
+
+
+def test_size_and_channels_are_those_of_the_first_image(tmp_path):
+    noise = np.random.RandomState(0)
+    labels = [0, 1, 2] * 20
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}-00000-of-00001.parquet", [png(100, noise, 9) for _ in labels], labels)
+    assert ParquetStream(path=tmp_path).load(0).train.images.shape[1:] == (3, 9, 9)
+    assert ParquetStream(path=tmp_path, channels=1, image_size=5).load(0).train.images[:2].shape == (2, 1, 5, 5)
 
 
 def test_a_validation_part_stands_for_a_test_part(folder):

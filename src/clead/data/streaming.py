@@ -43,6 +43,7 @@ class Shards:
 
     def __init__(self, files: Sequence[Path], column: str, buffer: int) -> None:
         try:
+            import pyarrow.compute
             import pyarrow.parquet
         except ImportError:
             raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
@@ -225,10 +226,8 @@ class StreamedImages:
 
         def run(start: int) -> list[np.ndarray]:
             part = slice(start, start + size)
-            return [
-                decode_one(blob, self.shards.name(int(row)), self.fit)
-                for blob, row in zip(blobs[part], numbers[part], strict=True)
-            ]
+            pairs = zip(blobs[part], numbers[part], strict=True)
+            return [decode_one(blob, self.shards.name(int(row)), self.fit) for blob, row in pairs]
 
         arrays = [array for part in self._pool.map(run, range(0, len(blobs), size)) for array in part]
         return stack(arrays, [])

@@ -14,7 +14,7 @@ from torch import Tensor
 from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing
 from clead.data.datasets import DATASETS
 from clead.data.datasets.parquet import IMAGE, LABEL, class_names, column_of, label_column, shards_of
-from clead.data.decoding import Fit
+from clead.data.decoding import Fit, decode
 from clead.data.labels import partly_labelled, stratified
 from clead.data.streaming import Shards, StreamedImages
 from clead.errors import UserError
@@ -33,7 +33,8 @@ class ParquetStream(InMemoryDataset):
     else validation-*.parquet. Rows should be written in random order and in row groups of some hundred images: an epoch takes row
     groups in random order and mixes the images of a window of them.
 
-    Validation images are whole row groups, so that cutting them does not read everything.
+    Size and channels are those of the first image, unless image_size and channels say otherwise. Validation images are cut from as
+    few row groups as have enough of every class.
     """
 
     path: Path = setting(..., "The folder that holds the Parquet files.")
@@ -51,10 +52,6 @@ class ParquetStream(InMemoryDataset):
 
     def load(self, seed: int, *, training: bool = True) -> Splits:
         """Return the splits, with training images that are read later; see ``InMemoryDataset.load`` and this class."""
-        if self.image_size is None:
-            raise UserError(
-                "data.image_size: images that are streamed must be given a size, got none; set --data.image_size, such as 224"
-            )
         if self.labelled_share is not None:
             raise UserError(
                 f"data.labelled_share: images that are streamed come as they lie, got {self.labelled_share:g}; leave it out, "
@@ -66,7 +63,7 @@ class ParquetStream(InMemoryDataset):
         files = {"train": shards_of(folder, "train")}
         name = "test" if any(folder.glob("test-*.parquet")) else "validation"
         files["test"] = shards_of(folder, name)
-        fit = Fit(self.image_size, self.resize, self.channels or 3)
+        fit = None
         images, labels, names = {}, {}, {}
         for part, found in files.items():
             columns = {(column_of(file, IMAGE), column_of(file, LABEL)) for file in found}
@@ -76,6 +73,7 @@ class ParquetStream(InMemoryDataset):
                 )
             (image, label), *_ = columns
             shards = Shards(found, image, self.shuffle_buffer)
+            fit = fit or self._fit(shards)
             labels[part] = torch.cat([label_column(file, label) for file in found])
             names[part] = [class_names(file, label) for file in found]
             images[part] = StreamedImages(
@@ -85,6 +83,7 @@ class ParquetStream(InMemoryDataset):
                 buffer=self.shuffle_buffer,
                 workers=self.decode_workers or os.cpu_count() or 1,
             )
+        assert fit is not None
         classes = _classes(folder, names, labels)
         check(Found(Part([], labels["train"]), Part([], labels["test"]), classes), limit_train=self.limit_train)
         train = ImageSet(images["train"], labels["train"])
@@ -93,6 +92,7 @@ class ParquetStream(InMemoryDataset):
             train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
         if self.limit_test is not None and self.limit_test < len(test):
             test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
+        self._check_order(labels["train"].numpy())
         val, rest = self._validation(train, seed)
         digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit))).encode())
         for part in ("train", "test"):
@@ -102,24 +102,45 @@ class ParquetStream(InMemoryDataset):
         train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
         return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest())
 
+    def _fit(self, shards: Shards) -> Fit:
+        """Return side and channels: what is set, else those of the first image."""
+        if self.image_size is not None and self.channels is not None:
+            return Fit(self.image_size, self.resize, self.channels)
+        first = decode(shards.blobs(np.zeros(1, dtype=np.int64)), [shards.name(0)], Fit())
+        _, channels, height, width = first.shape
+        if self.image_size is None and height != width:
+            raise UserError(
+                f"{shards.name(0)}: the image is {width}x{height} pixels, and images that are streamed must be square; set "
+                f"--data.image_size, for instance {min(height, width)}"
+            )
+        return Fit(self.image_size or height, self.resize, self.channels or (1 if channels == 1 else 3))
+
+    def _check_order(self, labels: np.ndarray) -> None:
+        """Raise UserError if rows lie class by class, so that images which mix would have one class."""
+        shares = np.bincount(labels) / len(labels)
+        changes = np.count_nonzero(np.diff(labels)) / len(labels)
+        if len(labels) > self.shuffle_buffer and changes < 0.1 * (1 - (shares**2).sum()):
+            raise UserError(
+                f"{self.path}: training rows lie class by class (the label changes in {changes:.1%} of the rows), and only "
+                f"{self.shuffle_buffer} images mix; write the rows in random order, or raise --data.shuffle_buffer"
+            )
+
     def _validation(self, train: ImageSet, seed: int) -> tuple[ImageSet, Tensor]:
-        """Return validation images, of row groups of their own as far as they go, and which images are left for training."""
-        count = max(1, round(self.val_fraction * len(train)))
+        """Return validation images, by class in proportion and from as few row groups as that takes, and which others are left."""
+        labels = train.labels.numpy()
+        count = round(self.val_fraction * len(labels))
+        wanted = np.bincount(labels[stratified(train.labels, count, seed)[0].numpy()], minlength=labels.max() + 1)
         stream: StreamedImages = train.images
         groups = stream.shards.group_of(stream.rows.numpy())
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
-        turns = random.permutation(np.unique(groups))
         place = np.empty(int(groups.max()) + 1, dtype=np.int64)
+        turns = random.permutation(np.unique(groups))
         place[turns] = np.arange(len(turns))
-        order = np.argsort(place[groups], kind="stable")
-        chosen, rest = (torch.from_numpy(np.sort(part)) for part in (order[:count], order[count:]))
-        val, k = train.subset(chosen), len(np.unique(train.labels))
-        if len(torch.unique(val.labels)) < min(k, count) / 2:
-            raise UserError(
-                f"{self.path}: {count} validation images of whole row groups show {len(torch.unique(val.labels))} of {k} classes; "
-                "write the rows in random order, or raise --data.val_fraction"
-            )
-        return val, rest
+        order = np.lexsort((random.permutation(len(labels)), place[groups]))
+        chosen = np.zeros(len(labels), dtype=bool)
+        for label, amount in enumerate(wanted):
+            chosen[order[labels[order] == label][:amount]] = True
+        return train.subset(torch.from_numpy(np.flatnonzero(chosen))), torch.from_numpy(np.flatnonzero(~chosen))
 
 
 def _decoded(image_set: ImageSet) -> ImageSet:
