@@ -17,7 +17,7 @@ ROOT = Path(clead.__file__).parent
 ORDER = [
     *("errors", "registry", "settings", "interfaces", "progress", "threats", "losses", "models", "attacks", "methods"),
     *("data", "config", "checkpoint", "report.record", "evaluation", "training", "report"),
-    *("export", "api", "serving", "demo", "cli"),
+    *("export", "api", "tuning", "serving", "demo", "cli"),
 ]
 TORCH_ONLY = "interfaces"
 EXEMPT = {"__init__", "__main__"}

@@ -152,6 +152,8 @@ _CHOSEN: dict[str, tuple[Registry[Any], str]] = {
 }
 _FIXED: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
 GROUPS = (*_CHOSEN, *_FIXED)
+TUNE = "tune"
+"""The group of a recipe that says how it is searched: ``clead tune`` reads it, a training has no use for it."""
 _STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")
 _STAGE_DATA = ("batch_size", "augment", "view", "cutmix")  # what of the data a stage may change
 _OF_THE_RUN = ("seed", "device", "start_from")  # what of the training it may not
@@ -249,7 +251,7 @@ class RunConfig:
             if not re.fullmatch(r"\w[\w .+-]*", parts["name"]):
                 problems.append(f"name: becomes part of a directory's name: letters, digits, '-', got {tree['name']!r}")
         for group in tree:
-            if group not in (*GROUPS, "name", "stages"):
+            if group not in (*GROUPS, "name", "stages", TUNE):
                 problems.append(f"{group}: unknown group; {did_you_mean(str(group), GROUPS)}")
         for group in GROUPS:
             values = {} if tree.get(group) is None else tree[group]
@@ -510,6 +512,8 @@ def _changed(tree: Any, overrides: Sequence[str]) -> RunConfig:
             key=lambda change: (change[0][0] == "stages", not _chooses(change[0]) and not _chooses(change[0][2:]))
         )
         for path, value in changes:
+            if path[0] == TUNE:
+                raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
             if path[0] == "stages":
                 _override_stage(tree, path, value)
                 continue

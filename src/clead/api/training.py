@@ -21,7 +21,7 @@ from clead.methods.contrast import find_layer
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt
-from clead.training.loop import Outcome, device_of, fit
+from clead.training.loop import AfterValidation, Outcome, device_of, fit
 from clead.training.profile import profile_training
 from clead.training.stages import fit_stages, write_outcome
 from clead.training.trainable import start_from, unfrozen_afterwards
@@ -47,6 +47,7 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     show: bool = True,
+    after_validation: AfterValidation | None = None,
 ) -> TrainedRun:
     """Train as ``config`` says and leave a run directory.
 
@@ -57,6 +58,8 @@ def train(
         out: the run directory, new or empty; ``runs/NAME-TIME`` if None.
         resume: continue the run in ``out`` if there is one.
         show: show progress on stderr.
+        after_validation: called as ``after_validation(part, clean, robust)`` after every validation (of the last stage), with the
+            part of the training that lies behind and both accuracies; an exception that it raises ends the training.
 
     Returns:
         The run. Raises UserError for a mistake of the user, NonFiniteLoss if training diverges.
@@ -87,9 +90,11 @@ def train(
     # Leave the caller's global random state, and what of the model is frozen, as they were.
     with seeded(config.train.seed), unfrozen_afterwards(split_model):
         if config.stages:
-            outcome = fit_stages(config, splits, split_model, run, show=show)
+            outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
         else:
-            outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
+            outcome = fit(
+                config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
+            )
     write_outcome(path, outcome)
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")

@@ -10,6 +10,7 @@ __all__ = ["main"]
 
 for _command in (
     "train",
+    "tune",
     "evaluate",
     "attack",
     "measure",

@@ -45,6 +45,8 @@ _REMEDY = "lower optim.lr, set optim.clip_norm, or use precision float32"
 _PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
 PARTS = ("data", "views", "loss", "backward", "optimiser")
 """What a step is made of, as ``clead train --profile`` names it."""
+AfterValidation = Callable[[float, float, float], None]
+"""Is told of a validation: part of the training that lies behind, in (0, 1], clean accuracy, robust accuracy."""
 PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -155,12 +157,14 @@ def fit(
     resume: bool = False,
     show: bool = True,
     after_step: Callable[[], None] | None = None,
+    after_validation: AfterValidation | None = None,
     stored: Path | None = None,
 ) -> Outcome:
     """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
 
     Every batch, view and perturbation is a function of (seed, step), so a resumed run continues bit-identically on a CPU.
-    ``after_step`` is called after every step; ``stored`` is where images that are attacked before the first step are kept,
+    ``after_step`` is called after every step, ``after_validation`` after every validation of a method that trains the classifier;
+    an exception of theirs ends the training. ``stored`` is where images that are attacked before the first step are kept,
     RUN/stored if None. Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
     """
     settings = config.train
@@ -327,6 +331,8 @@ def fit(
                     )
                     log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
                     validated = {"validation_clean": clean, "validation_robust": robust}
+                    if after_validation is not None:
+                        after_validation(at.step / steps, clean, robust)
                     if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
                         at.collapsed_at = at.step
                         _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())

@@ -13,18 +13,27 @@ from clead.checkpoint import RunDir, write_atomically
 from clead.config import RunConfig
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
-from clead.training.loop import Interrupted, Outcome, fit
+from clead.training.loop import AfterValidation, Interrupted, Outcome, fit
 from clead.training.trainable import start_from, unfrozen_afterwards
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
 
 
-def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir, *, show: bool = True) -> Outcome:
+def fit_stages(
+    config: RunConfig,
+    splits: Splits,
+    model: SplitModel,
+    run: RunDir,
+    *,
+    show: bool = True,
+    after_validation: AfterValidation | None = None,
+) -> Outcome:
     """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
 
     A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
     have one of the same size. What is finished is not done again and what was begun goes on, so this is also how a run is resumed.
     ``run`` gets the weights of the last stage and the metrics of all, whose steps, epochs, seconds and costs go on counting.
+    ``after_validation`` is told of the last stage's validations, as in ``fit``.
 
     Returns:
         What all stages cost together; best step and validation are the last one's. Raises as ``fit``.
@@ -46,7 +55,16 @@ def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir
                 RunDir.create(here.path, training)
             try:
                 with unfrozen_afterwards(model):
-                    outcome = fit(training, splits, model, here, resume=begun, show=show, stored=run.path / "stored")
+                    outcome = fit(
+                        training,
+                        splits,
+                        model,
+                        here,
+                        resume=begun,
+                        show=show,
+                        after_validation=after_validation if stage is config.stages[-1] else None,
+                        stored=run.path / "stored",
+                    )
             except Interrupted as error:
                 where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
                 raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error

@@ -1,0 +1,253 @@
+"""What a study leaves: the best recipe, its trials as a table, and plots."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from clead.checkpoint import write_atomically
+from clead.config import TUNE
+from clead.errors import MissingExtra
+from clead.report.plots import PALETTE
+from clead.tuning.space import Search
+
+_STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+_WIDTH, _HEIGHT, _DPI = 7.2, 3.8, 150
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One trial.
+
+    Attributes:
+        number: from 0 on.
+        state: complete, pruned, failed, running or waiting.
+        values: of the space's keys.
+        score: (1 − w)·robust + w·clean on validation images, None unless complete.
+        robust: robust accuracy in [0, 1].
+        clean: clean accuracy in [0, 1].
+        images: validation images of one seed.
+        seconds: what its attempts that came to an end took.
+        attempts: how often it was begun or taken up.
+        why: what made it fail.
+    """
+
+    number: int
+    state: str
+    values: Mapping[str, Any]
+    score: float | None
+    robust: float | None
+    clean: float | None
+    images: int | None
+    seconds: float
+    attempts: int
+    why: str
+
+    def said(self) -> str:
+        """Return its accuracies in words, or what became of it."""
+        if self.score is None:
+            return f"{self.state}{f', {self.why}' if self.why else ''}"
+        return f"robust {self.robust:.1%}, clean {self.clean:.1%}, score {self.score:.4f}"
+
+
+def results(study: optuna.Study, search: Search) -> list[Result]:
+    """Return every trial of a study, in order."""
+    return [_result(frozen, search) for frozen in study.get_trials(deepcopy=False)]
+
+
+def _result(frozen: FrozenTrial, search: Search) -> Result:
+    said = frozen.user_attrs
+    complete = frozen.state == TrialState.COMPLETE
+    clean, robust = (said.get("clean"), said.get("robust")) if complete else (None, None)
+    score = search.score(clean, robust) if clean is not None and robust is not None else None
+    return Result(
+        number=frozen.number,
+        state="failed" if said.get("why") else _STATES[frozen.state],
+        values={key: frozen.params[key] for key in search.distributions if key in frozen.params},
+        score=score,
+        robust=robust,
+        clean=clean,
+        images=said.get("images"),
+        seconds=said.get("seconds", 0.0),
+        attempts=said.get("attempts", 0),
+        why=said.get("why", ""),
+    )
+
+
+def front(found: Sequence[Result]) -> list[Result]:
+    """Return the trials that no other one surpasses in both accuracies, by robust accuracy; of equal ones the first."""
+    best: list[Result] = []
+    complete = [result for result in found if result.score is not None]
+    for result in sorted(complete, key=lambda r: (-(r.robust or 0), -(r.clean or 0), r.number)):
+        if not best or (result.clean or 0) > (best[-1].clean or 0):
+            best.append(result)
+    return best
+
+
+def best_of(found: Sequence[Result]) -> Result | None:
+    """Return the trial of the best score, of equal ones the first; None if none is complete."""
+    complete = [result for result in found if result.score is not None]
+    return max(complete, key=lambda result: (result.score or 0, -result.number), default=None)
+
+
+def write_results(path: Path, search: Search, found: Sequence[Result], *, plots: bool = True) -> Result | None:
+    """Write best.yaml, trials.csv, trials.json and plots into the study's directory, each whole; return the best trial."""
+    best = best_of(found)
+    rows = [dataclasses.asdict(result) for result in found]
+    content = {"search": search.definition(), "best": best.number if best else None, "trials": rows}
+    write_atomically(path / "trials.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(path / "trials.csv", _csv(search, found).encode())
+    if best is None:
+        return None
+    write_atomically(path / "best.yaml", _recipe(search, best).encode())
+    if search.settings.pareto:
+        for result in front(found):
+            write_atomically(path / "front" / f"trial-{result.number:04}.yaml", _recipe(search, result).encode())
+    if plots:
+        for name, (as_png, as_svg) in _plots(search, found, best).items():
+            write_atomically(path / f"{name}.png", as_png)
+            write_atomically(path / f"{name}.svg", as_svg)
+    return best
+
+
+def _csv(search: Search, found: Sequence[Result]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    keys = list(search.distributions)
+    columns = ("number", "state", "score", "robust", "clean", "images", "seconds", "attempts", "why")
+    writer.writerow([*columns, *keys])
+    for result in found:
+        own = [getattr(result, column) for column in columns]
+        writer.writerow(["" if value is None else value for value in [*own, *(result.values.get(k) for k in keys)]])
+    return buffer.getvalue()
+
+
+def _recipe(search: Search, best: Result) -> str:
+    """Return a complete recipe that clead train and clead tune take."""
+    tree = {**search.found_config(best.values).to_dict(), TUNE: search.group()}
+    seeds = search.settings.seeds
+    head = [
+        f"# trial {best.number} of a search of {search.config.name} (clead tune), chosen on validation images; the test set was "
+        "not looked at",
+        f"# validation: robust {best.robust:.2%} ({search.settings.suite} suite), clean {best.clean:.2%}, {best.images} images, "
+        f"{seeds} seed{'s' * (seeds > 1)}; the best of many is less good than it looks",
+        *(f"# found: {key} {value}" for key, value in best.values.items()),
+        *(f"# trials alone: {key} {value}" for key, value in search.settings.during.items()),
+    ]
+    return "\n".join(head) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+def _plots(search: Search, found: Sequence[Result], best: Result) -> dict[str, tuple[bytes, bytes]]:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtra("matplotlib", "tune", "drawing a study") from None
+    drawn = {"history": _history(found), "front": _front(found, best)}
+    if len(_importances(search, found)) > 1:
+        drawn["importance"] = _importance(search, found)
+    return drawn
+
+
+def importances(search: Search, found: Sequence[Result]) -> dict[str, float]:
+    """Return each key's share of what decides whether a trial is among the best, by Optuna's PED-ANOVA, largest first.
+
+    Of complete trials alone; empty if there are too few, or if all have the same score.
+    """
+    return _importances(search, found)
+
+
+def _importances(search: Search, found: Sequence[Result]) -> dict[str, float]:
+    complete = [result for result in found if result.score is not None]
+    if len({result.score for result in complete}) < 2 or len(complete) < 4:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    for result in complete:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(result.values), distributions=search.distributions, value=result.score
+            )
+        )
+    return optuna.importance.get_param_importances(study)
+
+
+def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#d8dde3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _drawn(figure: Any) -> tuple[bytes, bytes]:
+    import matplotlib
+
+    images = []
+    for kind, options in (("png", {"dpi": _DPI}), ("svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "clead", "svg.fonttype": "none"}):
+            figure.savefig(buffer, format=kind, **options)
+        images.append(buffer.getvalue())
+    return images[0], images[1]
+
+
+def _history(found: Sequence[Result]) -> tuple[bytes, bytes]:
+    complete = [result for result in found if result.score is not None]
+    figure, axes = _axes("Scores of the trials on validation images", "trial", "score")
+    axes.plot([r.number for r in complete], [r.score for r in complete], "o", color=PALETTE[0], label="complete")
+    so_far = [max((o.score or 0) for o in complete if o.number <= r.number) for r in complete]
+    axes.step([r.number for r in complete], so_far, where="post", color=PALETTE[1], label="best so far")
+    low = min(r.score or 0 for r in complete)
+    for state, marker in (("pruned", "x"), ("failed", "v")):
+        numbers = [r.number for r in found if r.state == state]
+        if numbers:
+            axes.plot(numbers, [low] * len(numbers), marker, color="#6b6f76", label=f"{state} (no score)")
+    axes.legend(frameon=False, fontsize=9)
+    return _drawn(figure)
+
+
+def _front(found: Sequence[Result], best: Result) -> tuple[bytes, bytes]:
+    complete = [result for result in found if result.score is not None]
+    figure, axes = _axes("Robust against clean accuracy, validation images", "clean accuracy", "robust accuracy")
+    axes.plot([r.clean for r in complete], [r.robust for r in complete], "o", color=PALETTE[0], label="trial")
+    line = front(found)
+    axes.step([r.clean for r in line], [r.robust for r in line], where="pre", color=PALETTE[1], label="front")
+    axes.plot([best.clean], [best.robust], "s", markersize=9, mfc="none", color=PALETTE[2], label="best score")
+    for result in line:
+        axes.annotate(str(result.number), (result.clean, result.robust), textcoords="offset points", xytext=(5, 4))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
+    axes.legend(frameon=False, fontsize=9)
+    return _drawn(figure)
+
+
+def _importance(search: Search, found: Sequence[Result]) -> tuple[bytes, bytes]:
+    shares = _importances(search, found)
+    count = sum(result.score is not None for result in found)
+    figure, axes = _axes(f"What decides the score (PED-ANOVA, {count} complete trials)", "share", "")
+    names = list(shares)[::-1]
+    axes.barh(names, [shares[name] for name in names], color=PALETTE[0])
+    return _drawn(figure)

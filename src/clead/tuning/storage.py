@@ -1,0 +1,135 @@
+"""Where a study is kept: a journal in its directory, or a database that several machines reach."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+import optuna
+import sqlalchemy as sql
+import sqlalchemy.exc
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from clead.errors import UserError
+from clead.tuning.leases import BothLeases, FileLeases, Leases, TableLeases
+
+JOURNAL = "study.journal"
+_ATTEMPTS = 5  # several processes that make the tables of a fresh database get in each other's way
+
+
+class JournalLock(JournalFileOpenLock):
+    """A lock that the kernel frees when its holder dies; it leaves the journal with whole lines only.
+
+    Optuna's own waits 30 seconds for a dead holder, and what is appended to half a line of a full disk is lost.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(str(journal))
+        self._journal = journal
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and cut off half a line that a killed process or a full disk has left at the end."""
+        file = self._journal.open("r+b")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._file = file
+        size = file.seek(0, os.SEEK_END)
+        whole = size
+        while whole and not _ends_line(file, whole):
+            whole -= 1
+        if whole < size:
+            file.truncate(whole)
+        return True
+
+    def release(self) -> None:
+        """Free the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _ends_line(file: IO[bytes], size: int) -> bool:
+    file.seek(size - 1)
+    return file.read(1) == b"\n"
+
+
+def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple[BaseStorage, Leases]:
+    """Return the study's storage and leases; raises UserError if the journal is damaged or the database refuses.
+
+    Args:
+        out: the study's directory.
+        url: of a database, as SQLAlchemy takes it; None: a journal in ``out``.
+        name: the study's.
+        silence: seconds of silence after which a process that shares only the database counts as dead.
+    """
+    files = FileLeases(out / "locks")
+    if url is None:
+        path = out / JOURNAL
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))
+            return JournalStorage(backend), files
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); start the study elsewhere") from None
+    shown, full = _url(url)
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            # Asked before every use: a connection that waited through a training may be dead.
+            storage = RDBStorage(full, engine_kwargs={"pool_pre_ping": True})
+            return storage, BothLeases(files, TableLeases(storage.engine, name, silence))
+        except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+            raise UserError(
+                f"--storage {shown}: its driver is not installed ({str(error).splitlines()[0]}); for PostgreSQL: "
+                "pip install psycopg2-binary"
+            ) from None
+        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:
+            if attempt == _ATTEMPTS:
+                raise UserError(
+                    f"--storage {shown}: cannot make its tables ({reason(error)}); see its rights"
+                ) from None
+            time.sleep(0.2 * attempt)
+        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+            raise UserError(
+                f"--storage {shown} refuses: {reason(error)}; see that the database runs, is reached from here, and that name and "
+                "password are right"
+            ) from None
+    raise AssertionError
+
+
+def _url(url: str) -> tuple[str, str]:
+    """Return the URL as it may be shown, without its password, and in full, with a driver that is installed."""
+    try:
+        parsed = sql.make_url(url)
+    except sqlalchemy.exc.ArgumentError:
+        raise UserError(
+            f"--storage: must be a database's URL, such as postgresql://user:password@host/database, got {_hidden(url)}"
+        ) from None
+    if parsed.drivername == "postgresql":
+        driver = next((name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name)), "psycopg2")
+        parsed = parsed.set(drivername=f"postgresql+{driver}")
+    return parsed.render_as_string(hide_password=True), parsed.render_as_string(hide_password=False)
+
+
+def _hidden(url: str) -> str:
+    return repr(url) if "@" not in url else repr(f"…@{url.rpartition('@')[2]}")
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what a database says, without its driver's class names."""
+    cause = getattr(error, "orig", None) or error.__cause__ or error
+    cause = getattr(cause, "orig", None) or cause
+    return " ".join(str(cause).split())[:200]
+
+
+def silence_optuna() -> None:
+    """Leave saying how it stands to this program: Optuna logs every trial."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
