@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -134,9 +135,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def command() -> str:
-    """Return the command line that is running, without the folder that the program lies in."""
+    """Return the command line that is running, without the folder that the program lies in and without passwords of URLs."""
     name = Path(sys.argv[0]).name.replace("__main__.py", "clead")
-    return shlex.join([name, *sys.argv[1:]])
+    return re.sub(r"(://[^:/@\s]*:)[^@\s]+@", r"\1***@", shlex.join([name, *sys.argv[1:]]))
 
 
 def environment() -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import threading
 import time
 import uuid
@@ -15,7 +16,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import sqlalchemy as sql
 import sqlalchemy.exc
@@ -59,13 +60,13 @@ class FileLeases:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, IO[bytes]] = {}
+        self._files: dict[str, int] = {}
 
     def take(self, name: str) -> bool:
         """Lock the file; it stays when the lock is gone."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / f"{name}.lock").open("ab")
+            file = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise UserError(
                 f"cannot write {self._folder}: {error.strerror or error}; free some space or choose another directory"
@@ -73,14 +74,14 @@ class FileLeases:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.close()
+            os.close(file)
             return False
         self._files[name] = file
         return True
 
     def give(self, name: str) -> None:
         """Unlock the file."""
-        self._files.pop(name).close()
+        os.close(self._files.pop(name))
 
     def holds(self, name: str) -> bool:
         """Say whether it was taken: as long as the process lives nobody else can."""

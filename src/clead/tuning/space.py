@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -337,28 +336,21 @@ def key_reference() -> str:
     return "\n".join(lines)
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return what two definitions do not share, by its dotted key, in words."""
-    old, new = _flat(there), _flat(here)
-    return [
-        f"{key}: the study has {_said(old, key)}, got {_said(new, key)}"
-        for key in {**old, **new}
-        if old.get(key, math.nan) != new.get(key, math.nan)
-    ]
-
-
-def _said(flat: Mapping[str, Any], key: str) -> str:
-    return f"{json.dumps(flat[key], ensure_ascii=False):.80}" if key in flat else "none"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        own = prefix == "tune." and key in ("space", "during")
-        if own:
-            found |= {f"{prefix}{key}.{name}": inner for name, inner in value.items()}
-        elif isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
+    found = []
+    for key in {**there, **here}:
+        old, new = there.get(key, _NOTHING), here.get(key, _NOTHING)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: the study has {_said(old)}, got {_said(new)}")
     return found
+
+
+_NOTHING = object()
+
+
+def _said(value: Any) -> str:
+    text = "none" if value is _NOTHING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -73,7 +73,8 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
         path = out / JOURNAL
         try:
             out.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            if not path.exists():
+                path.touch()
             backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))
             return JournalStorage(backend), files
         except OSError as error:

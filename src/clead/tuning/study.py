@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ _POLL = 0.5
 _MUTEX = "study"
 _DEFINITION = "definition"
 _TARGET = "trials"
-_RUNNERS_BEFORE_PRUNING = 5
-_RUNGS_BEFORE_PRUNING = 2  # of RUNGS: before, all are bad alike
+_TRIALS_BEFORE_PRUNING = 5
+_FIRST_PRUNING = 3  # of RUNGS: before, all are bad alike
 _MOST_ATTEMPTS = 20  # a trial that kills its process each time would keep the study from ending
 
 Run = Callable[[Search, Mapping[str, Any], Path, Any], dict[str, float]]
@@ -49,6 +48,7 @@ class TunedStudy:
 
     Attributes:
         path: its directory, with ``best.yaml``, ``trials.csv``, ``trials.json``, plots, and the trials' run directories.
+        search: the recipe and its space.
         results: of every trial, in order.
         best: the one of the best score, or None if no trial came to its end.
         here: how many trials this process ran.
@@ -95,6 +95,9 @@ def tune(
     silence_optuna()
     search = open_search(recipe, overrides)
     device_of(search.config.train.device)
+    search.trial_config({}).data.load(
+        search.config.train.seed
+    )  # what is wrong with the data is said before anything is made
     path = _directory(out, search.config.name, storage)
     fresh, new = not (path / "locks").is_dir(), not path.exists()
     try:
@@ -113,9 +116,13 @@ def tune(
         raise UserError(
             f"--storage went away: {reason(error)}; nothing is lost, give the command again with --out {path}"
         ) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {error.filename or path}: {error.strerror or error}; free some space, then give the command again with "
+            f"--out {path}: nothing is lost"
+        ) from error
     except KeyboardInterrupt as error:
-        again = f"--out {path}" + (f" --storage {storage.split('@')[-1]}" if storage else "")
-        raise KeyboardInterrupt(f"stopped; the same command with {again} goes on where it was") from error
+        raise KeyboardInterrupt(f"stopped; the same command with --out {path} goes on where it was") from error
     found = results(opened, search)
     best = write_results(path, search, found)
     return TunedStudy(path, search, tuple(found), best, worker.here)
@@ -151,11 +158,10 @@ def _join(
     definition = search.definition()
     directions = [StudyDirection.MAXIMIZE] * (2 if search.settings.pareto else 1)
     with alone(leases, _MUTEX):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what Optuna calls experimental
-            study = optuna.create_study(
-                storage=storage, study_name=name, directions=directions, load_if_exists=True, pruner=_pruner(search)
-            )
+        try:
+            study = optuna.load_study(storage=storage, study_name=name, pruner=_pruner(search))
+        except KeyError:
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions, pruner=_pruner(search))
         there = study.user_attrs.get(_DEFINITION)
         if there is None:
             study.set_user_attr(_DEFINITION, definition)
@@ -174,7 +180,7 @@ def _join(
 def _pruner(search: Search) -> optuna.pruners.BasePruner:
     if not search.prunes:
         return NopPruner()
-    return MedianPruner(n_startup_trials=_RUNNERS_BEFORE_PRUNING, n_warmup_steps=_RUNGS_BEFORE_PRUNING)
+    return MedianPruner(n_startup_trials=_TRIALS_BEFORE_PRUNING, n_warmup_steps=_FIRST_PRUNING)
 
 
 class _Worker:
@@ -229,32 +235,37 @@ class _Worker:
             if frozen.state == TrialState.RUNNING and self._leases.take(_lease(frozen.number)):
                 # Its process may have finished it and given it back after the list was read.
                 if self._study.get_trials(deepcopy=False)[frozen.number].state == TrialState.RUNNING:
-                    return self._begun(Trial(self._study, frozen._trial_id), again=True)
+                    self._draw_for(frozen.number)
+                    return self._begun(Trial(self._study, frozen._trial_id))
                 self._leases.give(_lease(frozen.number))
         queued = [frozen.number for frozen in trials if frozen.state == TrialState.WAITING]
         if not queued and len(trials) >= self.target():
             return None
         if not trials and (own := self._search.own_values()) is not None:
             self._study.enqueue_trial(own)  # first of all the recipe as it is, which the others have to beat
-        trial = self._ask(min(queued, default=len(trials)))
+        self._draw_for(min(queued, default=len(trials)))
+        trial = self._study.ask()
         if not self._leases.take(_lease(trial.number)):  # we were silent for so long that it has been taken over
             return None
-        return self._begun(trial, again=False)
+        return self._begun(trial)
 
-    def _ask(self, number: int) -> Trial:
-        """Return a new trial, whose number will be ``number``."""
+    def _draw_for(self, number: int) -> None:
         # From the number alone: several processes draw different values, and a search by one process can be repeated.
         self._study.sampler = TPESampler(seed=(self._search.settings.seed * 1_000_003 + number) % 2**32)
-        return self._study.ask()
 
-    def _begun(self, trial: Trial, *, again: bool) -> Trial:
-        if again:
-            self._study.sampler = TPESampler(seed=(self._search.settings.seed * 1_000_003 + trial.number) % 2**32)
-        suggest(trial, self._search.distributions)  # while nobody else draws
-        attempts = trial.user_attrs.get("attempts", 0) + 1
-        trial.set_user_attr("attempts", attempts)
-        if attempts > 1:
-            self._say(f"trial {trial.number}: the process that ran it has ended; it goes on here (attempt {attempts})")
+    def _begun(self, trial: Trial) -> Trial:
+        """Draw the values that the trial, whose lease is ours, does not have yet, while nobody else draws."""
+        try:
+            suggest(trial, self._search.distributions)
+            attempts = trial.user_attrs.get("attempts", 0) + 1
+            trial.set_user_attr("attempts", attempts)
+            if attempts > 1:
+                self._say(
+                    f"trial {trial.number}: the process that ran it has ended; it goes on here (attempt {attempts})"
+                )
+        except BaseException:
+            self._leases.give(_lease(trial.number))
+            raise
         return trial
 
     def _run_one(self, trial: Trial) -> None:
