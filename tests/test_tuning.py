@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -539,8 +541,6 @@ def test_a_password_is_written_nowhere(monkeypatch):
 
 
 def test_a_full_disk_stops_the_study_and_nothing_is_lost(tmp_path, monkeypatch):
-    import errno
-
     def full(self, logs):
         calls.append(1)
         if len(calls) > 30:
