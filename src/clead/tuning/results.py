@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from clead.checkpoint import write_atomically
 from clead.config import TUNE
 from clead.errors import MissingExtra
-from clead.report.plots import PALETTE
+from clead.report.drawing import PALETTE
 from clead.tuning.space import Search
 
 _STATES = {
