@@ -45,6 +45,7 @@ QUICK = shlex.split("""--data.limit_train 60 --data.limit_test 20 --data.batch_s
 SHORTER = {
     "certify": ["--n", "50", "--n0", "10"],
     "detect": ["--detectors", "mahalanobis"],
+    "tune": ["--trials", "2", "--tune.seeds", "1"],
     "serve": ["--train.device", "cpu"],
     "playground": ["--train.device", "cpu"],
 }
@@ -52,6 +53,8 @@ SERVERS = ("serve", "playground")
 NOT_RUN = {
     ". .venv/bin/activate": "the environment of the reader, not that of the tests",
     "pip install -c constraints.txt '.[demo]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
+    "pip install 'clead[tune]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
+    "clead tune digits-clead --storage postgresql://user@host/database --out runs/search": "tests/test_tuning_processes.py does",
     "make demo": "needs a package registry; test_make_targets_that_pages_name_exist looks at it, tests/test_demo.py runs the demo",
     "make test": "runs the tests, and so would not end",
     "python benchmarks/study.py benchmarks/results_digits.yaml": "takes an hour",
