@@ -14,6 +14,19 @@ from scipy import stats
 HERE = Path(__file__).parent
 NAMES = {"standard": "standard", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD"}
 
+DIGITS = {
+    "clead": "C-LEAD",
+    "trades": "TRADES",
+    "free": "free AT",
+    "trades-awp": "TRADES-AWP",
+    "mart": "MART",
+    "pgd-at": "PGD-AT",
+    "fgsm-rs": "FGSM-RS",
+    "standard": "standard",
+    "clead-published-full": "C-LEAD as published, all fine-tuned",
+    "clead-published": "C-LEAD as published, linear head",
+}
+
 
 def percent(values):
     """Return mean ± standard deviation over seeds, in percent."""
@@ -31,17 +44,23 @@ def records(recipe, suite):
 
 
 def digits():
-    rows = json.loads((HERE / "results_digits.json").read_text())
-    print("| method | clean % | worst case % | compute |\n|---|---|---|---|")
-    for key, name in NAMES.items():
-        mine = [row for row in rows if row["variant"] == key]
-        clean, robust = ([row[k] for row in mine] for k in ("clean_accuracy", "robust_accuracy"))
-        compute = statistics.mean(row["forward_equivalents"] for row in mine)
-        print(f"| {name} | {percent(clean)} | {percent(robust)} | {compute:.0f} |")
+    """Every method, C-LEAD minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
+    rows = json.loads((HERE / "study_headline" / "digits.json").read_text())
+    print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
+    print("|---|---|---|---|---|---|---|")
+    by = {}
+    for row in rows:
+        robust = {name: part["robust_accuracy"] for name, part in row["suites"].items()}
+        found = {"clean": row["clean_accuracy"], "stored": row.get("transferred_accuracy"), **robust}
+        by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"]}
+    for key, name in DIGITS.items():
+        mine = by[key].values()
+        clean, standard, pgd = (percent([found[part] for found in mine]) for part in ("clean", "standard", "pgd"))
+        stored = [found["stored"] for found in mine if found["stored"] is not None]
+        cells = [name, clean, standard, "" if key == "clead" else difference(by["clead"], by[key], "standard"), pgd]
+        compute = statistics.mean(found["compute"] for found in mine)
+        print("| " + " | ".join([*cells, percent(stored) if stored else "", f"{compute:.0f}"]) + " |")
     print(f"\nn = {rows[0]['n']} test images, {len(mine)} seeds")
-    by = {key: {row["seed"]: row["robust_accuracy"] for row in rows if row["variant"] == key} for key in NAMES}
-    for other in ("pgd-at", "trades"):
-        print(f"C-LEAD - {other}, paired over seeds: {percent([by['clead'][s] - by[other][s] for s in by['clead']])}")
 
 
 def small(recipes):
