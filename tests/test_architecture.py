@@ -15,7 +15,19 @@ ROOT = Path(clead.__file__).parent
 # A room may import itself and the rooms before it. report.record is the schema that evaluation fills; the other files of report
 # draw it, and api hands it to them.
 ORDER = [
-    *("errors", "registry", "settings", "interfaces", "progress", "threats", "losses", "models", "attacks", "methods"),
+    *(
+        "errors",
+        "registry",
+        "settings",
+        "interfaces",
+        "distributed",
+        "progress",
+        "threats",
+        "losses",
+        "models",
+        "attacks",
+        "methods",
+    ),
     *("data", "config", "checkpoint", "report.record", "evaluation", "training", "report"),
     *("export", "api", "tuning", "serving", "demo", "cli"),
 ]

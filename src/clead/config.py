@@ -88,6 +88,22 @@ class Train:
         ge=0,
         lt=1,
     )
+    sync_batch_norm: bool = setting(
+        True,
+        "where several processes train, batch-norm takes the statistics of all their images; false: of each one's own",
+    )
+    accumulate: int = setting(
+        1,
+        "a batch goes in so many equal parts, one after another, whose gradients are averaged, where it does not fit into memory; "
+        "contrast and batch-norm see one part",
+        ge=1,
+    )
+    parts: int | None = setting(
+        None,
+        "equal parts of a batch with random views and perturbations of their own; processes × accumulate must divide it, and then "
+        "their number changes nothing else; none: as many as processes × accumulate",
+        ge=1,
+    )
     validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
     validate_images: int = setting(512, "most validation images to attack", ge=1)
     validate_steps: int = setting(10, "PGD steps of the validation attack", ge=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 import clead
 from clead.serving.models import open_models
@@ -21,6 +21,7 @@ from clead.serving.playground.choices import AttackSettings
 from clead.serving.playground.contest import Contest, attack_image, open_contest
 from clead.serving.settings import ServeSettings
 
+expect.set_options(timeout=60_000)  # a busy machine takes more than the usual 5 seconds
 SETTINGS = AttackSettings(attack="pgd", norm="linf", eps=0.15, steps=50, seed=0)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
-from clead.checkpoint import RunDir, load_weights, save_weights
+from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
+from clead.distributed import Processes, local_device, started
 from clead.errors import UserError
 from clead.evaluation.verdicts import exact_float32, pixels
 from clead.interfaces import Search, Splits
@@ -64,15 +65,19 @@ def train(
     Returns:
         The run. Raises UserError for a mistake of the user, NonFiniteLoss if training diverges.
     """
-    path = Path(out) if out is not None else RunDir.default_path(config.name)
-    continuing = resume and (path / "config.yaml").exists()
+    processes = started(local_device(device_of(config.train.device)))
+    path = processes.share(Path(out) if out is not None else RunDir.default_path(config.name))
+    continuing = processes.share(resume and (path / "config.yaml").exists())
+    config = _with_parts(config, path if continuing else None, processes)
     if continuing:
         _same_config(config, RunDir.open(path).config())
-    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
+    elif processes.share(path.is_file() or (path.is_dir() and any(path.iterdir()))):
         RunDir.create(path, config)  # raises: there is something else
     device_of(config.train.device)
     _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
+    processes.agree({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
+    show = show and processes.first
     splits, pseudo_labels = _as_seen(config, splits, path, show=show)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else build(config, splits)
@@ -84,8 +89,11 @@ def train(
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
         start_from(split_model, Path(config.train.start_from), dim=dim)
-    run = RunDir(path) if continuing else RunDir.create(path, config)
-    if pseudo_labels is not None:
+    if not continuing and processes.first:
+        RunDir.create(path, config)
+    processes.wait()
+    run = RunDir(path)
+    if pseudo_labels is not None and processes.first:
         save_weights(path / PSEUDO_LABELS, *pseudo_labels)
     # Leave the caller's global random state, and what of the model is frozen, as they were.
     with seeded(config.train.seed), unfrozen_afterwards(split_model):
@@ -95,7 +103,9 @@ def train(
             outcome = fit(
                 config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
             )
-    write_outcome(path, outcome)
+    if processes.first:
+        write_outcome(path, outcome)
+    processes.wait()
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)
@@ -117,6 +127,24 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     with seeded(config.train.seed):
         return profile_training(config, splits, own if own is not None else build(config, splits))
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions on which all processes of a training must agree."""
+    return {f"version of {name}": version for name, version in environment().items() if name in ("clead", "torch")}
+
+
+def _with_parts(config: RunConfig, path: Path | None, processes: Processes) -> RunConfig:
+    """Return the configuration with the parts that batches are drawn in, those of the run in ``path`` if it is continued.
+
+    So a run goes on with the same images and perturbations on another number of processes.
+    """
+    parts = config.train.parts
+    if parts is None and path is not None:
+        parts = RunDir.open(path).config().train.parts
+    if parts is None and (here := processes.size * config.train.accumulate) > 1:
+        parts = here
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
 
 
 def _check_starts(config: RunConfig) -> None:

@@ -44,6 +44,7 @@ def train(
     """Train a model: clead train RECIPE [--group.key VALUE ...]; its --help documents every key."""
     from clead import api
     from clead.config import load_recipe, parse_overrides, recipe_names
+    from clead.evaluation.processes import rank
 
     recipes, overrides = positional(context.args)
     if len(recipes) != 1:
@@ -62,6 +63,8 @@ def train(
         out = _newest(config.name)
     with interruptible():
         run = api.train(config, out=out, resume=resume)
+    if rank() > 0:
+        return
     o = run.outcome
     last = config.trainings()[-1].method
     which = "neighbours'" if not last.uses_classifier else "robust" if last.uses_attack else "clean"

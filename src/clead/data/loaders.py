@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class Loader:
         cutmix: α of ``cutmix``, which mixes ``Batch.images`` after ``augment`` and makes ``Batch.soft_labels``; 0: off.
         num_classes: K, needed for soft labels.
         stored: one more image for each image of the set, (N, C, H, W) float, of which ``Batch.stored`` is made.
+        parts: so many equal parts of a batch have random views of their own, each from its own stream.
+        rank: of ``size`` processes this one gets the ``rank``-th equal part of every batch; ``size`` divides ``parts``.
+        size: how many processes there are.
     """
 
     def __init__(
@@ -68,6 +72,9 @@ class Loader:
         cutmix: float = 0.0,
         num_classes: int | None = None,
         stored: Tensor | None = None,
+        parts: int = 1,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -83,6 +90,7 @@ class Loader:
         self.seed, self.shuffle = seed, shuffle
         self.augment, self.view = augment, view
         self.cutmix, self.num_classes = cutmix, num_classes
+        self.parts, self.rank, self.size = parts, rank, size
         full, rest = divmod(len(image_set), batch_size)
         self.steps_per_epoch: int = full + int(full == 0 or (rest > 1 and not drop_last))
         """Batches in one epoch, ≥ 1."""
@@ -117,19 +125,22 @@ class Loader:
         """
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
-        chosen = self._chosen(epoch, index)
+        chosen = self._own(epoch, index)
         plain, labels = _as_float(self.images[chosen].to(self.device)), self.labels[chosen]
         if isinstance(self.images, StreamedImages):
             after = (epoch, index + 1) if index + 1 < self.steps_per_epoch else (epoch + 1, 0)
-            self.images.prefetch(self._chosen(*after))
+            self.images.prefetch(self._own(*after))
         first = self._draw(self.augment, plain, progress, epoch, index, _FIRST_VIEW)
         second = None if self.view is None else self._draw(self.view, plain, progress, epoch, index, _SECOND_VIEW)
         soft = None
         if self.cutmix:
             assert self.num_classes is not None
-            # Drawn on the CPU, so that every device sees the same boxes.
-            generator = seeded("cpu", self.seed, epoch, index, _CUTMIX)
-            first, soft = cutmix(first, labels, self.num_classes, self.cutmix, generator=generator)
+            mixed = [
+                # Drawn on the CPU, so that every device sees the same boxes.
+                cutmix(images, own, self.num_classes, self.cutmix, generator=seeded("cpu", *key))
+                for images, own, key in self._by_part(first, labels, key=(self.seed, epoch, index, _CUTMIX))
+            ]
+            first, soft = (torch.cat(each) for each in zip(*mixed, strict=True))
         stored = None if self.stored is None else self.stored[chosen].float()
         labelled = None if self.labelled is None else self.labelled[chosen]
         return Batch(first, labels, second, index=chosen, soft_labels=soft, labelled=labelled, stored=stored)
@@ -142,7 +153,26 @@ class Loader:
     def _draw(self, augment: Augmentation | None, plain: Tensor, progress: float, *key: int) -> Tensor:
         if augment is None:
             return plain
-        return augment(plain, generator=seeded(self.device, self.seed, *key), strength=augment.strength(progress))
+        strength = augment.strength(progress)
+        views = [
+            augment(images, generator=seeded(self.device, *own), strength=strength)
+            for images, own in self._by_part(plain, key=(self.seed, *key))
+        ]
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def _by_part(self, *tensors: Tensor, key: tuple[int, ...]) -> list[Any]:
+        """Return the rows of each part that is here, and what its random numbers are drawn from."""
+        if self.parts == 1:
+            return [(*tensors, key)]
+        here = self.parts // self.size
+        keys = [(*key, self.rank * here + part) for part in range(here)]
+        return list(zip(*(tensor.chunk(here) for tensor in tensors), keys, strict=True))
+
+    def _own(self, epoch: int, index: int) -> Tensor:
+        """Return which images of a batch are this process's, (B / size,) int64."""
+        chosen = self._chosen(epoch, index)
+        each = len(chosen) // self.size
+        return chosen[self.rank * each : (self.rank + 1) * each] if self.size > 1 else chosen
 
     def _chosen(self, epoch: int, index: int) -> Tensor:
         """Return which images are in a batch, (B,) int64."""

@@ -95,7 +95,9 @@ class ACL(Method):
         assert batch.second_view is not None, "the loader was built without a second view"
         x = torch.cat([batch.images, batch.second_view])
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            x_adv = step.attack(joint_nt_xent(model, self.temperature), x, step.threat, generator=step.generator)
+            x_adv = step.attack(
+                joint_nt_xent(model, self.temperature, step.parts), x, step.threat, generator=step.generator
+            )
         names = ("first", "second", "first_adversarial", "second_adversarial")
         return Views(dict(zip(names, (*x.chunk(2), *x_adv.chunk(2)), strict=True)), batch)
 
@@ -117,14 +119,16 @@ class ACL(Method):
         return StepOutput(loss, metrics)
 
 
-def joint_nt_xent(model: SplitModel, temperature: float) -> Objective:
+def joint_nt_xent(model: SplitModel, temperature: float, parts: int = 1) -> Objective:
     """Return x ↦ l_i(v_1, v_2) of a stack x of both views, (2B, C, H, W), for each of its images: (2B,), that of v_1 and v_2 alike.
 
-    Called under ``attack_mode(model)``; B ≥ 2.
+    Called under ``attack_mode(model)``; B ≥ 2 · ``parts``, equal parts of the batch whose images contrast with one another only.
     """
 
     def value(x: Tensor) -> Tensor:
-        return nt_xent(model.embedding(model.features(x)).chunk(2), temperature).repeat(2)
+        first, second = model.embedding(model.features(x)).chunk(2)
+        pairs = zip(first.chunk(parts), second.chunk(parts), strict=True)
+        return torch.cat([nt_xent(pair, temperature) for pair in pairs]).repeat(2)
 
     return value
 

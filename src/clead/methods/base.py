@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clead.errors import UserError
-from clead.interfaces import Attack, Batch, StepOutput, Threat
+from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
 from clead.settings import settings
 
 
 class Views(NamedTuple):
-    """What a loss is computed from: the batch, and images by the name of their view (clean, adversarial, augmented …)."""
+    """What a loss is computed from: the batch, and images by the name of their view (clean, adversarial, augmented …).
+
+    Where several processes train, images are those of this process, and what the model makes of them in ``loss`` is joined with
+    what the others have; ``batch`` then has the labels of all, and ``own`` is the batch of this process.
+    """
 
     images: dict[str, Tensor]
     batch: Batch
+    own: Batch | None = None
 
 
 class Step(NamedTuple):
@@ -30,6 +36,8 @@ class Step(NamedTuple):
         generator: source of the random starts, on the device of the images.
         progress: part of the training that lies behind, in [0, 1).
         memory: what ``Method.memory`` returned.
+        parts: an attack that contrasts images does so within so many equal parts of the batch.
+        gather: maps (b, …) of this process to (B, …) of all, without gradient; None: there are no others.
     """
 
     threat: Threat
@@ -37,6 +45,17 @@ class Step(NamedTuple):
     generator: torch.Generator
     progress: float = 0.0
     memory: nn.Module | None = None
+    parts: int = 1
+    gather: Callable[[Tensor], Tensor] | None = None
+
+
+def by_part(objectives: Sequence[Objective]) -> Objective:
+    """Return x ↦ the values of ``objectives``, each of its equal part of x, (b, C, H, W) -> (b,)."""
+    if len(objectives) == 1:
+        return objectives[0]
+    return lambda x: torch.cat(
+        [part(images) for part, images in zip(objectives, x.chunk(len(objectives)), strict=True)]
+    )
 
 
 def require_labels(batch: Batch, method: str) -> None:

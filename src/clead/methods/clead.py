@@ -17,7 +17,7 @@ from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
-from clead.methods.base import Method, Step, Views
+from clead.methods.base import Method, Step, Views, by_part
 from clead.methods.contrast import dimension, find_layer, forward, vectors
 from clead.methods.labels import classes, known_labels, mean_of
 from clead.methods.momentum import MomentumQueue, Prototypes
@@ -193,7 +193,7 @@ class CLead(Method):
         predict = self.uses_attack and self.inner == "cross_entropy" and self.replays == 1
         batch, attacked = known_labels(model, batch, predict=predict, confidence=self.pseudo_label_confidence)
         if isinstance(step.memory, MomentumQueue):
-            step.memory.update(model, x, batch.labels, self._embed)
+            step.memory.update(model, x, batch.labels, self._embed, step.gather)
         views = {}
         if self.clean_weight or self.kl_weight or (self.contrastive_weight and self.clean_view):
             views["clean"] = x
@@ -251,9 +251,9 @@ class CLead(Method):
     def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: Step) -> Tensor:
         temperature = self._temperature(step)
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            objective: Objective = self._objective(self.inner, model, x, y, temperature)
+            objective: Objective = self._objective(self.inner, model, x, y, temperature, step.parts)
             if self.inner_contrastive_weight:
-                base, contrast = objective, self._objective("contrastive", model, x, y, temperature)
+                base, contrast = objective, self._objective("contrastive", model, x, y, temperature, step.parts)
                 # Two forwards per step: the price of keeping every objective a function of x_adv alone.
                 return step.attack(
                     lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv),
@@ -263,9 +263,14 @@ class CLead(Method):
                 )
             return step.attack(objective, x, step.threat, generator=step.generator)
 
-    def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor, temperature: float) -> Objective:
-        options = {"temperature": temperature} if name == "contrastive" else {}
-        return OBJECTIVES.get(name)(model, x, y, **options)
+    def _objective(
+        self, name: str, model: SplitModel, x: Tensor, y: Tensor, temperature: float, parts: int
+    ) -> Objective:
+        make = OBJECTIVES.get(name)
+        if name != "contrastive":  # each image by itself
+            return make(model, x, y)
+        pieces = zip(x.chunk(parts), y.chunk(parts), strict=True)
+        return by_part([make(model, images, labels, temperature=temperature) for images, labels in pieces])
 
     def _temperature(self, step: Step) -> float:
         if self.temperature_end is None:

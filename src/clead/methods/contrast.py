@@ -41,7 +41,9 @@ def forward(
     with _captured(model, layer) as kept:
 
         def run(images: Tensor) -> list[Tensor]:
-            return [*model.features_and_logits(images), *(kept.pop(images) if kept is not None else ())]
+            outputs = model.features_and_logits(images)
+            inner = kept.pop(images) if kept is not None else []
+            return [*outputs, *(inner if model._join is None else map(model._join, inner))]
 
         if separate or len(views) == 1:
             return {name: Outputs(*run(view)) for name, view in views.items()}

@@ -65,12 +65,16 @@ class FGSMRS(CLead):
         """Return the loss of PGD-AT plus λ times the misalignment, and each term."""
         images, batch = dict(views.images), views.batch
         neighbour = images.pop("neighbour", None)
+        own = batch if views.own is None else views.own
         output = super().loss(model, Views(images, batch), step)
         if neighbour is None:
             return output
-        targets = batch.labels.where(batch.labels >= 0, _IGNORED) if batch.soft_labels is None else batch.soft_labels
-        with _aside(model):
-            misaligned = misalignment(model, batch.images, neighbour, targets).mean()
+        targets = own.labels.where(own.labels >= 0, _IGNORED) if own.soft_labels is None else own.soft_labels
+        with _aside(model), model.joined(None):
+            each = misalignment(model, own.images, neighbour, targets)
+        misaligned = each.mean()
+        if step.gather is not None:  # the value is that of all processes; their gradients will be averaged
+            misaligned = misaligned + (step.gather(each).mean() - misaligned).detach()
         loss = output.loss + self.grad_align_weight * misaligned
         return StepOutput(loss, {**output.metrics, "gradient_misalignment": misaligned.detach()})
 

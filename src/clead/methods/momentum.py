@@ -42,7 +42,12 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, model: SplitModel, images: Tensor, labels: Tensor, embed: Callable[[SplitModel, Tensor], Tensor]
+        self,
+        model: SplitModel,
+        images: Tensor,
+        labels: Tensor,
+        embed: Callable[[SplitModel, Tensor], Tensor],
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Move k towards ``model``, make the keys of ``images``, and queue them for the next step.
 
@@ -51,10 +56,13 @@ class MomentumQueue(nn.Module):
             images: (B, C, H, W).
             labels: (B,) int64; −1: none.
             embed: (model, images) -> (B, d) of unit length.
+            gather: adds the rows of other processes, if there are any.
         """
         for own, new in zip(self.encoder.parameters(), model.parameters(), strict=True):
             own.lerp_(new, 1 - self.momentum)
         made = embed(self.encoder, images)
+        if gather is not None:
+            made, labels = gather(made), gather(labels)
         size, seen = len(self.keys), int(self.seen)
         held = min(seen, size)
         self.fresh = Keys(made, self.keys[:held].clone(), self.labels[:held].clone())

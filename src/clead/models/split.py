@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 
 Observer = Callable[[Tensor, tuple[Tensor, Tensor]], None]
+Join = Callable[[Tensor], Tensor]
 
 
 class SplitModel(nn.Module, ABC):
@@ -40,6 +42,7 @@ class SplitModel(nn.Module, ABC):
         self.projection = None
         self._observers: list[Observer] = []
         self._compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._join: Join | None = None
 
     @abstractmethod
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,16 @@ class SplitModel(nn.Module, ABC):
         outputs = (self._compiled or self._split)(x)
         for observer in self._observers:
             observer(x, outputs)
-        return outputs
+        return outputs if self._join is None else (self._join(outputs[0]), self._join(outputs[1]))
+
+    @contextmanager
+    def joined(self, join: Join | None) -> Generator[None, None, None]:
+        """Let outputs go through ``join``, which adds those of other processes (``clead.distributed``); None: leave them."""
+        before, self._join = self._join, join
+        try:
+            yield
+        finally:
+            self._join = before
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, (B, K)."""
@@ -91,7 +103,7 @@ class SplitModel(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # A copy (of weights for averaging, say) must neither run the original's compiled forward nor report
         # to its observers.
-        return {**super().__getstate__(), "_observers": [], "_compiled": None}
+        return {**super().__getstate__(), "_observers": [], "_compiled": None, "_join": None}
 
 
 class Classifier(SplitModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,12 @@ _TINY = 1e-20
 
 
 @contextmanager
-def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float) -> Generator[None, None, None]:
+def perturbed_weights(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    gamma: float,
+    average: Callable[[Sequence[Tensor | None]], object] | None = None,
+) -> Generator[None, None, None]:
     """Hold w + γ·‖w‖·g / ‖g‖ in every layer, g the gradient of the loss at w (Wu et al. 2020, arXiv:2004.05884, eq. 10).
 
     One step of ascent, layer by layer, of weights with two dimensions or more, as in the authors' code; biases and batch-norm
@@ -23,6 +28,7 @@ def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float
         model: with gradients switched on.
         loss: computes the loss (a scalar) of the model as it is; called once, if γ > 0.
         gamma: γ ≥ 0, the size of the perturbation relative to the weights.
+        average: averages gradients over processes, in place, if there are several.
     """
     if not gamma:
         yield
@@ -30,6 +36,8 @@ def perturbed_weights(model: nn.Module, loss: Callable[[], Tensor], gamma: float
     layers = [part for part in model.parameters() if part.requires_grad and part.dim() > 1]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = torch.autograd.grad(loss(), layers, allow_unused=True)
+    if average is not None:
+        average(gradients)
     kept = [layer.detach().clone() for layer in layers]
     try:
         with torch.no_grad():

@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,15 +21,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_a
 
 from clead.attacks.pgd import PGD
 from clead.checkpoint import PROJECTION, RunDir, check_weights, save_weights
-from clead.config import RunConfig
+from clead.config import RunConfig, Train
 from clead.data.base import mixed
 from clead.data.labels import for_method
 from clead.data.loaders import Loader, seeded
+from clead.distributed import ALONE, Parted, Processes, average_gradients, local_device, started, synchronised
 from clead.errors import UserError
 from clead.evaluation.knn import neighbours_accuracy
 from clead.evaluation.verdicts import accuracy_under_attack
-from clead.interfaces import Batch, Splits, StepOutput
-from clead.methods.base import Step
+from clead.interfaces import Batch, Splits, StepOutput, Threat
+from clead.methods.base import Step, Views
+from clead.methods.replay import Perturbation
 from clead.models.cost import CostMeter
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
@@ -115,7 +117,7 @@ def cost_per_image(config: RunConfig, model: SplitModel, images: Batch, memory: 
         meters = [stack.enter_context(CostMeter(part)) for part in (probe, *others)]
         generator = torch.Generator(images.images.device).manual_seed(0)
         scaler = torch.amp.GradScaler(enabled=False)
-        _forward_backward(config, probe, images, generator, 0.0, memory, contextlib.nullcontext(), scaler)
+        _forward_backward(config, probe, images, [generator], 0.0, memory, contextlib.nullcontext(), scaler)
     return sum(meter.forward_equivalents for meter in meters) / len(images.labels)
 
 
@@ -123,29 +125,56 @@ def _forward_backward(
     config: RunConfig,
     model: SplitModel,
     batch: Batch,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     progress: float,
     memory: nn.Module | None,
     amp: contextlib.AbstractContextManager[Any],
     scaler: torch.amp.GradScaler,
+    processes: Processes = ALONE,
 ) -> StepOutput:
-    """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken."""
-    step = Step(config.threat, config.attack, generator, progress, memory)
+    """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken.
+
+    generators: one for each part of the batch. The gradient of one of several ``processes`` is to be averaged with theirs.
+    """
+    size, alone = len(batch.labels), processes.size == 1
+    threat = config.threat if len(generators) == 1 else cast(Threat, Parted(config.threat, generators, size))
+    gather = None if alone else processes.gather
+    step = Step(threat, config.attack, generators[0], progress, memory, len(generators), gather)
     with record_function("views"), amp:
         views = config.method.views(model, batch, step)
+    if not alone:
+        views = Views(views.images, _of_all(views.batch, processes), views.batch)
 
     def output() -> StepOutput:
-        with record_function("loss"), amp:
+        join = None if alone else lambda outputs: processes.join(outputs, size)
+        with record_function("loss"), amp, model.joined(join):
             return config.method.loss(model, views, step)
 
     kept = [(part, part.clone()) for part in memory.buffers()] if config.train.awp and memory is not None else []
-    with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp):
+    average = None if alone else processes.average
+    with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp, average):
         for part, before in kept:  # the ascent leaves the memory's buffers as they are, as it does the model's
             part.copy_(before)
         found = output()
         with record_function("backward"):
             scaler.scale(found.loss).backward()
     return found
+
+
+def _of_all(batch: Batch, processes: Processes) -> Batch:
+    """Return the batch with what belongs to the labels, of all processes; the images stay those of this one."""
+    names = ("labels", "index", "soft_labels", "labelled")
+    return batch._replace(
+        **{name: processes.gather(part) for name in names if (part := getattr(batch, name)) is not None}
+    )
+
+
+def _pieces(batch: Batch, count: int) -> list[Batch]:
+    """Return the batch in ``count`` equal parts."""
+    if count == 1:
+        return [batch]
+    parts = [[None] * count if part is None else part.chunk(count) for part in batch]
+    return [Batch(*piece) for piece in zip(*parts, strict=True)]
 
 
 def fit(
@@ -168,7 +197,42 @@ def fit(
     RUN/stored if None. Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
     """
     settings = config.train
-    device = device_of(settings.device)
+    device = local_device(device_of(settings.device))
+    processes = started(device)
+    with synchronised(model) if processes.size > 1 and settings.sync_batch_norm else contextlib.nullcontext():
+        return _fit(
+            config,
+            splits,
+            model,
+            run,
+            device=device,
+            processes=processes,
+            resume=resume,
+            show=show and processes.first,
+            after_step=after_step,
+            after_validation=after_validation,
+            stored=stored,
+        )
+
+
+def _fit(
+    config: RunConfig,
+    splits: Splits,
+    model: SplitModel,
+    run: RunDir,
+    *,
+    device: torch.device,
+    processes: Processes,
+    resume: bool,
+    show: bool,
+    after_step: Callable[[], None] | None,
+    after_validation: AfterValidation | None,
+    stored: Path | None,
+) -> Outcome:
+    settings = config.train
+    parts = settings.parts or processes.size * settings.accumulate
+    batch_images = min(config.data.batch_size, len(splits.train))
+    _check_parts(config, parts, processes, batch_images)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
     if config.method.uses_embedding and model.projection is None:
         model.add_projection(config.method.embedding_dim, seed=settings.seed)
@@ -177,7 +241,11 @@ def fit(
     if config.method.uses_stored:
         folder = run.path / "stored" if stored is None else stored
         try:
+            if not processes.first:
+                processes.wait()  # the first one makes them, the others find them made
             kept_images, prior, prior_seconds = store_images(config, splits, model, folder, device=device, show=show)
+            if processes.first:
+                processes.wait()
         except KeyboardInterrupt:
             raise Interrupted(f"stopped while images were stored; continue with --resume --out {run.path}") from None
     if settings.trainable == "classifier":
@@ -193,6 +261,9 @@ def fit(
         cutmix=config.data.cutmix,
         num_classes=len(splits.classes),
         stored=kept_images,
+        parts=parts,
+        rank=processes.rank,
+        size=processes.size,
     )
     memory = config.method.memory(
         model, images=len(splits.train), num_classes=len(splits.classes), shape=tuple(splits.train.images.shape[1:])
@@ -201,7 +272,6 @@ def fit(
         memory.to(device)
     cost = cost_per_image(config, model, _first(loader.batch(0, 0), 2), memory)
     per_epoch = loader.steps_per_epoch
-    batch_images = min(config.data.batch_size, len(splits.train))
     epochs = settings.epochs if settings.epochs is not None else (settings.budget or 0) / cost
     images_seen = epochs * (per_epoch * batch_images if settings.epochs is not None else len(splits.train))
     steps = max(1, round(images_seen / batch_images))
@@ -222,7 +292,7 @@ def fit(
     at = Position()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
-        at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler)
+        at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler, processes)
     if not at.step:
         at.seconds = prior_seconds
     if settings.compile:
@@ -237,10 +307,15 @@ def fit(
             raise NonFiniteLoss(
                 f"the weights became NaN or infinite by step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
             )
+        remembered = memory.state_dict() if memory is not None else None
+        if isinstance(memory, Perturbation):  # each process has those of its own images
+            remembered = {name: processes.gather(part) for name, part in memory.state_dict().items()}
+        if not processes.first:
+            return
         state = {
             "model": model.state_dict(),
             "average": average.state_dict() if average is not None else None,
-            "memory": memory.state_dict() if memory is not None else None,
+            "memory": remembered,
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict(),
@@ -265,12 +340,14 @@ def fit(
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
     with (
-        _signals() as interrupted,
-        tensorboard(run.path / "tensorboard", at.step) as draw,
+        _signals(processes.size == 1) as interrupted,
+        tensorboard(run.path / "tensorboard", at.step) if processes.first else contextlib.nullcontext() as draw,
         progress(f"train {config.name}", steps, done=at.step, show=show) as tick,
     ):
 
         def log(kind: str, **figures: float) -> None:
+            if draw is None:
+                return
             line = {"kind": kind, **_where(at, per_epoch, passes()), **figures}
             run.log(line)
             draw(line)
@@ -286,11 +363,25 @@ def fit(
                     batch = batch._replace(
                         **{name: part.contiguous(memory_format=layout) for name, part in views.items()}
                     )
-            generator = seeded(device, settings.seed, at.step, _PERTURBATION)
             optimizer.zero_grad(set_to_none=True)
-            loss, metrics = _forward_backward(config, model, batch, generator, at.step / steps, memory, amp, scaler)
+            found = []
+            for piece, generators in zip(
+                _pieces(batch, settings.accumulate),
+                _generators(device, parts, processes, settings, at.step),
+                strict=True,
+            ):
+                found.append(
+                    _forward_backward(config, model, piece, generators, at.step / steps, memory, amp, scaler, processes)
+                )
+            loss, metrics = _mean(found)
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
+            if len(found) > 1:
+                for part in learnt:
+                    if part.grad is not None:
+                        part.grad /= len(found)
+            late = time.monotonic() - last_save >= settings.checkpoint_seconds
+            stop, late = average_gradients(processes, learnt, [bool(interrupted()), late and processes.first])
             with record_function("optimiser"):
                 if config.optim.clip_norm is not None:
                     scaler.unscale_(optimizer)
@@ -320,27 +411,36 @@ def fit(
 
             if at.step % every == 0 or at.step == steps:
                 if config.method.uses_classifier:
-                    clean, robust = accuracy_under_attack(
-                        kept(),
-                        validation,
-                        config.threat,
-                        validation_attack,
-                        "margin",
-                        seed=settings.seed,
-                        device=device,
+                    clean, robust = processes.share(
+                        accuracy_under_attack(
+                            kept(),
+                            validation,
+                            config.threat,
+                            validation_attack,
+                            "margin",
+                            seed=settings.seed,
+                            device=device,
+                        )
+                        if processes.first
+                        else (0.0, 0.0)
                     )
                     log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
                     validated = {"validation_clean": clean, "validation_robust": robust}
-                    if after_validation is not None:
+                    if after_validation is not None and processes.first:
                         after_validation(at.step / steps, clean, robust)
                     if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
                         at.collapsed_at = at.step
-                        _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
+                        if processes.first:
+                            _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
                     # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
                     # weights win.
                     score = robust if config.method.uses_attack else clean
                 else:
-                    score = neighbours_accuracy(kept(), splits.train.known(), validation, device=device)
+                    score = processes.share(
+                        neighbours_accuracy(kept(), splits.train.known(), validation, device=device)
+                        if processes.first
+                        else 0.0
+                    )
                     log("validation", knn_accuracy=score, images=len(validation))
                     validated = {"validation_knn": score}
                 at.validations_since_best += 1
@@ -348,19 +448,22 @@ def fit(
                     at.validations_since_best = 0
                 if score >= at.best:  # of equals the later one, which has learnt longer
                     at.best, at.best_step = score, at.step
-                    _save(run, "best", kept(), config, splits, at, cost)
+                    if processes.first:
+                        _save(run, "best", kept(), config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
             tick(1, **status, **validated)
-            if interrupted():
+            if stop or (processes.size == 1 and interrupted()):
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
-            if time.monotonic() - last_save >= settings.checkpoint_seconds and at.step < steps and not at.stopped_early:
+            if late and at.step < steps and not at.stopped_early:
                 save()
                 last_save = time.monotonic()
     save()  # first: it refuses weights that are not finite
-    _save(run, "last", kept(), config, splits, at, cost)
-    if (head := kept().projection) is not None:  # not deployed, but a training that starts from here takes it up
-        save_weights(run.path / PROJECTION, head.state_dict(), {})
+    if processes.first:
+        _save(run, "last", kept(), config, splits, at, cost)
+        if (head := kept().projection) is not None:  # not deployed, but a training that starts from here takes it up
+            save_weights(run.path / PROJECTION, head.state_dict(), {})
+    processes.wait()
     return Outcome(
         steps=at.step,
         epochs=at.step / per_epoch,
@@ -370,6 +473,56 @@ def fit(
         best_step=at.best_step,
         stopped_early=at.stopped_early,
         collapsed_at=at.collapsed_at,
+    )
+
+
+def _check_parts(config: RunConfig, parts: int, processes: Processes, batch_images: int) -> None:
+    """Raise UserError unless a batch can be shared out."""
+    settings = config.train
+    if parts % (processes.size * settings.accumulate):
+        raise UserError(
+            f"train.parts must be a multiple of processes × train.accumulate, {processes.size} × {settings.accumulate}, got "
+            f"{parts}; start another number of processes"
+        )
+    if batch_images % parts:
+        raise UserError(
+            f"a batch of {batch_images} images cannot be shared out to {parts} equal parts ({processes.size} processes, "
+            f"train.accumulate {settings.accumulate}); set --data.batch_size to a multiple of {parts}"
+        )
+    if parts > 1 and config.data.labelled_share is not None and batch_images // parts < 2:
+        raise UserError(
+            f"a part of a batch must have at least 2 images, got {batch_images // parts}; take larger batches"
+        )
+    if settings.accumulate > 1 and config.method.replays > 1:
+        raise UserError(
+            f"train.accumulate must be 1 where a method replays its batches, got {settings.accumulate} with "
+            f"{config.method.replays} replays; leave it out"
+        )
+
+
+def _generators(
+    device: torch.device, parts: int, processes: Processes, settings: Train, step: int
+) -> list[list[torch.Generator]]:
+    """Return where random starts are drawn from in a step, for each piece of a batch a generator per part."""
+    if parts == 1:
+        return [[seeded(device, settings.seed, step, _PERTURBATION)]]
+    here = parts // processes.size
+    own = [
+        seeded(device, settings.seed, step, _PERTURBATION, part)
+        for part in range(processes.rank * here, (processes.rank + 1) * here)
+    ]
+    each = here // settings.accumulate
+    return [own[start : start + each] for start in range(0, here, each)]
+
+
+def _mean(found: Sequence[StepOutput]) -> StepOutput:
+    """Return the mean loss and metrics of the pieces of a batch."""
+    if len(found) == 1:
+        return found[0]
+    names = found[0].metrics
+    return StepOutput(
+        torch.stack([part.loss.detach() for part in found]).mean(),
+        {name: torch.stack([part.metrics[name] for part in found]).mean() for name in names},
     )
 
 
@@ -465,10 +618,12 @@ def _restore(
     optimizer: Any,
     schedule: Any,
     scaler: Any,
+    processes: Processes,
 ) -> Position:
     state, note = run.load_state()
     if state is None:
-        run.truncate_log(0)  # stopped before its first checkpoint: everything is done again
+        if processes.first:
+            run.truncate_log(0)  # stopped before its first checkpoint: everything is done again
         return Position()
     if note:
         _log.warning("%s: %s", run.path, note)
@@ -481,7 +636,10 @@ def _restore(
     if average is not None:
         average.load_state_dict(state["average"])
     if memory is not None:
-        memory.load_state_dict(state["memory"])
+        remembered = state["memory"]
+        if isinstance(memory, Perturbation):
+            remembered = {name: part[processes.own(len(part))] for name, part in remembered.items()}
+        memory.load_state_dict(remembered)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
@@ -489,13 +647,18 @@ def _restore(
     # train.device may change on resume: as many generators as there are here.
     for index, rng in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(rng, index)
-    run.truncate_log(state["log_size"])
+    if processes.first:
+        run.truncate_log(state["log_size"])
     return Position(**state["position"])
 
 
 @contextlib.contextmanager
-def _signals() -> Generator[Any, None, None]:
-    """Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once."""
+def _signals(alone: bool) -> Generator[Any, None, None]:
+    """Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once.
+
+    One of several processes leaves SIGTERM as it is: torchrun sends it when another is lost, for which this one would wait.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
     caught: list[int] = []
 
     def remember(number: int, frame: Any) -> None:
@@ -504,7 +667,7 @@ def _signals() -> Generator[Any, None, None]:
         caught.append(number)
 
     try:
-        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, remember) for number in numbers}
     except ValueError:  # not the main thread: signals stay with the caller
         yield lambda: False
         return

@@ -11,9 +11,10 @@ from typing import Any
 
 from clead.checkpoint import RunDir, write_atomically
 from clead.config import RunConfig
+from clead.distributed import local_device, started
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
-from clead.training.loop import AfterValidation, Interrupted, Outcome, fit
+from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
 from clead.training.trainable import start_from, unfrozen_afterwards
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
@@ -43,14 +44,15 @@ def fit_stages(
         RunDir(run.path / "stages" / f"{number}-{stage.name}") for number, stage in enumerate(config.stages, start=1)
     ]
     outcomes: list[Outcome] = []
+    processes = started(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
         done = here.path / "outcome.json"
-        if not done.exists():
+        if not processes.share(done.exists()):
             if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
-            begun = (here.path / "config.yaml").exists()
-            if not begun:
+            begun = processes.share((here.path / "config.yaml").exists())
+            if not begun and processes.first:
                 shutil.rmtree(here.path, ignore_errors=True)  # a kill while it was made
                 RunDir.create(here.path, training)
             try:
@@ -68,11 +70,14 @@ def fit_stages(
             except Interrupted as error:
                 where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
                 raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
-            write_outcome(here.path, outcome)
+            if processes.first:
+                write_outcome(here.path, outcome)
+            processes.wait()
         outcomes.append(Outcome(**json.loads(done.read_text())))
         finished = zip(config.stages, folders, outcomes, strict=False)
-        write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
-    for name in ("best", "last"):
+        if processes.first:
+            write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
+    for name in ("best", "last") if processes.first else ():
         write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
     return _sum(outcomes)
 

@@ -1,0 +1,287 @@
+"""Several processes train one model: each takes its part of every batch, and the step is that of one process.
+
+How: a step's images are shared out, and each process attacks its own. What the model says of them (features, logits) is gathered,
+so that every process computes the loss of the whole batch, contrast with all its images included, whatever the method. Gradients
+are averaged. It is not ``DistributedDataParallel``, whose hooks expect one forward and one backward per step: here a step has
+attacks, weight perturbations and gradients of gradients in between.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clead.errors import UserError
+from clead.interfaces import Threat
+
+T = TypeVar("T")
+
+_MEETING = timedelta(minutes=5)
+_PATIENCE = timedelta(hours=12)  # process 0 validates, or stores images, while the others wait
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one training, numbered from 0; number 0 writes, logs and validates.
+
+    Attributes:
+        rank: the number of this one.
+        size: how many there are.
+        traffic: bytes that this process has sent into collectives, by kind.
+    """
+
+    rank: int = 0
+    size: int = 1
+    traffic: dict[str, int] | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def own(self, count: int) -> slice:
+        """Return which of ``count`` things, a multiple of ``size``, are this process's."""
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def join(self, outputs: Tensor, images: int) -> Tensor:
+        """Return what all processes have: (V·b, …) of V stacked views of b images become (V·b·size, …), view by view.
+
+        The backward keeps this process's rows, times ``size``: averaging gradients over processes then gives the gradient of the
+        whole batch's loss, of what is computed before and after the join alike.
+
+        Args:
+            outputs: of this process.
+            images: b.
+        """
+        if self.size == 1:
+            return outputs
+        self._count("join", outputs)
+        return cast(Tensor, _Join.apply(outputs, self.rank, self.size, images))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the rows of all processes, in their order, without gradient."""
+        if self.size == 1:
+            return values
+        self._count("gather", values)
+        return _gathered(values.detach(), self.size).flatten(0, 1)
+
+    def average(self, gradients: Sequence[Tensor | None], flags: Sequence[bool] = ()) -> list[bool]:
+        """Average tensors over all processes in place; return which of ``flags`` is set on any process."""
+        if self.size == 1:
+            return list(flags)
+        tensors = [gradient for gradient in gradients if gradient is not None]
+        told = torch.tensor([float(flag) for flag in flags], device=tensors[0].device if tensors else None)
+        # One message for all: many small ones cost more than copying.
+        flat = torch.cat([told, *(tensor.detach().reshape(-1).float() for tensor in tensors)])
+        self._count("average", flat)
+        dist.all_reduce(flat)
+        start = len(told)
+        for tensor in tensors:
+            tensor.copy_((flat[start : start + tensor.numel()] / self.size).view_as(tensor))
+            start += tensor.numel()
+        return [bool(value) for value in flat[: len(told)].tolist()]
+
+    def share(self, result: T) -> T:
+        """Return process 0's ``result`` on every process."""
+        if self.size == 1:
+            return result
+        box = [result]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def agree(self, about: dict[str, str]) -> None:
+        """Raise UserError on every process, naming what differs and where, unless all have the same ``about``."""
+        if self.size == 1:
+            return
+        everything: list[Any] = [None] * self.size
+        dist.all_gather_object(everything, about)
+        for number, other in enumerate(everything):
+            if wrong := [key for key in about if other.get(key) != everything[0].get(key)]:
+                key = wrong[0]
+                raise UserError(
+                    f"process {number} has another {key} than process 0: {_short(other.get(key))}, not "
+                    f"{_short(everything[0].get(key))}; give all processes the same recipe, data and versions"
+                )
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _count(self, kind: str, tensor: Tensor) -> None:
+        if self.traffic is not None:
+            self.traffic[kind] = self.traffic.get(kind, 0) + tensor.numel() * tensor.element_size()
+
+
+ALONE = Processes()
+
+
+def started(device: torch.device) -> Processes:
+    """Return the processes that ``torchrun`` started, connected; ``ALONE`` for a single one.
+
+    Raises UserError if there is no master, or the others do not come within five minutes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2 or not dist.is_available():
+        return ALONE
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_MEETING)
+            dist.barrier()
+        except (RuntimeError, ValueError) as error:
+            reason = re.sub(r"\s+", " ", str(error).splitlines()[0])[:160]
+            where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
+            raise UserError(
+                f"the {size} processes of this training do not find each other at {where} ({reason}); start them with torchrun"
+            ) from None
+        dist.distributed_c10d._set_pg_timeout(_PATIENCE)
+    return Processes(dist.get_rank(), dist.get_world_size(), {})
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process, one each on a machine, where ``device`` is any GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or device.index is not None or local is None:
+        return device
+    return torch.device("cuda", int(local) % torch.cuda.device_count())
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, rank: int, size: int, images: int) -> Tensor:
+        ctx.rank, ctx.size, ctx.images = rank, size, images
+        views = len(outputs) // images
+        every = _gathered(outputs.contiguous(), size).unflatten(1, (views, images))  # (size, V, b, …)
+        return every.transpose(0, 1).flatten(0, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor, None, None, None]:
+        by_view = grad_outputs[0].unflatten(0, (-1, ctx.size, ctx.images))
+        return (by_view[:, ctx.rank] * ctx.size).flatten(0, 1), None, None, None
+
+
+def _gathered(values: Tensor, size: int) -> Tensor:
+    """Return (size, *values.shape)."""
+    every = [torch.empty_like(values) for _ in range(size)]
+    dist.all_gather(every, values.contiguous())
+    return torch.stack(every)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; what is differentiated is the sum of their losses, so the backward is a sum, too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Tensor:
+        return cast(Tensor, _Sum.apply(grad_outputs[0]))
+
+
+class _Synchronised:
+    """Batch normalisation with the statistics of all processes' images, as many each; PyTorch's own is for GPUs only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x, (B, C, …)."""
+        norm = cast(_BatchNorm, self)
+        if not norm.training and norm.running_mean is not None:
+            return _BatchNorm.forward(norm, x)
+        norm._check_input_dim(x)
+        over = [0, *range(2, x.dim())]
+        shape = [1, -1, *([1] * (x.dim() - 2))]
+        size, count = dist.get_world_size(), x.numel() // x.shape[1]
+        values = x.float()
+        mean = _Sum.apply(values.mean(over)) / size
+        centred = values - mean.view(shape)
+        variance = _Sum.apply((centred * centred).mean(over)) / size
+        if norm.training and norm.track_running_stats and norm.running_mean is not None:
+            _move(norm, mean.detach(), variance.detach(), size * count)
+        scaled = centred * (variance + norm.eps).rsqrt().view(shape)
+        if norm.affine:
+            scaled = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+        return scaled.to(x.dtype)
+
+
+def _move(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean.to(norm.running_mean), factor)
+        norm.running_var.lerp_((variance * count / max(1, count - 1)).to(norm.running_var), factor)
+
+
+@contextmanager
+def synchronised(model: nn.Module) -> Generator[None, None, None]:
+    """Let all batch normalisations in ``model``, and in copies of it made inside, take the statistics of all processes."""
+    norms = [(part, part.__class__) for part in model.modules() if isinstance(part, _BatchNorm)]
+    try:
+        for part, kind in norms:
+            part.__class__ = _kinds(kind)
+        yield
+    finally:
+        for part, kind in norms:
+            part.__class__ = kind
+
+
+_KINDS: dict[type, type] = {}
+
+
+def _kinds(kind: type) -> type:
+    if kind not in _KINDS:
+        _KINDS[kind] = type(f"Synchronised{kind.__name__}", (_Synchronised, kind), {})
+    return _KINDS[kind]
+
+
+class Parted:
+    """A threat whose random starts are drawn part by part, each part of a batch from a generator of its own.
+
+    So a process that has some parts of a batch draws what one process draws for them.
+
+    Args:
+        threat: everything else is its.
+        generators: one per part of the images that are here.
+        images: so many images of a batch are here; a stack of several views has that many of each.
+    """
+
+    def __init__(self, threat: Threat, generators: Sequence[torch.Generator], images: int) -> None:
+        self._threat, self._generators, self._images = threat, generators, images
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._threat, name)
+
+    def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return a random point of the set around ``x``; ``generator`` is not drawn from."""
+        parts = len(self._generators)
+        by_part = x.unflatten(0, (-1, parts, self._images // parts))
+        drawn = [
+            self._threat.random_start(by_part[:, part].flatten(0, 1), generator=own).unflatten(0, (len(by_part), -1))
+            for part, own in enumerate(self._generators)
+        ]
+        return torch.stack(drawn, 1).flatten(0, 2)
+
+
+def average_gradients(
+    processes: Processes, parameters: Iterable[nn.Parameter], flags: Sequence[bool] = ()
+) -> list[bool]:
+    """Average the gradients of ``parameters`` over all processes, in place; see ``Processes.average``."""
+    return processes.average([parameter.grad for parameter in parameters], flags)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,236 @@
+"""Several processes train as one does: every method, with 2 and with 4 processes, by gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clead import distributed
+from clead.checkpoint import load_weights
+from clead.data.loaders import seeded
+from clead.methods import METHODS
+from clead.threats.linf import Linf
+
+HERE = Path(__file__).parent
+BASE = "--data.limit_train 90 --data.limit_test 10 --data.batch_size 16 --train.epochs 0.8 --train.device cpu"
+BASE += " --model.name small_cnn --optim.name sgd --optim.lr 0.01 --optim.schedule constant --train.parts 4"
+BASE += " --train.validate_steps 1 --train.validate_images 8 --train.validate_every 9"
+# A small L2 ball: the attacked model is nearly linear there. Where it is not, rounding errors grow tenfold with every step, and the
+# sign in the step of an L∞ attack makes a whole eps of one: one step agrees as well there, four do not.
+BASE += " --threat.norm l2 --threat.eps 0.02"
+FLIP = " --data.augment.crop 1 --data.augment.flip true"
+
+
+def words(recipe: str, more: str = "", base: str = BASE) -> list[str]:
+    return [recipe, *base.split(), *more.split()]
+
+
+CLEAD = "--method.name clead --method.contrastive_weight 1 "
+CASES = {
+    "standard": words("digits-standard"),
+    "pgd_at": words("digits-pgd-at"),
+    "trades": words("digits-trades", FLIP),
+    "mart": words("digits-mart"),
+    "fgsm_rs": words("digits-fgsm-rs", "--method.grad_align_weight 0.2"),
+    "free": words("digits-free", "--method.replays 3"),
+    "clead": words("digits-clead", CLEAD + "--method.augmented_view true --data.view.flip true"),
+    "clead_published": words("digits-clead-published", "--stages.contrast.method.stored_attack.steps 2"),
+    "acl": words("digits-acl"),
+}
+# What else sees the whole batch, or keeps something from step to step.
+CASES |= {
+    "queue": words("digits-clead", CLEAD + "--method.queue 24"),
+    "prototypes": words("digits-clead", CLEAD + "--method.contrastive_loss prototype"),
+    "layer": words("digits-clead", CLEAD + "--method.contrastive_level features"),
+    "asymmetric": words("digits-clead", CLEAD + "--method.contrastive_loss asymmetric --method.augmented_view true"),
+    "inner": words("digits-clead", CLEAD + "--method.inner contrastive"),
+    "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
+    "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),
+    "cutmix": words("digits-pgd-at", "--data.cutmix 1"),
+}
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def torchrun(processes: int, *command: str, timeout: int = 400, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+            *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", *command),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[int, Path]:
+    """The runs of all cases by 1, 2 and 4 processes; one start of the processes for all cases."""
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    for count in (1, 2, 4):
+        arguments = (str(HERE / "distributed_worker.py"), str(folder / str(count)), str(folder / "cases.json"))
+        if count == 1:
+            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400)
+        else:
+            done = torchrun(count, *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {count: folder / str(count) for count in (1, 2, 4)}
+
+
+def test_every_method_is_a_case():
+    assert set(METHODS.names()) <= set(CASES)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_several_processes_train_as_one_does(trained, case, count):
+    one, several = (load_weights(trained[n] / case / "last.safetensors")[0] for n in (1, count))
+    assert one.keys() == several.keys()
+    for name in one:
+        assert torch.allclose(one[name].double(), several[name].double(), rtol=1e-5, atol=3e-6), name
+    losses = [
+        [
+            line["loss"]
+            for line in map(json.loads, (trained[n] / case / "metrics.jsonl").read_text().splitlines())
+            if line["kind"] == "train"
+        ]
+        for n in (1, count)
+    ]
+    assert len(losses[0]) and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+TINY = "--data.limit_train 60 --data.limit_test 10 --data.batch_size 8 --train.device cpu --train.validate_images 4"
+TINY += " --train.validate_steps 1 --model.name small_cnn"
+
+
+def test_a_lost_worker_is_replaced_and_training_goes_on_from_the_last_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    words = [
+        "digits-trades",
+        *TINY.split(),
+        "--train.budget",
+        "60",
+        "--train.checkpoint_seconds",
+        "0",
+        "--out",
+        str(run),
+        "--resume",
+    ]
+    # The second worker kills itself at its sixth batch, once.
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, sys
+if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists({str(tmp_path / "killed")!r}):
+    import clead.data.loaders as loaders
+    plain, calls = loaders.Loader.batch, []
+    def batch(self, *place):
+        calls.append(place)
+        if len(calls) == 6:
+            open({str(tmp_path / "killed")!r}, "w").close()
+            os.kill(os.getpid(), 9)
+        return plain(self, *place)
+    loaders.Loader.batch = batch
+""")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = torchrun(2, "--max-restarts", "1", "-m", "clead", "train", *words, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "killed").exists()
+    assert done.stdout.count("run: ") == 1  # process 0 alone speaks
+    straight = tmp_path / "straight"
+    parts = ["--train.parts", "2", "--out", str(straight)]
+    alone = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "clead",
+            "train",
+            "digits-trades",
+            *TINY.split(),
+            "--train.budget",
+            "60",
+            "--train.checkpoint_seconds",
+            "0",
+            *parts,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert alone.returncode == 0, alone.stderr
+    steps = [json.loads((folder / "outcome.json").read_text())["steps"] for folder in (run, straight)]
+    assert steps[0] == steps[1]
+    kept = [
+        [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, straight)
+    ]
+    assert kept[0] == kept[1]  # nothing logged twice, nothing lost
+
+
+def test_batches_that_cannot_be_shared_out_and_processes_that_disagree_are_told_so(tmp_path):
+    """Three processes for a batch of 8; and in one start two whose data differ."""
+    done = torchrun(
+        3, "-m", "clead", "train", "digits-trades", *TINY.split(), "--train.epochs", "1", "--out", str(tmp_path / "a")
+    )
+    assert "a batch of 8 images cannot be shared out to 3 equal parts" in done.stderr and done.returncode
+    (tmp_path / "differ.py").write_text(f"""
+import os, sys, clead
+from clead.errors import UserError
+words = {TINY.split()!r} + ["--train.epochs", "1", "--data.limit_train", str(60 + int(os.environ["RANK"]))]
+try:
+    clead.train(clead.load_recipe("digits-trades", words), out={str(tmp_path / "b")!r}, show=False)
+except UserError as error:
+    sys.exit(f"told: {{error}}")
+""")
+    done = torchrun(2, str(tmp_path / "differ.py"))
+    assert "told: process 1 has another configuration than process 0" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_missing_master_is_told(tmp_path):
+    code = """
+import datetime, clead.distributed as d, torch
+d._MEETING = datetime.timedelta(seconds=2)
+d.started(torch.device("cpu"))
+"""
+    settings = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **settings})
+    assert f"do not find each other at 127.0.0.1:{settings['MASTER_PORT']}" in done.stderr
+
+
+def test_joining_keeps_views_apart_and_its_backward_is_that_of_the_whole_batch(monkeypatch):
+    """Closed form, with the other process played by a second tensor."""
+    views, images, size, width = 2, 3, 2, 4
+    parts = [torch.randn(views * images, width, dtype=torch.float64) for _ in range(size)]
+    monkeypatch.setattr(distributed, "_gathered", lambda values, count: torch.stack([values, parts[1]]))
+    own = parts[0].clone().requires_grad_()
+    joined = distributed.Processes(0, size).join(own, images)
+    expected = [part[view * images : (view + 1) * images] for view in range(views) for part in parts]
+    assert torch.equal(joined, torch.cat(expected))
+    weight = torch.randn(len(joined), width, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((weight * joined).sum(), own)
+    rows = torch.tensor([0, 1, 2, 6, 7, 8])  # of this process, view by view
+    assert torch.equal(gradient, size * weight[rows])
+
+
+def test_random_starts_are_drawn_part_by_part():
+    threat = Linf(eps=0.1)
+    x = torch.rand(8, 1, 2, 2)
+    whole = distributed.Parted(threat, [seeded("cpu", k) for k in range(4)], 8).random_start(x)
+    half = distributed.Parted(threat, [seeded("cpu", k) for k in (2, 3)], 4).random_start(x[4:])
+    assert torch.equal(whole[4:], half) and not torch.equal(whole[:2] - x[:2], whole[2:4] - x[2:4])
+    stacked = distributed.Parted(threat, [seeded("cpu", 0)], 4).random_start(x)  # two views of 4 images
+    assert torch.equal(stacked, threat.random_start(x, generator=seeded("cpu", 0)))
