@@ -630,7 +630,6 @@ CHANGES = {
     "train.ema": "0.5",
     "train.swa_start": "0",
     "train.accumulate": "2",
-    "train.parts": "2",
     "train.awp": "0.1",
     "train.trainable": "classifier",
     "optim.name": "sgd",
@@ -662,6 +661,7 @@ NO_CHANGE = {
     "train.validate_images": "3",
     "train.validate_steps": "2",
     "train.patience": "50",
+    "train.parts": "2",  # of what is drawn, and nothing is here
     "train.sync_batch_norm": "false",  # of several processes: tests/test_distributed.py
     "train.channels_last": "true",
     "eval.steps": "3",
