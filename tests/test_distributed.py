@@ -56,6 +56,8 @@ CASES |= {
     "cutmix": words("digits-pgd-at", "--data.cutmix 1"),
 }
 
+LEFT_OUT = {(name, 4) for name in CASES if name not in METHODS.names()}  # four processes: every method, two: every case
+
 
 def free_port() -> int:
     with socket.socket() as taken:
@@ -63,7 +65,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def torchrun(processes: int, *command: str, timeout: int = 400, **settings: str) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *command: str, timeout: int = 1800, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     return subprocess.run(
         [
@@ -81,11 +83,12 @@ def torchrun(processes: int, *command: str, timeout: int = 400, **settings: str)
 def trained(tmp_path_factory) -> dict[int, Path]:
     """The runs of all cases by 1, 2 and 4 processes; one start of the processes for all cases."""
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "cases.json").write_text(json.dumps(CASES))
     for count in (1, 2, 4):
-        arguments = (str(HERE / "distributed_worker.py"), str(folder / str(count)), str(folder / "cases.json"))
+        cases = folder / f"cases-{count}.json"
+        cases.write_text(json.dumps({name: CASES[name] for name in CASES if (name, count) not in LEFT_OUT}))
+        arguments = (str(HERE / "distributed_worker.py"), str(folder / str(count)), str(cases))
         if count == 1:
-            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=400)
+            done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1800)
         else:
             done = torchrun(count, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -96,8 +99,7 @@ def test_every_method_is_a_case():
     assert set(METHODS.names()) <= set(CASES)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "count"), [(name, n) for n in (2, 4) for name in CASES if (name, n) not in LEFT_OUT])
 def test_several_processes_train_as_one_does(trained, case, count):
     one, several = (load_weights(trained[n] / case / "last.safetensors")[0] for n in (1, count))
     assert one.keys() == several.keys()

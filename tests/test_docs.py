@@ -198,7 +198,12 @@ class Reader:
             processes = [
                 "2" if before == "--nproc-per-node" else word for before, word in zip(words, words[1:], strict=False)
             ]
-            self.process([sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *processes])
+            processes = [word.replace("localhost:29400", f"localhost:{free_port()}") for word in processes]
+            if "train" in processes:
+                at = processes.index("train") + 2
+                processes[at:at] = QUICK
+            meeting = [] if "--rdzv-endpoint" in processes else ["--master-port", str(free_port())]
+            self.process([sys.executable, "-m", "torch.distributed.run", *meeting, *processes])
         elif words[0] == "curl":
             self.process([word.replace(":8000", f":{self.port}") for word in [*words, "--fail-with-body", "--silent"]])
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,12 +38,10 @@ class Processes:
     Attributes:
         rank: the number of this one.
         size: how many there are.
-        traffic: bytes that this process has sent into collectives, by kind.
     """
 
     rank: int = 0
     size: int = 1
-    traffic: dict[str, int] | None = None
 
     @property
     def first(self) -> bool:
@@ -66,14 +65,14 @@ class Processes:
         """
         if self.size == 1:
             return outputs
-        self._count("join", outputs)
+        _count("join", outputs)
         return cast(Tensor, _Join.apply(outputs, self.rank, self.size, images))
 
     def gather(self, values: Tensor) -> Tensor:
         """Return the rows of all processes, in their order, without gradient."""
         if self.size == 1:
             return values
-        self._count("gather", values)
+        _count("gather", values)
         return _gathered(values.detach(), self.size).flatten(0, 1)
 
     def average(self, gradients: Sequence[Tensor | None], flags: Sequence[bool] = ()) -> list[bool]:
@@ -84,7 +83,7 @@ class Processes:
         told = torch.tensor([float(flag) for flag in flags], device=tensors[0].device if tensors else None)
         # One message for all: many small ones cost more than copying.
         flat = torch.cat([told, *(tensor.detach().reshape(-1).float() for tensor in tensors)])
-        self._count("average", flat)
+        _count("average", flat)
         dist.all_reduce(flat)
         start = len(told)
         for tensor in tensors:
@@ -119,12 +118,14 @@ class Processes:
         if self.size > 1:
             dist.barrier()
 
-    def _count(self, kind: str, tensor: Tensor) -> None:
-        if self.traffic is not None:
-            self.traffic[kind] = self.traffic.get(kind, 0) + tensor.numel() * tensor.element_size()
-
 
 ALONE = Processes()
+TRAFFIC: Counter[str] = Counter()
+"""Bytes that this process has given into collectives: outputs joined, labels and keys gathered, gradients and statistics summed."""
+
+
+def _count(kind: str, tensor: Tensor) -> None:
+    TRAFFIC[kind] += tensor.numel() * tensor.element_size()
 
 
 def started(device: torch.device) -> Processes:
@@ -146,7 +147,7 @@ def started(device: torch.device) -> Processes:
                 f"the {size} processes of this training do not find each other at {where} ({reason}); start them with torchrun"
             ) from None
         dist.distributed_c10d._set_pg_timeout(_PATIENCE)
-    return Processes(dist.get_rank(), dist.get_world_size(), {})
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -183,6 +184,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
+        _count("statistics", values)
         total = values.contiguous().clone()
         dist.all_reduce(total)
         return total
