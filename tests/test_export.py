@@ -106,16 +106,44 @@ def test_the_card_has_the_measured_numbers_and_says_what_was_not_checked(run, tm
 def test_other_weights_than_those_evaluated_get_a_card_without_numbers(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    tensors, metadata = load_weights(other / "best.safetensors")
+    tensors, metadata = load_weights(other / "last.safetensors")
     kept = {key: value for key, value in metadata.items() if key != "clead"}
     save_weights(
-        other / "best.safetensors", {k: v * 2 if v.is_floating_point() else v for k, v in tensors.items()}, kept
+        other / "last.safetensors", {k: v * 2 if v.is_floating_point() else v for k, v in tensors.items()}, kept
     )
     api.export_run(other, out=tmp_path / "given", show=False)
     card = (tmp_path / "given" / "README.md").read_text()
     assert "Nothing: there is no evaluation of these weights" in card
     assert "The run's evaluation is of other weights than these, and is left out." in card
     assert not (tmp_path / "given" / "evaluation.json").exists()
+
+
+def test_a_run_on_own_images_is_exported_without_the_path_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (40, 8, 8), dtype=np.uint8), np.arange(40) % 2
+    np.savez("photos.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
+    words = ["--data.name", "auto", "--data.path", str(tmp_path / "photos.npz"), *SHORT]
+    clead.train(load_recipe("digits-standard", words), out="run", show=False)
+    api.export_run("run", out="given", show=False)
+    text = Path("given/config.yaml").read_text() + Path("given/README.md").read_text()
+    assert "photos.npz" in text and str(tmp_path) not in text
+    assert clead.load("run").num_classes == 2
+    api.export_run("run", out="weights", format="safetensors", show=False)
+    assert clead.load("weights").num_classes == 2
+
+
+def test_the_weights_that_the_recipe_evaluates_are_exported(run, tmp_path):
+    """digits-clead evaluates its last weights."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    tensors, metadata = load_weights(other / "best.safetensors")
+    kept = {key: value for key, value in metadata.items() if key != "clead"}
+    save_weights(
+        other / "best.safetensors", {k: v * 2 if v.is_floating_point() else v for k, v in tensors.items()}, kept
+    )
+    api.export_run(other, out=tmp_path / "given", show=False)
+    assert (tmp_path / "given" / "evaluation.json").exists()
 
 
 class Mine(nn.Module):

@@ -35,7 +35,7 @@ def export_run(
     out: str | Path,
     format: str = "onnx",
     precision: str = "float32",
-    weights: str = "best",
+    weights: str | None = None,
     images: int = 200,
     licence: str = "unknown",
     model: nn.Module | None = None,
@@ -52,7 +52,7 @@ def export_run(
         format: ``onnx``, checked against PyTorch's logits on test images, or ``safetensors``, which ``clead.load`` opens.
         precision: float32; int8 (ONNX: static quantisation, calibrated on 512 training images); bfloat16 (safetensors: half the
             size, computed in float32). Where numbers are rounded, clean and robust accuracy are measured again.
-        weights: best or last.
+        weights: best or last; those that the run's evaluations are of (``eval.weights``) if None.
         images: so many test images are attacked after rounding.
         licence: for the card, an identifier such as ``mit``.
         model: your own module, if it was given as an object in Python.
@@ -73,6 +73,7 @@ def export_run(
     _check(out, format, precision, images)
     hub = _hub(push_to_hub) if push_to_hub else None
     opened = open_run(path, None, model, data)
+    weights = weights or opened.config.eval.weights
     if weights != opened.config.eval.weights:
         config = dataclasses.replace(opened.config, eval=dataclasses.replace(opened.config.eval, weights=weights))
         opened = open_run(path, config, model, data)
@@ -127,8 +128,8 @@ def export_run(
                 show=show,
             )
         tree = config.to_dict()
-        if "path" in tree["data"]:
-            tree["data"]["path"] = None  # of this machine
+        if tree["data"].get("path"):
+            tree["data"]["path"] = Path(tree["data"]["path"]).name  # the rest is of this machine
         text = type(config).from_dict(tree).to_yaml()
         (staged / "config.yaml").write_text(text)
         record, notes = _record(opened)

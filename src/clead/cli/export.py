@@ -20,7 +20,7 @@ def export(
     precision: Annotated[
         str, typer.Option(help="float32; int8 (onnx) or bfloat16 (safetensors), and accuracy is measured again.")
     ] = "float32",
-    weights: Annotated[str, typer.Option(help="best | last.")] = "best",
+    weights: Annotated[str | None, typer.Option(help="best | last; the run's eval.weights by default.")] = None,
     images: Annotated[int, typer.Option(help="Test images that are attacked after rounding.")] = 200,
     licence: Annotated[str, typer.Option(help="For the model card: mit, apache-2.0, cc-by-4.0 …")] = "unknown",
     push_to_hub: Annotated[

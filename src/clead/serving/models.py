@@ -30,6 +30,7 @@ from clead.export.onnx import AGREE, to_onnx
 from clead.interfaces import ImageSet, Splits
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
+from clead.serving.logs import log
 from clead.serving.settings import ServeSettings
 from clead.training.loop import device_of
 
@@ -179,6 +180,13 @@ class ServedModel:
             detector.fit(features, labels.to(self.device))
             scores = self._scores(detector, splits.val, tick)
         threshold = threshold_at(scores, settings.reject)
+        if math.isinf(threshold):
+            log.warning(
+                "%s: %d validation images are too few for a threshold that rejects %g of clean images: nothing is rejected",
+                self.name,
+                len(scores),
+                settings.reject,
+            )
         self.reference = Reference(images, labels, index, functional.normalize(features, dim=1).cpu())
         self.guard = Guard(
             detector,

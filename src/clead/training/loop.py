@@ -241,10 +241,11 @@ def _fit(
     if config.method.uses_stored:
         folder = run.path / "stored" if stored is None else stored
         try:
-            if not processes.first:
-                processes.wait()  # the first one makes them, the others find them made
-            kept_images, prior, prior_seconds = store_images(config, splits, model, folder, device=device, show=show)
-            if processes.first:
+            for turn in range(processes.size):  # the first one makes them, the others find them made, one after another
+                if turn == processes.rank:
+                    kept_images, prior, prior_seconds = store_images(
+                        config, splits, model, folder, device=device, show=show
+                    )
                 processes.wait()
         except KeyboardInterrupt:
             raise Interrupted(f"stopped while images were stored; continue with --resume --out {run.path}") from None
