@@ -65,7 +65,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def torchrun(processes: int, *command: str, timeout: int = 1800, **settings: str) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, *command: str, timeout: int = 600, **settings: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     return subprocess.run(
         [
