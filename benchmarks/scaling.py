@@ -82,6 +82,7 @@ def messages(folder):
         (Path(folder) / "messages.json").write_text(
             json.dumps({"latency_s": latency, "bytes_per_s": 2**22 / (found[2**22] - latency)})
         )
+    dist.destroy_process_group()
 
 
 def start(count, *arguments):

@@ -8,6 +8,7 @@ attacks, weight perturbations and gradients of gradients in between.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections import Counter
@@ -147,7 +148,14 @@ def started(device: torch.device) -> Processes:
                 f"the {size} processes of this training do not find each other at {where} ({reason}); start them with torchrun"
             ) from None
         dist.distributed_c10d._set_pg_timeout(_PATIENCE)
+        atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """Part from the others: threads of a group that is still there abort a process that ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:
