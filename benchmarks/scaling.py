@@ -1,20 +1,22 @@
 """Data-parallel training on 1, 2 and 4 processes of this machine, and a model of cost that predicts more.
 
-    python benchmarks/scaling.py --out benchmarks/scaling.json            (4 minutes on 2 cores)
+    python benchmarks/scaling.py --out benchmarks/scaling.json            (6 minutes on 2 cores)
 
 The C-LEAD step of the recipe cifar10-small-clead (ResNet-8, PGD, generated images) with a fixed number of images per process, one
-thread each, gloo on the loopback. Measured per step: seconds, and the bytes that a process gives into each kind of collective.
-**Model**: a step of n processes takes ``compute · max(1, n / cores) + calls · latency + carried / bandwidth``. Compute is the step
-of one process. A ring carries 2 (n − 1) / n times the bytes of an all-reduce and (n − 1) times those of an all-gather. Latency and
-bandwidth are measured with all-reduces between 2 processes; the number of calls is fitted to 2 processes, so that waiting for each
-other is in it. What it says for 4 stands beside what was measured; then the same for GPUs, whose step time is given by
-``--gpu-step``, over NVLink inside a machine of 8 and 50 GB/s between machines.
+thread each, gloo on the loopback. Measured per step: seconds, collectives, and the bytes that a process gives into each kind.
+**Model**: a step of n processes takes ``compute + calls · latency + carried / bandwidth``. Nothing is fitted to the trainings that
+it predicts: compute is the step of n trainings that know nothing of each other on the same machine (they share its cores and
+memory), calls and bytes are counted, latency is that of a small all-reduce between n processes, bandwidth that of a large one
+between 2. A ring carries 2 (n − 1) / n times the bytes of an all-reduce and (n − 1) times those of an all-gather. What the model
+leaves out is waiting for each other. Then the same for GPUs, whose step time is given by ``--gpu-step``, over NVLink inside a
+machine of 8 and 50 GB/s between machines.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +28,7 @@ import numpy as np
 import torch
 
 IMAGES = 32
-GATHERED, REDUCED = ("join", "gather"), ("average", "statistics")
+GATHERED, REDUCED = ("join", "gather", "statistics"), ("average", "sums")
 GPU = {"latency_s": 20e-6, "inside_bytes_per_s": 300e9, "between_bytes_per_s": 50e9}
 
 
@@ -57,9 +59,9 @@ def worker(folder, steps):
         spent = np.diff(times)[2:]
         sent = {
             kind: (bytes_before[-1].get(kind, 0) - bytes_before[1].get(kind, 0)) // (len(bytes_before) - 2)
-            for kind in (*GATHERED, *REDUCED)
+            for kind in (*GATHERED, *REDUCED, "calls")
         }
-        result = {"seconds": float(statistics.median(spent)), "bytes": sent if size > 1 else {}}
+        result = {"seconds": float(statistics.median(spent)), "sent": sent if size > 1 else {}}
         (Path(folder) / "result.json").write_text(json.dumps(result))
 
 
@@ -85,28 +87,33 @@ def messages(folder):
     dist.destroy_process_group()
 
 
-def start(count, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *arguments]
-    if count > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-            __file__,
-            *arguments,
-        ]
-    subprocess.run(command, check=True, env=environment)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def predicted(compute, sent, calls, count, latency, bandwidth):
-    """Return the seconds of a step on ``count`` processes with a core, or a GPU, each."""
-    if count == 1:
-        return compute
-    return compute + calls * latency + carried(sent, count) / bandwidth
+def together(count, *arguments):
+    """Start ``count`` processes that are one training."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
+    subprocess.run([sys.executable, *launch, __file__, *arguments], check=True, env=ENVIRONMENT)
+
+
+def apart(count, folder, steps):
+    """Start ``count`` trainings at the same time; return the median seconds of their steps."""
+    folders = [Path(folder) / f"apart-{number}" for number in range(count)]
+    for each in folders:
+        each.mkdir(exist_ok=True)
+        shutil.copy(Path(folder) / "images.npz", each)
+    started = [
+        subprocess.Popen([sys.executable, __file__, "--worker", str(each), str(steps)], env=ENVIRONMENT)
+        for each in folders
+    ]
+    if any([process.wait() for process in started]):
+        raise SystemExit("a training failed")
+    return statistics.median(json.loads((each / "result.json").read_text())["seconds"] for each in folders)
+
+
+def predicted(compute, sent, count, latency, bandwidth):
+    """Return the seconds of a step on ``count`` processes."""
+    return compute if count == 1 else compute + sent["calls"] * latency + carried(sent, count) / bandwidth
 
 
 def carried(sent, count):
@@ -137,42 +144,44 @@ def main():
         labels = np.arange(2300) % 10
         images = random.integers(0, 256, (2300, 32, 32, 3), dtype=np.uint8)
         np.savez(f"{folder}/images.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
-        start(2, "--messages", folder)
-        link = json.loads(Path(folder, "messages.json").read_text())
+        latency, widths = {}, []
+        for count in (2, 4):
+            together(count, "--messages", folder)
+            link = json.loads(Path(folder, "messages.json").read_text())
+            latency[count] = link["latency_s"]
+            widths.append(link["bytes_per_s"])
+        bandwidth = widths[0]
+        computes = {count: [] for count in found}
         for _ in range(arguments.rounds):
             for count in found:
-                start(count, "--worker", folder, str(arguments.steps))
+                together(count, "--worker", folder, str(arguments.steps))
                 found[count].append(json.loads(Path(folder, "result.json").read_text()))
+                computes[count].append(apart(count, folder, arguments.steps))
     seconds = {count: statistics.median(part["seconds"] for part in parts) for count, parts in found.items()}
-    sent = found[2][0]["bytes"]
-    compute, rows = seconds[1], []
-    # What 2 processes need beyond compute and bytes is the number of collectives times their latency, and waiting for each other.
-    passing = carried(sent, 2) / link["bytes_per_s"]
-    calls = max(0.0, (seconds[2] - compute * max(1, 2 / cores) - passing) / link["latency_s"])
+    compute = {count: statistics.median(values) for count, values in computes.items()}
+    rows = []
     for count in found:
-        guess = predicted(
-            compute * max(1, count / cores),
-            found[max(2, count)][0]["bytes"],
-            calls,
-            count,
-            link["latency_s"],
-            link["bytes_per_s"],
-        )
+        sent = found[count][0]["sent"]
+        guess = predicted(compute[count], sent, count, latency.get(count), bandwidth)
         rows.append(
             {
                 "processes": count,
                 "steps_per_second": round(1 / seconds[count], 3),
                 "images_per_second": round(IMAGES * count / seconds[count], 1),
-                "bytes_per_step": found[count][0]["bytes"],
+                "sent_per_step": sent,
                 "predicted_steps_per_second": round(1 / guess, 3),
-                "fitted": count < 4,
+                "predicted_parts_s": {
+                    "compute": round(compute[count], 4),
+                    "latency": round(sent["calls"] * latency[count], 4) if sent else 0,
+                    "carried": round(carried(sent, count) / bandwidth, 4) if sent else 0,
+                },
             }
         )
         print(rows[-1], flush=True)
-    gpus = []
+    gpus, sent = [], found[2][0]["sent"]
     for count in (8, 64):
-        bandwidth = GPU["inside_bytes_per_s"] if count <= 8 else GPU["between_bytes_per_s"]
-        guess = predicted(arguments.gpu_step, sent, calls, count, GPU["latency_s"], bandwidth)
+        width = GPU["inside_bytes_per_s"] if count <= 8 else GPU["between_bytes_per_s"]
+        guess = predicted(arguments.gpu_step, sent, count, GPU["latency_s"], width)
         gpus.append(
             {"gpus": count, "seconds_per_step": round(guess, 5), "efficiency": round(arguments.gpu_step / guess, 3)}
         )
@@ -182,8 +191,7 @@ def main():
         "machine": {"cores": cores, "system": platform.system()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "images_per_process": IMAGES,
-        "link": link,
-        "collectives_per_step_fitted": round(calls),
+        "link": {"latency_s": latency, "bytes_per_s": bandwidth},
         "measured": rows,
         "predicted_gpus": {"assumed": {**GPU, "step_s": arguments.gpu_step}, "rows": gpus},
     }
