@@ -23,7 +23,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from clead.config import RunConfig, parse_yaml
 from clead.errors import UserError
@@ -42,6 +47,7 @@ _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
 PROJECTION = "projection.safetensors"
 _WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
+_WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -67,6 +73,42 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what a kill in the middle of ``write_atomically`` left in ``folder`` of the files called ``names``."""
+    for left in folder.glob(".*"):
+        if left.name.startswith(tuple(f".{name}." for name in names)):
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, message: str) -> Generator[None, None, None]:
+    """Keep other processes out of ``folder``, which is made if need be, while the block runs.
+
+    The lock goes with the process that holds it, however that ends, and leaves no file. Raises UserError(message) if another
+    process has it. Without locks (Windows, some network file systems) two processes at once are the user's affair.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; free some space or choose another directory"
+        ) from error
+    if fcntl is None or handle is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:  # no locks on this file system
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -176,18 +218,29 @@ class RunDir:
     @staticmethod
     def create(path: Path, config: RunConfig) -> RunDir:
         """Start a run; raises UserError if ``path`` holds anything already."""
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        RunDir.check_free(path)
+        run = RunDir(path)
+        if path.is_dir():
+            remove_leftovers(path, _WRITTEN)
+        write_atomically(path / "config.yaml", config.to_yaml().encode())
+        run.note_environment()
+        return run
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise UserError if ``path`` holds anything, but for what a kill in the middle of ``create`` may have left."""
+        ours = tuple(f".{name}." for name in _WRITTEN)
+        if path.is_file() or (path.is_dir() and any(not each.name.startswith(ours) for each in path.iterdir())):
             what = "holds another run" if (path / "config.yaml").exists() else "is not empty"
             raise UserError(f"--out {path} {what}; give an empty directory, or --resume to continue the run")
-        run = RunDir(path)
-        write_atomically(path / "config.yaml", config.to_yaml().encode())
-        details = {
-            **environment(),
-            "command": command(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        write_atomically(path / "environment.json", json.dumps(details, indent=2).encode())
-        return run
+
+    def note_environment(self) -> None:
+        """Write environment.json unless it is there already."""
+        file = self.path / "environment.json"
+        if not file.exists():
+            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            details = {**environment(), "command": command(), "started": started}
+            write_atomically(file, json.dumps(details, indent=2).encode())
 
     @staticmethod
     def open(path: Path) -> RunDir:
@@ -271,9 +324,7 @@ class RunDir:
 
     def load_state(self) -> tuple[dict[str, Any] | None, str]:
         """Return the newest checkpoint whose checksum holds, or None, and a note if an older one had to be used."""
-        for left in self.path.glob(".*"):  # of a kill in the middle of write_atomically
-            if left.name.startswith(tuple(f".{name}." for name in _WRITTEN)):
-                left.unlink(missing_ok=True)
+        remove_leftovers(self.path, _WRITTEN)
         broken = []
         for name in _STATES:
             path = self.path / name

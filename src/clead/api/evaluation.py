@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import evaluated_images, image_shape, load, load_model, open_run
 from clead.attacks.run import check_inputs, logits_of
-from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, write_atomically
+from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
@@ -370,6 +370,8 @@ def _evaluate_into(
         discard(shard.folder(state) if shard else folders(state)[rank()])
     if save_adversarial is not None:
         adversarial.ready(save_adversarial)
+    if rank() == 0:
+        remove_leftovers(folder, (f"{result}.json", f"{result}.safetensors"))
     evaluation = evaluate_model(
         model,
         images,

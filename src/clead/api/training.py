@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
-from clead.checkpoint import RunDir, load_weights, save_weights
+from clead.checkpoint import RunDir, load_weights, locked, save_weights
 from clead.config import RunConfig
 from clead.errors import UserError
 from clead.evaluation.verdicts import exact_float32, pixels
@@ -65,8 +65,8 @@ def train(
     continuing = resume and (path / "config.yaml").exists()
     if continuing:
         _same_config(config, RunDir.open(path).config())
-    elif path.is_file() or (path.is_dir() and any(path.iterdir())):
-        RunDir.create(path, config)  # raises: there is something else
+    else:
+        RunDir.check_free(path)
     device_of(config.train.device)
     _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
@@ -81,16 +81,18 @@ def train(
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
         start_from(split_model, Path(config.train.start_from), dim=dim)
-    run = RunDir(path) if continuing else RunDir.create(path, config)
-    if pseudo_labels is not None:
-        save_weights(path / PSEUDO_LABELS, *pseudo_labels)
-    # Leave the caller's global random state, and what of the model is frozen, as they were.
-    with seeded(config.train.seed), unfrozen_afterwards(split_model):
-        if config.stages:
-            outcome = fit_stages(config, splits, split_model, run, show=show)
-        else:
-            outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
-    write_outcome(path, outcome)
+    with locked(path, f"{path} is in use by another training; wait for it, or give another --out"):
+        run = RunDir(path) if continuing else RunDir.create(path, config)
+        run.note_environment()
+        if pseudo_labels is not None:
+            save_weights(path / PSEUDO_LABELS, *pseudo_labels)
+        # Leave the caller's global random state, and what of the model is frozen, as they were.
+        with seeded(config.train.seed), unfrozen_afterwards(split_model):
+            if config.stages:
+                outcome = fit_stages(config, splits, split_model, run, show=show)
+            else:
+                outcome = fit(config, splits, split_model, run, resume=continuing, show=show)
+        write_outcome(path, outcome)
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)

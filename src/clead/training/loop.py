@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.autograd.profiler import record_function
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from clead.attacks.pgd import PGD
@@ -287,6 +287,11 @@ def fit(
             loss, metrics = _forward_backward(config, model, batch, generator, at.step / steps, memory, amp, scaler)
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
+            # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
+            if not scaler.is_enabled() and (broken := _bad_gradient(model, learnt)):
+                raise NonFiniteLoss(
+                    f"the gradient became NaN or infinite at step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
+                )
             with record_function("optimiser"):
                 if config.optim.clip_norm is not None:
                     scaler.unscale_(optimizer)
@@ -414,6 +419,15 @@ def _first_not_finite(model: nn.Module) -> str:
     """Return the name of the first parameter that is NaN or infinite, or an empty string."""
     # Not of buffers: a user's model may hold infinities there on purpose, such as a mask.
     return next((name for name, part in model.named_parameters() if not torch.isfinite(part).all()), "")
+
+
+def _bad_gradient(model: nn.Module, learnt: Sequence[nn.Parameter]) -> str:
+    """Return the name of the first parameter whose gradient is NaN or infinite, or an empty string."""
+    gradients = [part.grad for part in learnt if part.grad is not None]
+    if not gradients or math.isfinite(get_total_norm(gradients, norm_type=math.inf).item()):
+        return ""
+    named = ((name, part.grad) for name, part in model.named_parameters() if part.grad is not None)
+    return next((name for name, grad in named if not torch.isfinite(grad).all()), "the method's own weights")
 
 
 def _save(

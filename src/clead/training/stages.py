@@ -44,6 +44,7 @@ def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir
             if not begun:
                 shutil.rmtree(here.path, ignore_errors=True)  # a kill while it was made
                 RunDir.create(here.path, training)
+            here.note_environment()
             try:
                 with unfrozen_afterwards(model):
                     outcome = fit(training, splits, model, here, resume=begun, show=show, stored=run.path / "stored")
