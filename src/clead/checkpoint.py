@@ -38,10 +38,11 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from clead.config import RunConfig, parse_yaml
+from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError
 
 _MAGIC = b"clead-state-1\n"
+_LARGEST_HEADER = 16_000_000  # some 100,000 tensors; the library's own limit is 100 MB
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
@@ -127,17 +128,25 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (weights, metadata) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
     if not path.is_file():
         raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file")
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
+    if len(head) >= 8 and (size := int.from_bytes(head[:8], "little")) > _LARGEST_HEADER:
+        raise UserError(
+            f"{path}: the header of a safetensors file may have {_LARGEST_HEADER} bytes at most, this one says {size}; it is "
+            "damaged or was made to harm"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         metadata = {key: json.loads(value) for key, value in texts.items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is truncated or not a safetensors file ({reason}); copy or train it again") from None
     # Weights from elsewhere have no checksum.
     checksum = metadata.pop("checksum", None)
@@ -265,7 +274,7 @@ class RunDir:
         """Return the run's complete configuration."""
         path = self.path / "config.yaml"
         try:
-            return RunConfig.from_dict(parse_yaml(path.read_text(), str(path)))
+            return RunConfig.from_dict(parse_yaml(yaml_text(path), str(path)))
         except UnicodeDecodeError:
             raise UserError(f"{path} is damaged: it is not text; copy the run again") from None
 
@@ -287,7 +296,7 @@ class RunDir:
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 if number < len(lines):
                     raise UserError(f"{path} line {number} is damaged; remove that line") from None
         return found

@@ -166,6 +166,7 @@ def evaluate_run(
         opened.subject,
         part,
         tried=tried,
+        unreadable=opened.splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -235,6 +236,7 @@ def evaluate_foreign(
         config,
         subject,
         part,
+        unreadable=splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         note=f"no --weights given: those that {subject.model} makes" if isinstance(model, str) and guessed else None,
@@ -362,6 +364,7 @@ def _evaluate_into(
     save_adversarial: Path | None,
     tried: TransferredPart | None = None,
     note: str | None = None,
+    unreadable: Sequence[str] = (),
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
@@ -388,8 +391,8 @@ def _evaluate_into(
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if tried is not None:
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
-    if note is not None:
-        notes = [*evaluation.record.notes, note]
+    if said := [each for each in (note, _left_out(unreadable)) if each is not None]:
+        notes = [*evaluation.record.notes, *said]
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": notes}))
     if rank() > 0:
         return evaluation
@@ -404,6 +407,12 @@ def _evaluate_into(
     for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation
+
+
+def _left_out(unreadable: Sequence[str]) -> str | None:
+    return (
+        f"{len(unreadable)} unreadable images of the data set left out: {', '.join(unreadable)}" if unreadable else None
+    )
 
 
 def _set_aside(folder: Path, result: str, record: Record) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
-from clead.checkpoint import RunDir, load_weights, locked, save_weights
+from clead.checkpoint import RunDir, load_weights, locked, save_weights, write_atomically
 from clead.config import RunConfig
 from clead.errors import UserError
 from clead.evaluation.verdicts import exact_float32, pixels
@@ -84,6 +84,8 @@ def train(
     with locked(path, f"{path} is in use by another training; wait for it, or give another --out"):
         run = RunDir(path) if continuing else RunDir.create(path, config)
         run.note_environment()
+        if splits.unreadable:
+            write_atomically(path / "unreadable.txt", "".join(f"{name}\n" for name in splits.unreadable).encode())
         if pseudo_labels is not None:
             save_weights(path / PSEUDO_LABELS, *pseudo_labels)
         # Leave the caller's global random state, and what of the model is frozen, as they were.

@@ -81,6 +81,21 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
     return images
 
 
+def readable(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> list[bool]:
+    """Say of each image whether ``decode`` can read it."""
+    Image.init()
+
+    def one(blob: bytes, name: str) -> bool:
+        try:
+            _decode_one(blob, name, fit)
+        except UserError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, blobs, names))
+
+
 def fit_arrays(images: Tensor, fit: Fit) -> Tensor:
     """Bring decoded images (N, C, H, W) uint8, C 1 or 3, to what ``fit`` asks; themselves if they agree."""
     _, channels, height, width = images.shape

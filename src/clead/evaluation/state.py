@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
         header = json.loads(file.read_text())
         if not isinstance(header, dict):
             raise ValueError
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is damaged; discard the state with --fresh") from None
     return header
 

@@ -35,8 +35,8 @@ def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir
     ]
     outcomes: list[Outcome] = []
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
-        done = here.path / "outcome.json"
-        if not done.exists():
+        outcome = _finished(here.path / "outcome.json")
+        if outcome is None:
             if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
@@ -52,12 +52,20 @@ def fit_stages(config: RunConfig, splits: Splits, model: SplitModel, run: RunDir
                 where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
                 raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
             write_outcome(here.path, outcome)
-        outcomes.append(Outcome(**json.loads(done.read_text())))
+        outcomes.append(outcome)
         finished = zip(config.stages, folders, outcomes, strict=False)
         write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
     for name in ("best", "last"):
         write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
     return _sum(outcomes)
+
+
+def _finished(file: Path) -> Outcome | None:
+    """Return what a finished stage reported; None if it has not, or cannot be read: its last checkpoint tells it again."""
+    try:
+        return Outcome(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:

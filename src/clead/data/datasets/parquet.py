@@ -114,5 +114,5 @@ def _class_names(schema: Any, label: str) -> list[str] | None:
     try:
         names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
         return list(map(str, names)) or None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
