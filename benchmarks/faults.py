@@ -5,7 +5,7 @@
 
 Each kind of work is done once without a fault. Then it is begun again and again in processes of their own, each killed (SIGKILL)
 and started anew with the same command until it ends by itself: one life. Three of four moments are drawn uniformly from the first
-quarter of the uninterrupted work, counted from the process's first write; every fourth from the time until that write: imports,
+half of the uninterrupted work, counted from the process's first write; every fourth from the time until that write: imports,
 reading, taking up what is there. These are counted apart; lives are lived until there were so many of the others. At the end of
 every life its result is compared with the uninterrupted one: train – weights, best and last, bit for bit, metrics and outcome but
 for the seconds; evaluate – the whole record with the flags of every image, and the pictures' tensors; tune – every trial with its
@@ -48,6 +48,11 @@ TUNE = (
     *("--model.width", "4", "--model.features", "8", "--train.budget", "20", "--train.checkpoint_seconds", "0"),
     *("--train.validate_steps", "1", "--train.device", "cpu"),
 )
+SHORT = {
+    "train": ("--train.budget", "30"),
+    "evaluate": ("--eval.images", "60"),
+    "tune": ("--tune.trials", "3"),
+}
 CLEAD = (sys.executable, "-m", "clead")
 CHANGING = ("seconds", "created", "started", "command", "versions", "memory", "run", "attempts")
 
@@ -55,11 +60,11 @@ CHANGING = ("seconds", "created", "started", "command", "versions", "memory", "r
 class Work:
     """Something that is killed: how to prepare a directory, start it, know that it has begun, and read its result."""
 
-    def __init__(self, folder: Path, kind: str) -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, kind: str, more: tuple[str, ...] = ()) -> None:
+        self.folder, self.kind, self.more = folder, kind, more
         if kind == "evaluate":
             self.trained = folder / "trained"
-            arguments = (*CLEAD, "train", "digits-pgd-at", *TRAIN, "--train.budget", "40", "--out", str(self.trained))
+            arguments = (*CLEAD, "train", "digits-pgd-at", *TRAIN, "--train.budget", "20", "--out", str(self.trained))
             subprocess.run(arguments, check=True, capture_output=True)
 
     def fresh(self, path: Path) -> None:
@@ -70,9 +75,9 @@ class Work:
     def command(self, path: Path) -> tuple[str, ...]:
         """Return what is started, for the first time and every time after."""
         if self.kind == "train":
-            return (*CLEAD, "train", "digits-clead", *TRAIN, "--out", str(path), "--resume")
+            return (*CLEAD, "train", "digits-clead", *TRAIN, *self.more, "--out", str(path), "--resume")
         if self.kind == "evaluate":
-            return (*CLEAD, "evaluate", str(path), *EVALUATE)
+            return (*CLEAD, "evaluate", str(path), *EVALUATE, *self.more)
         return (*CLEAD, "tune", "digits-pgd-at", *TUNE, "--out", str(path))
 
     def result(self, path: Path) -> dict:
@@ -159,7 +164,7 @@ def life(
         before, (process, error) = _files(path), _start(work.command(path))
         if counts["working"] < budget:
             where = "starting" if chance.random() < 0.25 else "working"
-            moment = chance.uniform(0, times[0] if where == "starting" else times[1] / 4)
+            moment = chance.uniform(0, times[0] if where == "starting" else times[1] / 2)
             if where == "working":
                 _first_write(process, path, before)
             try:
@@ -192,11 +197,11 @@ def _start(command: tuple[str, ...]) -> tuple[subprocess.Popen, Path]:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error), file
 
 
-def faults(kind: str, kills: int, seed: int, folder: Path) -> dict:
+def faults(kind: str, kills: int, seed: int, folder: Path, more: tuple[str, ...] = ()) -> dict:
     """Return the record of one kind of work."""
     folder.mkdir(parents=True)
     started = time.monotonic()
-    work, chance = Work(folder, kind), random.Random(f"{seed} {kind}")
+    work, chance = Work(folder, kind, more), random.Random(f"{seed} {kind}")
     times = uninterrupted(work, folder / "whole")
     wanted = work.result(folder / "whole")
     total, lives, most, differences = Counter(), 0, 0, []
@@ -233,12 +238,15 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=("train", "evaluate", "tune"), default=("train", "evaluate"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="a smaller training or evaluation, for the tests")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     record = json.loads(given.out.read_text()) if given.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="clead-faults-") as folder:
         for kind in given.what:
-            record[kind] = faults(kind, given.kills, given.seed, Path(folder) / kind)
+            record[kind] = faults(
+                kind, given.kills, given.seed, Path(folder) / kind, SHORT[kind] if given.short else ()
+            )
             record["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
             write_atomically(given.out, (json.dumps(record, indent=1) + "\n").encode())
     failed = [f"{kind}: {each}" for kind in given.what for each in record[kind]["differences"]]
