@@ -128,7 +128,10 @@ def export_run(
             )
         tree = config.to_dict()
         if "path" in tree["data"]:
-            tree["data"]["path"] = None  # of this machine
+            fields: Any = type(config.data).__pydantic_fields__
+            tree["data"]["path"] = (
+                "path/to/images" if fields["path"].is_required() else None
+            )  # not that of this machine
         text = type(config).from_dict(tree).to_yaml()
         (staged / "config.yaml").write_text(text)
         record, notes = _record(opened)

@@ -84,7 +84,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
     The last also has ``labels``, (N,) int64, and ``robust``, (N,) bool. Raises UserError if the file was not made by ``save``.
     """
-    pa, pq = _pyarrow()
+    _, pq = _pyarrow()
     if not path.is_file():
         raise UserError(f"no file of adversarial images at {path}; clead evaluate RUN --save-adversarial makes one")
     try:
@@ -95,7 +95,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
         images = np.stack([_pixels(row["bytes"], shape) for row in table["image"].to_pylist()])
         about["labels"] = torch.tensor(table["label"].to_pylist())
         about["robust"] = torch.tensor(table["robust"].to_pylist())
-    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError, IndexError, RecursionError) as error:
+    except Exception as error:  # Arrow, Pillow and NumPy raise whatever a broken file makes them raise
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} is not a file of clead evaluate --save-adversarial: {reason}") from None
     return torch.from_numpy(pixels), torch.from_numpy(images), about

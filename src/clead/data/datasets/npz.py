@@ -40,6 +40,8 @@ def read_npz(path: Path) -> Found:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in (*_KEYS, "classes")}
             keys = file.files
+        if raw := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{raw[0]} is no array")
     except UserError:
         raise
     except Exception as error:  # zipfile, its decoders and NumPy raise whatever a broken file makes them raise
