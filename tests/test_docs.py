@@ -36,7 +36,7 @@ from clead import api, cli, config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-SITE = ("mkdocs.yml", "docs", "CONTRIBUTING.md", "src")
+SITE = ("mkdocs.yml", "docs", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src")
 
 QUICK = shlex.split("""--data.limit_train 60 --data.limit_test 20 --data.batch_size 16 --train.epochs 1 --train.device cpu
 --train.validate_steps 1 --attack.steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1 --eval.gallery 3
