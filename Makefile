@@ -1,11 +1,12 @@
 # Two commands: `make demo` and `make test`. Each makes .venv through constraints.txt on its first run.
 # `make browser` installs Debian's Chromium, which the tests of the playground drive; `make test` does it where it can.
-# `make docs` builds the documentation into site/.
+# `make docs` builds the documentation into site/. `make audit` asks a database of known holes about every installed package.
+# `make release` builds dist/ and tries it in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint browser docs clean
+.PHONY: demo test lint browser docs audit release clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m clead demo
@@ -42,6 +43,21 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(RUN) -m pip install --quiet --no-deps torchattacks==3.5.1
 	touch $@ $(VENV)/.demo
+
+# Asks pypi.org, so it needs a network; it is no part of `make test`. clead itself is on no index, and so not asked about.
+audit: $(VENV)/.dev
+	$(RUN) -m pip_audit --progress-spinner off --skip-editable
+
+# The wheel is installed as a user would, with what it depends on, and made to list and to train; nothing is published.
+release: $(VENV)/.dev
+	rm -rf dist $(VENV)/release
+	$(RUN) -m build --outdir dist
+	$(PYTHON) -m venv $(VENV)/release
+	$(VENV)/release/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[data]"
+	cd $(VENV)/release && bin/clead list >/dev/null && bin/clead train digits-standard --train.budget 3 --train.device cpu --out run
+	$(VENV)/release/bin/python -c 'import clead, pathlib; assert (pathlib.Path(clead.__file__).parent / "py.typed").exists()'
+	rm -rf $(VENV)/release
+	ls -l dist
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -104,7 +104,8 @@ def test_several_processes_train_as_one_does(trained, case, count):
     one, several = (load_weights(trained[n] / case / "last.safetensors")[0] for n in (1, count))
     assert one.keys() == several.keys()
     for name in one:
-        assert torch.allclose(one[name].double(), several[name].double(), rtol=1e-5, atol=3e-6), name
+        # Most agree to 3e-7; where rounding moves one image across a kink of the network, to 9e-6. Local statistics: 1e-2.
+        assert torch.allclose(one[name].double(), several[name].double(), rtol=1e-5, atol=1e-5), name
     losses = [
         [
             line["loss"]

@@ -36,7 +36,7 @@ from clead import api, cli, config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-SITE = ("mkdocs.yml", "docs", "CONTRIBUTING.md", "src")
+SITE = ("mkdocs.yml", "docs", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "src")
 
 QUICK = shlex.split("""--data.limit_train 60 --data.limit_test 20 --data.batch_size 16 --train.epochs 1 --train.device cpu
 --train.validate_steps 1 --attack.steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1 --eval.gallery 3
@@ -59,6 +59,10 @@ NOT_RUN = {
     "make test": "runs the tests, and so would not end",
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml": "takes two hours",
     "cp -r benchmarks/models/digits-clead runs/committed": "goes with the next",
+    "export OMP_NUM_THREADS=8": "goes with the next",
+    "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id '$SLURM_JOB_ID' --rdzv-backend c10d "
+    "--rdzv-endpoint '$(scontrol show hostnames | head -n 1):29400' -m clead train cifar10-resnet18-clead "
+    "--data.batch_size 2048 --out '$SCRATCH/run' --resume": "needs a cluster",
     "clead detect runs/committed --detectors mahalanobis --eval.images 100": "takes minutes; the same runs on runs/mine",
     "clead evaluate runs/mine --shard 1/2 --train.device cuda:0": "needs a GPU",
     "clead evaluate runs/mine --shard 2/2 --train.device cuda:1": "needs a GPU",
@@ -281,6 +285,7 @@ def reader(monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("CLEAD_DATA", "")  # remembered, and so restored
+    monkeypatch.setattr("clead.tuning.space.load_recipe", quick(config.load_recipe))
     for name in ("load_recipe", "bare_config"):
         monkeypatch.setattr(config, name, quick(getattr(config, name)))
     monkeypatch.setattr(api, "evaluate", lambda *args, real=api.evaluate, **keys: real(*args, **{"steps": 2, **keys}))

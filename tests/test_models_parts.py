@@ -16,7 +16,7 @@ from clead.errors import UserError
 from clead.models import MODELS
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
-from clead.models.custom import Custom
+from clead.models.custom import Custom, allow_code
 from clead.models.heads import ProjectionHead
 from clead.models.modes import attack_mode
 from clead.models.normalize import Normalize
@@ -349,6 +349,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def build(factory: str, **changes: Any) -> SplitModel:
+    allow_code(factory)
     return build_model(Custom(factory=factory, **changes), 1, 3, [0.5], [0.5], seed=0, sample_shape=SHAPE)
 
 

@@ -263,6 +263,26 @@ def test_a_broken_image_is_named_by_file_and_row(folder):
             pass
 
 
+def test_broken_images_are_left_out_counted_and_listed_only_if_the_user_said_so(folder, tmp_path, caplog, monkeypatch):
+    noise = np.random.RandomState(1)
+    blobs = [png(40 + 80 * (k % 3), noise) for k in range(60)]
+    blobs[7], blobs[31] = blobs[7][:40], None
+    write(folder / "train-00001-of-00003.parquet", blobs, [k % 3 for k in range(60)])
+    monkeypatch.setenv("CLEAD_CACHE", str(tmp_path / "cache"))
+    splits = ParquetStream(path=folder, shuffle_buffer=32, skip_unreadable=True).load(0)
+    names = tuple(f"{folder / 'train-00001-of-00003.parquet'} row {row}" for row in (7, 31))
+    assert splits.unreadable == names and "2 of 290 images cannot be read and are left out" in caplog.text
+    assert len(splits.train.labels) + len(splits.val.labels) == 258
+    stream = splits.train.images
+    everything = stream[torch.arange(len(stream))]  # every image that is left can be read
+    # Brightness tells the class, so labels still belong to their images.
+    assert torch.equal(((everything.float().mean((1, 2, 3)) - 40) / 80).round().long(), splits.train.labels)
+    caplog.clear()
+    monkeypatch.setattr("clead.data.streaming.readable", None)  # remembered: no second pass
+    again = ParquetStream(path=folder, shuffle_buffer=32, skip_unreadable=True).load(0)
+    assert again.fingerprint == splits.fingerprint and again.unreadable == names and "looking once" not in caplog.text
+
+
 def test_rows_that_lie_class_by_class_are_refused(tmp_path):
     noise = np.random.RandomState(0)
     labels = sorted(i % 3 for i in range(300))

@@ -110,6 +110,7 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     assert RunDir(killed).has_state() and not (killed / "outcome.json").exists()
 
     config = load_recipe("digits-standard", overrides)
+    clead.allow_code(f"{tmp_path}/net.py:make")
     clead.train(config, out=whole, show=False)
     resumed = clead.train(config, out=killed, resume=True, show=False)
     assert_same_run(killed, whole)

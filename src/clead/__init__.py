@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from clead.config import RunConfig, load_recipe
     from clead.errors import UserError
+    from clead.models.custom import allow_code
     from clead.models.split import adapt
 
 # PyTorch takes over a second to import, so the names below are imported when they are first used.
@@ -39,6 +40,7 @@ _WHERE = {
     "RunConfig": "clead.config",
     "UserError": "clead.errors",
     "adapt": "clead.models.split",
+    "allow_code": "clead.models.custom",
     "certify_run": "clead.api",
     "compare": "clead.api",
     "corruptions_run": "clead.api",
@@ -60,6 +62,7 @@ __all__ = [
     "UserError",
     "__version__",
     "adapt",
+    "allow_code",
     "attacks",
     "certify_run",
     "compare",

@@ -24,7 +24,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from clead.config import RunConfig, parse_yaml
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError
 
 _MAGIC = b"clead-state-1\n"
+_LARGEST_HEADER = 16_000_000  # some 100,000 tensors; the library's own limit is 100 MB
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
 PROJECTION = "projection.safetensors"
 _WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
+_WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -70,6 +77,42 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what a kill in the middle of ``write_atomically`` left in ``folder`` of the files called ``names``."""
+    for left in folder.glob(".*"):
+        if left.name.startswith(tuple(f".{name}." for name in names)):
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, message: str) -> Generator[None, None, None]:
+    """Keep other processes out of ``folder``, which is made if need be, while the block runs.
+
+    The lock goes with the process that holds it, however that ends, and leaves no file. Raises UserError(message) if another
+    process has it. Without locks (Windows, some network file systems) two processes at once are the user's affair.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder}: {error.strerror or error}; free some space or choose another directory"
+        ) from error
+    if fcntl is None or handle is None:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(message) from None
+        except OSError:  # no locks on this file system
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write weights and JSON metadata as safetensors, atomically, with a checksum of both."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
@@ -86,17 +129,25 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (weights, metadata) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
     if not path.is_file():
         raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file")
-    with path.open("rb") as file:
-        head = file.read(16)
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
+    if len(head) >= 8 and (size := int.from_bytes(head[:8], "little")) > _LARGEST_HEADER:
+        raise UserError(
+            f"{path}: the header of a safetensors file may have {_LARGEST_HEADER} bytes at most, this one says {size}; it is "
+            "damaged or was made to harm"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         metadata = {key: json.loads(value) for key, value in texts.items()}
-    except (SafetensorError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is truncated or not a safetensors file ({reason}); copy or train it again") from None
     # Weights from elsewhere have no checksum.
     checksum = metadata.pop("checksum", None)
@@ -177,18 +228,29 @@ class RunDir:
     @staticmethod
     def create(path: Path, config: RunConfig) -> RunDir:
         """Start a run; raises UserError if ``path`` holds anything already."""
-        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        RunDir.check_free(path)
+        run = RunDir(path)
+        if path.is_dir():
+            remove_leftovers(path, _WRITTEN)
+        write_atomically(path / "config.yaml", config.to_yaml().encode())
+        run.note_environment()
+        return run
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise UserError if ``path`` holds anything, but for what a kill in the middle of ``create`` may have left."""
+        ours = tuple(f".{name}." for name in _WRITTEN)
+        if path.is_file() or (path.is_dir() and any(not each.name.startswith(ours) for each in path.iterdir())):
             what = "holds another run" if (path / "config.yaml").exists() else "is not empty"
             raise UserError(f"--out {path} {what}; give an empty directory, or --resume to continue the run")
-        run = RunDir(path)
-        write_atomically(path / "config.yaml", config.to_yaml().encode())
-        details = {
-            **environment(),
-            "command": command(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        write_atomically(path / "environment.json", json.dumps(details, indent=2).encode())
-        return run
+
+    def note_environment(self) -> None:
+        """Write environment.json unless it is there already."""
+        file = self.path / "environment.json"
+        if not file.exists():
+            started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            details = {**environment(), "command": command(), "started": started}
+            write_atomically(file, json.dumps(details, indent=2).encode())
 
     @staticmethod
     def open(path: Path) -> RunDir:
@@ -213,7 +275,7 @@ class RunDir:
         """Return the run's complete configuration."""
         path = self.path / "config.yaml"
         try:
-            return RunConfig.from_dict(parse_yaml(path.read_text(), str(path)))
+            return RunConfig.from_dict(parse_yaml(yaml_text(path), str(path)))
         except UnicodeDecodeError:
             raise UserError(f"{path} is damaged: it is not text; copy the run again") from None
 
@@ -235,7 +297,7 @@ class RunDir:
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(json.loads(line))
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 if number < len(lines):
                     raise UserError(f"{path} line {number} is damaged; remove that line") from None
         return found
@@ -272,9 +334,7 @@ class RunDir:
 
     def load_state(self) -> tuple[dict[str, Any] | None, str]:
         """Return the newest checkpoint whose checksum holds, or None, and a note if an older one had to be used."""
-        for left in self.path.glob(".*"):  # of a kill in the middle of write_atomically
-            if left.name.startswith(tuple(f".{name}." for name in _WRITTEN)):
-                left.unlink(missing_ok=True)
+        remove_leftovers(self.path, _WRITTEN)
         broken = []
         for name in _STATES:
             path = self.path / name

@@ -489,13 +489,20 @@ def recipe_text(recipe: str) -> tuple[str, str]:
         return recipe, (resources.files("clead") / "recipes" / f"{recipe}.yaml").read_text()
     path = Path(recipe)
     if path.is_file():
-        if path.stat().st_size > _LARGEST_YAML:
-            raise UserError(f"a recipe must be under {_LARGEST_YAML} bytes, got {path.stat().st_size}: {path}")
         try:
-            return path.stem, path.read_text()
+            return path.stem, yaml_text(path)
         except UnicodeDecodeError:
             raise UserError(f"a recipe must be YAML text, got a binary file: {path}") from None
     raise UserError(f"unknown recipe {recipe!r}, neither shipped nor a file; {did_you_mean(recipe, recipe_names())}")
+
+
+def yaml_text(path: Path) -> str:
+    """Return the text of a recipe or a run's configuration; raises UserError if it is too large to be one."""
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_YAML + 1)  # not its size on disk, which a pipe or device does not tell
+    if len(content) > _LARGEST_YAML:
+        raise UserError(f"a recipe must be under {_LARGEST_YAML} bytes, got more: {path}")
+    return content.decode()
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -567,7 +574,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """Return what safe YAML holds; raises UserError naming the line of a syntax error."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(
@@ -602,7 +609,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
             continue
         try:
             parsed = yaml.load(value, _Loader)  # noqa: S506  (a SafeLoader)
-        except (yaml.YAMLError, ValueError, RecursionError):
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
             parsed = value
         pairs.append((key.replace("-", "_").split("."), parsed))
     if problems:

@@ -10,12 +10,22 @@ class UserError(ValueError):
     """A mistake the user can mend. The CLI prints it as one line and exits with code 2.
 
     Args:
-        *problems: one or several one-line problems; several are listed together, so that a user mends them at once.
+        *problems: one or several one-line problems; several are listed together, so that a user mends them at once. What they
+            quote can be from a hostile file: line breaks, and codes that would command a terminal, are shown escaped.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple(map(_printable, problems))
+        super().__init__("\n".join(self.problems))
+
+
+def _printable(text: str) -> str:
+    r"""Return ``text`` on one line.
+
+    >>> print(_printable("unknown key 'a\nb\x1b[2J'"))
+    unknown key 'a\nb\x1b[2J'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 class MissingExtra(UserError):

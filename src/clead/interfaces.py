@@ -97,6 +97,7 @@ class Splits:
     """Training, validation (cut from training, never from test) and test images, and the K class names.
 
     ``fingerprint`` is a hex digest of the content of all three sets (images, labels, class names); records carry it.
+    ``unreadable`` names the image files that were left out because ``data.skip_unreadable`` said so.
     """
 
     train: ImageSet
@@ -104,6 +105,7 @@ class Splits:
     test: ImageSet
     classes: tuple[str, ...]
     fingerprint: str
+    unreadable: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from torch.nn import functional
 from clead.models import MODELS
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
+from clead.models.custom import allow_code
 from clead.models.modes import attack_mode
 from clead.models.split import AdaptedModel, Classifier, SplitModel, weights
 
@@ -42,6 +43,7 @@ def make(name: str, seed: int = 0, **changes: object) -> SplitModel:
     values = {key: SMALL[key] for key in SMALL if key in {field.name for field in fields(kind)}}
     if name == "custom":
         values["factory"] = f"{__file__}:UserNet"
+        allow_code(values["factory"])
     chosen = kind(**{**values, **changes})
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     return build_model(chosen, SHAPE[0], CLASSES, mean, std, seed=seed, sample_shape=SHAPE)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import evaluated_images, image_shape, load, load_model, open_run
 from clead.attacks.run import check_inputs, logits_of
-from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, write_atomically
+from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
@@ -166,6 +166,7 @@ def evaluate_run(
         opened.subject,
         part,
         tried=tried,
+        unreadable=opened.splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -235,6 +236,7 @@ def evaluate_foreign(
         config,
         subject,
         part,
+        unreadable=splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         note=f"no --weights given: those that {subject.model} makes" if isinstance(model, str) and guessed else None,
@@ -362,6 +364,7 @@ def _evaluate_into(
     save_adversarial: Path | None,
     tried: TransferredPart | None = None,
     note: str | None = None,
+    unreadable: Sequence[str] = (),
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
@@ -370,6 +373,8 @@ def _evaluate_into(
         discard(shard.folder(state) if shard else folders(state)[rank()])
     if save_adversarial is not None:
         adversarial.ready(save_adversarial)
+    if rank() == 0:
+        remove_leftovers(folder, (f"{result}.json", f"{result}.safetensors"))
     evaluation = evaluate_model(
         model,
         images,
@@ -386,8 +391,8 @@ def _evaluate_into(
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if tried is not None:
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
-    if note is not None:
-        notes = [*evaluation.record.notes, note]
+    if said := [each for each in (note, _left_out(unreadable)) if each is not None]:
+        notes = [*evaluation.record.notes, *said]
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": notes}))
     if rank() > 0:
         return evaluation
@@ -402,6 +407,12 @@ def _evaluate_into(
     for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation
+
+
+def _left_out(unreadable: Sequence[str]) -> str | None:
+    return (
+        f"{len(unreadable)} unreadable images of the data set left out: {', '.join(unreadable)}" if unreadable else None
+    )
 
 
 def _set_aside(folder: Path, result: str, record: Record) -> None:

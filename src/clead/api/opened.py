@@ -189,6 +189,6 @@ def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:
         outcome = json.loads(path.read_text())
         keys = ("epochs", "steps", "seconds", "forward_equivalents")
         costs = {key: outcome[key] for key in keys}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged; remove it, or repeat clead train with --resume") from None
     return TrainingPart(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
-from clead.checkpoint import RunDir, environment, load_weights, save_weights
+from clead.checkpoint import RunDir, environment, load_weights, locked, save_weights, write_atomically
 from clead.config import RunConfig
 from clead.distributed import Processes, local_device, started
 from clead.errors import UserError
@@ -71,8 +72,8 @@ def train(
     config = _with_parts(config, path if continuing else None, processes)
     if continuing:
         _same_config(config, RunDir.open(path).config())
-    elif processes.share(path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        RunDir.create(path, config)  # raises: there is something else
+    else:
+        RunDir.check_free(path)
     device_of(config.train.device)
     _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
@@ -89,23 +90,28 @@ def train(
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
         start_from(split_model, Path(config.train.start_from), dim=dim)
-    if not continuing and processes.first:
-        RunDir.create(path, config)
-    processes.wait()
-    run = RunDir(path)
-    if pseudo_labels is not None and processes.first:
-        save_weights(path / PSEUDO_LABELS, *pseudo_labels)
-    # Leave the caller's global random state, and what of the model is frozen, as they were.
-    with seeded(config.train.seed), unfrozen_afterwards(split_model):
-        if config.stages:
-            outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
-        else:
-            outcome = fit(
-                config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
-            )
-    if processes.first:
-        write_outcome(path, outcome)
-    processes.wait()
+    taken = f"{path} is in use by another training; wait for it, or give another --out"
+    with locked(path, taken) if processes.first else nullcontext():
+        if processes.first:
+            run = RunDir(path) if continuing else RunDir.create(path, config)
+            run.note_environment()
+            if splits.unreadable:
+                write_atomically(path / "unreadable.txt", "".join(f"{name}\n" for name in splits.unreadable).encode())
+            if pseudo_labels is not None:
+                save_weights(path / PSEUDO_LABELS, *pseudo_labels)
+        processes.wait()
+        run = RunDir(path)
+        # Leave the caller's global random state, and what of the model is frozen, as they were.
+        with seeded(config.train.seed), unfrozen_afterwards(split_model):
+            if config.stages:
+                outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
+            else:
+                outcome = fit(
+                    config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
+                )
+        if processes.first:
+            write_outcome(path, outcome)
+        processes.wait()
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)

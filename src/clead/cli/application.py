@@ -40,8 +40,40 @@ def _version(value: bool) -> None:
 @app.callback()
 def _program(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Print it.")] = False,
+    allow_code: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:FACTORY", help="Run this code if a recipe or run names it as its model; of any command."
+        ),
+    ] = None,
 ) -> None:
-    pass
+    if allow_code:
+        from clead.models.custom import allow_code as allow
+
+        allow(*allow_code)
+
+
+def _with_code(arguments: list[str]) -> list[str]:
+    """Move ``--allow-code X``, which every command takes, before the command, wherever it was given.
+
+    Code that the user names as the model, ``--model.name net.py:make``, is allowed by that.
+    """
+    moved: list[str] = []
+    others: list[str] = []
+    waiting = ""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if waiting:
+            key, value = waiting, argument
+        elif not equals and key in ("--allow-code", "--model.name", "--model.factory"):
+            waiting = key
+            continue
+        if key == "--allow-code" or (key in ("--model.name", "--model.factory") and ":" in value):
+            moved += ["--allow-code", value]
+        if key != "--allow-code":
+            others += [waiting, argument] if waiting else [argument]
+        waiting = ""
+    return [*moved, *others, *([waiting] if waiting else [])]
 
 
 def say(text: str) -> None:
@@ -73,7 +105,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     logging.basicConfig(format="clead: %(message)s", level=logging.WARNING)
     try:
-        code = app(standalone_mode=False)
+        code = app(_with_code(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
         for problem in error.problems:
             print(f"clead: error: {problem}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.decoding import Fit, decode, fit_arrays
+from clead.data.decoding import Fit, decode, fit_arrays, readable
 from clead.data.labels import partly_labelled, stratified
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean
 from clead.interfaces import ImageSet, Splits
 from clead.settings import setting, settings
 
+_log = logging.getLogger("clead")
+_NAMED = 10  # unreadable images that a warning names
 _LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
 
 
@@ -87,6 +90,10 @@ class InMemoryDataset(ABC):
     channels: Literal[1, 3] | None = setting(
         None, "Channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey, else 3."
     )
+    skip_unreadable: bool = setting(
+        False,
+        "Leave out image files that cannot be decoded instead of stopping; how many is said, and RUN/unreadable.txt lists them.",
+    )
     augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
     view: Augmentation = setting(default_factory=Augmentation, doc="Second random view, for contrastive methods.")
     cutmix: float = setting(
@@ -145,7 +152,16 @@ class InMemoryDataset(ABC):
             check(found, limit_train=self.limit_train)
         elif not len(found.test.labels):
             raise UserError("there must be test images, got none; check --data.path")
-        train, test = self._decode(found.train, found.test)
+        fit, skipped = Fit(self.image_size, self.resize, self.channels), ()
+        try:
+            train, test = self._decode(found.train, found.test, fit)
+        except UserError:
+            if not self.skip_unreadable:
+                raise
+            found, skipped = _without_unreadable(found, fit)
+            if training or len(found.train.labels):
+                check(found, limit_train=self.limit_train)
+            train, test = self._decode(found.train, found.test, fit)
         if self.limit_train is not None and self.limit_train < len(train):
             train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
         if self.limit_test is not None and self.limit_test < len(test):
@@ -157,10 +173,9 @@ class InMemoryDataset(ABC):
         train = partly_labelled(
             train, self.labelled, self.label_noise, len(found.classes), seed, share=self.labelled_share
         )
-        return Splits(train, val, test, found.classes, digest)
+        return Splits(train, val, test, found.classes, digest, skipped)
 
-    def _decode(self, train: Part, test: Part) -> tuple[ImageSet, ImageSet]:
-        fit = Fit(self.image_size, self.resize, self.channels)
+    def _decode(self, train: Part, test: Part, fit: Fit) -> tuple[ImageSet, ImageSet]:
         if isinstance(train.images, Tensor) and isinstance(test.images, Tensor):
             first, second = fit_arrays(train.images, fit), fit_arrays(test.images, fit)
             if first.shape[1:] != second.shape[1:]:
@@ -173,6 +188,29 @@ class InMemoryDataset(ABC):
             images = decode(train.images + test.images, [*train.names, *test.names], fit)
             first, second = images[: len(train.labels)], images[len(train.labels) :]
         return ImageSet(first, train.labels), ImageSet(second, test.labels)
+
+
+def _without_unreadable(found: Found, fit: Fit) -> tuple[Found, tuple[str, ...]]:
+    """Return what can be decoded, and the names of the rest, which a warning counts."""
+    parts, skipped = [], []
+    for part in (found.train, found.test):
+        if not isinstance(part.images, Tensor):
+            good = torch.tensor(readable(part.images, part.names, fit), dtype=torch.bool)
+            skipped += [part.names[i] for i in (~good).nonzero()[:, 0].tolist()]
+            part = part.subset(good.nonzero()[:, 0])
+        parts.append(part)
+    if skipped:
+        say_left_out(skipped, len(found.train.labels) + len(found.test.labels))
+    return Found(*parts, found.classes), tuple(skipped)
+
+
+def say_left_out(skipped: Sequence[str], count: int) -> None:
+    """Warn that the images called ``skipped`` of ``count`` cannot be read."""
+    more = ", …" if len(skipped) > _NAMED else ""
+    _log.warning(
+        "%d of %d images cannot be read and are left out (data.skip_unreadable): %s%s",
+        *(len(skipped), count, ", ".join(skipped[:_NAMED]), more),
+    )
 
 
 def check(found: Found, *, limit_train: int | None = None) -> None:

@@ -61,7 +61,7 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
             ``fit.image_size`` is None.
     """
     cache = _cache_file(blobs, fit) if len(blobs) > CACHE_ABOVE else None
-    if cache is not None and (images := _read_cache(cache, len(blobs))) is not None:
+    if cache is not None and (images := read_cache(cache, len(blobs))) is not None:
         return images
     Image.init()  # once, before the threads
 
@@ -77,8 +77,23 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
             arrays = [array for chunk in pool.map(run, range(0, len(blobs), _CHUNK)) for array in chunk]
     images = stack(arrays, names)
     if cache is not None:
-        _write_cache(cache, images)
+        write_cache(cache, images)
     return images
+
+
+def readable(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> list[bool]:
+    """Say of each image whether ``decode`` can read it."""
+    Image.init()
+
+    def one(blob: bytes, name: str) -> bool:
+        try:
+            decode_one(blob, name, fit)
+        except UserError:
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, blobs, names))
 
 
 def fit_arrays(images: Tensor, fit: Fit) -> Tensor:
@@ -181,7 +196,7 @@ def _cache_file(blobs: Sequence[bytes], fit: Fit) -> Path | None:
         return None
 
 
-def _read_cache(path: Path, count: int) -> Tensor | None:
+def read_cache(path: Path, count: int) -> Tensor | None:
     """Return the remembered images, or None if there are none or they are damaged."""
     try:
         if not path.is_file():
@@ -197,8 +212,8 @@ def _read_cache(path: Path, count: int) -> Tensor | None:
     return images
 
 
-def _write_cache(path: Path, images: Tensor) -> None:
-    """Write atomically; a folder that cannot be written to is no error."""
+def write_cache(path: Path, images: Tensor) -> None:
+    """Remember uint8 values of four dimensions; atomically; a folder that cannot be written to is no error."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
 
-from clead.data.decoding import Fit, decode_one, stack
+from clead.data.decoding import Fit, cache_folder, decode_one, read_cache, readable, stack, write_cache
 from clead.errors import MissingExtra, UserError
+
+_log = logging.getLogger("clead")
 
 _SAMPLED = 4096  # images of which mean and deviation are taken: the standard error of a mean is below 0.005
 
@@ -49,7 +53,7 @@ class Shards:
             raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
         self.files, self.column = list(files), column
         self._pyarrow: Any = pyarrow
-        self._stamps = [_stamp(file) for file in self.files]
+        self.stamps = [_stamp(file) for file in self.files]
         self.groups: list[_Group] = []
         digest, first = hashlib.sha256(), 0
         for number, file in enumerate(self.files):
@@ -75,14 +79,18 @@ class Shards:
         """Return the number of the row group of each row, (n,) int64."""
         return np.searchsorted(self._firsts, rows, side="right") - 1
 
-    def blobs(self, rows: np.ndarray) -> list[bytes]:
-        """Return the bytes of the images at ``rows``, (n,) int64; UserError if there are none, or a file was changed."""
+    def blobs(self, rows: np.ndarray, *, missing: bytes | None = None) -> list[bytes]:
+        """Return the bytes of the images at ``rows``, (n,) int64; UserError if a file was changed.
+
+        Where an image has none: ``missing``, or UserError if that is None.
+        """
         groups = self.group_of(rows)
         found: list[bytes] = [b""] * len(rows)
         for number in np.unique(groups):
             column = self._column(int(number))
             for place in np.flatnonzero(groups == number):
                 blob = column[int(rows[place]) - self.groups[number].first].as_py()
+                blob = missing if blob is None else blob
                 if blob is None:
                     name = self.name(int(rows[place]))
                     raise UserError(f"{name}: the image has no bytes (only a path?); write the file with them inside")
@@ -102,7 +110,7 @@ class Shards:
                 return self._kept[number]
             group = self.groups[number]
             file = self.files[group.file]
-            if _stamp(file) != self._stamps[group.file]:
+            if _stamp(file) != self.stamps[group.file]:
                 raise UserError(f"{file}: was changed while it was being read; put the old file back, or train anew")
             room = self.capacity - group.rows
             while self._kept and sum(self.groups[kept].rows for kept in self._kept) > room:
@@ -231,6 +239,25 @@ class StreamedImages:
 
         arrays = [array for part in self._pool.map(run, range(0, len(blobs), size)) for array in part]
         return stack(arrays, [])
+
+
+def unreadable(shards: Shards, fit: Fit) -> Tensor:
+    """Return which images cannot be decoded, (N,) bool.
+
+    It takes one pass over all of them, and is remembered where decoded images are (``$CLEAD_CACHE``) until a file changes.
+    """
+    key = hashlib.sha256(f"{PIL.__version__} {tuple(fit)} {shards.fingerprint} {shards.stamps}".encode())
+    cache = cache_folder() / f"unreadable-{key.hexdigest()[:40]}.safetensors"
+    if (known := read_cache(cache, shards.rows)) is not None:
+        return known[:, 0, 0, 0].bool()
+    _log.warning("looking once whether all %d images can be read (data.skip_unreadable)", shards.rows)
+    broken = torch.zeros(shards.rows, dtype=torch.bool)
+    for group in shards.groups:
+        rows = np.arange(group.first, group.first + group.rows)
+        blobs, names = shards.blobs(rows, missing=b""), [shards.name(int(row)) for row in rows]
+        broken[group.first : group.first + group.rows] = ~torch.tensor(readable(blobs, names, fit), dtype=torch.bool)
+    write_cache(cache, broken.byte()[:, None, None, None])
+    return broken
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
     The last also has ``labels``, (N,) int64, and ``robust``, (N,) bool. Raises UserError if the file was not made by ``save``.
     """
-    pa, pq = _pyarrow()
+    _, pq = _pyarrow()
     if not path.is_file():
         raise UserError(f"no file of adversarial images at {path}; clead evaluate RUN --save-adversarial makes one")
     try:
@@ -95,7 +95,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
         images = np.stack([_pixels(row["bytes"], shape) for row in table["image"].to_pylist()])
         about["labels"] = torch.tensor(table["label"].to_pylist())
         about["robust"] = torch.tensor(table["robust"].to_pylist())
-    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+    except Exception as error:  # Arrow, Pillow and NumPy raise whatever a broken file makes them raise
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} is not a file of clead evaluate --save-adversarial: {reason}") from None
     return torch.from_numpy(pixels), torch.from_numpy(images), about
@@ -121,6 +121,9 @@ def _png(image: Tensor) -> bytes:
 
 
 def _pixels(png: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(Image.open(io.BytesIO(png)))
+    image = Image.open(io.BytesIO(png), formats=("PNG",))
+    if image.size != (shape[2], shape[1]):  # before it is decoded: a few bytes can hold gigabytes
+        raise ValueError(f"an image is {image.width}x{image.height} pixels, should be {shape[2]}x{shape[1]}")
+    array = np.asarray(image)
     array = array[:, :, None] if array.ndim == 2 else array
     return np.ascontiguousarray(np.broadcast_to(array.transpose(2, 0, 1), shape))

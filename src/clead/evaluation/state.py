@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from clead.checkpoint import load_weights, save_weights, write_atomically
+from clead.checkpoint import load_weights, locked, save_weights, write_atomically
 from clead.errors import UserError
 
 VERSION = 1
@@ -46,7 +46,8 @@ class State:
         if self.path is None:
             yield self
             return
-        with _locked(self.path):
+        busy = f"{self.path} is in use by another evaluation; wait for it, or give each process its own --shard i/n"
+        with locked(self.path, busy):
             found = read_header(self.path)
             if found is None:
                 # Parts without a header are what a kill inside ``discard`` left: of which evaluation, nobody knows.
@@ -94,7 +95,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
         header = json.loads(file.read_text())
         if not isinstance(header, dict):
             raise ValueError
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise UserError(f"{file} is damaged; discard the state with --fresh") from None
     return header
 
@@ -111,28 +112,3 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 def _brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-@contextmanager
-def _locked(path: Path) -> Generator[None, None, None]:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two evaluations of one run at once are then the user's affair
-        path.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = (path / "lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another directory"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{path} is in use by another evaluation; wait for it, or give each process its own --shard i/n"
-            ) from None
-        yield

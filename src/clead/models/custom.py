@@ -20,6 +20,8 @@ from clead.models.build import first_layer
 from clead.models.split import AdaptedModel, SplitModel
 from clead.settings import setting, settings
 
+_ALLOWED: set[str] = set()  # never filled from a file
+
 
 @MODELS.register("custom")
 @settings
@@ -45,9 +47,14 @@ class Custom:
         std: Sequence[float],
         sample_shape: tuple[int, int, int] | None = None,
     ) -> SplitModel:
-        """Import the factory, call it and adapt what it returns; raises UserError if any of that fails."""
+        """Import the factory, call it and adapt what it returns; raises UserError if that fails or is not allowed."""
         if sample_shape is None:
             raise ValueError("a custom model is run once to be adapted: sample_shape (C, H, W) is required")
+        if self.factory not in _ALLOWED:
+            raise UserError(
+                f"model.name: a file says that the code {self.factory} is to be run, and it runs with all your rights; if you know "
+                f"it, add --allow-code {self.factory} (in Python: clead.allow_code({self.factory!r}))"
+            )
         module = make_module(self.factory, num_classes)
         if isinstance(module, SplitModel):
             if module.num_classes != num_classes:
@@ -60,6 +67,15 @@ class Custom:
             classifier=self.classifier,
             normalize=first_layer(self.normalize, mean, std),
         )
+
+
+def allow_code(*factories: str) -> None:
+    """Let this process run code that a configuration names: ``package.module:factory`` or ``path/to/file.py:factory``.
+
+    A recipe or a run's config.yaml can come from anybody, with a model; the file it names may lie beside it. So naming code in a
+    file is not enough to run it: the user names it, on the command line or by this function.
+    """
+    _ALLOWED.update(factories)
 
 
 def make_module(factory: str, num_classes: int) -> nn.Module:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.autograd.profiler import record_function
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from clead.attacks.pgd import PGD
@@ -383,6 +383,11 @@ def _fit(
                         part.grad /= len(found)
             late = time.monotonic() - last_save >= settings.checkpoint_seconds
             stop, late = average_gradients(processes, learnt, [bool(interrupted()), late and processes.first])
+            # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
+            if not scaler.is_enabled() and (broken := _bad_gradient(model, learnt)):
+                raise NonFiniteLoss(
+                    f"the gradient became NaN or infinite at step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
+                )
             with record_function("optimiser"):
                 if config.optim.clip_norm is not None:
                     scaler.unscale_(optimizer)
@@ -574,6 +579,15 @@ def _first_not_finite(model: nn.Module) -> str:
     """Return the name of the first parameter that is NaN or infinite, or an empty string."""
     # Not of buffers: a user's model may hold infinities there on purpose, such as a mask.
     return next((name for name, part in model.named_parameters() if not torch.isfinite(part).all()), "")
+
+
+def _bad_gradient(model: nn.Module, learnt: Sequence[nn.Parameter]) -> str:
+    """Return the name of the first parameter whose gradient is NaN or infinite, or an empty string."""
+    gradients = [part.grad for part in learnt if part.grad is not None]
+    if not gradients or math.isfinite(get_total_norm(gradients, norm_type=math.inf).item()):
+        return ""
+    named = ((name, part.grad) for name, part in model.named_parameters() if part.grad is not None)
+    return next((name for name, grad in named if not torch.isfinite(grad).all()), "the method's own weights")
 
 
 def _save(

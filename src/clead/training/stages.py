@@ -46,8 +46,8 @@ def fit_stages(
     outcomes: list[Outcome] = []
     processes = started(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
-        done = here.path / "outcome.json"
-        if not processes.share(done.exists()):
+        outcome = processes.share(_finished(here.path / "outcome.json"))
+        if outcome is None:
             if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
@@ -55,6 +55,8 @@ def fit_stages(
             if not begun and processes.first:
                 shutil.rmtree(here.path, ignore_errors=True)  # a kill while it was made
                 RunDir.create(here.path, training)
+            if processes.first:
+                here.note_environment()
             try:
                 with unfrozen_afterwards(model):
                     outcome = fit(
@@ -72,14 +74,22 @@ def fit_stages(
                 raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
             if processes.first:
                 write_outcome(here.path, outcome)
-            processes.wait()
-        outcomes.append(Outcome(**json.loads(done.read_text())))
+            outcome = processes.share(outcome)
+        outcomes.append(outcome)
         finished = zip(config.stages, folders, outcomes, strict=False)
         if processes.first:
             write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
     for name in ("best", "last") if processes.first else ():
         write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
     return _sum(outcomes)
+
+
+def _finished(file: Path) -> Outcome | None:
+    """Return what a finished stage reported; None if it has not, or cannot be read: its last checkpoint tells it again."""
+    try:
+        return Outcome(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:

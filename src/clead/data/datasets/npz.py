@@ -14,6 +14,7 @@ from clead.data.datasets import DATASETS
 from clead.errors import UserError
 from clead.settings import setting, settings
 
+_BOMB_ABOVE, _BOMB_RATIO = 2**28, 100
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -35,10 +36,15 @@ class Npz(InMemoryDataset):
 def read_npz(path: Path) -> Found:
     """Read the file; pickled content is refused."""
     try:
+        _check_unpacked(path)
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files if key in (*_KEYS, "classes")}
             keys = file.files
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        if raw := [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{raw[0]} is no array")
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, its decoders and NumPy raise whatever a broken file makes them raise
         reason = str(error).splitlines()[0] if str(error) and "pickle" not in str(error) else type(error).__name__
         raise UserError(
             f"{path}: not a readable .npz file without pickled objects ({reason}); write it with numpy.savez "
@@ -52,6 +58,17 @@ def read_npz(path: Path) -> Found:
     if "classes" in arrays:
         return Found(train, test, tuple(map(str, arrays["classes"].ravel())))
     return Found(train, test, default_names(train.labels, test.labels))
+
+
+def _check_unpacked(path: Path) -> None:
+    """Raise UserError if a small file says that it unpacks to a large one."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())  # no more than this is ever read of a member
+    if size > max(_BOMB_ABOVE, _BOMB_RATIO * path.stat().st_size):
+        raise UserError(
+            f"{path}: {path.stat().st_size} bytes that unpack to {size} are no images (a zip bomb?); images above "
+            f"{_BOMB_ABOVE} bytes may shrink to a {_BOMB_RATIO}th at most: write it with numpy.savez"
+        )
 
 
 def _part(arrays: dict[str, np.ndarray], part: str, path: Path) -> Part:

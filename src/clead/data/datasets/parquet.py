@@ -132,7 +132,7 @@ def class_names(shard: Path, label: str) -> list[str] | None:
     try:
         names = json.loads((_schema(shard).metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
         return list(map(str, names)) or None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 

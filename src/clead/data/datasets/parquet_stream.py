@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing
+from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing, say_left_out
 from clead.data.datasets import DATASETS
 from clead.data.datasets.parquet import IMAGE, LABEL, class_names, column_of, label_column, shards_of
 from clead.data.decoding import Fit, decode
 from clead.data.labels import partly_labelled, stratified
-from clead.data.streaming import Shards, StreamedImages
+from clead.data.streaming import Shards, StreamedImages, unreadable
 from clead.errors import UserError
 from clead.interfaces import ImageSet, Splits
 from clead.settings import setting, settings
@@ -64,7 +64,7 @@ class ParquetStream(InMemoryDataset):
         name = "test" if any(folder.glob("test-*.parquet")) else "validation"
         files["test"] = shards_of(folder, name)
         fit = None
-        images, labels, names = {}, {}, {}
+        images, labels, names, left_out = {}, {}, {}, []
         for part, found in files.items():
             columns = {(column_of(file, IMAGE), column_of(file, LABEL)) for file in found}
             if len(columns) > 1:
@@ -76,14 +76,21 @@ class ParquetStream(InMemoryDataset):
             fit = fit or self._fit(shards)
             labels[part] = torch.cat([label_column(file, label) for file in found])
             names[part] = [class_names(file, label) for file in found]
+            rows = torch.arange(shards.rows)
+            if self.skip_unreadable:
+                broken = unreadable(shards, fit)
+                left_out += [shards.name(row) for row in rows[broken].tolist()]
+                rows, labels[part] = rows[~broken], labels[part][~broken]
             images[part] = StreamedImages(
                 shards,
-                torch.arange(shards.rows),
+                rows,
                 fit,
                 buffer=self.shuffle_buffer,
                 workers=self.decode_workers or os.cpu_count() or 1,
             )
         assert fit is not None
+        if left_out:
+            say_left_out(left_out, sum(map(len, labels.values())) + len(left_out))
         classes = _classes(folder, names, labels)
         check(Found(Part([], labels["train"]), Part([], labels["test"]), classes), limit_train=self.limit_train)
         train = ImageSet(images["train"], labels["train"])
@@ -97,20 +104,29 @@ class ParquetStream(InMemoryDataset):
         digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit))).encode())
         for part in ("train", "test"):
             digest.update(images[part].shards.fingerprint.encode())
+            digest.update(images[part].rows.numpy() if left_out else b"")
             digest.update(labels[part].numpy())
         digest.update(val.images.rows.numpy())
         train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
-        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest())
+        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest(), tuple(left_out))
 
     def _fit(self, shards: Shards) -> Fit:
-        """Return side and channels: what is set, else those of the first image."""
+        """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
         if self.image_size is not None and self.channels is not None:
             return Fit(self.image_size, self.resize, self.channels)
-        first = decode(shards.blobs(np.zeros(1, dtype=np.int64)), [shards.name(0)], Fit())
+        row = 0
+        while True:
+            try:
+                first = decode(shards.blobs(np.array([row])), [shards.name(row)], Fit())
+                break
+            except UserError:
+                if not self.skip_unreadable or row == shards.rows - 1:
+                    raise
+                row += 1
         _, channels, height, width = first.shape
         if self.image_size is None and height != width:
             raise UserError(
-                f"{shards.name(0)}: the image is {width}x{height} pixels, and images that are streamed must be square; set "
+                f"{shards.name(row)}: the image is {width}x{height} pixels, and images that are streamed must be square; set "
                 f"--data.image_size, for instance {min(height, width)}"
             )
         return Fit(self.image_size or height, self.resize, self.channels or (1 if channels == 1 else 3))
