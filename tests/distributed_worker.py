@@ -11,6 +11,7 @@ import torch
 torch.set_num_threads(1)
 
 import clead  # noqa: E402
+from clead import distributed  # noqa: E402
 from clead.config import load_recipe  # noqa: E402
 
 
@@ -23,3 +24,4 @@ def main(out: Path, cases: dict[str, list[str]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+    distributed.leave(0)

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import clead
 from clead import distributed
 from clead.checkpoint import load_weights
 from clead.data.loaders import seeded
+from clead.errors import UserError
 from clead.methods import METHODS
 from clead.threats.linf import Linf
 
 HERE = Path(__file__).parent
-BASE = "--data.limit_train 90 --data.limit_test 10 --data.batch_size 16 --train.epochs 0.8 --train.device cpu"
+BASE = "--data.limit_train 90 --data.limit_test 10 --data.batch_size 16 --train.epochs 0.6 --train.device cpu"
 BASE += " --model.name small_cnn --optim.name sgd --optim.lr 0.01 --optim.schedule constant --train.parts 4"
 BASE += " --train.validate_steps 1 --train.validate_images 8 --train.validate_every 9"
 # A small L2 ball: the attacked model is nearly linear there. Where it is not, rounding errors grow tenfold with every step, and the
@@ -54,6 +56,9 @@ CASES |= {
     "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
     "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),
     "cutmix": words("digits-pgd-at", "--data.cutmix 1"),
+    "shard_trades": words("digits-trades", "--train.shard true --optim.clip_norm 0.5"),
+    "shard_clead": words("digits-clead", CLEAD + "--train.shard true --method.augmented_view true"),
+    "shard_free": words("digits-free", "--train.shard true --method.replays 3"),
 }
 
 LEFT_OUT = {(name, 4) for name in CASES if name not in METHODS.names()}  # four processes: every method, two: every case
@@ -95,6 +100,53 @@ def trained(tmp_path_factory) -> dict[int, Path]:
     return {count: folder / str(count) for count in (1, 2, 4)}
 
 
+TINY = "--data.limit_train 60 --data.limit_test 10 --data.batch_size 8 --train.device cpu --train.validate_images 4"
+TINY += " --train.validate_steps 1 --model.name small_cnn"
+
+
+def test_processes_share_the_weights_out(tmp_path):
+    """FSDP2: each of two holds half of every weight, and what is gathered is the model."""
+    (tmp_path / "shares.py").write_text("""
+import torch, torch.distributed as dist
+import clead
+from clead import distributed
+from clead.api.opened import build
+from clead.config import load_recipe
+from clead.training.sharding import gather, sharded
+processes = distributed.started(torch.device("cpu"))
+config = load_recipe("digits-trades", ["--model.name", "resnet8", "--model.width", "8"])
+model = build(config, config.data.load(0))
+whole = sum(part.numel() for part in model.parameters())
+shared = sharded(model, 2, torch.device("cpu"))
+own = sum(part.to_local().numel() for part in shared.parameters())
+assert 0.4 * whole < own < 0.6 * whole, (own, whole)
+before = {name: part.clone() for name, part in model.state_dict().items()}
+for part in model.parameters():
+    part.data.zero_()
+gather(shared, model)
+if processes.first:
+    assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
+    print("shared out", flush=True)
+distributed.leave(0)
+""")
+    done = torchrun(2, str(tmp_path / "shares.py"))
+    assert done.returncode == 0 and "shared out" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--train.ema", "0.9", "--train.awp", "0.005"], "train.ema, train.awp"),
+        (["--method.name", "fgsm_rs", "--method.grad_align_weight", "0.2"], "method.grad_align_weight"),
+        (["--method.name", "clead", "--method.queue", "24"], "a method that has weights of its own"),
+    ],
+)
+def test_what_needs_whole_weights_cannot_be_shared_out(given, says, tmp_path):
+    config = clead.load_recipe("digits-trades", [*TINY.split(), "--train.shard", "true", *given])
+    with pytest.raises(UserError, match=f"train.shard: does not go with {says}; "):
+        clead.train(config, out=tmp_path / "run", show=False)
+
+
 def test_every_method_is_a_case():
     assert set(METHODS.names()) <= set(CASES)
 
@@ -104,8 +156,8 @@ def test_several_processes_train_as_one_does(trained, case, count):
     one, several = (load_weights(trained[n] / case / "last.safetensors")[0] for n in (1, count))
     assert one.keys() == several.keys()
     for name in one:
-        # Most agree to 3e-7; where rounding moves one image across a kink of the network, to 9e-6. Local statistics: 1e-2.
-        assert torch.allclose(one[name].double(), several[name].double(), rtol=1e-5, atol=1e-5), name
+        # They agree to 3e-7 after three steps; in the fourth, rounding can move an image across a kink of the network.
+        assert torch.allclose(one[name].double(), several[name].double(), rtol=1e-5, atol=3e-6), name
     losses = [
         [
             line["loss"]
@@ -117,11 +169,8 @@ def test_several_processes_train_as_one_does(trained, case, count):
     assert len(losses[0]) and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-TINY = "--data.limit_train 60 --data.limit_test 10 --data.batch_size 8 --train.device cpu --train.validate_images 4"
-TINY += " --train.validate_steps 1 --model.name small_cnn"
-
-
-def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_number_of_processes(tmp_path):
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_number_of_processes(shard, tmp_path):
     run = tmp_path / "run"
     words = [
         "digits-trades",
@@ -130,6 +179,8 @@ def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_numbe
         "60",
         "--train.checkpoint_seconds",
         "0",
+        "--train.shard",
+        shard,
         "--out",
         str(run),
         "--resume",
@@ -168,6 +219,8 @@ if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists(
             "60",
             "--train.checkpoint_seconds",
             "0",
+            "--train.shard",
+            shard,
             *parts,
         ],
         capture_output=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -329,6 +330,35 @@ def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path, call):
 def test_logits_that_differ_are_refused_and_nothing_is_left(run, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "difference", lambda *_: 0.5)
     with pytest.raises(UserError, match="differ from PyTorch's by 0.5, at most 0.0001 is allowed"):
+        api.export_run(run, out=tmp_path / "given", show=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_forward_that_decides_by_values_is_said_so(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    Path("fickle.py").write_text(
+        "from torch import nn\n"
+        "class Fickle(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.head = nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        if x.mean() > 0.5:\n            x = 1 - x\n"
+        "        return self.head(x.flatten(1))\n"
+        "def make():\n    return Fickle()\n"
+    )
+    code, text = call("train", "digits-standard", "--model.name", "fickle.py:make", "--out", "run", *SHORT)
+    assert code == 0, text
+    code, text = call("export", "run", "--out", "given")
+    assert code == 2 and len(text.strip().splitlines()[-1]) < 250
+    assert "decides by the values of an image (fickle.py line 7)" in text and "--format safetensors" in text
+    assert not Path("given").exists()
+
+
+def test_a_full_disk_names_where_it_could_not_write(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # a write that fails knows no file name
+
+    monkeypatch.setattr("clead.api.exporting._record", full)
+    with pytest.raises(UserError, match=f"cannot write {tmp_path / 'given'}: No space left on device; free some space"):
         api.export_run(run, out=tmp_path / "given", show=False)
     assert not list(tmp_path.iterdir())
 

@@ -231,11 +231,13 @@ def test_the_header_of_safetensors_is_limited(tmp_path):
     whole = to_safetensors({"a": torch.ones(2)})
     for size in (16_000_001, 2**40, 2**64 - 1):
         path.write_bytes(struct.pack("<Q", size) + whole[8:])
-        with pytest.raises(
-            UserError, match="the header of a safetensors file may have 16000000 bytes at most"
-        ) as caught:
+        with pytest.raises(UserError, match="truncated or not a safetensors file"):  # the file is not that long
             load_weights(path)
-        assert str(size) in str(caught.value)
+    with path.open("r+b") as file:
+        file.write(struct.pack("<Q", 16_000_001))
+        file.truncate(16_000_100)
+    with pytest.raises(UserError, match="may have 16000000 bytes at most, this one says 16000001"):
+        load_weights(path)
     path.write_bytes(to_safetensors({"a": torch.ones(2)}, {"config": "[" * 100_000}))
     with pytest.raises(UserError, match="not a safetensors file"):
         load_weights(path)

@@ -853,6 +853,19 @@ def test_tensorboard_draws_what_the_log_says(tmp_path):
     assert {"validation/robust_accuracy", "train/learning_rate"} <= set(drawn.Tags()["scalars"])
 
 
+@pytest.mark.parametrize("where", ["__init__", "add_scalar", "close"])
+def test_curves_that_cannot_be_written_cost_no_training(where, tmp_path, monkeypatch, caplog, capfd):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SummaryWriter, where, full)
+    clead.train(load_recipe("digits-standard", [*TINY, "--train.epochs", "2"]), out=tmp_path / "run", show=False)
+    assert caplog.text.count("TensorBoard's curves end here") == 1 and "No space left on device" in caplog.text
+    assert (tmp_path / "run" / "outcome.json").exists() and "Traceback" not in capfd.readouterr().err
+
+
 def test_training_does_not_need_tensorboard(tmp_path, monkeypatch):
     import clead.training.tracking as tracking
 

@@ -136,7 +136,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
-    if len(head) >= 8 and (size := int.from_bytes(head[:8], "little")) > _LARGEST_HEADER:
+    size = int.from_bytes(head[:8], "little")
+    if _LARGEST_HEADER < size <= path.stat().st_size:  # more than the whole file: truncated, or another kind of file
         raise UserError(
             f"{path}: the header of a safetensors file may have {_LARGEST_HEADER} bytes at most, this one says {size}; it is "
             "damaged or was made to harm"

@@ -92,6 +92,10 @@ class Train:
         True,
         "where several processes train, batch-norm takes the statistics of all their images; false: of each one's own",
     )
+    shard: bool = setting(
+        False,
+        "several processes share weights, gradients and optimiser state out (FSDP2), for networks that are too large for one",
+    )
     accumulate: int = setting(
         1,
         "a batch goes in so many equal parts, one after another, whose gradients are averaged, where it does not fit into memory; "

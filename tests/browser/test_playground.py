@@ -175,7 +175,7 @@ def test_the_whole_way_without_a_mouse(page, duel):
             break
     assert reached == ["gallery", "index", "truth", "attack", "norm", "eps", "steps", "run"]
     expect(page.locator("#chosen")).to_contain_text("Test image 1 of 120")
-    page.keyboard.press("Enter")
+    page.locator("#run").press("Enter")  # focused again: what arrives meanwhile may redraw parts of the page
     expect(page.locator("#verdict")).to_contain_text("Under PGD", timeout=ATTACKED)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from clead.api.opened import evaluated_images, image_shape, load, load_model, open_run
+from clead.api.opened import data_name, evaluated_images, image_shape, load, load_model, open_run
 from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
@@ -223,7 +223,7 @@ def evaluate_foreign(
         name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
         model=Path(name).name,
         weights=Path(weights).name if weights else "given",
-        data=config.to_dict()["data"]["name"],
+        data=data_name(config),
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from clead.api.opened import OpenedRun, open_run
+from clead.api.opened import OpenedRun, data_name, open_run
 from clead.checkpoint import environment, fingerprint, load_weights, save_weights
 from clead.errors import UserError
 from clead.evaluation.verdicts import pixels
@@ -153,7 +153,7 @@ def export_run(
             "parameters": f"{sum(p.numel() for p in original.parameters()):,}",
             "fingerprint": fingerprint(model_weights(original)),
             "data_fingerprint": opened.splits.fingerprint,
-            "data": tree["data"]["name"],
+            "data": data_name(config),
             "versions": ", ".join(f"{name} {environment()[name]}" for name in ("clead", "torch", "numpy", "python")),
             "size": f"{result['size']:,}",
             "difference": differs or 0.0,
@@ -174,6 +174,12 @@ def export_run(
         if out.is_dir():
             out.rmdir()  # it is empty
         os.replace(staged, out)
+    except OSError as error:
+        if error.filename is not None and staged.name not in str(error.filename):
+            raise  # a file that was read
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}; free some space or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     if hub is not None:

@@ -113,7 +113,7 @@ def open_run(
         name=run.name,
         model=tree["model"].get("factory") or tree["model"]["name"],
         weights=config.eval.weights,
-        data=tree["data"]["name"],
+        data=data_name(config),
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
@@ -178,6 +178,14 @@ def image_shape(splits: Splits) -> tuple[int, int, int]:
     """Return (C, H, W)."""
     c, h, w = splits.train.images.shape[1:]
     return c, h, w
+
+
+def data_name(config: RunConfig) -> str:
+    """Return what to call the images: the data set's name, or that of the user's folder or file."""
+    path = getattr(config.data, "path", None)
+    fields: Any = type(config.data).__pydantic_fields__
+    own = path is not None and fields["path"].is_required()
+    return Path(path).resolve().name if own and path is not None else config.to_dict()["data"]["name"]
 
 
 def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:

@@ -103,6 +103,15 @@ def interruptible() -> Generator[None, None, None]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        _run()
+    except SystemExit as end:
+        if (module := sys.modules.get("clead.distributed")) is not None:
+            module.leave(end.code if isinstance(end.code, int) else 0)
+        raise
+
+
+def _run() -> None:
     logging.basicConfig(format="clead: %(message)s", level=logging.WARNING)
     try:
         code = app(_with_code(sys.argv[1:]), standalone_mode=False)

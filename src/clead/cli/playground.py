@@ -16,7 +16,7 @@ from clead.cli.application import OPEN, app, interruptible, say
 from clead.errors import MissingExtra
 
 
-@app.command(context_settings=OPEN)
+@app.command(context_settings=OPEN, options_metavar="RUN [RUN ...] [OPTIONS]")
 def playground(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",

@@ -12,7 +12,7 @@ from clead.cli.application import OPEN, app, interruptible, say
 from clead.errors import MissingExtra, UserError
 
 
-@app.command(context_settings=OPEN)
+@app.command(context_settings=OPEN, options_metavar="RUN [RUN ...] [OPTIONS]")
 def serve(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",

@@ -89,6 +89,10 @@ def _culprit(error: BaseException) -> str:
         r"\b((?:aten|prims|torchvision)[.:]+\w+)", text
     ):
         return f"the operation {found[1].replace('::', '.')} has no counterpart there"
+    if re.search(r"data-dependent|GuardOnDataDependent|Dynamic control flow", text):
+        where = re.search(r'File "(?!.*site-packages)([^"]+)", line (\d+)', text)
+        place = f" ({Path(where[1]).name} line {where[2]})" if where else ""
+        return f"its forward decides by the values of an image{place}, and ONNX has one graph for all images"
     lines = [line.strip() for part in reversed(chain) for line in part.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 

@@ -33,9 +33,8 @@ def folded(
         channels_last: lay the weights of all convolutions out for channels_last images, whatever their own layout is.
         again: look for the pairs again, because layers may have been replaced since.
     """
-    if (
-        getattr(model, "_compiled", None) is not None
-    ):  # the compiler fuses these layers itself, and would not see the swap
+    # The compiler fuses these layers itself, and would not see the swap; weights that are shared out cannot be swapped.
+    if getattr(model, "_compiled", None) is not None or not getattr(model, "whole", True):
         yield
         return
     if again or model not in _PAIRS:

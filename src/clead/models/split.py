@@ -31,6 +31,7 @@ class SplitModel(nn.Module, ABC):
         num_classes: K.
         feature_dim: D.
         projection: p, or None; see ``add_projection``.
+        whole: False where processes share the weights out, so that none has all of them outside of a forward.
     """
 
     projection: nn.Module | None
@@ -40,6 +41,7 @@ class SplitModel(nn.Module, ABC):
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.projection = None
+        self.whole = True
         self._observers: list[Observer] = []
         self._compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self._join: Join | None = None

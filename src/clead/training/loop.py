@@ -272,6 +272,14 @@ def _fit(
     if memory is not None:
         memory.to(device)
     cost = cost_per_image(config, model, _first(loader.batch(0, 0), 2), memory)
+    deployed = model  # whole, whatever the processes share out
+    if settings.shard:
+        from clead.training import sharding  # takes a second to import
+
+        sharding.check(config, memory)
+    if shard := settings.shard and processes.size > 1:
+        model = sharding.sharded(deployed, processes.size, device)
+        deployed.to("cpu" if not processes.first else device)
     per_epoch = loader.steps_per_epoch
     epochs = settings.epochs if settings.epochs is not None else (settings.budget or 0) / cost
     images_seen = epochs * (per_epoch * batch_images if settings.epochs is not None else len(splits.train))
@@ -283,6 +291,8 @@ def _fit(
         *(p for p in (memory.parameters() if memory else ()) if p.requires_grad),
     ]
     optimizer = make_optimizer(learnt, config.optim)
+    for group in optimizer.param_groups if shard else ():
+        group["fused"] = None  # knows no weights that are shared out
     schedule = make_schedule(optimizer, config.optim, steps)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     average: AveragedModel | None = None
@@ -293,17 +303,24 @@ def _fit(
     at = Position()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
-        at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler, processes)
+        restore = sharding.restore if settings.shard else None
+        at = _restore(run, splits, model, average, memory, optimizer, schedule, scaler, processes, restore)
     if not at.step:
         at.seconds = prior_seconds
     if settings.compile:
         model.compile()
 
     def kept() -> SplitModel:
+        if shard:
+            sharding.gather(model, deployed)
+            return deployed
         started = average is not None and (settings.ema or average.n_averaged > 0)
         return cast(SplitModel, average.module) if average is not None and started else model
 
     def save() -> None:
+        of_model, of_optimizer = (
+            sharding.states(model, optimizer) if settings.shard else (model.state_dict(), optimizer.state_dict())
+        )
         if broken := _first_not_finite(model):
             raise NonFiniteLoss(
                 f"the weights became NaN or infinite by step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
@@ -314,10 +331,10 @@ def _fit(
         if not processes.first:
             return
         state = {
-            "model": model.state_dict(),
+            "model": of_model,
             "average": average.state_dict() if average is not None else None,
             "memory": remembered,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": of_optimizer,
             "schedule": schedule.state_dict(),
             "scaler": scaler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -382,7 +399,8 @@ def _fit(
                     if part.grad is not None:
                         part.grad /= len(found)
             late = time.monotonic() - last_save >= settings.checkpoint_seconds
-            stop, late = average_gradients(processes, learnt, [bool(interrupted()), late and processes.first])
+            own = [part for part in learnt if not hasattr(part, "to_local")]  # the others are averaged already
+            stop, late = average_gradients(processes, own, [bool(interrupted()), late and processes.first])
             # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
             if not scaler.is_enabled() and (broken := _bad_gradient(model, learnt)):
                 raise NonFiniteLoss(
@@ -416,10 +434,11 @@ def _fit(
             }
 
             if at.step % every == 0 or at.step == steps:
+                weighed = kept()
                 if config.method.uses_classifier:
                     clean, robust = processes.share(
                         accuracy_under_attack(
-                            kept(),
+                            weighed,
                             validation,
                             config.threat,
                             validation_attack,
@@ -443,7 +462,7 @@ def _fit(
                     score = robust if config.method.uses_attack else clean
                 else:
                     score = processes.share(
-                        neighbours_accuracy(kept(), splits.train.known(), validation, device=device)
+                        neighbours_accuracy(weighed, splits.train.known(), validation, device=device)
                         if processes.first
                         else 0.0
                     )
@@ -455,7 +474,7 @@ def _fit(
                 if score >= at.best:  # of equals the later one, which has learnt longer
                     at.best, at.best_step = score, at.step
                     if processes.first:
-                        _save(run, "best", kept(), config, splits, at, cost)
+                        _save(run, "best", weighed, config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
             tick(1, **status, **validated)
             if stop or (processes.size == 1 and interrupted()):
@@ -465,9 +484,11 @@ def _fit(
                 save()
                 last_save = time.monotonic()
     save()  # first: it refuses weights that are not finite
+    final = kept()
+    deployed.to(device)
     if processes.first:
-        _save(run, "last", kept(), config, splits, at, cost)
-        if (head := kept().projection) is not None:  # not deployed, but a training that starts from here takes it up
+        _save(run, "last", final, config, splits, at, cost)
+        if (head := final.projection) is not None:  # not deployed, but a training that starts from here takes it up
             save_weights(run.path / PROJECTION, head.state_dict(), {})
     processes.wait()
     return Outcome(
@@ -578,15 +599,20 @@ def _last_good(run: RunDir) -> str:
 def _first_not_finite(model: nn.Module) -> str:
     """Return the name of the first parameter that is NaN or infinite, or an empty string."""
     # Not of buffers: a user's model may hold infinities there on purpose, such as a mask.
-    return next((name for name, part in model.named_parameters() if not torch.isfinite(part).all()), "")
+    return next((name for name, part in model.named_parameters() if not torch.isfinite(_local(part)).all()), "")
+
+
+def _local(part: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of what is shared out, anything else as it is."""
+    return part.to_local() if hasattr(part, "to_local") else part  # ty: ignore[not-callable]
 
 
 def _bad_gradient(model: nn.Module, learnt: Sequence[nn.Parameter]) -> str:
     """Return the name of the first parameter whose gradient is NaN or infinite, or an empty string."""
-    gradients = [part.grad for part in learnt if part.grad is not None]
+    gradients = [_local(part.grad) for part in learnt if part.grad is not None]
     if not gradients or math.isfinite(get_total_norm(gradients, norm_type=math.inf).item()):
         return ""
-    named = ((name, part.grad) for name, part in model.named_parameters() if part.grad is not None)
+    named = ((name, _local(part.grad)) for name, part in model.named_parameters() if part.grad is not None)
     return next((name for name, grad in named if not torch.isfinite(grad).all()), "the method's own weights")
 
 
@@ -627,13 +653,14 @@ def mean_std(splits: Splits) -> tuple[list[float], list[float]]:
 def _restore(
     run: RunDir,
     splits: Splits,
-    model: nn.Module,
+    model: SplitModel,
     average: Any,
     memory: Any,
     optimizer: Any,
     schedule: Any,
     scaler: Any,
     processes: Processes,
+    restore: Callable[[Any, Any, Any, Any], None] | None,
 ) -> Position:
     state, note = run.load_state()
     if state is None:
@@ -647,7 +674,11 @@ def _restore(
             f"--resume continues on the same images; the data of {run.path} has changed since; restore it, or train anew"
         )
     check_weights(model.state_dict(), state["model"], f"{run.path}/resume.state")
-    model.load_state_dict(state["model"])
+    if restore is None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    else:
+        restore(model, optimizer, state["model"], state["optimizer"])
     if average is not None:
         average.load_state_dict(state["average"])
     if memory is not None:
@@ -655,7 +686,6 @@ def _restore(
         if isinstance(memory, Perturbation):
             remembered = {name: part[processes.own(len(part))] for name, part in remembered.items()}
         memory.load_state_dict(remembered)
-    optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
