@@ -128,6 +128,24 @@ def test_row_groups_are_read_once_per_epoch(folder, monkeypatch):
     )  # the last batch reads ahead: the next epoch's first, of a window of 3 or 4 groups
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_process_reads_row_groups_of_its_own(folder, parts):
+    train = stream(folder).load(0).train
+    images = train.images
+    group = images.shards.group_of(images.rows.numpy())
+    loaders = [Loader(train, 16, seed=3, parts=parts, rank=rank, size=2) for rank in range(2)]
+    alone = Loader(train, 16, seed=3, parts=parts)
+    assert sorted(alone._order_of(1, 0, len(images)).tolist()) == list(range(len(images)))
+    even = alone.steps_per_epoch - parts  # what is left over at the end is of all
+    read = []
+    for loader in loaders:
+        own = torch.cat([loader._own(0, index) for index in range(even)])
+        read.append(set(group[own.numpy()].tolist()))
+    assert not read[0] & read[1] and len(read[0]) > 2 < len(read[1])
+    for index in range(alone.steps_per_epoch):  # together they have what one process would
+        assert torch.equal(torch.cat([loader._own(0, index) for loader in loaders]), alone._own(0, index))
+
+
 def test_batches_are_a_function_of_seed_and_place(folder):
     first, second = (Loader(stream(folder).load(0).train, 10, seed=3) for _ in range(2))
     straight = [first.batch(1, index) for index in range(first.steps_per_epoch)]

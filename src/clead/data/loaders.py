@@ -197,8 +197,10 @@ class Loader:
             order = torch.arange(count)
             if self.shuffle:
                 generator = seeded("cpu", self.seed, turn, stream)
-                streamed = isinstance(self.images, StreamedImages)
-                order = self.images.shuffled(generator) if streamed else torch.randperm(count, generator=generator)
+                if isinstance(self.images, StreamedImages):
+                    order = self.images.shuffled(generator, self.parts, min(self.batch_size, count))
+                else:
+                    order = torch.randperm(count, generator=generator)
             self._orders[stream] = kept = (turn, order.to(self.device))
         return kept[1]
 

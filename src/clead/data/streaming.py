@@ -190,24 +190,30 @@ class StreamedImages:
         """Return itself: what is decoded is moved, batch by batch."""
         return self
 
-    def shuffled(self, generator: torch.Generator) -> Tensor:
+    def shuffled(self, generator: torch.Generator, parts: int = 1, batch: int = 1) -> Tensor:
         """Return an order of all positions, (N,) int64, that can be read window by window.
 
-        Row groups come in random order, and images mix within windows of about ``buffer`` images, each of some row groups.
+        Row groups come in random order, and images mix within windows of about ``buffer`` images, each of some row groups. Of
+        several ``parts`` of a ``batch`` (which they divide) each has row groups of its own, so that a process reads those of its
+        parts alone; what is left over when the first part has no more, less than a few row groups, mixes over all.
         """
         groups = torch.from_numpy(self.shards.group_of(self.rows.numpy()))
         by_group = torch.argsort(groups, stable=True)
-        parts = list(by_group.split(torch.unique_consecutive(groups[by_group], return_counts=True)[1].tolist()))
-        window: list[Tensor] = []
-        order: list[Tensor] = []
-        turns = torch.randperm(len(parts), generator=generator).tolist()
-        for turn, number in enumerate(turns):
-            window.append(parts[number])
-            if sum(map(len, window)) >= self.buffer or turn == len(turns) - 1:
-                mixed = torch.cat(window)
-                order.append(mixed[torch.randperm(len(mixed), generator=generator)])
-                window = []
-        return torch.cat(order)
+        places = list(by_group.split(torch.unique_consecutive(groups[by_group], return_counts=True)[1].tolist()))
+        streams: list[list[Tensor]] = [[] for _ in range(parts)]
+        sizes = [0] * parts
+        for number in torch.randperm(len(places), generator=generator).tolist():
+            least = sizes.index(min(sizes))
+            streams[least].append(places[number])
+            sizes[least] += len(places[number])
+        orders = [_by_window(stream, self.buffer // parts, generator) for stream in streams]
+        if parts == 1:
+            return orders[0]
+        each = batch // parts
+        full = min(sizes) // each
+        even = torch.stack([order[: full * each].view(full, each) for order in orders], 1).flatten()
+        rest = torch.cat([order[full * each :] for order in orders])
+        return torch.cat([even, rest[torch.randperm(len(rest), generator=generator)]])
 
     def histogram(self) -> Tensor:
         """Return how often each value occurs per channel, (C, 256) int64, in at most 4096 images of evenly spaced row groups."""
@@ -239,6 +245,19 @@ class StreamedImages:
 
         arrays = [array for part in self._pool.map(run, range(0, len(blobs), size)) for array in part]
         return stack(arrays, [])
+
+
+def _by_window(places: list[Tensor], buffer: int, generator: torch.Generator) -> Tensor:
+    """Return the positions of row groups, mixed within windows of about ``buffer`` images."""
+    window: list[Tensor] = []
+    order: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+    for turn, group in enumerate(places):
+        window.append(group)
+        if sum(map(len, window)) >= buffer or turn == len(places) - 1:
+            mixed = torch.cat(window)
+            order.append(mixed[torch.randperm(len(mixed), generator=generator)])
+            window = []
+    return torch.cat(order)
 
 
 def unreadable(shards: Shards, fit: Fit) -> Tensor:
