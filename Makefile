@@ -1,9 +1,11 @@
 # Two commands: `make demo` and `make test`. Each makes .venv through constraints.txt on its first run.
+# Tests run in JOBS processes (2) of one thread each, a file in one.
 # `make browser` installs Debian's Chromium, which the tests of the playground drive; `make test` does it where it can.
 # `make docs` builds the documentation into site/. `make audit` asks a database of known holes about every installed package.
 # `make release` builds dist/ and tries it in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint browser docs audit release clean
@@ -12,7 +14,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m clead demo
 
 test: $(VENV)/.dev lint browser
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/zensical build --clean --strict

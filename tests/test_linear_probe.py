@@ -211,7 +211,7 @@ def test_the_command_measures_other_data_of_other_classes(run, parity, tmp_path,
     assert code == 0, err
     record = Measurement.model_validate(json.loads((run / "results" / "probe.json").read_text()))
     assert json.loads(copy_.read_text()) == json.loads(record.model_dump_json())
-    assert record.data.classes == ["even", "odd"] and record.data.n == 40 and record.data.name == "npz"
+    assert record.data.classes == ["even", "odd"] and record.data.n == 40 and record.data.name == "parity.npz"
     assert record.threat.eps == 0.05 and record.settings["strengths"] == [0.01, 1.0] and record.settings["steps"] == 3
     result = record.result
     assert result.clean.accuracy > 0.7 and result.robust.accuracy < result.clean.accuracy

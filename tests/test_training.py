@@ -663,6 +663,7 @@ NO_CHANGE = {
     "train.validate_steps": "2",
     "train.patience": "50",
     "train.parts": "2",  # of what is drawn, and nothing is here
+    "train.shard": "true",  # of several processes: tests/test_distributed.py
     "train.sync_batch_norm": "false",  # of several processes: tests/test_distributed.py
     "train.channels_last": "true",
     "eval.steps": "3",
