@@ -174,6 +174,12 @@ def test_folders_that_cannot_be_trained_on(fails, here):
     fails(*folder_arguments("empty"), has="empty/train/cat holds no image")
     (here / "nothing").mkdir()
     fails(*folder_arguments("nothing"), has="a folder with nothing")
+    (here / "cats" / "tom").mkdir(parents=True)
+    fails(*folder_arguments("cats"), has=f"put a folder of images for each class into {Path('cats/train')}")
+    (here / "runs" / "first").mkdir(parents=True)
+    (here / "runs" / "first" / "config.yaml").touch()
+    fails("report", "runs", has=f"give one of the runs in it, such as {Path('runs/first')}")
+    shutil.rmtree(here / "runs")
 
 
 def test_arrays_that_cannot_be_trained_on(fails, here):

@@ -257,9 +257,11 @@ class RunDir:
     def open(path: Path) -> RunDir:
         """Return an existing run; raises UserError if ``path`` is none."""
         if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"{path} is not a run directory (no config.yaml in it); give a directory that clead train made"
+            inside = sorted(each.parent.name for each in path.glob("*/config.yaml")) if path.is_dir() else []
+            made = (
+                f"one of the runs in it, such as {path / inside[0]}" if inside else "a directory that clead train made"
             )
+            raise UserError(f"{path} is not a run directory (no config.yaml in it); give {made}")
         return RunDir(path)
 
     def weights(self, which: str) -> Path:

@@ -129,6 +129,8 @@ def test_a_bad_file_is_said_in_a_sentence(page, duel, name, kind, content, words
     give(page, name, kind, content)
     expect(page.locator(".toast-body")).to_contain_text(words)
     expect(page.locator("#chosen")).to_contain_text("Test image 0")  # what was chosen before still is
+    expect(page.locator("#upload")).not_to_contain_text(name)  # nothing refused stays listed
+    expect(page.locator("#upload input[type=file]")).to_have_count(1)
 
 
 def test_a_drawing_is_attacked(page, duel):

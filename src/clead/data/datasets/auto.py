@@ -36,10 +36,12 @@ def read_any(path: Path) -> Found:
     if path.is_dir() and ((path / "train").is_dir() or (path / "test").is_dir()):
         return read_folder(path)
     inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
+    classes = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
+    remedy = f"put a folder of images for each class into {path / 'train'}" if classes else "check --data.path"
     got = f"a folder with {', '.join(inside) or 'nothing'}" if path.is_dir() else "another kind of file"
     raise UserError(
         "data.path must be a folder with train-*.parquet and test-*.parquet, a folder with train/CLASS/, or "
-        f"a .npz file, got {str(path)!r}, {got}; check --data.path"
+        f"a .npz file, got {str(path)!r}, {got}; {remedy}"
     )
 
 

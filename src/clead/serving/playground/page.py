@@ -255,6 +255,14 @@ def page(contest: Contest) -> gr.Blocks:
             with _said():
                 return pick(_given(contest, content, "your file"))
 
+        def without_refused(content: bytes | None) -> Any:
+            """Take a file that is refused from the list again."""
+            try:
+                _given(contest, content or b"", "your file")
+            except UserError:
+                return None
+            return gr.skip()
+
         def by_drawing(data: Any) -> tuple[Any, ...]:
             with _said():
                 found = _given(contest, _drawn(data), "your drawing")
@@ -345,7 +353,8 @@ def page(contest: Contest) -> gr.Blocks:
         chosen_image = [picked, shown, truth]
         gallery.select(by_example, None, [index, *chosen_image], **quick)
         index.input(by_number, index, chosen_image, **quick)
-        upload.upload(by_file, upload, chosen_image, **quick)
+        given = upload.upload(by_file, upload, chosen_image, **quick)
+        given.failure(without_refused, upload, upload, **quick)
         use.click(by_drawing, canvas, chosen_image, **quick)
         attack.input(explained, attack, [about, steps], **quick)
         board_attack.input(lambda name: gr.Slider(label=_steps_label(str(name))), board_attack, board_steps, **quick)
