@@ -246,6 +246,23 @@ def test_a_truncated_shard_is_named(folder):
         stream(folder).load(0)
 
 
+@pytest.mark.parametrize("reader", ["parquet_stream", "parquet"])
+def test_a_flipped_bit_in_a_shard_with_checksums_is_named(folder, reader):
+    file = folder / "train-00001-of-00003.parquet"
+    pq.write_table(pq.read_table(file), file, row_group_size=16, compression="none", write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    at = content.index(b"IDAT", len(content) // 2) + 20  # in an image's data
+    content[at] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00001-of-00003\.parquet.*(CRC|checksum)"):
+        if reader == "parquet":
+            Parquet(path=folder).load(0)
+        else:
+            loader = Loader(stream(folder).load(0).train, 10)
+            for index in range(loader.steps_per_epoch):
+                loader.batch(0, index)
+
+
 def test_a_shard_changed_between_epochs_is_named(folder):
     loader = Loader(stream(folder).load(0).train, 10)
     loader.batch(0, 0)

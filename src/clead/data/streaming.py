@@ -126,7 +126,7 @@ class Shards:
 
     def _open(self, number: int) -> Any:
         try:
-            return self._pyarrow.parquet.ParquetFile(self.files[number])
+            return self._pyarrow.parquet.ParquetFile(self.files[number], page_checksum_verification=True)
         except (OSError, self._pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.files[number]}: not a readable Parquet file ({reason}); fetch it again") from None

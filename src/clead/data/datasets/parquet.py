@@ -63,7 +63,9 @@ def _read_part(folder: Path, part: str, pyarrow: Any) -> tuple[Part, list[str] |
     for shard in shards:
         image, label = (column_of(shard, wanted) for wanted in (IMAGE, LABEL))
         try:
-            table = pyarrow.parquet.read_table(shard, columns=[image], partitioning=None)
+            table = pyarrow.parquet.read_table(
+                shard, columns=[image], partitioning=None, page_checksum_verification=True
+            )
         except (OSError, pyarrow.ArrowException) as error:
             raise _unreadable(shard, error) from None
         images = [image and image.get("bytes") for image in table[image].to_pylist()]
@@ -118,7 +120,9 @@ def label_column(shard: Path, column: str) -> torch.Tensor:
     import pyarrow.parquet
 
     try:
-        found = pyarrow.parquet.read_table(shard, columns=[column], partitioning=None)[column]
+        found = pyarrow.parquet.read_table(shard, columns=[column], partitioning=None, page_checksum_verification=True)[
+            column
+        ]
     except (OSError, pyarrow.ArrowException) as error:
         raise _unreadable(shard, error) from None
     if found.null_count:
