@@ -285,7 +285,8 @@ def reader(monkeypatch, tmp_path):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("CLEAD_DATA", "")  # remembered, and so restored
-    monkeypatch.setattr("clead.tuning.space.load_recipe", quick(config.load_recipe))
+    for name in ("load_recipe", "read_recipe"):
+        monkeypatch.setattr(f"clead.tuning.space.{name}", quick(config.load_recipe))
     for name in ("load_recipe", "bare_config"):
         monkeypatch.setattr(config, name, quick(getattr(config, name)))
     monkeypatch.setattr(api, "evaluate", lambda *args, real=api.evaluate, **keys: real(*args, **{"steps": 2, **keys}))

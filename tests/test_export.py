@@ -334,6 +334,29 @@ def test_logits_that_differ_are_refused_and_nothing_is_left(run, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_the_card_of_own_code_says_that_it_is_not_in_the_folder(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    Path("own_net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    code, text = call(
+        "train", "digits-standard", "--model.name", f"{tmp_path / 'own_net.py'}:make", "--out", "run", *SHORT
+    )
+    assert code == 0, text
+    code, text = call("export", "run", "--out", "given", "--format", "safetensors")
+    assert code == 0, text
+    card = Path("given/README.md").read_text()
+    assert (
+        "`own_net.py:make`, which is not part of this folder" in card and 'clead.allow_code("own_net.py:make")' in card
+    )
+    assert str(tmp_path) not in card + Path("given/config.yaml").read_text()
+    shutil.copy("own_net.py", "given")
+    done = subprocess.run(
+        [sys.executable, "-c", code_of(Path("given/README.md"))], cwd="given", capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
+
+
 def test_a_forward_that_decides_by_values_is_said_so(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     Path("fickle.py").write_text(

@@ -1,6 +1,7 @@
 """What comes from somebody else – a model, images, a record, a recipe – is data: nothing of it runs or explodes."""
 
 import ast
+import copy
 import io
 import os
 import pickle
@@ -407,7 +408,6 @@ def given(tmp_path, monkeypatch):
     monkeypatch.setattr(custom, "_ALLOWED", set())
     (tmp_path / "net.py").write_text(NET)
     config = load_recipe("digits-standard", [*TINY[4:], "--model.name", "net.py:make"])
-    monkeypatch.setattr(custom, "_ALLOWED", {"net.py:make"})
     api.train(config, out="run", show=False)
     monkeypatch.setattr(custom, "_ALLOWED", set())
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
@@ -456,6 +456,7 @@ def test_code_that_a_file_names_does_not_run(command, given, trained, monkeypatc
         "evaluate run --allow-code net.py:make",
         "--allow-code net.py:make evaluate run",
         "evaluate --allow-code=net.py:make run",
+        "evaluate --allow-code ./net.py:make run",
         "train recipe.yaml --out new --model.name net.py:make",
         "train recipe.yaml --out new --model.name=net.py:make",
         "train recipe.yaml --out run --resume --allow-code net.py:make",
@@ -472,6 +473,39 @@ def test_other_code_than_the_user_named_does_not_run(given, monkeypatch, capsys)
         assert "net.py:make" in capsys.readouterr().err
     assert not (given / "ran").exists()
     assert clead_("evaluate run --allow-code", monkeypatch) == 2
+
+
+def test_a_search_that_a_recipe_describes_names_no_code_for_the_user(given, monkeypatch, capsys):
+    recipe = (given / "recipe.yaml").read_text().replace("factory: net.py:make", "factory: other.py:make")
+    search = "{trials: 1, space: {optim.lr: {low: 0.001, high: 0.01}}, during: {model.factory: net.py:make}}"
+    (given / "recipe.yaml").write_text(f"{recipe}tune: {search}\n")
+    assert clead_("tune recipe.yaml --out search", monkeypatch) == 2
+    assert "is to be run" in capsys.readouterr().err and not (given / "ran").exists()
+
+
+def test_own_code_that_ends_the_process_is_a_mistake_of_the_user(given, monkeypatch, capsys):
+    (given / "script.py").write_text("import sys\nsys.exit(7)\n")
+    assert clead_("train digits-standard --model.name script.py:make --out new", monkeypatch) == 2
+    assert "importing script.py raised SystemExit: 7" in capsys.readouterr().err
+
+
+def test_files_of_one_name_are_two_modules(tmp_path):
+    made = []
+    for folder, width in (("a", 3), ("b", 5)):
+        (tmp_path / folder).mkdir()
+        code = f"from torch import nn\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(2, {width})\n"
+        (tmp_path / folder / "net.py").write_text(code)
+        made.append(custom.make_module(f"{tmp_path / folder / 'net.py'}:Net", 2))
+    assert [net.out_features for net in copy.deepcopy(made)] == [3, 5]
+    modules = {sys.modules[type(net).__module__] for net in made}
+    assert len(modules) == 2 and {Path(m.__file__).parent.name for m in modules} == {"a", "b"}
+
+
+def test_in_python_what_an_override_names_is_named_by_the_user(given):
+    with pytest.raises(UserError, match="is to be run"):
+        api.train(load_recipe("recipe.yaml"), out="new", show=False)
+    api.train(load_recipe("digits-standard", [*TINY[4:], "--model.name", "net.py:make"]), out="new", show=False)
+    assert clead.load("new") and (given / "ran").exists()
 
 
 def test_in_python(given):

@@ -322,6 +322,27 @@ def test_pixels_in_lists_are_in_the_range_that_is_stated(client):
         refused(answer, 422, "images[0, 0, 0, 0]", word)
 
 
+@pytest.mark.parametrize("shape", ["(-1, -64)", "(-1, 1, -8, 8)", "(True, 1, 8, 8)"])
+def test_shapes_that_no_array_has_are_refused(client, shape):
+    body = npy(np.zeros((1, 1, 8, 8), np.uint8))
+    at = body.index(b"(1, 1, 8, 8)")
+    header = body[:at] + shape.encode() + body[at + 12 : 127 + 12 - len(shape)] + b"\n"
+    refused(client.post("/v1/predict", content=(header + body[128:]), headers=NPY), 400, ".npy")
+
+
+def test_millions_of_empty_lists_are_refused_unread(client, monkeypatch):
+    monkeypatch.setattr("clead.serving.reading.Arrays", None)  # would take seconds
+    for body in (b'{"images": [' + b"[]," * 10**6 + b"[]]}", b'{"images": [[[[' + b"0," * 10**6 + b"0]]]]}"):
+        answer = client.post("/v1/predict", content=body, headers={"content-type": "application/json"})
+        refused(answer, 422, "at most 20 images of 1×8×8", "send fewer")
+
+
+def test_an_answer_shows_so_many_training_images_at_most(client):
+    body = npy(np.zeros((20, 1, 8, 8), np.uint8))
+    refused(client.post("/v1/explain?neighbours=50", content=body, headers=NPY), 422, "640", "1000", "ask for fewer")
+    assert client.post("/v1/explain?neighbours=32", content=body, headers=NPY).status_code == 200
+
+
 def test_limits_on_images_bytes_and_kinds(client):
     small = encoded(np.zeros((8, 8), np.uint8))
     refused(

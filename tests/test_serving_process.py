@@ -196,3 +196,5 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
     assert "changes nothing here" in mistake(run, "--port", 0, "--threat.eps", "0.1")
     monkeypatch.setenv("CLEAD_API_KEY", "short")
     assert "serve.api_key" in mistake(run, "--port", 0)
+    with pytest.raises(UserError, match="CLEAD_API_KEY: the playground asks for no key"):
+        app(["playground", str(run), "--port", "0"], standalone_mode=False)

@@ -514,8 +514,19 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Naming another threat, attack, model or method starts from that one's defaults; naming another dataset keeps the keys
     that it knows too (batch size, augmentation …). A ``data.path`` for a dataset that has none (digits) means ``auto``.
-    Of ``train.epochs`` and ``train.budget``, the one given replaces the other.
+    Of ``train.epochs`` and ``train.budget``, the one given replaces the other. Code that an override names as the model may run,
+    see ``clead.allow_code``.
     """
+    named = [value for path, value in parse_overrides(overrides) if path in (["model", "name"], ["model", "factory"])]
+    if code := [value for value in named if isinstance(value, str) and ":" in value]:
+        from clead.models.custom import allow_code
+
+        allow_code(*code)
+    return read_recipe(recipe, overrides)
+
+
+def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe as ``load_recipe`` does, with overrides that need not be the user's: they allow no code."""
     name, text = recipe_text(recipe)
     tree = parse_yaml(text, recipe)
     return _changed({"name": name, **tree} if isinstance(tree, dict) else tree, overrides)

@@ -128,8 +128,7 @@ def export_run(
                 show=show,
             )
         tree = config.to_dict()
-        if tree["data"].get("path"):
-            tree["data"]["path"] = Path(tree["data"]["path"]).name  # the rest is of this machine
+        _without_places(tree)
         text = type(config).from_dict(tree).to_yaml()
         (staged / "config.yaml").write_text(text)
         record, notes = _record(opened)
@@ -154,6 +153,8 @@ def export_run(
             "fingerprint": fingerprint(model_weights(original)),
             "data_fingerprint": opened.splits.fingerprint,
             "data": data_name(config),
+            "factory": tree["model"].get("factory"),
+            "given": model is not None,
             "versions": ", ".join(f"{name} {environment()[name]}" for name in ("clead", "torch", "numpy", "python")),
             "size": f"{result['size']:,}",
             "difference": differs or 0.0,
@@ -185,6 +186,19 @@ def export_run(
     if hub is not None:
         result["hub"] = _push(hub, out, push_to_hub or "", private)
     return result
+
+
+def _without_places(tree: dict[str, Any]) -> None:
+    """Leave of paths, in place, the last part only: the rest is of this machine."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _without_places(value)
+        elif isinstance(value, list):
+            for part in value:
+                if isinstance(part, dict):
+                    _without_places(part)
+        elif isinstance(value, str | Path) and (key == "path" or Path(str(value)).is_absolute()):
+            tree[key] = Path(value).name
 
 
 def _check(out: Path, format: str, precision: str, images: int) -> None:

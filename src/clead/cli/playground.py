@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from clead.cli.application import OPEN, app, interruptible, say
-from clead.errors import MissingExtra
+from clead.errors import MissingExtra, UserError
 
 
 @app.command(context_settings=OPEN, options_metavar="RUN [RUN ...] [OPTIONS]")
@@ -30,6 +30,10 @@ def playground(
     from clead.checkpoint import RunDir
     from clead.cli.arguments import only, runs_and_overrides
 
+    if os.environ.get("CLEAD_API_KEY"):
+        raise UserError(
+            "CLEAD_API_KEY: the playground asks for no key, and this one is set; unset it, and put a proxy that asks before it"
+        )
     runs, overrides = runs_and_overrides(context.args)
     only(overrides, ("data",), "settings of data and train.device do")
     for run in runs:  # before seconds of imports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -50,7 +51,7 @@ class Custom:
         """Import the factory, call it and adapt what it returns; raises UserError if that fails or is not allowed."""
         if sample_shape is None:
             raise ValueError("a custom model is run once to be adapted: sample_shape (C, H, W) is required")
-        if self.factory not in _ALLOWED:
+        if _place(self.factory) not in _ALLOWED:
             raise UserError(
                 f"model.name: a file says that the code {self.factory} is to be run, and it runs with all your rights; if you know "
                 f"it, add --allow-code {self.factory} (in Python: clead.allow_code({self.factory!r}))"
@@ -75,7 +76,13 @@ def allow_code(*factories: str) -> None:
     A recipe or a run's config.yaml can come from anybody, with a model; the file it names may lie beside it. So naming code in a
     file is not enough to run it: the user names it, on the command line or by this function.
     """
-    _ALLOWED.update(factories)
+    _ALLOWED.update(map(_place, factories))
+
+
+def _place(factory: str) -> str:
+    """Return ``factory`` with the whole path of its file, however that was written."""
+    source, separator, name = factory.rpartition(":")
+    return f"{Path(source).resolve()}:{name}" if separator and source.endswith(".py") else factory
 
 
 def make_module(factory: str, num_classes: int) -> nn.Module:
@@ -87,7 +94,7 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
         code = _load(source)
         if not hasattr(code, name):
             known = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
-            raise UserError(f"model.factory: {code.__name__} has no {name!r}; {did_you_mean(name, known)}")
+            raise UserError(f"model.factory: {source} has no {name!r}; {did_you_mean(name, known)}")
         make = getattr(code, name)
         if isinstance(make, nn.Module) or not callable(make):
             raise UserError(
@@ -95,7 +102,7 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
             )
         try:
             made = make(num_classes=num_classes) if _takes_num_classes(make) else make()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"model.factory: {factory} raised {_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise UserError(f"model.factory: {factory} must return a torch.nn.Module, got {type(made).__name__}")
@@ -116,22 +123,21 @@ def _load(source: str) -> ModuleType:
                     "a file is named with its .py, such as 'nets/mine.py:Net'"
                 ) from error
             raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
     if not path.is_file():
         near = [str(other) for other in path.parent.glob("*.py")]
         raise UserError(f"model.factory: no file {source!r}; {did_you_mean(source, near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A name of its own: files of other folders, and installed modules, may have the same.
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Classes of the file are found again by pickle and deepcopy; a module already imported by that name keeps
-    # it.
-    sys.modules.setdefault(path.stem, module)
+    sys.modules[name] = module  # classes of the file are found again by pickle and deepcopy
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        if sys.modules.get(path.stem) is module:
-            del sys.modules[path.stem]
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
         raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
     return module
 
@@ -155,5 +161,5 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

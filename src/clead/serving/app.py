@@ -22,10 +22,12 @@ from clead.serving.gate import Gate
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from clead.serving.models import Outputs, ServedModel, open_models
 from clead.serving.problems import Problem, ProblemDetails
-from clead.serving.reading import NPY, read_images
+from clead.serving.reading import NPY, body_kind, read_body, read_images
 from clead.serving.settings import ServeSettings
 
 T = TypeVar("T")
+
+_SHOWN = 640  # training images in one answer; with 32×32 pixels some 2 MB
 
 _ABOUT = """
 Images go in as files (multipart, under the name `images`, or one image as the body), as nested JSON lists, or as a NumPy `.npy`
@@ -97,7 +99,7 @@ def create_app(
     )
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
         model = service.model(query)
-        found = await service.outputs(request, model)
+        found, _ = await service.outputs(request, model)
         return _json(
             {"model": model.name, "classes": model.classes, "predictions": service.predictions(model, found, query)}
         )
@@ -115,12 +117,18 @@ def create_app(
         async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
             model = service.model(query)
             label = _label(model, query.of)
-            found = await service.outputs(request, model)
+            found, deadline = await service.outputs(request, model)
+            if (shown := len(found.probabilities) * query.neighbours) > _SHOWN:
+                raise Problem(
+                    422,
+                    f"neighbours: at most {_SHOWN} training images are shown in one answer, got {len(found.probabilities)} images "
+                    f"times {query.neighbours} neighbours, {shown}; ask for fewer",
+                )
             work = asyncio.get_running_loop().run_in_executor(
                 service.pool,
                 lambda: _explained(model, found, service.predictions(model, found, query), query, label, settings),
             )
-            return _json(await service.in_time(work))
+            return _json(await service.in_time(work, deadline))
 
     @app.get("/healthz", summary="Say that the server is up", response_model=Health)
     async def healthz() -> Health:
@@ -183,17 +191,24 @@ class _Service:
             )
         return self.models[name]
 
-    async def outputs(self, request: Request, model: ServedModel) -> Outputs:
-        """Read the images of a request and return what the model says of them."""
-        images = await read_images(request, model, self.settings, self.pool)
-        found = await self.in_time(self.batchers[model.name].outputs(images))
-        self.metrics.images.labels(model.name).inc(len(images))
-        return found
+    async def outputs(self, request: Request, model: ServedModel) -> tuple[Outputs, float]:
+        """Read the images of a request; return what the model says of them, and until when the answer must be ready."""
+        body_kind(request)
+        body = await read_body(request, self.settings)
+        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
 
-    async def in_time(self, work: Awaitable[T]) -> T:
-        """Await, but give up after ``request_seconds``."""
+        async def found() -> Outputs:
+            images = await read_images(request, body, model, self.settings, self.pool)
+            return await self.batchers[model.name].outputs(images)
+
+        outputs = await self.in_time(found(), deadline)
+        self.metrics.images.labels(model.name).inc(len(outputs.probabilities))
+        return outputs, deadline
+
+    async def in_time(self, work: Awaitable[T], deadline: float) -> T:
+        """Await, but give up at ``deadline``, ``request_seconds`` after the request has arrived."""
         try:
-            return await asyncio.wait_for(work, self.settings.request_seconds)
+            return await asyncio.wait_for(work, max(0.0, deadline - asyncio.get_running_loop().time()))
         except asyncio.TimeoutError:
             raise Problem(
                 503,

@@ -46,6 +46,7 @@ class Gate:
 
         limited = path.startswith(LIMITED)
         refusal = self._refusal(scope, path, limited)
+        limited = limited and refusal is None  # what is refused takes nobody's place
         self.in_flight += limited
         try:
             if refusal is not None:

@@ -43,13 +43,8 @@ _REFUSED = (  # what is often sent instead of an image that is read here
 )
 
 
-async def read_images(
-    request: Request, model: ServedModel, settings: ServeSettings, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    """Return the images of a request, (n, C, H, W) in the model's shape: uint8, or float32 in [0, 1].
-
-    Files are brought to that shape the way the training's were; arrays must have it. Raises Problem.
-    """
+def body_kind(request: Request) -> str:
+    """Return the content type; raises Problem if it is none that is read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("multipart/form-data", "application/json", NPY) and not kind.startswith("image/"):
         raise Problem(
@@ -59,7 +54,17 @@ async def read_images(
         )
     if kind == "image/svg+xml":
         raise Problem(415, f"content-type: an SVG is no raster image; send one of {', '.join(FORMATS)}")
-    body = await read_body(request, settings)
+    return kind
+
+
+async def read_images(
+    request: Request, body: bytes, model: ServedModel, settings: ServeSettings, pool: ThreadPoolExecutor
+) -> np.ndarray:
+    """Return the images of a request's ``body``, (n, C, H, W) in the model's shape: uint8, or float32 in [0, 1].
+
+    Files are brought to that shape the way the training's were; arrays must have it. Raises Problem.
+    """
+    kind = body_kind(request)
     if kind == "application/json":
         return await _aside(len(body), pool, lambda: from_json(body, model, settings))
     if kind == NPY:
@@ -187,6 +192,16 @@ def from_files(files: list[bytes], model: ServedModel) -> np.ndarray:
 
 def from_json(body: bytes, model: ServedModel, settings: ServeSettings) -> np.ndarray:
     """Return the images of a JSON object {"images": [...], "pixels": "unit" | "uint8"}."""
+    channels, height, width = model.shape
+    most = settings.max_images
+    # Counted first: millions of empty lists are a short body, and seconds of work. A few too many are told more exactly below.
+    lists, numbers = most * (1 + channels * (1 + height)), most * channels * height * width
+    if body.count(b"[") > 2 * lists + 1000 or body.count(b",") > 2 * numbers + 1000:
+        raise Problem(
+            422,
+            f"images: at most {most} images of {channels}×{height}×{width} are read, got more lists or numbers than they have; "
+            "send fewer, or of that shape",
+        )
     try:
         given = Arrays.model_validate_json(body)
     except ValidationError as error:
@@ -225,6 +240,8 @@ def from_npy(body: bytes, model: ServedModel, settings: ServeSettings) -> np.nda
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, fortran, dtype = read(file)
+        if any(type(side) is not int or side < 0 for side in shape):
+            raise ValueError
     except Exception as error:  # NumPy's reader raises whatever a broken header makes it raise
         raise Problem(
             400, f"body: must be a .npy file as numpy.save writes it ({type(error).__name__}); send one"

@@ -10,7 +10,17 @@ from typing import Any, Literal, get_args
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
-from clead.config import GROUPS, TUNE, RunConfig, choice_keys, load_recipe, parse_overrides, parse_yaml, recipe_text
+from clead.config import (
+    GROUPS,
+    TUNE,
+    RunConfig,
+    choice_keys,
+    load_recipe,
+    parse_overrides,
+    parse_yaml,
+    read_recipe,
+    recipe_text,
+)
 from clead.errors import UserError, did_you_mean
 from clead.settings import Ratio, setting, settings, validated
 
@@ -83,7 +93,7 @@ class Search:
         return dataclasses.replace(self._with(values), name=f"{self.config.name}-tuned")
 
     def _with(self, values: Mapping[str, Any]) -> RunConfig:
-        return load_recipe(self.recipe, [*self.overrides, *_overrides(values)])
+        return read_recipe(self.recipe, [*self.overrides, *_overrides(values)])
 
     def own_values(self) -> dict[str, Any] | None:
         """Return the recipe's own values of the space's keys, or None if one lies outside."""
@@ -173,7 +183,7 @@ def open_search(recipe: str, overrides: Sequence[str] = ()) -> Search:
 def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunConfig) -> Search:
     problems, distributions = [], {}
     try:
-        load_recipe(recipe, [*overrides, *_overrides(chosen.during)])
+        read_recipe(recipe, [*overrides, *_overrides(chosen.during)])
     except UserError as error:
         problems += [f"{TUNE}.during: {problem}" for problem in error.problems]
     problems += [
@@ -186,10 +196,10 @@ def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunC
             _searchable(key, config)
             kinds: tuple[type, ...] = ()
             if isinstance(values, dict) and "low" in values:  # a configuration with a value of it knows the key's type
-                kinds = value_kinds(load_recipe(recipe, [*overrides, *_overrides({key: values["low"]})]), key)
+                kinds = value_kinds(read_recipe(recipe, [*overrides, *_overrides({key: values["low"]})]), key)
             distribution = _distribution(key, values, kinds)
             for value in _ends(distribution):
-                load_recipe(recipe, [*overrides, *_overrides({key: value})])
+                read_recipe(recipe, [*overrides, *_overrides({key: value})])
             distributions[key] = distribution
         except UserError as error:
             prefix = f"{TUNE}.space"
