@@ -1,7 +1,6 @@
 """kill -9 at random moments: what is continued afterwards must equal what was never interrupted.
 
-    python benchmarks/faults.py --what train evaluate --kills 50 --out benchmarks/faults.json
-    python benchmarks/faults.py --what tune --kills 50 --out benchmarks/faults.json
+    python benchmarks/faults.py --kills 50 --out benchmarks/faults.json                 (half an hour on 2 cores)
 
 Each kind of work is done once without a fault. Then it is begun again and again in processes of their own, each killed (SIGKILL)
 and started anew with the same command until it ends by itself: one life. Three of four moments are drawn uniformly from the first
@@ -235,7 +234,7 @@ def faults(kind: str, kills: int, seed: int, folder: Path, more: tuple[str, ...]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=("train", "evaluate", "tune"), default=("train", "evaluate"))
+    parser.add_argument("--what", nargs="+", choices=("train", "evaluate", "tune"), default=("train", "evaluate", "tune"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a smaller training or evaluation, for the tests")
