@@ -234,7 +234,9 @@ def faults(kind: str, kills: int, seed: int, folder: Path, more: tuple[str, ...]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", nargs="+", choices=("train", "evaluate", "tune"), default=("train", "evaluate", "tune"))
+    parser.add_argument(
+        "--what", nargs="+", choices=("train", "evaluate", "tune"), default=("train", "evaluate", "tune")
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a smaller training or evaluation, for the tests")

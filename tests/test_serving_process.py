@@ -12,6 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +121,31 @@ def test_half_a_body_is_answered_408(server):
         connection.sendall(head(len(body())) + body()[:50])
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408") and b"0.4 seconds" in answer and b"application/problem+json" in answer
+
+
+def test_a_client_that_does_not_read_its_answer_is_cut_off(server):
+    def sockets():
+        folder = Path(f"/proc/{server.process.pid}/fd")
+        return sum(os.readlink(each).startswith("socket:") for each in folder.iterdir() if each.is_symlink())
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("what a process has open is seen on Linux only")
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros((20, 1, 8, 8), np.uint8))
+    asked = head(len(buffer.getvalue()), "/v1/explain?neighbours=32") + buffer.getvalue()
+    time.sleep(1)  # connections of the tests before are gone
+    before = sockets()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", server.port))
+        deaf.sendall(asked * 40)  # more answers than the kernel keeps
+        deadline = time.monotonic() + 30
+        while sockets() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sockets() == before + 1
+        while sockets() > before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert sockets() == before
 
 
 def test_a_slow_client_does_not_hold_up_another(server):

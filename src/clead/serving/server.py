@@ -83,14 +83,16 @@ def serve(
 
 
 def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with a limit of its own: the head of a request must have arrived within ``seconds``.
+    """Return uvicorn's protocol with limits of its own: ``seconds`` for the head of a request, and for an answer to be taken.
 
-    uvicorn waits for ever for the first byte and for the rest of a head (a slow loris); only between requests does it have a limit.
+    uvicorn waits for ever for the first byte, for the rest of a head (a slow loris) and for a client that does not read; only
+    between requests does it have a limit.
     """
     base: Any = AutoHTTPProtocol  # one of two, by what is installed
 
     class Timed(base):
         _limit: asyncio.TimerHandle | None = None
+        _taken: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -104,9 +106,24 @@ def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
             else:
                 self._end()
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            me: Any = self
+            self._taken = me.loop.call_later(seconds, me.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._taken_up()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._end()
+            self._taken_up()
             super().connection_lost(exc)
+
+        def _taken_up(self) -> None:
+            if self._taken is not None:
+                self._taken.cancel()
+                self._taken = None
 
         def _begin(self) -> None:
             if self._limit is None:
