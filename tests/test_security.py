@@ -483,6 +483,13 @@ def test_a_search_that_a_recipe_describes_names_no_code_for_the_user(given, monk
     assert "is to be run" in capsys.readouterr().err and not (given / "ran").exists()
 
 
+def test_what_comes_next_is_said_with_leave_to_run_the_code(given, monkeypatch, capsys):
+    assert clead_("train recipe.yaml --out new --model.name net.py:make", monkeypatch) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    assert line == "next: clead evaluate new --allow-code net.py:make"
+    assert clead_(f"{line.removeprefix('next: clead ')} --suite quick --eval.images 4", monkeypatch) == 0
+
+
 def test_own_code_that_ends_the_process_is_a_mistake_of_the_user(given, monkeypatch, capsys):
     (given / "script.py").write_text("import sys\nsys.exit(7)\n")
     assert clead_("train digits-standard --model.name script.py:make --out new", monkeypatch) == 2

@@ -32,6 +32,12 @@ def positional(arguments: list[str]) -> tuple[list[str], list[str]]:
     return alone, overrides
 
 
+def allowance(config: RunConfig) -> str:
+    """Return what a command on this run needs besides its name: leave to run the code that makes its model."""
+    factory = getattr(config.model, "factory", None)
+    return f" --allow-code {factory}" if factory else ""
+
+
 def only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
     """Refuse settings that would change nothing here, because the run is trained already."""
     from clead.config import GROUPS, parse_overrides

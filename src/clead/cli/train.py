@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clead.cli.application import OPEN, Out, app, interruptible, say
-from clead.cli.arguments import positional
+from clead.cli.arguments import allowance, positional
 from clead.errors import UserError
 
 
@@ -72,7 +72,7 @@ def train(
         f"{o.steps} steps, {o.epochs:.1f} epochs, {o.forward_equivalents:.0f} forward-equivalents per image, "
         f"{o.seconds:.0f} s; best validation {which} accuracy {o.best_validation:.1%} at step {o.best_step}"
     )
-    say(f"run: {run.path}\nnext: clead evaluate {run.path}")
+    say(f"run: {run.path}\nnext: clead evaluate {run.path}{allowance(config)}")
 
 
 def _newest(name: str) -> Path:

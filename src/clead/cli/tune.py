@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clead.cli.application import OPEN, app, interruptible, say
-from clead.cli.arguments import positional
+from clead.cli.arguments import allowance, positional
 from clead.errors import MissingExtra, UserError
 
 
@@ -89,5 +89,6 @@ def _print(found: Any) -> None:
     recipe = found.path / "best.yaml"
     own_threat = any("threat" in key.split(".") for key in found.search.distributions)
     threat = f" --threat.eps {found.search.config.threat.eps}" if own_threat else ""
-    say(f"recipe: {recipe}\nnext: clead train {recipe} --out {found.path}/best")
-    say(f"then, once, on the test images: clead evaluate {found.path}/best{threat}")
+    code = allowance(found.search.config)
+    say(f"recipe: {recipe}\nnext: clead train {recipe} --out {found.path}/best{code}")
+    say(f"then, once, on the test images: clead evaluate {found.path}/best{threat}{code}")
