@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -147,6 +148,34 @@ def test_what_needs_whole_weights_cannot_be_shared_out(given, says, tmp_path):
         clead.train(config, out=tmp_path / "run", show=False)
 
 
+def test_a_worker_that_is_stopped_for_a_while_changes_nothing(tmp_path):
+    arguments = ["-m", "clead", "train", "digits-trades", *TINY.split(), "--train.budget", "120", "--out"]
+    assert torchrun(2, *arguments, str(tmp_path / "straight")).returncode == 0
+    # Process 1 stops itself at its sixth batch; a child of its own wakes it two seconds later.
+    (tmp_path / "sitecustomize.py").write_text("""
+import os, subprocess, sys
+if os.environ.get("RANK") == "1" and "train" in sys.argv:
+    import clead.data.loaders as loaders
+    plain, calls = loaders.Loader.batch, []
+    def batch(self, *place):
+        calls.append(place)
+        if len(calls) == 6:
+            subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), 19)
+        return plain(self, *place)
+    loaders.Loader.batch = batch
+""")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = torchrun(2, *arguments, str(tmp_path / "stopped"), PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (load_weights(tmp_path / name / "last.safetensors")[0] for name in ("straight", "stopped"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    seconds = [
+        json.loads((tmp_path / name / "outcome.json").read_text())["seconds"] for name in ("straight", "stopped")
+    ]
+    assert seconds[1] > 2
+
+
 def test_every_method_is_a_case():
     assert set(METHODS.names()) <= set(CASES)
 
@@ -202,6 +231,10 @@ if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists(
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     done = torchrun(2, "-m", "clead", "train", *words, PYTHONPATH=path)
     assert done.returncode and (tmp_path / "killed").exists()
+    said = re.sub(r"\x1b\[\w+", "", done.stderr)
+    # Process 0 is told by its neighbour's end, or stopped by torchrun before that.
+    assert "clead: error: another process of this training is gone" in said or "closing signal SIGTERM" in said
+    assert "_fit(" not in said  # no traceback of ours
     assert (run / "resume.state").exists() and not (run / "outcome.json").exists()
     done = subprocess.run([sys.executable, "-m", "clead", "train", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

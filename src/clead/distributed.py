@@ -33,6 +33,27 @@ _MEETING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=12)  # process 0 validates, or stores images, while the others wait
 
 
+class LostWorker(RuntimeError):
+    """Another process of the training ended or could not be reached; what was saved is whole."""
+
+
+@contextmanager
+def told_of_loss(where: str) -> Generator[None, None, None]:
+    """Turn what gloo or NCCL say when a process is gone into LostWorker, which names ``where`` to go on."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's are of no kind of their own
+        said = str(error)
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Connection (closed|reset)", said):
+            raise
+        reason = (
+            re.sub(r"\[.*?\]\s*", "", said.splitlines()[0]).partition(". ")[0][:120] if said else type(error).__name__
+        )
+        raise LostWorker(
+            f"another process of this training is gone ({reason}); the same command with --resume goes on from {where}"
+        ) from error
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of one training, numbered from 0; number 0 writes, logs and validates.

@@ -134,7 +134,7 @@ def _run() -> None:
         if usage is not None:  # a usage error of the command line
             print(f"clead: error: {' '.join(usage().split())}", file=sys.stderr)
             sys.exit(2)
-        if kind == "NonFiniteLoss":
+        if kind in ("NonFiniteLoss", "LostWorker"):
             print(f"clead: error: {error}", file=sys.stderr)
             sys.exit(1)
         if kind == "OutOfMemoryError":

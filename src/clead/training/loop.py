@@ -25,7 +25,16 @@ from clead.config import RunConfig, Train
 from clead.data.base import mixed
 from clead.data.labels import for_method
 from clead.data.loaders import Loader, seeded
-from clead.distributed import ALONE, Parted, Processes, average_gradients, local_device, started, synchronised
+from clead.distributed import (
+    ALONE,
+    Parted,
+    Processes,
+    average_gradients,
+    local_device,
+    started,
+    synchronised,
+    told_of_loss,
+)
 from clead.errors import UserError
 from clead.evaluation.knn import neighbours_accuracy
 from clead.evaluation.verdicts import accuracy_under_attack
@@ -199,7 +208,10 @@ def fit(
     settings = config.train
     device = local_device(device_of(settings.device))
     processes = started(device)
-    with synchronised(model) if processes.size > 1 and settings.sync_batch_norm else contextlib.nullcontext():
+    with (
+        told_of_loss(str(run.path)) if processes.size > 1 else contextlib.nullcontext(),
+        synchronised(model) if processes.size > 1 and settings.sync_batch_norm else contextlib.nullcontext(),
+    ):
         return _fit(
             config,
             splits,
