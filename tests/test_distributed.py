@@ -198,6 +198,24 @@ def test_several_processes_train_as_one_does(trained, case, count):
     assert len(losses[0]) and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def second_worker_kills_itself(folder: Path) -> str:
+    """Return the PYTHONPATH with which the second worker of a training kills itself at its sixth batch, once."""
+    (folder / "sitecustomize.py").write_text(f"""
+import os, sys
+if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists({str(folder / "killed")!r}):
+    import clead.data.loaders as loaders
+    plain, calls = loaders.Loader.batch, []
+    def batch(self, *place):
+        calls.append(place)
+        if len(calls) == 6:
+            open({str(folder / "killed")!r}, "w").close()
+            os.kill(os.getpid(), 9)
+        return plain(self, *place)
+    loaders.Loader.batch = batch
+""")
+    return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
 @pytest.mark.parametrize("shard", ["false", "true"])
 def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_number_of_processes(shard, tmp_path):
     run = tmp_path / "run"
@@ -214,21 +232,7 @@ def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_numbe
         str(run),
         "--resume",
     ]
-    # The second worker kills itself at its sixth batch, once.
-    (tmp_path / "sitecustomize.py").write_text(f"""
-import os, sys
-if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists({str(tmp_path / "killed")!r}):
-    import clead.data.loaders as loaders
-    plain, calls = loaders.Loader.batch, []
-    def batch(self, *place):
-        calls.append(place)
-        if len(calls) == 6:
-            open({str(tmp_path / "killed")!r}, "w").close()
-            os.kill(os.getpid(), 9)
-        return plain(self, *place)
-    loaders.Loader.batch = batch
-""")
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = second_worker_kills_itself(tmp_path)
     done = torchrun(2, "-m", "clead", "train", *words, PYTHONPATH=path)
     assert done.returncode and (tmp_path / "killed").exists()
     said = re.sub(r"\x1b\[\w+", "", done.stderr)
@@ -288,6 +292,56 @@ except UserError as error:
     done = torchrun(2, str(tmp_path / "differ.py"))
     assert "told: process 1 has another configuration than process 0" in done.stderr
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_torchrun_starts_a_lost_worker_again_and_the_run_goes_on(backend, tmp_path):
+    """torchrun --max-restarts, with its default rendezvous and with c10d."""
+    run = tmp_path / "run"
+    where = (
+        [f"--master-port={free_port()}"]
+        if backend == "static"
+        else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
+    )
+    words = [*TINY.split(), "--train.budget", "60", "--train.checkpoint_seconds", "0", "--out", str(run), "--resume"]
+    starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", *where]
+    done = subprocess.run(
+        [*starter, "-m", "clead", "train", "digits-trades", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": second_worker_kills_itself(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "killed").exists() and (run / "outcome.json").exists()
+    logged = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == sorted(logged)
+
+
+def test_what_is_left_in_torchruns_store_from_before_a_restart_does_not_matter(tmp_path):
+    """The other process comes first, and finds the port of a store that is gone."""
+    agent = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    agent.set(distributed._STORE_PORT, str(free_port()))
+    code = """
+import datetime, os, sys, time, clead.distributed as d, torch
+time.sleep(3 * (os.environ["RANK"] == "0"))
+d.connect("gloo", datetime.timedelta(seconds=60))
+numbers = torch.tensor([float(os.environ["RANK"]) + 1])
+torch.distributed.all_reduce(numbers)
+print(numbers.item())
+d.leave(0)
+"""
+    settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **settings, "RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0\n", "3.0\n"]
 
 
 def test_a_missing_master_is_told(tmp_path):

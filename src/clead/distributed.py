@@ -11,7 +11,9 @@ from __future__ import annotations
 import atexit
 import os
 import re
+import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,8 @@ T = TypeVar("T")
 
 _MEETING = timedelta(minutes=5)
 _PATIENCE = timedelta(hours=12)  # process 0 validates, or stores images, while the others wait
+
+_STORE_PORT = "clead/port of process 0's store"
 
 
 class LostWorker(RuntimeError):
@@ -163,7 +167,7 @@ def started(device: torch.device) -> Processes:
         return ALONE
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_MEETING)
+            connect("nccl" if device.type == "cuda" else "gloo", _MEETING)
             dist.barrier()
         except (RuntimeError, ValueError) as error:
             reason = re.sub(r"\s+", " ", str(error).splitlines()[0])[:160]
@@ -174,6 +178,39 @@ def started(device: torch.device) -> Processes:
         dist.distributed_c10d._set_pg_timeout(_PATIENCE)
         atexit.register(_leave)
     return Processes(dist.get_rank(), dist.get_world_size())
+
+
+def connect(backend: str, timeout: timedelta) -> None:
+    """Join the processes that ``torchrun`` started into a group with ``timeout`` for each of its operations.
+
+    Process 0 keeps a store of its own: torchrun's outlives a restart of the processes (torch 2.13), with the addresses of those
+    that are gone, and a new process that read them before they were replaced could not connect, or waited for ever.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    host, rank, size = os.environ["MASTER_ADDR"], int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    agent = dist.TCPStore(host, int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+        agent.set(_STORE_PORT, str(store.port))
+    else:
+        store = dist.TCPStore(host, _live_port(agent, host, timeout), is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def _live_port(agent: dist.TCPStore, host: str, timeout: timedelta) -> int:
+    """Return the port of process 0's store, once something answers there: what is written may be of the round before."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        port = int(agent.get(_STORE_PORT))
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return port
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"process 0 does not answer at port {port}: {error}") from error
+            time.sleep(0.1)
 
 
 def leave(code: int) -> None:

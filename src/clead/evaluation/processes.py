@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from clead.distributed import connect
 from clead.errors import UserError
 from clead.evaluation.state import Part, differences, read_header
 
@@ -145,7 +146,7 @@ def group() -> Group | None:
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        connect("gloo", _PATIENCE)
     try:
         dist.new_group(backend="gloo", timeout=_MEETING)  # connects all processes, or fails
     except RuntimeError as error:
