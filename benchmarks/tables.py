@@ -14,8 +14,9 @@ from scipy import stats
 HERE = Path(__file__).parent
 NAMES = {"standard": "standard", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD"}
 
-DIGITS = {
+HEADLINE = {
     "clead": "C-LEAD",
+    "clead-free": "C-LEAD on free AT",
     "trades": "TRADES",
     "free": "free AT",
     "trades-awp": "TRADES-AWP",
@@ -26,6 +27,38 @@ DIGITS = {
     "clead-published-full": "C-LEAD as published, all fine-tuned",
     "clead-published": "C-LEAD as published, linear head",
 }
+
+FORMS = {
+    "free contrast 1 cold": "free AT, contrast between adversaries of a class, weight 1, τ 0.2",
+    "free contrast 1": "the same, τ 0.5",
+    "clead cooling": "TRADES + contrast, τ from 0.5 to 0.1",
+    "free contrast 3": "free AT, contrast between adversaries, weight 3",
+    "clead free 4": "TRADES + contrast, adversaries kept for 4 steps",
+    "free": "**free AT**",
+    "clead": "TRADES + contrast, weight 0.3, τ 0.5 (digits-clead)",
+    "clead hard": "… hard negatives weighted more",
+    "clead logits": "… of the logits",
+    "free contrast 0.3": "free AT, contrast between adversaries, weight 0.3",
+    "clead others": "… negatives of other classes only",
+    "clead up": "… weight growing",
+    "trades": "**TRADES**",
+    "clead prototype": "… with class prototypes",
+    "clead stop": "… no gradient to the clean side",
+    "clead adversaries": "… between adversaries only",
+    "clead down": "… weight falling",
+    "clead asymmetric": "… asymmetric InfoNCE",
+    "clead queue": "… momentum encoder and queue of 512",
+    "clead layer": "… of an inner layer",
+    "clead at adversaries": "PGD-AT + contrast between adversaries",
+    "pgd-at": "**PGD-AT**",
+    "acl then trades": "ACL for a third of the compute, then TRADES",
+    "mart": "**MART**",
+    "clead awp": "TRADES-AWP + contrast",
+    "trades-awp": "**TRADES-AWP**",
+    "acl then trades-awp": "ACL, then TRADES-AWP",
+}
+
+UNFORESEEN = {"l2:0.6": "L2 %", "l1:1": "L1 %", "spatial": "rotations, shifts %", "corruptions": "corruptions %"}
 
 
 def percent(values):
@@ -43,24 +76,57 @@ def records(recipe, suite):
     return {record["training"]["seed"]: record for record in found}
 
 
-def digits():
-    """Every method, C-LEAD minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
-    rows = json.loads((HERE / "study_headline" / "digits.json").read_text())
-    print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
-    print("|---|---|---|---|---|---|---|")
+def by_variant(rows):
+    """Return what a study measured, by variant and seed."""
     by = {}
     for row in rows:
-        robust = {name: part["robust_accuracy"] for name, part in row["suites"].items()}
+        robust = {name: part["robust_accuracy"] for name, part in row.get("suites", {}).items()}
+        robust = robust or {"robust": row["robust_accuracy"]}
         found = {"clean": row["clean_accuracy"], "stored": row.get("transferred_accuracy"), **robust}
         by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"]}
-    for key, name in DIGITS.items():
+    return by
+
+
+def committed(name):
+    return json.loads((HERE / name).read_text())
+
+
+def headline(name):
+    """Every method, C-LEAD minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
+    rows = committed(f"study_headline/{name}.json")
+    print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
+    print("|---|---|---|---|---|---|---|")
+    by = by_variant(rows)
+    for key, title in HEADLINE.items():
+        if key not in by:
+            continue
         mine = by[key].values()
         clean, standard, pgd = (percent([found[part] for found in mine]) for part in ("clean", "standard", "pgd"))
         stored = [found["stored"] for found in mine if found["stored"] is not None]
-        cells = [name, clean, standard, "" if key == "clead" else difference(by["clead"], by[key], "standard"), pgd]
+        cells = [title, clean, standard, "" if key == "clead" else difference(by["clead"], by[key], "standard"), pgd]
         compute = statistics.mean(found["compute"] for found in mine)
         print("| " + " | ".join([*cells, percent(stored) if stored else "", f"{compute:.0f}"]) + " |")
     print(f"\nn = {rows[0]['n']} test images, {len(mine)} seeds")
+
+
+def forms():
+    """Every form of contrast that was screened, and it minus TRADES, paired over seeds."""
+    by = by_variant(committed("screen_digits.json"))
+    assert set(by) == set(FORMS)
+    print("| form | robust % | against TRADES |\n|---|---|---|")
+    for key, title in FORMS.items():
+        gain = "" if key == "trades" else difference(by[key], by["trades"], "robust")
+        print(f"| {title} | {percent([found['robust'] for found in by[key].values()])} | {gain} |")
+
+
+def unforeseen():
+    """Every method under threats that it was not trained against."""
+    by = by_variant(committed("unforeseen_digits.json"))
+    print("| method | " + " | ".join(UNFORESEEN.values()) + " |" + "\n|---" + "|---" * len(UNFORESEEN) + "|")
+    for key, title in HEADLINE.items():
+        if key in by:
+            cells = [percent([found[threat] for found in by[key].values()]) for threat in UNFORESEEN]
+            print(f"| {title} | " + " | ".join(cells) + " |")
 
 
 def small(recipes):
@@ -84,14 +150,8 @@ def small(recipes):
 def study(rows, against):
     """Every variant under every suite, and ``against`` minus it, paired over seeds, with a 95 % t-interval."""
     names = sorted({suite for row in rows for suite in row.get("suites", {})}) or ["robust"]
-    by = {}
-    for row in rows:
-        suites = {name: part["robust_accuracy"] for name, part in row.get("suites", {}).items()}
-        found = {"clean": row["clean_accuracy"], **(suites or {"robust": row["robust_accuracy"]})}
-        if "transferred_accuracy" in row:
-            found["transferred"] = row["transferred_accuracy"]
-        by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"]}
-    columns = [*names, *(["transferred"] if any("transferred_accuracy" in row for row in rows) else [])]
+    by = by_variant(rows)
+    columns = [*names, *(["stored"] if any("transferred_accuracy" in row for row in rows) else [])]
     titles = [f"{name} % | {against} − it" if name in names else f"{name} %" for name in columns]
     print(f"n = {rows[0]['n']} {rows[0]['split']} images; mean ± standard deviation over seeds\n")
     print("| variant | seeds | clean % | " + " | ".join(titles) + " | compute |")
@@ -100,7 +160,7 @@ def study(rows, against):
         mine = by[variant]
         cells = [variant, str(len(mine)), spread(found["clean"] for found in mine.values())]
         for name in columns:
-            cells.append(spread(found[name] for found in mine.values() if name in found))
+            cells.append(spread(found[name] for found in mine.values() if found.get(name) is not None))
             if name in names:
                 cells.append("" if variant == against else difference(by.get(against, {}), mine, name))
         print("| " + " | ".join([*cells, f"{statistics.mean(found['compute'] for found in mine.values()):.0f}"]) + " |")
@@ -127,7 +187,11 @@ if __name__ == "__main__":
     if arguments.study is not None:
         study(json.loads(arguments.study.read_text()), arguments.against)
         raise SystemExit
-    digits()
+    headline("digits")
+    print()
+    forms()
+    print()
+    unforeseen()
     print()
     small({f"cifar10-small-{key}": name for key, name in NAMES.items()})
     print()
