@@ -366,7 +366,7 @@ def _fit(
 
     amp = torch.autocast(device.type, dtype=PRECISION[settings.precision], enabled=settings.precision != "float32")
     validation = mixed(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
-    validation_attack = PGD(steps=settings.validate_steps)
+    validation_attack = PGD(steps=settings.validate_steps, step_schedule="linear")
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
     with (
