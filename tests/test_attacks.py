@@ -142,6 +142,23 @@ def test_more_effort_is_never_worse(norm):
     assert (value(model, more, y) >= value(model, last, y)).all()
 
 
+@pytest.mark.parametrize(("given", "first"), [(None, 0.5), (0.2, 0.2)])
+def test_falling_steps_are_those_of_the_formula(given, first):
+    """Step t of n is step_size · (1 - t / n), by default from eps; on a slope nothing else moves the image."""
+    places: list[Tensor] = []
+
+    def slope(x_adv: Tensor) -> Tensor:
+        places.append(x_adv.detach().clone())
+        return x_adv.flatten(1).sum(1)
+
+    attack = PGD(steps=4, step_size=given, step_schedule="linear", random_start=False)
+    x = torch.full((1, 1, 2, 2), 0.1)
+    last = attack(slope, x, Linf(eps=0.5))
+    moved = [place.mean().item() - 0.1 for place in [*places, last]]
+    sizes = [first * (1 - step / 4) for step in range(4)]
+    assert moved == pytest.approx([min(sum(sizes[:step]), 0.5) for step in range(5)], abs=1e-6)
+
+
 def test_keep_best_is_the_maximum_over_the_whole_path():
     """Start included; recorded by the objective itself."""
     model, (x, y) = curved(), images(classes=4)
