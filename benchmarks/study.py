@@ -71,8 +71,13 @@ def main() -> None:
     done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
     variants = [pair for pair in study["variants"].items() if not arguments.only or pair[0] in arguments.only]
+    for seed in study["seeds"]:  # where the run directories are gone, what rows to come need is run again
+        for name, needs in ((name, variant["needs"]) for name, variant in variants if "needs" in variant):
+            if (name, seed) not in done and not folder(work, needs, seed).exists():
+                done.discard((needs, seed))
 
     def finish(job, name, seed, variant, overrides):
+        rows[:] = [row for row in rows if (row["variant"], row["seed"]) != (name, seed)]
         rows.append(
             {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()}
         )

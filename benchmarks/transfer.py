@@ -66,10 +66,13 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.workers) as pool:
         jobs = {}
         for row in json.loads(arguments.study.read_text()):
-            if (row["variant"], row["seed"]) not in done:
-                jobs[pool.submit(measure, folder(arguments.work, row["variant"], row["seed"]), data, arguments.eps)] = (
-                    row
-                )
+            run = folder(arguments.work, row["variant"], row["seed"])
+            if (row["variant"], row["seed"]) in done:
+                continue
+            if not run.exists():
+                print(f"{run} is not there, left out", flush=True)
+                continue
+            jobs[pool.submit(measure, run, data, arguments.eps)] = row
         for job in as_completed(jobs):
             found = job.result()
             row = {key: jobs[job][key] for key in KEPT} | {"n": found["n"], "split": "test"}
