@@ -149,3 +149,78 @@ def test_mistakes_are_one_line_and_leave_nothing(teacher, tmp_path):
     with pytest.raises(UserError, match=r"^data.pseudo_labels_from: every image has a label already"):
         clead.train(chosen, data=labelled, out=out, show=False)
     assert not out.exists()
+
+
+STAGED = """
+data: {name: digits, batch_size: 16, labelled: 0.1, limit_train: 300}
+model: {width: 4, features: 8}
+threat: {eps: 0.15}
+attack: {steps: 1}
+method: {name: trades}
+optim: {name: adamw, lr: 0.01}
+train: {epochs: 2, device: cpu}
+eval: {weights: last}
+stages:
+  - name: teacher
+    method: {name: standard}
+    train: {epochs: 8}
+  - name: student
+    data: {pseudo_labels_from: teacher}
+"""
+
+
+def staged(path, *overrides):
+    (path / "staged.yaml").write_text(STAGED)
+    return load_recipe(path / "staged.yaml", list(overrides))
+
+
+def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, monkeypatch):
+    """As two runs, the second beginning with the first's weights and labels; and again when it is resumed."""
+    chosen = staged(tmp_path)
+    clead.train(chosen, out=tmp_path / "run")
+    kept = tmp_path / "run" / "stages" / "2-student" / PSEUDO_LABELS
+    tensors, about = load_weights(kept)
+    first = tmp_path / "run" / "stages" / "1-teacher"
+    assert not (first / PSEUDO_LABELS).exists() and not (tmp_path / "run" / PSEUDO_LABELS).exists()
+    train = chosen.data.load(0).train
+    assert torch.equal(tensors["labels"], predicted(first, train.images)) and about["from"] == "teacher"
+    assert 0.3 < about["agreement"] < 1
+    assert f"{about['agreement']:.1%} of {int((~train.labelled).sum())} pseudo-labels by stage teacher are" in (
+        capsys.readouterr().err
+    )
+    alone = chosen.trainings()[1]
+    by_hand = dataclasses.replace(
+        alone,
+        data=dataclasses.replace(alone.data, pseudo_labels_from=str(first)),
+        train=dataclasses.replace(alone.train, start_from=str(first)),
+    )
+    clead.train(by_hand, out=tmp_path / "hand", show=False)
+    assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
+
+    step, count = loop._forward_backward, 0
+
+    def stop(*arguments):
+        nonlocal count
+        count += 1
+        if (tmp_path / "killed" / "stages" / "2-student" / PSEUDO_LABELS).exists() and count % 5 == 0:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_forward_backward", stop)
+        clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False)
+    clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False, resume=True)
+    assert same(stored(tmp_path / "run"), stored(tmp_path / "killed"))
+
+
+def test_a_stage_names_an_earlier_one(tmp_path):
+    rule = r"must be an earlier stage \(before it there is {}\), got '{}'; a run directory is given outside of stages$"
+    start = r"^stages.{}.data.pseudo_labels_from: "
+    with pytest.raises(UserError, match=start.format("student") + rule.format("teacher", "nobody")):
+        staged(tmp_path, "--stages.student.data.pseudo_labels_from", "nobody")
+    with pytest.raises(UserError, match=start.format("teacher") + rule.format("none", "student")):
+        staged(tmp_path, "--stages.teacher.data.pseudo_labels_from", "student")
+    with pytest.raises(
+        UserError, match="changes nothing while every image has a label, got teacher; set data.labelled"
+    ):
+        staged(tmp_path, "--data.labelled", "1")

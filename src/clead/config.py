@@ -175,7 +175,14 @@ GROUPS = (*_CHOSEN, *_FIXED)
 TUNE = "tune"
 """The group of a recipe that says how it is searched: ``clead tune`` reads it, a training has no use for it."""
 _STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")
-_STAGE_DATA = ("batch_size", "augment", "view", "cutmix")  # what of the data a stage may change
+_STAGE_DATA = (
+    "batch_size",
+    "augment",
+    "view",
+    "cutmix",
+    "labelled_share",
+    "pseudo_labels_from",
+)  # what of the data a stage may change
 _OF_THE_RUN = ("seed", "device", "start_from")  # what of the training it may not
 _DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
 
@@ -184,8 +191,8 @@ _DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack":
 class Stage:
     """One of several trainings that follow each other in a run, each from the weights that the one before it ended with.
 
-    Of ``data`` only batch size, augmentation, view and CutMix count, of ``train`` all but seed, device and start_from: the rest is
-    the run's own.
+    Of ``data`` only batch size, augmentation, view, CutMix and pseudo_labels_from (there the name of an earlier stage, or the run's
+    own) count, of ``train`` all but seed, device and start_from: the rest is the run's own.
     """
 
     name: str
@@ -226,8 +233,21 @@ class RunConfig:
             own = {group: getattr(stage, group) for group in _STAGE_GROUPS}
             strange = [f"{group}: {said}" for group, value in own.items() if (said := _stranger(group, value))]
             problems += [f"stages.{stage.name}.{said}" for said in strange or _joint_problems(own)]
+        problems += self._teacher_problems()
         if problems or (not self.stages and (problems := _joint_problems(parts))):
             raise UserError(*problems)
+
+    def _teacher_problems(self) -> list[str]:
+        """Return what is wrong with the stages that other stages take pseudo-labels from."""
+        problems, before = [], []
+        for stage in self.stages:
+            source = getattr(stage.data, "pseudo_labels_from", None)
+            if source is not None and source != getattr(self.data, "pseudo_labels_from", None) and source not in before:
+                there = f"before it there is {', '.join(before) or 'none'}"
+                rule = f"must be an earlier stage ({there}), got {source!r}; a run directory is given outside of stages"
+                problems.append(f"stages.{stage.name}.data.pseudo_labels_from: {rule}")
+            before.append(stage.name)
+        return problems
 
     def trainings(self) -> tuple[RunConfig, ...]:
         """Return the complete configuration of each stage, in order; without stages, this one alone."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from clead.checkpoint import RunDir, environment, load_weights, locked, save_wei
 from clead.config import RunConfig
 from clead.distributed import Processes, local_device, started
 from clead.errors import UserError
-from clead.evaluation.verdicts import exact_float32, pixels
 from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
 from clead.models.modes import attack_mode
@@ -25,11 +23,9 @@ from clead.models.seeding import seeded
 from clead.models.split import SplitModel, adapt
 from clead.training.loop import AfterValidation, Outcome, device_of, fit
 from clead.training.profile import profile_training
+from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
 from clead.training.trainable import start_from, unfrozen_afterwards
-
-PSEUDO_LABELS = "pseudo_labels.safetensors"
-"""In a run directory: the pseudo-labels that it was trained with, and how many of them are right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +75,7 @@ def train(
     splits = data if data is not None else config.data.load(config.train.seed)
     processes.agree({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
     show = show and processes.first
-    splits, pseudo_labels = _as_seen(config, splits, path, show=show)
+    splits, new_labels = _as_seen(config, splits, path, show=show)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else build(config, splits)
     _dry_run(split_model, image_shape(splits), config.to_dict()["model"]["name"])
@@ -97,8 +93,8 @@ def train(
             run.note_environment()
             if splits.unreadable:
                 write_atomically(path / "unreadable.txt", "".join(f"{name}\n" for name in splits.unreadable).encode())
-            if pseudo_labels is not None:
-                save_weights(path / PSEUDO_LABELS, *pseudo_labels)
+            if new_labels is not None:
+                save_weights(path / PSEUDO_LABELS, *new_labels)
         processes.wait()
         run = RunDir(path)
         # Leave the caller's global random state, and what of the model is frozen, as they were.
@@ -193,29 +189,20 @@ def _as_seen(
 
     Those that the run in ``path`` keeps already are taken up, so that it goes on as it began whatever became of their source.
     """
-    train, source = splits.train, config.data.pseudo_labels_from
-    new = None
-    if source is not None:
-        kept = None if path is None else path / PSEUDO_LABELS
-        if kept is not None and kept.exists():
-            tensors, about = load_weights(kept)
-        else:
-            tensors, about = new = _pseudo_labels(config, splits, source)
-        if tensors["labels"].shape != train.labels.shape or about["data"] != splits.fingerprint:
-            raise UserError(
-                f"{kept} is of other images; --resume continues on the same data: restore it, or train anew"
-            )
-        train = dataclasses.replace(train, pseudo_labels=tensors["labels"])
-        if show:
-            said = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
-            print(f"{said} (by the hidden labels, which training does not see)", file=sys.stderr)
-    return dataclasses.replace(splits, train=train), new
+    source = config.data.pseudo_labels_from
+    if source is None:
+        return splits, None
+    kept = None if path is None else path / PSEUDO_LABELS
+    if kept is not None and kept.exists():
+        found, new = load_weights(kept), None
+    else:
+        found = new = _pseudo_labels(config, splits, source)
+    return with_pseudo_labels(splits, *found, source=source, kept=kept, show=show), new
 
 
 def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what the model of the run ``source`` takes the training images for, and what to know of it."""
-    train = splits.train
-    if train.labelled is None:
+    if splits.train.labelled is None:
         raise UserError(f"data.pseudo_labels_from: every image has a label already, got {source}; leave it out")
     try:
         run = RunDir.open(Path(source))
@@ -224,18 +211,7 @@ def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict
         evaluated_images(run, trained, trained, splits)
     except UserError as error:
         raise UserError(*(f"data.pseudo_labels_from: {problem}" for problem in error.problems)) from None
-    device = device_of(config.train.device)
-    with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
-        parts = train.images.split(512)
-        labels = torch.cat([model(pixels(part.to(device))).argmax(1).cpu() for part in parts])
-    unlabelled = ~train.labelled
-    about = {
-        "from": run.name,
-        "data": splits.fingerprint,
-        "unlabelled": int(unlabelled.sum()),
-        "agreement": (labels == train.labels)[unlabelled].double().mean().item(),
-    }
-    return {"labels": labels}, about
+    return pseudo_labels(model, splits, run.name, device_of(config.train.device))
 
 
 def _dry_run(model: SplitModel, shape: tuple[int, int, int], name: str) -> None:

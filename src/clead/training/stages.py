@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clead.checkpoint import RunDir, write_atomically
+from clead.checkpoint import RunDir, load_weights, save_weights, write_atomically
 from clead.config import RunConfig
-from clead.distributed import local_device, started
+from clead.distributed import Processes, local_device, started
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
 from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
+from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.trainable import start_from, unfrozen_afterwards
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
@@ -43,6 +45,7 @@ def fit_stages(
     folders = [
         RunDir(run.path / "stages" / f"{number}-{stage.name}") for number, stage in enumerate(config.stages, start=1)
     ]
+    by_name = {stage.name: folder for stage, folder in zip(config.stages, folders, strict=True)}
     outcomes: list[Outcome] = []
     processes = started(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
@@ -57,11 +60,15 @@ def fit_stages(
                 RunDir.create(here.path, training)
             if processes.first:
                 here.note_environment()
+            seen = splits
+            if (source := training.data.pseudo_labels_from) != config.data.pseudo_labels_from:
+                of_stage = None if source is None else by_name[source]
+                seen = _labelled_by(of_stage, splits, model, here, training, processes, show=show)
             try:
                 with unfrozen_afterwards(model):
                     outcome = fit(
                         training,
-                        splits,
+                        seen,
                         model,
                         here,
                         resume=begun,
@@ -82,6 +89,29 @@ def fit_stages(
     for name in ("best", "last") if processes.first else ():
         write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
     return _sum(outcomes)
+
+
+def _labelled_by(
+    teacher: RunDir | None,
+    splits: Splits,
+    model: SplitModel,
+    here: RunDir,
+    training: RunConfig,
+    processes: Processes,
+    *,
+    show: bool,
+) -> Splits:
+    """Return the images with the pseudo-labels of an earlier stage's last weights, kept in ``here``; without any if None."""
+    if teacher is None:
+        return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
+    kept, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
+    if processes.first and not kept.exists():
+        trained = copy.deepcopy(model)
+        start_from(trained, teacher.path, which="last")
+        save_weights(kept, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
+    processes.wait()
+    found = load_weights(kept)
+    return with_pseudo_labels(splits, *found, source=f"stage {source}", kept=kept, show=show and processes.first)
 
 
 def _finished(file: Path) -> Outcome | None:
