@@ -2,8 +2,8 @@
 
 python benchmarks/study.py benchmarks/study_digits.yaml
 
-The YAML file names the recipes, seeds, common overrides and variants, and the suites to evaluate with (the first one's result
-is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same name: one row per (variant,
+The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate with
+(the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same name: one row per (variant,
 seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val`` among the overrides keeps
 the test set untouched. Each run has one thread, so that two share a machine of two cores without changing each other's result.
 Run directories are in ``--work``, where a stopped training or evaluation goes on. A variant that ``needs`` another one is run
@@ -90,7 +90,11 @@ def main() -> None:
             jobs = {}
             for seed in study["seeds"]:
                 for name, variant in variants:
-                    if (name, seed) in done or ("needs" in variant) != needs:
+                    if (
+                        seed not in variant.get("seeds", [seed])
+                        or (name, seed) in done
+                        or ("needs" in variant) != needs
+                    ):
                         continue
                     overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
                     needed = str(folder(work, variant["needs"], seed)) if needs else ""
