@@ -2,19 +2,19 @@
 
 python benchmarks/study.py benchmarks/study_digits.yaml
 
-The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate with
-(the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same name: one row per (variant,
-seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val`` among the overrides keeps
-the test set untouched. Each run has one thread, so that two share a machine of two cores without changing each other's result.
-Run directories are in ``--work``, where a stopped training or evaluation goes on. A variant that ``needs`` another one is run
-after it; NEEDED in its overrides is the other's run directory of the same seed.
+The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate
+with (the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same
+name: one row per (variant, seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val``
+among the overrides keeps the test set untouched. Each run has one thread, so that two share a machine of two cores without
+changing each other's result. Run directories are in ``--work``, where a stopped training or evaluation goes on. A variant that
+``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed.
 """
 
 import argparse
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,40 +70,44 @@ def main() -> None:
     rows = json.loads(out.read_text()) if out.exists() else []
     done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
-    variants = [pair for pair in study["variants"].items() if not arguments.only or pair[0] in arguments.only]
-    for seed in study["seeds"]:  # where the run directories are gone, what rows to come need is run again
-        for name, needs in ((name, variant["needs"]) for name, variant in variants if "needs" in variant):
-            if (name, seed) not in done and not folder(work, needs, seed).exists():
-                done.discard((needs, seed))
+    variants = {name: each for name, each in study["variants"].items() if not arguments.only or name in arguments.only}
+    waiting = [
+        (name, seed) for seed in study["seeds"] for name, each in variants.items() if seed in each.get("seeds", [seed])
+    ]
+    waiting = [job for job in waiting if job not in done]
+    for name, seed in tuple(waiting):  # where the run directories are gone, what is needed is run again
+        needs = variants[name].get("needs")
+        if needs is not None and (needs, seed) not in waiting and not folder(work, needs, seed).exists():
+            waiting.insert(0, (needs, seed))
 
-    def finish(job, name, seed, variant, overrides):
-        rows[:] = [row for row in rows if (row["variant"], row["seed"]) != (name, seed)]
-        rows.append(
-            {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides, **job.result()}
-        )
+    def start(pool, name, seed):
+        variant = study["variants"][name]
+        overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
+        needed = str(folder(work, variant["needs"], seed)) if "needs" in variant else ""
+        given = [value.replace("NEEDED", needed) for value in overrides]
+        suites = variant.get("suites", study.get("suites", [None]))
+        about = {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides}
+        return pool.submit(run, variant["recipe"], given, seed, suites, folder(work, name, seed)), about
+
+    def keep(job, about):
+        row = about | job.result()
+        rows[:] = [old for old in rows if (old["variant"], old["seed"]) != (row["variant"], row["seed"])]
+        rows.append(row)
         rows.sort(key=lambda row: (row["variant"], row["seed"]))
         out.write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"{name} seed {seed}: {job.result()}", flush=True)
+        print(f"{about['variant']} seed {about['seed']}: {job.result()}", flush=True)
 
     with ProcessPoolExecutor(arguments.workers) as pool:
-        for needs in (False, True):  # first the runs that others need
-            jobs = {}
-            for seed in study["seeds"]:
-                for name, variant in variants:
-                    if (
-                        seed not in variant.get("seeds", [seed])
-                        or (name, seed) in done
-                        or ("needs" in variant) != needs
-                    ):
-                        continue
-                    overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
-                    needed = str(folder(work, variant["needs"], seed)) if needs else ""
-                    given = [value.replace("NEEDED", needed) for value in overrides]
-                    suites = variant.get("suites", study.get("suites", [None]))
-                    job = pool.submit(run, variant["recipe"], given, seed, suites, folder(work, name, seed))
-                    jobs[job] = (name, seed, variant, overrides)
-            for job in as_completed(jobs):
-                finish(job, *jobs[job])
+        running = {}
+        while waiting or running:
+            missing = {*waiting, *((about["variant"], about["seed"]) for about in running.values())}
+            ready = [job for job in waiting if (study["variants"][job[0]].get("needs"), job[1]) not in missing]
+            for name, seed in ready[: arguments.workers - len(running)]:
+                waiting.remove((name, seed))
+                job, about = start(pool, name, seed)
+                running[job] = about
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                keep(job, running.pop(job))
 
 
 if __name__ == "__main__":
