@@ -129,6 +129,54 @@ def unforeseen():
             print(f"| {title} | " + " | ".join(cells) + " |")
 
 
+FEW_LABELS = {
+    "clead": "C-LEAD, pseudo-labels",
+    "rst": "the same without contrast",
+    "pgd-at": "PGD-AT, the labels alone",
+    "trades": "TRADES, the labels alone",
+    "fgsm-rs": "FGSM-RS, the labels alone",
+}
+
+FEW_DIGITS = {
+    "clead": "C-LEAD, labelled and unlabelled images",
+    "clead without contrast": "the same without contrast",
+    "clead rst": "C-LEAD, pseudo-labels",
+    "trades rst": "TRADES, pseudo-labels",
+    "pgd-at rst": "PGD-AT, pseudo-labels",
+    "trades": "TRADES, the labels alone",
+    "pgd-at": "PGD-AT, the labels alone",
+    "teacher": "the teacher",
+}
+
+NOISE = {
+    "clead": "C-LEAD",
+    "clead nt_xent": "C-LEAD, NT-Xent (contrast without labels)",
+    "free contrast": "C-LEAD on free AT",
+    "trades": "TRADES",
+    "free": "free AT",
+    "mart": "MART",
+    "pgd-at": "PGD-AT",
+}
+
+
+def by_share(name, suite, titles, shares):
+    """Every method with each share of the labels, given or wrong, and C-LEAD minus it, paired over seeds."""
+    rows = committed(f"{name}.json")
+    by = by_variant(rows)
+    said = "AutoAttack" if suite == "standard" else suite
+    heads = [f"{share} %: clean %" + f" | {said} % | C-LEAD − it" for share in shares]
+    print("| method | " + " | ".join(heads) + " |\n|---" + "|---|---|---" * len(shares) + "|")
+    for key, title in titles.items():
+        cells = []
+        for share in shares:
+            mine, ours = by[f"{key} {share} %"], by[f"clead {share} %"]
+            robust = [found[suite] for found in mine.values() if suite in found]
+            gain = "" if key == "clead" else difference(ours, mine, suite)
+            cells += [spread(found["clean"] for found in mine.values()), spread(robust), gain]
+        print(f"| {title} | " + " | ".join(cells) + " |")
+    print(f"\nn = {rows[0]['n']} {rows[0]['split']} images")
+
+
 def small(recipes):
     """AutoAttack of seed 0 with its interval over images; clean and quick suite over all seeds."""
     print("| recipe | clean % | AutoAttack % (seed 0, 95 % interval) | quick suite % | compute |")

@@ -169,13 +169,13 @@ stages:
 """
 
 
-def staged(path, *overrides):
-    (path / "staged.yaml").write_text(STAGED)
+def staged(path, *overrides, text=STAGED):
+    (path / "staged.yaml").write_text(text)
     return load_recipe(path / "staged.yaml", list(overrides))
 
 
 def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, monkeypatch):
-    """As two runs, the second beginning with the first's weights and labels; and again when it is resumed."""
+    """As two runs, the second with the first's labels and weights of its own; and again when it is resumed."""
     chosen = staged(tmp_path)
     clead.train(chosen, out=tmp_path / "run")
     kept = tmp_path / "run" / "stages" / "2-student" / PSEUDO_LABELS
@@ -189,11 +189,7 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
         capsys.readouterr().err
     )
     alone = chosen.trainings()[1]
-    by_hand = dataclasses.replace(
-        alone,
-        data=dataclasses.replace(alone.data, pseudo_labels_from=str(first)),
-        train=dataclasses.replace(alone.train, start_from=str(first)),
-    )
+    by_hand = dataclasses.replace(alone, data=dataclasses.replace(alone.data, pseudo_labels_from=str(first)))
     clead.train(by_hand, out=tmp_path / "hand", show=False)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
 
@@ -211,6 +207,20 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
         clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False)
     clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False, resume=True)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "killed"))
+
+
+def test_what_follows_a_student_goes_on_from_its_weights(tmp_path):
+    chosen = staged(tmp_path, text=STAGED + "  - {name: more, data: {pseudo_labels_from: teacher}}\n")
+    clead.train(chosen, out=tmp_path / "run", show=False)
+    teacher, student = (tmp_path / "run" / "stages" / name for name in ("1-teacher", "2-student"))
+    alone = chosen.trainings()[2]
+    by_hand = dataclasses.replace(
+        alone,
+        data=dataclasses.replace(alone.data, pseudo_labels_from=str(teacher)),
+        train=dataclasses.replace(alone.train, start_from=str(student)),
+    )
+    clead.train(by_hand, out=tmp_path / "hand", show=False)
+    assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
 
 
 def test_a_stage_names_an_earlier_one(tmp_path):
