@@ -42,9 +42,10 @@ def test_the_recipe_fits_its_name(recipe):
     config = load_recipe(recipe)
     tree = config.to_dict()
     methods = "standard|pgd-at|trades|clead|clead-published|gaussian|mart|fgsm-rs|free|dynacl|acl"
-    named = re.sub(rf"^.*?({methods})(-awp|-slf|-alf|-aff)?$", r"\1", recipe)
+    named = re.sub(rf"^.*?({methods})(-awp|-slf|-alf|-aff|-few-labels)?$", r"\1", recipe)
     assert (config.train.awp > 0) == recipe.endswith("-awp")
     assert tree["method"]["name"].replace("_", "-") == {"gaussian": "standard", "dynacl": "acl"}.get(named, named)
+    assert (tree["data"]["labelled"] < 1) == recipe.endswith("-few-labels")
     assert (tree["data"]["augment"]["gaussian"] > 0) == (named == "gaussian")
     assert recipe.startswith({"parquet_stream": "imagenet"}.get(tree["data"]["name"], tree["data"]["name"]))
     assert config.data.val_fraction > 0
@@ -96,6 +97,8 @@ def test_the_recipe_runs(recipe, data, tmp_path, monkeypatch):
     overrides += ["--eval.curve_points", "0", "--train.epochs", "0.2"]  # one step of 2 images
     if "resnet18" in recipe:  # as it is, but narrower: the full width is tested with the models
         overrides += ["--model.width", "8"]
+    if recipe.endswith("-few-labels"):  # one validation image per class, and some without a label
+        overrides += ["--data.limit_train", "40", "--train.epochs", "0.06"]
     config = load_recipe(recipe, overrides)
     run = clead.train(config, out=tmp_path / "run", show=False)
     assert run.outcome.steps == len(config.trainings())

@@ -234,3 +234,9 @@ def test_a_stage_names_an_earlier_one(tmp_path):
         UserError, match="changes nothing while every image has a label, got teacher; set data.labelled"
     ):
         staged(tmp_path, "--data.labelled", "1")
+    splits = load_recipe("digits-standard").data.load(0)
+    with pytest.raises(
+        UserError, match=r"^data.pseudo_labels_from: every image has a label already, got teacher; leave it out"
+    ):
+        clead.train(staged(tmp_path), data=splits, out=tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()

@@ -189,6 +189,13 @@ def _as_seen(
 
     Those that the run in ``path`` keeps already are taken up, so that it goes on as it began whatever became of their source.
     """
+    sources = [
+        each.data.pseudo_labels_from
+        for each in (config, *config.trainings())
+        if each.data.pseudo_labels_from is not None
+    ]
+    if sources and splits.train.labelled is None:
+        raise UserError(f"data.pseudo_labels_from: every image has a label already, got {sources[0]}; leave it out")
     source = config.data.pseudo_labels_from
     if source is None:
         return splits, None
@@ -202,8 +209,6 @@ def _as_seen(
 
 def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what the model of the run ``source`` takes the training images for, and what to know of it."""
-    if splits.train.labelled is None:
-        raise UserError(f"data.pseudo_labels_from: every image has a label already, got {source}; leave it out")
     try:
         run = RunDir.open(Path(source))
         trained = run.config()

@@ -34,7 +34,8 @@ def fit_stages(
     """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
 
     A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
-    have one of the same size; but a student of the stage before it with the weights of the run's beginning. What is finished is not done again and what was begun goes on, so this is also how a run is resumed.
+    have one of the same size; but a student of the stage before it with the weights of the run's beginning. What is finished is not
+    done again and what was begun goes on, so this is also how a run is resumed.
     ``run`` gets the weights of the last stage and the metrics of all, whose steps, epochs, seconds and costs go on counting.
     ``after_validation`` is told of the last stage's validations, as in ``fit``.
 
