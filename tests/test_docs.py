@@ -71,6 +71,7 @@ NOT_RUN = {
     "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id '$SLURM_JOB_ID' --rdzv-backend c10d "
     "--rdzv-endpoint '$(scontrol show hostnames | head -n 1):29400' -m clead train cifar10-resnet18-clead "
     "--data.batch_size 2048 --out '$SCRATCH/run' --resume": "needs a cluster",
+    "clead train cifar10-small-clead-few-labels": "a tenth of 60 images is too few; tests/test_recipes.py runs it",
     "clead detect runs/committed --detectors mahalanobis --eval.images 100": "takes minutes; the same runs on runs/mine",
     "clead evaluate runs/mine --shard 1/2 --train.device cuda:0": "needs a GPU",
     "clead evaluate runs/mine --shard 2/2 --train.device cuda:1": "needs a GPU",
