@@ -48,6 +48,7 @@ def user_net(classes: int = 3) -> nn.Sequential:
         # He et al. 2016, table 6: 0.27 M; 269,722 is the exact count with zero-padded shortcuts.
         ("resnet20", 269_722),
         # The CIFAR variants of He et al. 2016, table 1, as the public CIFAR code bases print them.
+        ("resnet10", 4_903_242),
         ("resnet18", 11_173_962),
         ("resnet34", 21_282_122),
         ("resnet50", 23_520_842),
