@@ -12,12 +12,9 @@ from pathlib import Path
 from scipy import stats
 
 HERE = Path(__file__).parent
-NAMES = {"standard": "standard", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD"}
-
 HEADLINE = {
     "clead": "C-LEAD",
     "clead-free": "C-LEAD on free AT",
-    "clead-fast": "C-LEAD on FGSM-RS",
     "trades": "TRADES",
     "free": "free AT",
     "trades-awp": "TRADES-AWP",
@@ -95,19 +92,18 @@ def committed(name):
 def headline(name, ours="clead"):
     """Every method, ``ours`` minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
     rows = committed(f"study_headline/{name}.json")
+    seeds = {row["seed"] for row in rows}
+    by = {key: found for key, found in by_variant(rows).items() if set(found) == seeds}  # a study may be under way
     print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
     print("|---|---|---|---|---|---|---|")
-    by = by_variant(rows)
-    for key, title in HEADLINE.items():
-        if key not in by:
-            continue
+    for key in sorted(by, key=lambda key: -statistics.mean(found["standard"] for found in by[key].values())):
         mine = by[key].values()
         clean, standard, pgd = (percent([found[part] for found in mine]) for part in ("clean", "standard", "pgd"))
         stored = [found["stored"] for found in mine if found["stored"] is not None]
-        cells = [title, clean, standard, "" if key == ours else difference(by[ours], by[key], "standard"), pgd]
+        cells = [HEADLINE[key], clean, standard, "" if key == ours else difference(by[ours], by[key], "standard"), pgd]
         compute = statistics.mean(found["compute"] for found in mine)
         print("| " + " | ".join([*cells, percent(stored) if stored else "", f"{compute:.0f}"]) + " |")
-    print(f"\nn = {rows[0]['n']} test images, {len(mine)} seeds")
+    print(f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds; not finished: {sorted(set(by_variant(rows)) - set(by))}")
 
 
 def forms():
@@ -228,6 +224,15 @@ def difference(one, other, name):
     return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
 
 
+TABLES = {
+    "digits": lambda: headline("digits"),
+    "cifar10": lambda: headline("cifar10"),
+    "forms": forms,
+    "unforeseen": unforeseen,
+    "mnist": lambda: small({"mnist-clead": "mnist-clead"}),
+}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", type=Path, help="the JSON file of a study; the README's tables if left out")
@@ -236,12 +241,7 @@ if __name__ == "__main__":
     if arguments.study is not None:
         study(json.loads(arguments.study.read_text()), arguments.against)
         raise SystemExit
-    headline("digits")
-    print()
-    forms()
-    print()
-    unforeseen()
-    print()
-    small({f"cifar10-small-{key}": name for key, name in NAMES.items()})
-    print()
-    small({"mnist-clead": "mnist-clead"})
+    for name, table in TABLES.items():
+        print(f"## {name}\n")
+        table()
+        print()
