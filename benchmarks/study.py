@@ -4,21 +4,32 @@ python benchmarks/study.py benchmarks/study_digits.yaml
 
 The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate
 with (the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same
-name: one row per (variant, seed) with accuracies, overrides and seconds; rows that exist are not run again. ``--eval.split val``
-among the overrides keeps the test set untouched. Each run has one thread, so that two share a machine of two cores without
-changing each other's result. Run directories are in ``--work``, where a stopped training or evaluation goes on. A variant that
-``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed.
+name: one row per (variant, seed) with accuracies, overrides and seconds; rows that exist are not run again, and a study whose
+recipes or overrides have changed since is refused. ``--eval.split val`` among the overrides keeps the test set untouched. Each run
+has one thread, so that two share a machine of two cores without changing each other's result. Run directories are in ``--work``,
+where a stopped training or evaluation goes on. A run that fails is reported, and the others go on. A variant that ``needs`` another
+one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and its compute counts, too.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
+
+
+def fingerprint(recipe: str, overrides: list[str]) -> str:
+    """Return a digest of what a recipe says, without its comments, and of the overrides."""
+    from clead.config import recipe_text
+
+    said = json.dumps([yaml.safe_load(recipe_text(recipe)[1]), overrides], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], path: Path) -> dict:
@@ -44,6 +55,7 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
             }
         if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
             row["transferred_accuracy"] = record.transferred.robust.accuracy
+            row["transferred_fooled"] = record.transferred.fooled  # the model that they were made for
         if suite is not None:
             row.setdefault("suites", {})[suite] = {
                 "robust_accuracy": record.robust_accuracy,
@@ -58,6 +70,8 @@ def folder(work: Path, name: str, seed: int) -> Path:
 
 
 def main() -> None:
+    from clead.checkpoint import write_atomically
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--workers", type=int, default=2)
@@ -68,9 +82,20 @@ def main() -> None:
     out = arguments.study.with_suffix(".json")
     work = arguments.work or Path("runs") / f"study-{arguments.study.stem}"
     rows = json.loads(out.read_text()) if out.exists() else []
-    done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
     variants = {name: each for name, each in study["variants"].items() if not arguments.only or name in arguments.only}
+
+    def given(name):
+        return [*study.get("common", "").split(), *study["variants"][name].get("set", "").split()]
+
+    prints = {name: fingerprint(study["variants"][name]["recipe"], given(name)) for name in study["variants"]}
+    changed = [row for row in rows if row["variant"] in prints and row.get("fingerprint") != prints[row["variant"]]]
+    if changed:
+        said = ", ".join(f"{row['variant']} seed {row['seed']}" for row in changed)
+        sys.exit(
+            f"{out} has rows of other recipes or overrides than {arguments.study} now says: {said}; delete these rows"
+        )
+    done = {(row["variant"], row["seed"]) for row in rows}
     waiting = [
         (name, seed) for seed in study["seeds"] for name, each in variants.items() if seed in each.get("seeds", [seed])
     ]
@@ -79,23 +104,32 @@ def main() -> None:
         needs = variants[name].get("needs")
         if needs is not None and (needs, seed) not in waiting and not folder(work, needs, seed).exists():
             waiting.insert(0, (needs, seed))
+    failed = []
 
     def start(pool, name, seed):
         variant = study["variants"][name]
-        overrides = [*study.get("common", "").split(), *variant.get("set", "").split()]
         needed = str(folder(work, variant["needs"], seed)) if "needs" in variant else ""
-        given = [value.replace("NEEDED", needed) for value in overrides]
+        overrides = [value.replace("NEEDED", needed) for value in given(name)]
         suites = variant.get("suites", study.get("suites", [None]))
-        about = {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": overrides}
-        return pool.submit(run, variant["recipe"], given, seed, suites, folder(work, name, seed)), about
+        about = {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": given(name)}
+        job = pool.submit(run, variant["recipe"], overrides, seed, suites, folder(work, name, seed))
+        return job, about | {"fingerprint": prints[name]}
 
     def keep(job, about):
+        said = f"{about['variant']} seed {about['seed']}"
+        if job.exception() is not None:
+            failed.append(said)
+            return print(f"{said} failed: {job.exception()}", flush=True)
         row = about | job.result()
+        needs = study["variants"][about["variant"]].get("needs")
+        row["forward_equivalents"] += sum(
+            old["forward_equivalents"] for old in rows if (old["variant"], old["seed"]) == (needs, about["seed"])
+        )
         rows[:] = [old for old in rows if (old["variant"], old["seed"]) != (row["variant"], row["seed"])]
         rows.append(row)
         rows.sort(key=lambda row: (row["variant"], row["seed"]))
-        out.write_text(json.dumps(rows, indent=1) + "\n")
-        print(f"{about['variant']} seed {about['seed']}: {job.result()}", flush=True)
+        write_atomically(out, (json.dumps(rows, indent=1) + "\n").encode())
+        print(f"{said}: {job.result()}", flush=True)
 
     with ProcessPoolExecutor(arguments.workers) as pool:
         running = {}
@@ -108,6 +142,8 @@ def main() -> None:
                 running[job] = about
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 keep(job, running.pop(job))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the command given again tries them again")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,9 @@ def headline(name, ours="clead"):
         cells = [HEADLINE[key], clean, standard, "" if key == ours else difference(by[ours], by[key], "standard"), pgd]
         compute = statistics.mean(found["compute"] for found in mine)
         print("| " + " | ".join([*cells, percent(stored) if stored else "", f"{compute:.0f}"]) + " |")
-    print(f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds; not finished: {sorted(set(by_variant(rows)) - set(by))}")
+    print(
+        f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds; not finished: {sorted(set(by_variant(rows)) - set(by))}"
+    )
 
 
 def forms():

@@ -1,0 +1,61 @@
+"""The queue of a study (benchmarks/study.py): rows are kept, failures do not stop it, changed settings are refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "study.py"
+QUEUE = """
+common: --train.budget 3 --data.limit_train 60 --eval.images 10 --eval.check_images 0 --eval.curve_points 0 --eval.gallery 0
+suites: [pgd]
+seeds: [3]
+variants:
+  wrong: {recipe: digits-pgd-at, set: --attack.steps -1}
+  teacher: {recipe: digits-standard, set: --data.labelled 0.5}
+  student: {recipe: digits-pgd-at, needs: teacher, set: --data.labelled 0.5 --data.pseudo_labels_from NEEDED}
+"""
+
+
+def study(folder):
+    """Run the queue in ``folder`` and return the finished process."""
+    command = [sys.executable, STUDY, folder / "queue.yaml", "--work", folder / "runs", "--workers", "1"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "queue.yaml").write_text(QUEUE)
+    return folder, study(folder)
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(queue):
+    folder, done = queue
+    assert done.returncode == 1 and "failed: wrong seed 3" in done.stderr and "attack.steps" in done.stdout
+    rows = {row["variant"]: row for row in json.loads((folder / "queue.json").read_text())}
+    assert set(rows) == {"teacher", "student"}
+    assert all(row["n"] == 10 and 0 <= row["suites"]["pgd"]["robust_accuracy"] <= 1 for row in rows.values())
+
+
+def test_what_a_run_needs_counts_in_its_compute(queue):
+    rows = {row["variant"]: row for row in json.loads((queue[0] / "queue.json").read_text())}
+    # 3 forward-equivalents each; the length is rounded to whole steps.
+    assert rows["teacher"]["forward_equivalents"] == pytest.approx(3, rel=0.5)
+    outcome = json.loads((queue[0] / "runs" / "student-s3" / "outcome.json").read_text())
+    both = rows["teacher"]["forward_equivalents"] + outcome["forward_equivalents"]
+    assert rows["student"]["forward_equivalents"] == pytest.approx(both)
+
+
+def test_rows_are_not_run_again_and_changed_settings_are_refused(queue):
+    folder, _ = queue
+    before = (folder / "queue.json").read_bytes()
+    (folder / "queue.yaml").write_text(QUEUE.replace("  wrong: {recipe: digits-pgd-at, set: --attack.steps -1}\n", ""))
+    again = study(folder)
+    assert again.returncode == 0 and again.stdout == ""
+    (folder / "queue.yaml").write_text(QUEUE.replace("budget 3", "budget 4"))
+    refused = study(folder)
+    assert refused.returncode == 1 and "student seed 3, teacher seed 3; delete these rows" in refused.stderr
+    assert (folder / "queue.json").read_bytes() == before
