@@ -285,7 +285,11 @@ def test_infinity_and_nan_are_refused(key, bad):
 
 
 def test_a_batch_of_one_has_no_negatives():
-    for method in ({"name": "clead"}, {"name": "pgd_at", "inner": "contrastive"}):
+    for method in (
+        {"name": "clead"},
+        {"name": "pgd_at", "inner": "contrastive"},
+        {"name": "pgd_at", "inner": "supcon"},
+    ):
         found = problems(lambda m=method: RunConfig.from_dict(tree(data={"name": "digits", "batch_size": 1}, method=m)))
         assert found[0].startswith("data.batch_size: a contrastive loss needs at least 2 images")
     beside = tree(data={"name": "digits", "batch_size": 1}, optim={"lr": -1})

@@ -85,13 +85,13 @@ def assert_same_bits(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -
 # --- The textbook, written again: no objective registry, no attack_mode, no method class -------------------------------------
 
 
-def textbook_pgd(model: SplitModel, x: Tensor, loss: Any, seed: int = 5) -> Tensor:
-    """Madry et al. 2018 with the model in eval mode; ``loss`` maps logits to a sum."""
+def textbook_pgd(model: SplitModel, x: Tensor, loss: Any, seed: int = 5, of: Any = None) -> Tensor:
+    """Madry et al. 2018 with the model in eval mode; ``loss`` maps logits, or what ``of`` returns, to a sum."""
     model.eval()
     x_adv = torch.empty_like(x).uniform_(-EPS, EPS, generator=generator(seed)).add_(x).clamp_(0, 1)
     for _ in range(STEPS):
         x_adv.requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(model(x_adv)), x_adv)
+        (gradient,) = torch.autograd.grad(loss((of or model)(x_adv)), x_adv)
         x_adv = x_adv.detach() + STEP * gradient.sign()
         x_adv = torch.minimum(torch.maximum(x_adv, x - EPS), x + EPS).clamp(0, 1)
     model.train()
@@ -189,6 +189,38 @@ def test_every_term_with_its_weight_equals_the_formula(separate, form, two_views
         torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-4)
 
 
+def test_adversarial_supcon_equals_the_formula():
+    """SupCon alone, of clean images and of adversaries that maximise it (Khosla et al. 2020, eq. 2), each image in turn."""
+
+    def slow(z: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for i in range(len(z)):
+            others = [a for a in range(len(z)) if a != i]
+            below = torch.stack([torch.exp(z[i] @ z[a] / 0.2) for a in others]).sum()
+            same = [torch.log(torch.exp(z[i] @ z[p] / 0.2) / below) for p in others if labels[p] == labels[i]]
+            total = total - torch.stack(same).mean()
+        return total
+
+    only = {"adversarial_weight": 0.0, "clean_weight": 0.0, "kl_weight": 0.0, "contrastive_weight": 1.0}
+    method = CLead(**only, inner="supcon", temperature=0.2, augmented_view=False)
+    loss, _, state = run(method)
+    model, (x, y, *_) = make_model(), make_batch()
+
+    def embed(images: Tensor) -> Tensor:
+        return model.embedding(model.features(images))
+
+    with torch.no_grad():
+        clean = model.eval() and embed(x)
+    labels = torch.cat([y, y])
+    x_adv = textbook_pgd(model, x, lambda z: slow(torch.cat([clean, z]), labels), of=embed)
+    expected = slow(embed(torch.cat([x, x_adv])), labels) / (2 * len(x))
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    for name, value in state_after(model).items():
+        if value is not None:
+            torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-3)
+
+
 REDUCTIONS = {
     "standard": (Standard(), {"kl_weight": 0, "clean_weight": 1, "inner": "cross_entropy"}),
     "pgd_at": (PGDAT(), {"kl_weight": 0, "clean_weight": 0, "adversarial_weight": 1, "inner": "cross_entropy"}),
@@ -247,6 +279,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("inner", "cross_entropy"),
     ("inner", "embedding"),
     ("inner", "contrastive"),
+    ("inner", "supcon"),
     ("inner_contrastive_weight", 0.0),
     ("separate_forwards", True),
     ("label_smoothing", 0.2),

@@ -139,3 +139,18 @@ def test_a_degenerate_encoder_gives_numbers(name):
     value = OBJECTIVES.get(name)(model, x, y)(other.requires_grad_())
     (gradient,) = torch.autograd.grad(value.sum(), other)
     assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+
+
+def test_supcon_objective_is_the_sum_over_positives_of_khosla():
+    """Khosla et al. 2020, eq. 2 (L_out), written out over the clean and the moved images."""
+    model, (x, other, y) = split(), images()
+    values = OBJECTIVES.get("supcon")(model, x, y, temperature=0.3)(other).detach()
+    z = np.concatenate([model.features(part).detach().numpy() for part in (x, other)])
+    z, labels = z / np.linalg.norm(z, axis=1, keepdims=True), np.concatenate([y, y])
+    each = []
+    for i in range(len(z)):
+        below = sum(np.exp(z[i] @ z[a] / 0.3) for a in range(len(z)) if a != i)
+        positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+        each.append(-np.mean([np.log(np.exp(z[i] @ z[p] / 0.3) / below) for p in positives]))
+    expected = np.mean(np.array(each).reshape(2, -1), axis=0)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)  # the embedding is float32

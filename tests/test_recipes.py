@@ -17,7 +17,11 @@ EXPECTED |= {f"cifar10-small-{method}" for method in ("standard", "pgd-at", "tra
 EXPECTED |= {
     f"{data}-{method}" for data in ("digits", "cifar10-small") for method in ("mart", "fgsm-rs", "free", "trades-awp")
 }
-EXPECTED |= {"digits-acl", *(f"cifar10-small-{method}" for method in ("acl-slf", "acl-alf", "acl-aff", "dynacl-aff"))}
+EXPECTED |= {
+    "digits-acl",
+    "digits-supcon",
+    *(f"cifar10-small-{method}" for method in ("acl-slf", "acl-alf", "acl-aff", "dynacl-aff")),
+}
 EXPECTED |= {f"cifar10-resnet18-{method}" for method in ("pgd-at", "trades", "trades-awp", "clead")}
 
 
@@ -41,10 +45,12 @@ def test_the_header_says_what_to_expect(recipe):
 def test_the_recipe_fits_its_name(recipe):
     config = load_recipe(recipe)
     tree = config.to_dict()
-    methods = "standard|pgd-at|trades|clead|clead-published|gaussian|mart|fgsm-rs|free|dynacl|acl"
+    methods = "standard|pgd-at|trades|clead|clead-published|gaussian|mart|fgsm-rs|free|dynacl|acl|supcon"
     named = re.sub(rf"^.*?({methods})(-awp|-slf|-alf|-aff|-few-labels)?$", r"\1", recipe)
     assert (config.train.awp > 0) == recipe.endswith("-awp")
-    assert tree["method"]["name"].replace("_", "-") == {"gaussian": "standard", "dynacl": "acl"}.get(named, named)
+    assert tree["method"]["name"].replace("_", "-") == {"gaussian": "standard", "dynacl": "acl", "supcon": "clead"}.get(
+        named, named
+    )
     assert (tree["data"]["labelled"] < 1) == recipe.endswith("-few-labels")
     assert (tree["data"]["augment"]["gaussian"] > 0) == (named == "gaussian")
     assert recipe.startswith({"parquet_stream": "imagenet"}.get(tree["data"]["name"], tree["data"]["name"]))

@@ -409,7 +409,9 @@ def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
     method, data = parts.get("method"), parts.get("data")
     if method is None or data is None:
         return []
-    inner = getattr(method, "inner", "") == "contrastive" or getattr(method, "inner_contrastive_weight", 0) > 0
+    inner = (
+        getattr(method, "inner", "") in ("contrastive", "supcon") or getattr(method, "inner_contrastive_weight", 0) > 0
+    )
     contrasts = getattr(method, "contrastive_weight", 0) > 0 or (inner and getattr(method, "uses_attack", False))
     contrasts = contrasts or getattr(method, "uses_embedding", False)
     if contrasts and data.batch_size < 2:

@@ -6,14 +6,16 @@ moves x only. Call them under ``attack_mode(model)``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from clead.attacks import OBJECTIVES
 from clead.errors import UserError
 from clead.interfaces import Objective
+from clead.losses import contrastive as contrast
 from clead.losses import margin as margins
-from clead.losses.contrastive import nt_xent
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.models.split import SplitModel
@@ -61,7 +63,23 @@ def contrastive(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1
     Source: the instance-wise attack of Kim et al. 2020, arXiv:2006.07589, eq. 2. A single image has no negatives: what is left
     is the cosine distance.
     """
-    split = _split(model, "contrastive")
+    return _between_views("contrastive", model, x, lambda z: contrast.nt_xent(z, temperature))
+
+
+@OBJECTIVES.register("supcon")
+def supcon(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1) -> Objective:
+    """SupCon of (x, x_adv), labels y, in the projected embedding (in the features if the model has no projection head).
+
+    Away from the whole class, clean and adversarial, and towards the others: what adversarial supervised contrastive learning
+    attacks (Li et al. 2023, doi:10.1007/s10994-022-06269-7), with the loss of Khosla et al. 2020, arXiv:2004.11362, eq. 2. A
+    single image has no negatives: what is left is the cosine distance.
+    """
+    return _between_views("supcon", model, x, lambda z: contrast.supcon(z, y, temperature))
+
+
+def _between_views(name: str, model: nn.Module, x: Tensor, loss: Callable[[list[Tensor]], Tensor]) -> Objective:
+    """Return ``loss`` of the embeddings of x, held fixed, and x_adv."""
+    split = _split(model, name)
 
     def embed(images: Tensor) -> Tensor:
         features = split.features(images)
@@ -73,7 +91,7 @@ def contrastive(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1
         clean = embed(x)
     if len(x) == 1:
         return lambda x_adv: cosine_distance(embed(x_adv), clean)
-    return lambda x_adv: nt_xent([clean, embed(x_adv)], temperature)
+    return lambda x_adv: loss([clean, embed(x_adv)])
 
 
 @OBJECTIVES.register("embedding_logits")

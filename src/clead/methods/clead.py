@@ -27,6 +27,10 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
 
+Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon"]
+INNER = "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent or SupCon at τ"
+_OF_A_BATCH = ("contrastive", "supcon")  # of these J an image's value depends on the other images
+
 
 @METHODS.register("clead")
 @settings
@@ -93,10 +97,7 @@ class CLead(Method):
         lt=1,
     )
     embedding_dim: int = setting(128, "size of the projected embedding", ge=2)
-    inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
-        "kl",
-        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
-    )
+    inner: Inner = setting("kl", INNER)
     inner_contrastive_weight: float = setting(0.0, "μ: weight of NT-Xent(x, x_adv) added to J", ge=0)
     label_smoothing: float = setting(0.0, "of every cross-entropy that is minimised; the attack's has none", ge=0, lt=1)
     replays: int = setting(
@@ -199,6 +200,7 @@ class CLead(Method):
             views["clean"] = x
         if self.uses_attack:
             targets = attacked if batch.soft_labels is None else batch.soft_labels
+            targets = classes(batch) if self.inner == "supcon" else targets
             views["adversarial"] = replayed(x, step) if self.replays > 1 else self._attack(model, x, targets, step)
         if self.uses_second_view:
             assert batch.second_view is not None, "the loader was built without a second view"
@@ -267,7 +269,7 @@ class CLead(Method):
         self, name: str, model: SplitModel, x: Tensor, y: Tensor, temperature: float, parts: int
     ) -> Objective:
         make = OBJECTIVES.get(name)
-        if name != "contrastive":  # each image by itself
+        if name not in _OF_A_BATCH:
             return make(model, x, y)
         pieces = zip(x.chunk(parts), y.chunk(parts), strict=True)
         return by_part([make(model, images, labels, temperature=temperature) for images, labels in pieces])

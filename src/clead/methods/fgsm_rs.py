@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from clead.losses.divergence import cosine_distance
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
 from clead.methods.base import Step, Views
-from clead.methods.clead import CLead
+from clead.methods.clead import INNER, CLead, Inner
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
 from clead.threats.geometry import flat
@@ -46,10 +45,7 @@ class FGSMRS(CLead):
     clean_weight: float = setting(0.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
     contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
-    inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
-        "cross_entropy",
-        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
-    )
+    inner: Inner = setting("cross_entropy", INNER)
     grad_align_weight: float = setting(
         0.0, "λ of GradAlign; 0.2 at 8/255 in the paper, ten times more at 16/255; 0: off, plain FGSM-RS", ge=0
     )

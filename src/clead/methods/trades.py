@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from clead.methods import METHODS
-from clead.methods.clead import CLead
+from clead.methods.clead import INNER, CLead, Inner
 from clead.settings import setting, settings
 
 
@@ -18,10 +16,7 @@ class TRADES(CLead):
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(6.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
     contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
-    inner: Literal["cross_entropy", "kl", "embedding", "contrastive"] = setting(
-        "kl",
-        "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent at τ",
-    )
+    inner: Inner = setting("kl", INNER)
 
     @property
     def uses_unlabelled(self) -> bool:
