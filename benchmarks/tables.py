@@ -92,20 +92,18 @@ def committed(name):
 def headline(name, ours="clead"):
     """Every method, ``ours`` minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
     rows = committed(f"study_headline/{name}.json")
-    seeds = {row["seed"] for row in rows}
-    by = {key: found for key, found in by_variant(rows).items() if set(found) == seeds}  # a study may be under way
+    by, seeds = by_variant(rows), {row["seed"] for row in rows}
     print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
     print("|---|---|---|---|---|---|---|")
     for key in sorted(by, key=lambda key: -statistics.mean(found["standard"] for found in by[key].values())):
         mine = by[key].values()
-        clean, standard, pgd = (percent([found[part] for found in mine]) for part in ("clean", "standard", "pgd"))
-        stored = [found["stored"] for found in mine if found["stored"] is not None]
-        cells = [HEADLINE[key], clean, standard, "" if key == ours else difference(by[ours], by[key], "standard"), pgd]
+        clean, standard, pgd = (spread(found[part] for found in mine) for part in ("clean", "standard", "pgd"))
+        stored = spread(found["stored"] for found in mine if found["stored"] is not None)
+        title = HEADLINE[key] + (f" ({len(mine)} of {len(seeds)} seeds)" if len(mine) < len(seeds) else "")
+        gain = "" if key == ours else difference(by[ours], by[key], "standard")
         compute = statistics.mean(found["compute"] for found in mine)
-        print("| " + " | ".join([*cells, percent(stored) if stored else "", f"{compute:.0f}"]) + " |")
-    print(
-        f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds; not finished: {sorted(set(by_variant(rows)) - set(by))}"
-    )
+        print("| " + " | ".join([title, clean, standard, gain, pgd, stored, f"{compute:.0f}"]) + " |")
+    print(f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds")
 
 
 def forms():
