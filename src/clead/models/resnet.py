@@ -6,7 +6,7 @@ The paper's CIFAR family (ResNet-8, -20), and its ImageNet family (ResNet-18, -3
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -119,80 +119,61 @@ class ResNet20(ModelSettings):
         return ResNetEncoder(channels, self.width, (3, 3, 3), bottleneck=False, pad=True), 4 * self.width
 
 
+@settings
+class ImageNetFamily(ModelSettings):
+    """Four stages of residual blocks on either stem (He et al. 2016, table 1), 1×1 shortcuts (B)."""
+
+    depths: ClassVar[tuple[int, int, int, int]]
+    bottleneck: ClassVar[bool] = False
+
+    width: int = setting(64, "(bottleneck) channels of the first of four stages; each next one has twice as many", ge=1)
+    stem: Literal["small", "large"] = setting(
+        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
+    )
+
+    def encoder(self, channels: int) -> tuple[nn.Module, int]:
+        """Return the encoder and its feature dimension, 8 × width, or 32 × width of bottlenecks."""
+        encoder = ResNetEncoder(
+            channels, self.width, self.depths, bottleneck=self.bottleneck, pad=False, stem=self.stem
+        )
+        return encoder, encoder.feature_dim
+
+
 @MODELS.register("resnet10")
 @settings
-class ResNet10(ModelSettings):
-    """ResNet-10: ResNet-18 with one block per stage instead of two (after He et al. 2016, table 1); 4.9 M parameters.
+class ResNet10(ImageNetFamily):
+    """ResNet-10: ResNet-18 with one block per stage instead of two, on a CIFAR stem by default; 4.9 M parameters.
 
     Of width 16 it has 0.3 M parameters, and a training step on a CPU takes as long as ResNet-8's, which has 0.08 M.
     """
 
-    width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
-
-    stem: Literal["small", "large"] = setting(
-        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
-    )
-
-    def encoder(self, channels: int) -> tuple[nn.Module, int]:
-        """Return the encoder and its feature dimension, 8 × width."""
-        return ResNetEncoder(
-            channels, self.width, (1, 1, 1, 1), bottleneck=False, pad=False, stem=self.stem
-        ), 8 * self.width
+    depths = (1, 1, 1, 1)
 
 
 @MODELS.register("resnet18")
 @settings
-class ResNet18(ModelSettings):
+class ResNet18(ImageNetFamily):
     """ResNet-18 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 11.2 M parameters."""
 
-    width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
-
-    stem: Literal["small", "large"] = setting(
-        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
-    )
-
-    def encoder(self, channels: int) -> tuple[nn.Module, int]:
-        """Return the encoder and its feature dimension, 8 × width."""
-        return ResNetEncoder(
-            channels, self.width, (2, 2, 2, 2), bottleneck=False, pad=False, stem=self.stem
-        ), 8 * self.width
+    depths = (2, 2, 2, 2)
 
 
 @MODELS.register("resnet34")
 @settings
-class ResNet34(ModelSettings):
+class ResNet34(ImageNetFamily):
     """ResNet-34 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 21.3 M parameters."""
 
-    width: int = setting(64, "channels of the first of four stages; each next one has twice as many", ge=1)
-
-    stem: Literal["small", "large"] = setting(
-        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
-    )
-
-    def encoder(self, channels: int) -> tuple[nn.Module, int]:
-        """Return the encoder and its feature dimension, 8 × width."""
-        return ResNetEncoder(
-            channels, self.width, (3, 4, 6, 3), bottleneck=False, pad=False, stem=self.stem
-        ), 8 * self.width
+    depths = (3, 4, 6, 3)
 
 
 @MODELS.register("resnet50")
 @settings
-class ResNet50(ModelSettings):
+class ResNet50(ImageNetFamily):
     """ResNet-50 (He et al. 2016, table 1) on a CIFAR stem by default, 1×1 shortcuts (B); 23.5 M parameters.
 
     The stride of a bottleneck is on its 3×3 convolution, not on the first 1×1 as in the paper: the usual
     variant since 2016.
     """
 
-    width: int = setting(64, "bottleneck channels of the first of four stages; each next one has twice as many", ge=1)
-
-    stem: Literal["small", "large"] = setting(
-        "small", "small: 3×3, for images like CIFAR's; large: 7×7 of stride 2 and max-pooling, for 224 pixels."
-    )
-
-    def encoder(self, channels: int) -> tuple[nn.Module, int]:
-        """Return the encoder and its feature dimension, 32 × width."""
-        return ResNetEncoder(
-            channels, self.width, (3, 4, 6, 3), bottleneck=True, pad=False, stem=self.stem
-        ), 32 * self.width
+    depths = (3, 4, 6, 3)
+    bottleneck = True
