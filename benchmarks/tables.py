@@ -218,7 +218,7 @@ def spread(values):
 
 def difference(one, other, name):
     pairs = [100 * (one[seed][name] - other[seed][name]) for seed in one if seed in other and name in other[seed]]
-    if len(pairs) < 2:
+    if len(pairs) < 3:  # of two seeds the interval is thirteen standard errors wide
         return ""
     half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
     return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"

@@ -478,7 +478,10 @@ def quoted() -> list[tuple[str, str]]:
     assert own["only_clead_broke"] == reference["only_clead_broke"] == reference["only_it_broke"] == 0
     held = round(own["robust_accuracy"] * summary["n"])
     seconds = [f"{part['cpu_seconds']['all']:.0f}" for part in (own, reference)]
-    digits = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()["digits"]}
+    digits, cifar = (
+        {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()[name]}
+        for name in ("digits", "cifar10")
+    )
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
     published = [digits[f"C-LEAD as published, {name}"][3].split()[0] for name in ("linear head", "all fine-tuned")]
     own_digits = digits["C-LEAD"][3].split()[0]
@@ -496,6 +499,8 @@ def quoted() -> list[tuple[str, str]]:
         ("README.md", f"adds {gain['TRADES']} points to TRADES under AutoAttack"),
         ("README.md", f"leaves it {published[0]} %, or {published[1]} % if everything is fine-tuned"),
         ("README.md", f"keeps {own_digits} % of the same images"),
+        ("README.md", f"where FGSM-RS is, whose adversaries it shares ({cifar['FGSM-RS'][4]} points"),
+        ("docs/results.md", f"It is where FGSM-RS is, {cifar['FGSM-RS'][4]} points"),
         ("docs/index.md", verdict(record)),
     ]
 
