@@ -446,10 +446,12 @@ def tables() -> dict[str, list[str]]:
     printed = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py")], capture_output=True, text=True, check=True
     ).stdout
-    parts = [part.splitlines() for part in re.split("^## ", printed, flags=re.M)[1:]]
-    return {
-        name: [line for line in lines if re.search(r" ± \d", line) and line.startswith("| ")] for name, *lines in parts
-    }
+    found: dict[str, list[str]] = {}
+    for part in re.split("^## ", printed, flags=re.M)[1:]:
+        name, *lines = part.splitlines()
+        (rule,) = (number for number, line in enumerate(lines) if line.startswith("|---"))
+        found[name] = [line for line in lines[rule + 1 :] if line.startswith("| ")]
+    return found
 
 
 def test_tables_of_results_are_those_of_the_records():
