@@ -33,6 +33,7 @@ from torch import nn
 
 import clead
 from clead import api, cli, config
+from clead.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -320,7 +321,11 @@ def quick(load):
         if "--train.budget" in given:
             at = given.index("--train.budget")
             del given[at : at + 2]
-        return load(name, [*QUICK, *given])
+        words = list(QUICK)
+        if name in config.recipe_names() and not hasattr(load_recipe(name).attack, "steps"):
+            at = words.index("--attack.steps")  # of one step as it is
+            del words[at : at + 2]
+        return load(name, [*words, *given])
 
     return made
 
