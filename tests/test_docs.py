@@ -62,6 +62,7 @@ NOT_RUN = {
     "make test": "runs the tests, and so would not end",
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml": "takes two hours",
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml --work RUNS": "takes two hours",
+    "python benchmarks/study.py benchmarks/study_headline/cifar10.yaml": "takes five hours, and CIFAR-10",
     "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
     "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
     "--pixels 0.4": "needs the runs of the study",
