@@ -323,6 +323,12 @@ def test_a_study_of_another_search_is_refused_by_name(tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "study").iterdir() if path.name != "locks"}
 
 
+def test_a_study_that_another_process_is_just_making_is_joined(tmp_path):
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.journal").touch()  # the first of the files that a study makes
+    assert len(search(tmp_path / "study", trials=1).results) == 1
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")

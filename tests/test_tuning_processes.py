@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -63,21 +64,29 @@ def three_workers(tmp_path, storage):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     given = json.dumps([*SPACE, "--tune.trials", "14"])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(log), str(tmp_path / "study"), storage, role, given],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for role in ("victim", "worker", "worker")
-    ]
-    victim = processes[0]
-    while sum(line.startswith("begin") and line.endswith(f" {victim.pid}") for line in log.read_text().split("\n")) < 2:
-        assert victim.poll() is None, victim.communicate()[0].decode()
-        time.sleep(0.02)
-    victim.kill()
-    said = [process.communicate()[0].decode() for process in processes]
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, str(script), str(log), str(tmp_path / "study"), storage, role, given],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )
+            )
+            for role in ("victim", "worker", "worker")
+        ]
+        for process in processes:
+            stack.callback(process.kill)  # none outlives a test that fails
+        victim = processes[0]
+        while (
+            sum(line.startswith("begin") and line.endswith(f" {victim.pid}") for line in log.read_text().split("\n"))
+            < 2
+        ):
+            assert victim.poll() is None, victim.communicate()[0].decode()
+            time.sleep(0.02)
+        victim.kill()
+        said = [process.communicate()[0].decode() for process in processes]
     assert victim.returncode == -signal.SIGKILL and [p.returncode for p in processes[1:]] == [0, 0], said
     events = [line.split() for line in log.read_text().splitlines()]
     begun, ended = ([name for what, name, _ in events if what == kind] for kind in ("begin", "end"))

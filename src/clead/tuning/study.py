@@ -99,7 +99,7 @@ def tune(
         search.config.train.seed
     )  # what is wrong with the data is said before anything is made
     path = _directory(out, search.config.name, storage)
-    fresh, new = not (path / "locks").is_dir(), not path.exists()
+    fresh, new = not _holds_study(path), not path.exists()
     try:
         kept, leases = open_storage(path, storage, study or search.config.name, silence)
         opened = _join(kept, leases, study or search.config.name, search, asked=_names_trials(overrides))
@@ -134,13 +134,18 @@ def _names_trials(overrides: Sequence[str]) -> bool:
 
 def _directory(out: str | Path | None, name: str, storage: str | None) -> Path:
     path = Path(out) if out is not None else RunDir.default_path(f"{name}-tune")
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / "locks").is_dir()):
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _holds_study(path)):
         raise UserError(f"--out {path} is neither empty nor a study; give a new directory, or that of a study to go on")
     if storage is not None and (path / JOURNAL).exists():
         raise UserError(
             f"--storage: the study in {path} keeps a journal, got a database; leave it out, or give another --out"
         )
     return path
+
+
+def _holds_study(path: Path) -> bool:
+    """Say whether a study is kept here, or is just being made by a process that was started at the same time."""
+    return (path / JOURNAL).exists() or (path / "locks").is_dir()
 
 
 def _clean(path: Path, new: bool) -> None:
