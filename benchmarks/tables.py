@@ -159,19 +159,23 @@ NOISE = {
 def by_share(name, suite, titles, shares):
     """Every method with each share of the labels, given or wrong, and C-LEAD minus it, paired over seeds."""
     rows = committed(f"{name}.json")
-    by = by_variant(rows)
-    said = "AutoAttack" if suite == "standard" else suite
-    heads = [f"{share} %: clean %" + f" | {said} % | C-LEAD − it" for share in shares]
+    by, seeds = by_variant(rows), {row["seed"] for row in rows}
+    said = "AutoAttack" if suite == "standard" else "PGD suite"
+    heads = [f"{share} %: clean % | {said} % | C-LEAD − it" for share in shares]
     print("| method | " + " | ".join(heads) + " |\n|---" + "|---|---|---" * len(shares) + "|")
     for key, title in titles.items():
-        cells = []
+        every = [by[f"{key} {share} %"] for share in shares if f"{key} {share} %" in by]
+        if not every:
+            continue
+        least = min(len(mine) for mine in every)
+        cells = [title + (f" ({least} of {len(seeds)} seeds)" if least < len(seeds) else "")]
         for share in shares:
-            mine, ours = by[f"{key} {share} %"], by[f"clead {share} %"]
+            mine, ours = by.get(f"{key} {share} %", {}), by[f"clead {share} %"]
             robust = [found[suite] for found in mine.values() if suite in found]
             gain = "" if key == "clead" else difference(ours, mine, suite)
             cells += [spread(found["clean"] for found in mine.values()), spread(robust), gain]
-        print(f"| {title} | " + " | ".join(cells) + " |")
-    print(f"\nn = {rows[0]['n']} {rows[0]['split']} images")
+        print("| " + " | ".join(cells) + " |")
+    print(f"\nn = {rows[0]['n']} {rows[0]['split']} images, {len(seeds)} seeds")
 
 
 def small(recipes):
