@@ -15,12 +15,15 @@ HERE = Path(__file__).parent
 HEADLINE = {
     "clead": "C-LEAD",
     "clead-free": "C-LEAD on free AT",
+    "clead-3": "C-LEAD, 3 inner steps",
     "trades": "TRADES",
+    "trades-3": "TRADES, 3 inner steps",
     "free": "free AT",
     "trades-awp": "TRADES-AWP",
     "mart": "MART",
     "pgd-at": "PGD-AT",
     "fgsm-rs": "FGSM-RS",
+    "fgsm-rs-gradalign": "FGSM-RS with GradAlign",
     "standard": "standard",
     "clead-published-full": "C-LEAD as published, all fine-tuned",
     "clead-published": "C-LEAD as published, linear head",
@@ -160,7 +163,7 @@ def by_share(name, suite, titles, shares):
     """Every method with each share of the labels, given or wrong, and C-LEAD minus it, paired over seeds."""
     rows = committed(f"{name}.json")
     by, seeds = by_variant(rows), {row["seed"] for row in rows}
-    said = "AutoAttack" if suite == "standard" else "PGD suite"
+    said = "AutoAttack" if suite == "standard" else f"{suite} suite"
     heads = [f"{share} %: clean % | {said} % | C-LEAD − it" for share in shares]
     print("| method | " + " | ".join(heads) + " |\n|---" + "|---|---|---" * len(shares) + "|")
     for key, title in titles.items():
@@ -233,6 +236,9 @@ TABLES = {
     "cifar10": lambda: headline("cifar10"),
     "forms": forms,
     "unforeseen": unforeseen,
+    "few labels, CIFAR-10": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
+    "few labels, digits": lambda: by_share("few_labels_digits", "quick", FEW_DIGITS, (2, 5, 10)),
+    "label noise": lambda: by_share("label_noise_digits", "quick", NOISE, (20, 40)),
     "mnist": lambda: small({"mnist-clead": "mnist-clead"}),
 }
 
