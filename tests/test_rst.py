@@ -209,6 +209,18 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
     assert same(stored(tmp_path / "run"), stored(tmp_path / "killed"))
 
 
+def test_a_stage_draws_its_own_share_of_labelled_images(tmp_path):
+    """As two runs, the second with the share."""
+    chosen = staged(tmp_path, "--stages.student.data.labelled_share", "0.5")
+    clead.train(chosen, out=tmp_path / "run", show=False)
+    first, alone = tmp_path / "run" / "stages" / "1-teacher", chosen.trainings()[1]
+    for share in (0.5, None):
+        data = dataclasses.replace(alone.data, pseudo_labels_from=str(first), labelled_share=share)
+        clead.train(dataclasses.replace(alone, data=data), out=tmp_path / f"{share}", show=False)
+    assert same(stored(tmp_path / "run"), stored(tmp_path / "0.5"))
+    assert not same(stored(tmp_path / "run"), stored(tmp_path / "None"))
+
+
 def test_what_follows_a_student_goes_on_from_its_weights(tmp_path):
     chosen = staged(tmp_path, text=STAGED + "  - {name: more, data: {pseudo_labels_from: teacher}}\n")
     clead.train(chosen, out=tmp_path / "run", show=False)

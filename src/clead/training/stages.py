@@ -70,6 +70,9 @@ def fit_stages(
             if source != config.data.pseudo_labels_from:
                 of_stage = None if source is None else by_name[source]
                 seen = _labelled_by(of_stage, splits, model, here, training, processes, show=show)
+            share = training.data.labelled_share
+            if share != config.data.labelled_share:
+                seen = dataclasses.replace(seen, train=dataclasses.replace(seen.train, labelled_share=share))
             try:
                 with unfrozen_afterwards(model):
                     outcome = fit(
