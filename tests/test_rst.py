@@ -174,8 +174,17 @@ def staged(path, *overrides, text=STAGED):
     return load_recipe(path / "staged.yaml", list(overrides))
 
 
+def after(teacher, training, **data):
+    """A stage's training as a run of its own, after that of its teacher."""
+    return dataclasses.replace(
+        training,
+        data=dataclasses.replace(training.data, pseudo_labels_from=str(teacher), **data),
+        train=dataclasses.replace(training.train, start_from=str(teacher)),
+    )
+
+
 def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, monkeypatch):
-    """As two runs, the second with the first's labels and weights of its own; and again when it is resumed."""
+    """As two runs, the second with the first's labels and from its weights; and again when it is resumed."""
     chosen = staged(tmp_path)
     clead.train(chosen, out=tmp_path / "run")
     kept = tmp_path / "run" / "stages" / "2-student" / PSEUDO_LABELS
@@ -189,7 +198,7 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
         capsys.readouterr().err
     )
     alone = chosen.trainings()[1]
-    by_hand = dataclasses.replace(alone, data=dataclasses.replace(alone.data, pseudo_labels_from=str(first)))
+    by_hand = after(first, alone)
     clead.train(by_hand, out=tmp_path / "hand", show=False)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
 
@@ -215,24 +224,9 @@ def test_a_stage_draws_its_own_share_of_labelled_images(tmp_path):
     clead.train(chosen, out=tmp_path / "run", show=False)
     first, alone = tmp_path / "run" / "stages" / "1-teacher", chosen.trainings()[1]
     for share in (0.5, None):
-        data = dataclasses.replace(alone.data, pseudo_labels_from=str(first), labelled_share=share)
-        clead.train(dataclasses.replace(alone, data=data), out=tmp_path / f"{share}", show=False)
+        clead.train(after(first, alone, labelled_share=share), out=tmp_path / f"{share}", show=False)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "0.5"))
     assert not same(stored(tmp_path / "run"), stored(tmp_path / "None"))
-
-
-def test_what_follows_a_student_goes_on_from_its_weights(tmp_path):
-    chosen = staged(tmp_path, text=STAGED + "  - {name: more, data: {pseudo_labels_from: teacher}}\n")
-    clead.train(chosen, out=tmp_path / "run", show=False)
-    teacher, student = (tmp_path / "run" / "stages" / name for name in ("1-teacher", "2-student"))
-    alone = chosen.trainings()[2]
-    by_hand = dataclasses.replace(
-        alone,
-        data=dataclasses.replace(alone.data, pseudo_labels_from=str(teacher)),
-        train=dataclasses.replace(alone.train, start_from=str(student)),
-    )
-    clead.train(by_hand, out=tmp_path / "hand", show=False)
-    assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
 
 
 def test_a_stage_names_an_earlier_one(tmp_path):

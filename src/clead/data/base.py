@@ -131,8 +131,7 @@ class InMemoryDataset(ABC):
         None,
         "A run directory of the same classes (in a stage of a recipe: the name of an earlier one), whose model labels the "
         "unlabelled training images once, at the start; with method.name trades robust self-training (Carmon et al. 2019, "
-        "arXiv:1905.13736, algorithm 1). A stage that learns from the one directly before it starts anew. None: they have no "
-        "label.",
+        "arXiv:1905.13736, algorithm 1). None: they have no label.",
     )
 
     @abstractmethod

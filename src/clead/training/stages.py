@@ -14,7 +14,7 @@ from clead.checkpoint import RunDir, load_weights, save_weights, write_atomicall
 from clead.config import RunConfig
 from clead.distributed import Processes, local_device, started
 from clead.interfaces import Splits
-from clead.models.split import SplitModel, weights
+from clead.models.split import SplitModel
 from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.trainable import start_from, unfrozen_afterwards
@@ -34,8 +34,7 @@ def fit_stages(
     """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
 
     A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
-    have one of the same size; but a student of the stage before it with the weights of the run's beginning. What is finished is not
-    done again and what was begun goes on, so this is also how a run is resumed.
+    have one of the same size. What is finished is not done again and what was begun goes on, so this is also how a run is resumed.
     ``run`` gets the weights of the last stage and the metrics of all, whose steps, epochs, seconds and costs go on counting.
     ``after_validation`` is told of the last stage's validations, as in ``fit``.
 
@@ -48,16 +47,12 @@ def fit_stages(
     ]
     by_name = {stage.name: folder for stage, folder in zip(config.stages, folders, strict=True)}
     outcomes: list[Outcome] = []
-    beginning = weights(model)
     processes = started(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
         outcome = processes.share(_finished(here.path / "outcome.json"))
         if outcome is None:
             source = training.data.pseudo_labels_from
-            if number and source == config.stages[number - 1].name:
-                model.drop_projection()
-                model.load_state_dict(beginning)
-            elif number:
+            if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
             begun = processes.share((here.path / "config.yaml").exists())
