@@ -51,7 +51,7 @@ SHORTER = {
     "playground": ["--train.device", "cpu"],
 }
 SERVERS = ("serve", "playground")
-ROWS = {"digits": 11, "cifar10": 8, "forms": 27, "unforeseen": 10, "mnist": 1}
+ROWS = {"digits": 11, "cifar10": 8, "forms": 27, "unforeseen": 10, "few labels": 4, "mnist": 1}
 """Of the tables that benchmarks/tables.py prints."""
 NOT_RUN = {
     ". .venv/bin/activate": "the environment of the reader, not that of the tests",
@@ -63,6 +63,7 @@ NOT_RUN = {
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml": "takes two hours",
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml --work RUNS": "takes two hours",
     "python benchmarks/study.py benchmarks/study_headline/cifar10.yaml": "takes five hours, and CIFAR-10",
+    "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes five hours, and CIFAR-10",
     "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
     "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
     "--pixels 0.4": "needs the runs of the study",
