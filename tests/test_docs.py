@@ -53,6 +53,8 @@ SHORTER = {
 SERVERS = ("serve", "playground")
 ROWS = {"digits": 11, "cifar10": 8, "forms": 27, "unforeseen": 10, "few labels": 4, "mnist": 1}
 """Of the tables that benchmarks/tables.py prints."""
+FEW = ("C-LEAD, pseudo-labels", "PGD-AT, the labels alone", "the same with half the compute")
+"""Of its rows for few labels, those that the README quotes."""
 NOT_RUN = {
     ". .venv/bin/activate": "the environment of the reader, not that of the tests",
     "pip install -c constraints.txt '.[demo]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
@@ -484,10 +486,11 @@ def quoted() -> list[tuple[str, str]]:
     assert own["only_clead_broke"] == reference["only_clead_broke"] == reference["only_it_broke"] == 0
     held = round(own["robust_accuracy"] * summary["n"])
     seconds = [f"{part['cpu_seconds']['all']:.0f}" for part in (own, reference)]
-    digits, cifar = (
+    digits, cifar, few = (
         {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()[name]}
-        for name in ("digits", "cifar10")
+        for name in ("digits", "cifar10", "few labels")
     )
+    own_few, supervised, half = (few[name] for name in FEW)
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
     published = [digits[f"C-LEAD as published, {name}"][3].split()[0] for name in ("linear head", "all fine-tuned")]
     own_digits = digits["C-LEAD"][3].split()[0]
@@ -507,6 +510,11 @@ def quoted() -> list[tuple[str, str]]:
         ("README.md", f"keeps {own_digits} % of the same images"),
         ("README.md", f"where FGSM-RS is, whose adversaries it shares ({cifar['FGSM-RS'][4]} points"),
         ("docs/results.md", f"It is where FGSM-RS is, {cifar['FGSM-RS'][4]} points"),
+        (
+            "README.md",
+            f"clean {own_few[2]} %, AutoAttack {own_few[3]} % (PGD-AT on the labels alone {supervised[3]} %, with half the compute "
+            f"{half[3]} %)",
+        ),
         ("docs/index.md", verdict(record)),
     ]
 
