@@ -191,8 +191,8 @@ _DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack":
 class Stage:
     """One of several trainings that follow each other in a run, each from the weights that the one before it ended with.
 
-    Of ``data`` only batch size, augmentation, view, CutMix and pseudo_labels_from (there the name of an earlier stage, or the run's
-    own) count, of ``train`` all but seed, device and start_from: the rest is the run's own.
+    Of ``data`` only batch size, augmentation, view, CutMix, labelled_share and pseudo_labels_from (there the name of an earlier
+    stage, or the run's own) count, of ``train`` all but seed, device and start_from: the rest is the run's own.
     """
 
     name: str
