@@ -7,14 +7,17 @@ with (the first one's result is ``robust_accuracy``; by default what the overrid
 name: one row per (variant, seed) with accuracies, overrides and seconds; rows that exist are not run again, and a study whose
 recipes or overrides have changed since is refused. ``--eval.split val`` among the overrides keeps the test set untouched. Each run
 has one thread, so that two share a machine of two cores without changing each other's result. Run directories are in ``--work``,
-where a stopped training or evaluation goes on. A run that fails is reported, and the others go on. A variant that ``needs`` another
-one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and its compute counts, too.
+where a training or an evaluation that was stopped (Ctrl-C, SIGTERM) goes on. A run that fails is reported, and the others go on.
+A variant that ``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and
+its compute counts, too.
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -63,6 +66,13 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
                 "notes": record.notes,
             }
     return {**row, "seconds": time.time() - start}
+
+
+def stop(*_) -> None:
+    """On SIGTERM: the workers end with their queue, at once; runs go on from what they last saved."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.exit("stopped; the same command goes on from here")
 
 
 def folder(work: Path, name: str, seed: int) -> Path:
@@ -132,6 +142,7 @@ def main() -> None:
         print(f"{said}: {job.result()}", flush=True)
 
     with ProcessPoolExecutor(arguments.workers) as pool:
+        signal.signal(signal.SIGTERM, stop)
         running = {}
         while waiting or running:
             missing = {*waiting, *((about["variant"], about["seed"]) for about in running.values())}

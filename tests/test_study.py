@@ -1,8 +1,10 @@
 """The queue of a study (benchmarks/study.py): rows are kept, failures do not stop it, changed settings are refused."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,17 @@ def test_rows_are_not_run_again_and_changed_settings_are_refused(queue):
     refused = study(folder)
     assert refused.returncode == 1 and "student seed 3, teacher seed 3; delete these rows" in refused.stderr
     assert (folder / "queue.json").read_bytes() == before
+
+
+def test_a_stopped_queue_leaves_no_worker_behind(tmp_path):
+    """What is read from the pipe ends only when nobody holds it: neither the queue nor a worker."""
+    (tmp_path / "queue.yaml").write_text(QUEUE.replace("budget 3", "budget 3000 --train.checkpoint_seconds 0"))
+    command = [sys.executable, STUDY, tmp_path / "queue.yaml", "--work", tmp_path / "runs", "--only", "teacher"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "runs" / "teacher-s3" / "resume.state").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate()[1]
+    assert process.returncode == 1 and "the same command goes on from here" in said
+    assert not (tmp_path / "queue.json").exists()
