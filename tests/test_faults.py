@@ -80,14 +80,14 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "compared"), [("train", 60), ("evaluate", 20), ("tune", 5)])
-def test_a_kill_at_a_random_moment(kind, compared, tmp_path):
-    """The long run, of fifty kills each, is ``benchmarks/faults.json``."""
+def test_a_few_kills(kind, compared, tmp_path):
+    """The long run is ``benchmarks/faults.json``."""
     script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
-    arguments = [sys.executable, str(script), "--what", kind, "--kills", "1", "--out", str(out), "--short"]
+    arguments = [sys.executable, str(script), "--what", kind, "--kills", "2", "--out", str(out), "--short"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     record = json.loads(out.read_text())[kind]
-    assert record["kills_while_working"] == 1 and record["differences"] == [] and record["lives"] >= 1
+    assert record["kills_while_working"] == 2 and record["differences"] == [] and record["lives"] >= 1
     assert record["compared_in_each_life"] >= compared
 
 
