@@ -138,27 +138,6 @@ FEW_LABELS = {
     "fgsm-rs": "FGSM-RS, the labels alone",
 }
 
-FEW_DIGITS = {
-    "clead": "C-LEAD, labelled and unlabelled images",
-    "clead without contrast": "the same without contrast",
-    "clead rst": "C-LEAD, pseudo-labels",
-    "trades rst": "TRADES, pseudo-labels",
-    "pgd-at rst": "PGD-AT, pseudo-labels",
-    "trades": "TRADES, the labels alone",
-    "pgd-at": "PGD-AT, the labels alone",
-    "teacher": "the teacher",
-}
-
-NOISE = {
-    "clead": "C-LEAD",
-    "clead nt_xent": "C-LEAD, NT-Xent (contrast without labels)",
-    "free contrast": "C-LEAD on free AT",
-    "trades": "TRADES",
-    "free": "free AT",
-    "mart": "MART",
-    "pgd-at": "PGD-AT",
-}
-
 
 def by_share(name, suite, titles, shares):
     """Every method with each share of the labels, given or wrong, and C-LEAD minus it, paired over seeds."""

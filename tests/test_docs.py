@@ -65,7 +65,7 @@ NOT_RUN = {
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml": "takes two hours",
     "python benchmarks/study.py benchmarks/study_headline/digits.yaml --work RUNS": "takes two hours",
     "python benchmarks/study.py benchmarks/study_headline/cifar10.yaml": "takes five hours, and CIFAR-10",
-    "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes five hours, and CIFAR-10",
+    "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes seven hours, and CIFAR-10",
     "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
     "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
     "--pixels 0.4": "needs the runs of the study",
