@@ -55,6 +55,7 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
                 "robust_accuracy": record.robust_accuracy,
                 "split": record.data.split,
                 "n": record.data.n,
+                "robust_flags": "".join("01"[flag] for flag in record.attacks[-1].flags),  # one for each image
             }
         if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
             row["transferred_accuracy"] = record.transferred.robust.accuracy

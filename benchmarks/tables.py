@@ -84,7 +84,8 @@ def by_variant(rows):
         robust = {name: part["robust_accuracy"] for name, part in row.get("suites", {}).items()}
         robust = robust or {"robust": row["robust_accuracy"]}
         found = {"clean": row["clean_accuracy"], "stored": row.get("transferred_accuracy"), **robust}
-        by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"]}
+        flags = {"flags": [int(flag) for flag in row["robust_flags"]]} if "robust_flags" in row else {}
+        by.setdefault(row["variant"], {})[row["seed"]] = {**found, "compute": row["forward_equivalents"], **flags}
     return by
 
 
@@ -93,7 +94,7 @@ def committed(name):
 
 
 def headline(name, ours="clead"):
-    """Every method, ``ours`` minus it with a 95 % t-interval over paired seeds, and what is kept of stored images."""
+    """Every method, ``ours`` minus it with 95 % intervals, and what is kept of stored images."""
     rows = committed(f"study_headline/{name}.json")
     by, seeds = by_variant(rows), {row["seed"] for row in rows}
     print("| method | clean % | AutoAttack % | C-LEAD − it | PGD suite % | stored images % | compute |")
@@ -103,7 +104,7 @@ def headline(name, ours="clead"):
         clean, standard, pgd = (spread(found[part] for found in mine) for part in ("clean", "standard", "pgd"))
         stored = spread(found["stored"] for found in mine if found["stored"] is not None)
         title = HEADLINE[key] + (f" ({len(mine)} of {len(seeds)} seeds)" if len(mine) < len(seeds) else "")
-        gain = "" if key == ours else difference(by[ours], by[key], "standard")
+        gain = "" if key == ours else both_intervals(by[ours], by[key])
         compute = statistics.mean(found["compute"] for found in mine)
         print("| " + " | ".join([title, clean, standard, gain, pgd, stored, f"{compute:.0f}"]) + " |")
     print(f"\nn = {rows[0]['n']} test images, {len(seeds)} seeds")
@@ -155,7 +156,7 @@ def by_share(name, suite, titles, shares):
         for share in shares:
             mine, ours = by.get(f"{key} {share} %", {}), by[f"clead {share} %"]
             robust = [found[suite] for found in mine.values() if suite in found]
-            gain = "" if key == "clead" else difference(ours, mine, suite)
+            gain = "" if key == "clead" else both_intervals(ours, mine, suite)
             cells += [spread(found["clean"] for found in mine.values()), spread(robust), gain]
         print("| " + " | ".join(cells) + " |")
     print(f"\nn = {rows[0]['n']} {rows[0]['split']} images, {len(seeds)} seeds")
@@ -209,6 +210,17 @@ def difference(one, other, name):
         return ""
     half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
     return f"{statistics.mean(pairs):+.1f} ± {half:.1f}"
+
+
+def both_intervals(one, other, name="standard"):
+    """The difference with its interval over trainings and, in brackets, the one over images where their flags were kept."""
+    pairs = [(one[seed], other[seed]) for seed in one if seed in other]
+    said = difference(one, other, name)
+    if not said or not all("flags" in found for pair in pairs for found in pair):
+        return said
+    each = [[a - b for a, b in zip(mine["flags"], its["flags"], strict=True)] for mine, its in pairs]
+    means = [statistics.mean(image) for image in zip(*each, strict=True)]
+    return f"{said} (± {100 * stats.norm.ppf(0.975) * stats.sem(means):.1f})"
 
 
 TABLES = {

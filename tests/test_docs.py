@@ -486,8 +486,8 @@ def quoted() -> list[tuple[str, str]]:
     assert own["only_clead_broke"] == reference["only_clead_broke"] == reference["only_it_broke"] == 0
     held = round(own["robust_accuracy"] * summary["n"])
     seconds = [f"{part['cpu_seconds']['all']:.0f}" for part in (own, reference)]
-    digits, cifar, few = (
-        {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()[name]}
+    digits, cifar, few = (  # without the interval over images
+        {row.split("|")[1].strip(): [cell.split(" (")[0].strip() for cell in row.split("|")] for row in tables()[name]}
         for name in ("digits", "cifar10", "few labels")
     )
     supervised, other, half = (few[name] for name in FEW)

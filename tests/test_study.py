@@ -1,5 +1,6 @@
 """The queue of a study (benchmarks/study.py): rows are kept, failures do not stop it, changed settings are refused."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -40,6 +41,8 @@ def test_a_failed_run_is_reported_and_the_others_go_on(queue):
     rows = {row["variant"]: row for row in json.loads((folder / "queue.json").read_text())}
     assert set(rows) == {"teacher", "student"}
     assert all(row["n"] == 10 and 0 <= row["suites"]["pgd"]["robust_accuracy"] <= 1 for row in rows.values())
+    assert all(row["robust_flags"].count("1") / 10 == row["robust_accuracy"] for row in rows.values())
+    assert all(len(row["robust_flags"]) == 10 for row in rows.values())
 
 
 def test_what_a_run_needs_counts_in_its_compute(queue):
@@ -75,3 +78,16 @@ def test_a_stopped_queue_leaves_no_worker_behind(tmp_path):
         said = process.communicate()[1]
     assert process.returncode == 1 and "the same command goes on from here" in said
     assert not (tmp_path / "queue.json").exists()
+
+
+def test_the_interval_over_images_is_that_of_their_mean_differences():
+    spec = importlib.util.spec_from_file_location("tables", STUDY.with_name("tables.py"))
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    ours = {seed: {"robust": 0.75, "flags": [1, 1, 1, 0]} for seed in range(3)}
+    other = {seed: {"robust": 0.25, "flags": [1, 0, 0, 0]} for seed in range(3)}
+    # Differences 0, 1, 1, 0: standard deviation 0.5774, of the mean of four 0.2887, times 1.96.
+    assert tables.both_intervals(ours, other, "robust") == "+50.0 ± 0.0 (± 56.6)"
+    assert tables.both_intervals(ours, {0: other[0]}, "robust") == ""
+    del other[1]["flags"]
+    assert tables.both_intervals(ours, other, "robust") == "+50.0 ± 0.0"
