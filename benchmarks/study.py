@@ -1,6 +1,6 @@
 """Run variants of recipes over seeds, two at a time, and keep every result: a queue that goes on where it was stopped.
 
-python benchmarks/study.py benchmarks/study_digits.yaml
+python benchmarks/study.py benchmarks/study_headline/digits.yaml
 
 The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate
 with (the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same
@@ -55,7 +55,7 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
                 "robust_accuracy": record.robust_accuracy,
                 "split": record.data.split,
                 "n": record.data.n,
-                "robust_flags": "".join("01"[flag] for flag in record.attacks[-1].flags),  # one for each image
+                "robust_flags": "".join("01"[flag] for flag in record.robust),  # one for each image
             }
         if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
             row["transferred_accuracy"] = record.transferred.robust.accuracy

@@ -12,6 +12,7 @@ features. Rows that exist are not measured again.
 import argparse
 import json
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def measure(run: Path, data: Path, eps: str) -> dict:
 
 
 def main() -> None:
+    from clead.checkpoint import write_atomically
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--work", type=Path, required=True)
@@ -60,9 +63,12 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or Path(__file__).parent / f"transfer_{arguments.study.stem}.json"
     rows = json.loads(out.read_text()) if out.exists() else []
+    if others := {row["eps"] for row in rows} - {arguments.eps}:
+        sys.exit(f"{out} has rows of eps {', '.join(sorted(others))}, got {arguments.eps}; give another --out")
     done = {(row["variant"], row["seed"]) for row in rows}
     os.environ["OMP_NUM_THREADS"] = "1"
     data = enlarged(arguments.work / "digits28.npz")
+    failed = []
     with ProcessPoolExecutor(arguments.workers) as pool:
         jobs = {}
         for row in json.loads(arguments.study.read_text()):
@@ -74,13 +80,18 @@ def main() -> None:
                 continue
             jobs[pool.submit(measure, run, data, arguments.eps)] = row
         for job in as_completed(jobs):
+            if job.exception() is not None:
+                failed.append(f"{jobs[job]['variant']} seed {jobs[job]['seed']}: {job.exception()}")
+                continue
             found = job.result()
-            row = {key: jobs[job][key] for key in KEPT} | {"n": found["n"], "split": "test"}
+            row = {key: jobs[job][key] for key in KEPT} | {"eps": arguments.eps, "n": found["n"], "split": "test"}
             row |= {"clean_accuracy": found["clean"]["accuracy"], "robust_accuracy": found["robust"]["accuracy"]}
             rows.append({**row, "settings": found["settings"]})
             rows.sort(key=lambda row: (row["variant"], row["seed"]))
-            out.write_text(json.dumps(rows, indent=1) + "\n")
+            write_atomically(out, (json.dumps(rows, indent=1) + "\n").encode())
             print(f"{row['variant']} seed {row['seed']}: {row}", flush=True)
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ def test_weights_move_by_gamma_times_their_norm_along_the_gradient():
     assert not torch.allclose(model[4].weight.grad, at_weights["4.weight"])
 
 
+def test_a_gradient_that_overflows_moves_nothing():
+    """As float16's with a large loss scale: inf · 0 would make the weights NaN, where the step is only to be left out."""
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with perturbed_weights(model, lambda: loss_of(model) * 1e38 * 1e38, 0.05):
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_without_gamma_nothing_is_computed():
     model = net()
     with perturbed_weights(model, lambda: pytest.fail("the loss was computed"), 0.0):

@@ -366,6 +366,20 @@ def test_list_and_version(command):
     assert well(command("--version")) == f"clead {clead.__version__}\n"
 
 
+def test_too_little_memory_is_one_line(command, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
+        )
+
+    monkeypatch.setattr(api, "train", fail)
+    code, _, err = command("train", "digits-standard", "--out", "run")
+    assert (code, err) == (
+        1,
+        "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size\n",
+    )
+
+
 def test_missing_report_libraries_do_not_lose_the_record(command, trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     run = trained / "plain"

@@ -195,6 +195,17 @@ def test_a_share_of_every_batch_is_labelled(share, size, labelled, of_batch):
         assert len(set(turns[-1])) == len(turns[-1])
 
 
+def test_every_part_of_a_batch_gets_its_share_of_labelled_images():
+    """A part without a label would halve the weight of the cross-entropy where gradients are averaged over two parts."""
+    data = dataclasses.replace(flagged(40, 9), labelled_share=0.5)
+    whole = Loader(data, 16, seed=7, drop_last=True).batch(0, 0)
+    batch = Loader(data, 16, seed=7, drop_last=True, parts=4).batch(0, 0)
+    assert [int(part.sum()) for part in batch.labelled.chunk(4)] == [2, 2, 2, 2]
+    assert sorted(numbers(batch)) == sorted(numbers(whole)), "the same images, in another order"
+    third = Loader(dataclasses.replace(data, labelled_share=0.3), 16, seed=7, drop_last=True, parts=4).batch(0, 0)
+    assert sorted(int(part.sum()) for part in third.labelled.chunk(4)) == [1, 1, 1, 2]
+
+
 @pytest.mark.parametrize("share", [None, 0.4, 1.0])
 def test_batches_do_not_depend_on_history(share):
     data = dataclasses.replace(flagged(50, 7), labelled_share=share)
@@ -376,6 +387,11 @@ def test_every_option_changes_the_result(tmp_path):
         (
             ["--method.name", "clead", "--data.labelled", "0.1", "--data.cutmix", "1"],
             "data.cutmix: mixes labels, which images without one have not, got 1; set it to 0, or data.labelled 1",
+        ),
+        (
+            shlex.split("--method.name clead --method.contrastive_level features --train.trainable classifier"),
+            "train.trainable: a contrastive loss trains encoder and projection head, which are frozen then, got classifier; "
+            "set it to all, or take a method without that term (method.name standard)",
         ),
     ],
 )

@@ -151,6 +151,29 @@ def test_mistakes_are_one_line_and_leave_nothing(teacher, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("teachers", "said"),
+    [
+        ("--data.labelled 1", "data.labelled 1.0 there, 0.3 here"),
+        ("--train.seed 1", "train.seed 1 there, 0 here"),
+        (
+            "--data.val_fraction 0.2 --data.label_noise 0.1",
+            "data.label_noise 0.1 there, 0.0 here, data.val_fraction 0.2 there, 0.1 here",
+        ),
+    ],
+)
+def test_a_teacher_that_saw_other_labels_is_refused(teachers, said, tmp_path):
+    """Else its predictions carry labels that are said to be hidden, and the gain is none."""
+    clead.train(config("digits-standard", *shlex.split(teachers), epochs="1"), out=tmp_path / "teacher", show=False)
+    with pytest.raises(UserError) as error:
+        student(tmp_path / "teacher", tmp_path / "run")
+    assert error.value.problems == (
+        f"data.pseudo_labels_from: {tmp_path / 'teacher'} may have learnt labels that are hidden here, got {said}; "
+        "train it with the same",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 STAGED = """
 data: {name: digits, batch_size: 16, labelled: 0.1, limit_train: 300}
 model: {width: 4, features: 8}

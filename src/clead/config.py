@@ -77,7 +77,8 @@ class Train:
     )
     swa_start: float | None = setting(
         None,
-        "when stochastic weight averaging begins: the mean of the weights after each epoch from then on is kept; none: off",
+        "when stochastic weight averaging begins: the mean of the weights after each epoch from then on is kept, and of the "
+        "batch-norm statistics (Izmailov et al. 2018, arXiv:1803.05407, recompute those); none: off",
         ge=0,
         lt=1,
         unit="fraction of training",
@@ -421,7 +422,10 @@ def _joint_problems(parts: Mapping[str, Any]) -> list[str]:
     if problems := _label_problems(method, data):
         return problems
     trained = parts.get("train")
-    if getattr(trained, "trainable", "all") == "classifier" and getattr(method, "uses_embedding", False):
+    frozen = getattr(method, "uses_embedding", False) or (
+        getattr(method, "contrastive_weight", 0) > 0 and getattr(method, "contrastive_level", "logits") != "logits"
+    )
+    if getattr(trained, "trainable", "all") == "classifier" and frozen:
         return [
             "train.trainable: a contrastive loss trains encoder and projection head, which are frozen then, got classifier; "
             "set it to all, or take a method without that term (method.name standard)"

@@ -214,9 +214,26 @@ def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict
         trained = run.config()
         model = load_model(run, trained, trained.eval.weights, None)
         evaluated_images(run, trained, trained, splits)
+        _check_labels_hidden(config, trained, source)
     except UserError as error:
         raise UserError(*(f"data.pseudo_labels_from: {problem}" for problem in error.problems)) from None
     return pseudo_labels(model, splits, run.name, device_of(config.train.device))
+
+
+def _check_labels_hidden(config: RunConfig, teacher: RunConfig, source: str) -> None:
+    """Raise UserError if the teacher has learnt from labels of the same data that this training hides, or validates with."""
+    same = type(teacher.data) is type(config.data)
+    if not same or getattr(teacher.data, "path", None) != getattr(config.data, "path", None):
+        return
+    there, here = (
+        {f"data.{key}": getattr(each.data, key) for key in ("labelled", "label_noise", "val_fraction", "limit_train")}
+        | {"train.seed": each.train.seed}
+        for each in (teacher, config)
+    )
+    if differences := [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
+        raise UserError(
+            f"{source} may have learnt labels that are hidden here, got {', '.join(differences)}; train it with the same"
+        )
 
 
 def _dry_run(model: SplitModel, shape: tuple[int, int, int], name: str) -> None:

@@ -137,7 +137,7 @@ def _run() -> None:
         if kind in ("NonFiniteLoss", "LostWorker"):
             print(f"clead: error: {error}", file=sys.stderr)
             sys.exit(1)
-        if kind == "OutOfMemoryError":
+        if kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
             print(
                 "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size", file=sys.stderr
             )

@@ -131,7 +131,8 @@ class InMemoryDataset(ABC):
         None,
         "A run directory of the same classes (in a stage of a recipe: the name of an earlier one), whose model labels the "
         "unlabelled training images once, at the start; with method.name trades robust self-training (Carmon et al. 2019, "
-        "arXiv:1905.13736, algorithm 1). None: they have no label.",
+        "arXiv:1905.13736, algorithm 1). Trained on the same data, it must have seen the same labels only: the same labelled, "
+        "label_noise, val_fraction, limit_train and seed. None: they have no label.",
     )
 
     @abstractmethod

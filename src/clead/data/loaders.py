@@ -180,14 +180,18 @@ class Loader:
             order = self._order_of(_ORDER, epoch, len(self.labels))
             return order[index * self.batch_size : (index + 1) * self.batch_size]
         step, pieces = epoch * self.steps_per_epoch + index, []
+        places = []
         for stream, pool, count in self._parts:
+            places.append((torch.arange(count, device=self.device) + 0.5) / count)
             at, end = step * count, (step + 1) * count
             while at < end:
                 turn, first = divmod(at, len(pool))
                 piece = self._order_of(stream, turn, len(pool))[first : first + end - at]
                 pieces.append(pool[piece])
                 at += len(piece)
-        return torch.cat(pieces)
+        chosen = torch.cat(pieces)
+        # Where a batch goes in parts, each gets its share of either kind.
+        return chosen if self.parts == 1 else chosen[torch.cat(places).argsort(stable=True)]
 
     def _order_of(self, stream: int, turn: int, count: int) -> Tensor:
         """Return the order of ``count`` images when they come for the ``turn``-th time."""

@@ -29,8 +29,9 @@ class FGSMRS(CLead):
     """PGD-AT for one-step attacks: E[CE(f(x_adv), y)] + λ·E[1 − cos(∇_x CE(f(x), y), ∇_x CE(f(x + η), y))], η random in the ball.
 
     With ``attack: {name: fgsm, random_start: true, step_size: 1.25}`` it is FGSM-RS (Wong et al. 2020, arXiv:2001.03994, algorithm
-    3). The second term is GradAlign (Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4-5): it keeps the loss nearly linear
-    in the ball, so that one step stays strong, and prevents catastrophic overfitting at large radii.
+    3), but for the attack's gradient, which is taken in evaluation mode, not in train mode. The second term is GradAlign
+    (Andriushchenko & Flammarion 2020, arXiv:2007.02617, eq. 4-5): it keeps the loss nearly linear in the ball, so that one step
+    stays strong, and prevents catastrophic overfitting at large radii.
 
     λ is 0 by default, because FGSM-RS has no such term, the right λ grows with eps (its authors take 0.02·10^(eps·255/8)), and it
     makes a step more than three times as costly: 12 forward-equivalents more (``CostMeter``), for each of the two gradients 1 for
@@ -38,7 +39,8 @@ class FGSMRS(CLead):
 
     Both gradients are differentiated, as the equation says, and taken in train mode: in evaluation mode the weights drift away from
     the batch-norm statistics. Departures: x and x + η go forward in one batch and leave those statistics as they are; η is the
-    threat's random start, which stays in [0, 1]; an image whose gradient is 0 counts as aligned, as does one without a label.
+    threat's random start, which stays in [0, 1]; the attack may start at random, where the authors' own starts at x (random_start:
+    false); an image whose gradient is 0 counts as aligned, as does one without a label.
     """
 
     adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)

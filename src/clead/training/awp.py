@@ -21,8 +21,9 @@ def perturbed_weights(
     """Hold w + γ·‖w‖·g / ‖g‖ in every layer, g the gradient of the loss at w (Wu et al. 2020, arXiv:2004.05884, eq. 10).
 
     One step of ascent, layer by layer, of weights with two dimensions or more, as in the authors' code; biases and batch-norm
-    stay. A gradient computed inside is taken there, and belongs to the weights that are back on exit. Departures: w is restored
-    before the optimiser's step, not after it, so that weight decay sees w; the ascent leaves the buffers as they are.
+    stay; the ascent leaves the buffers as they are. A gradient computed inside is taken there, and belongs to the weights that are
+    back on exit. Departures: w is restored before the optimiser's step, not after it, so that weight decay sees w; the first step
+    is perturbed already, where their script of TRADES-AWP begins with epoch 10.
 
     Args:
         model: with gradients switched on.
@@ -44,8 +45,9 @@ def perturbed_weights(
             for buffer, before in buffers:
                 buffer.copy_(before)
             for layer, gradient in zip(layers, gradients, strict=True):
-                if gradient is not None:
-                    layer.add_(gradient, alpha=float(gamma * layer.norm() / gradient.norm().clamp_min(_TINY)))
+                # One that overflows in float16 moves nothing: the step is then left out, as it is without AWP.
+                if gradient is not None and torch.isfinite(length := gradient.norm()):
+                    layer.add_(gradient, alpha=float(gamma * layer.norm() / length.clamp_min(_TINY)))
         yield
     finally:
         with torch.no_grad():
