@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 	$(RUN) -m clead demo
 
 test: $(VENV)/.dev lint browser
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 docs: $(VENV)/.dev
 	$(VENV)/bin/zensical build --clean --strict

@@ -67,16 +67,6 @@ def percent(values):
     return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def interval(part):
-    return f"{100 * part['accuracy']:.1f} ({100 * part['low']:.1f}–{100 * part['high']:.1f})"
-
-
-def records(recipe, suite):
-    """Return the committed records of a recipe under a suite, by seed."""
-    found = [json.loads(path.read_text()) for path in sorted((HERE / "records").glob(f"{recipe}-s?-{suite}.json"))]
-    return {record["training"]["seed"]: record for record in found}
-
-
 def by_variant(rows):
     """Return what a study measured, by variant and seed."""
     by = {}
@@ -162,24 +152,6 @@ def by_share(name, suite, titles, shares):
     print(f"\nn = {rows[0]['n']} {rows[0]['split']} images, {len(seeds)} seeds")
 
 
-def small(recipes):
-    """AutoAttack of seed 0 with its interval over images; clean and quick suite over all seeds."""
-    print("| recipe | clean % | AutoAttack % (seed 0, 95 % interval) | quick suite % | compute |")
-    print("|---|---|---|---|---|")
-    for recipe, name in recipes.items():
-        quick, standard = records(recipe, "quick"), records(recipe, "standard")
-        clean, robust = ([record[key]["accuracy"] for record in quick.values()] for key in ("clean", "worst"))
-        whole = interval(standard[0]["worst"]) if 0 in standard else "–"
-        compute = statistics.mean(record["training"]["forward_equivalents"] for record in quick.values())
-        print(f"| {name} | {percent(clean)} | {whole} | {percent(robust)} | {compute:.0f} |")
-        if 0 in standard:
-            gap = 100 * (quick[0]["worst"]["accuracy"] - standard[0]["worst"]["accuracy"])
-            stages = ", ".join(f"{p['name']} {100 * p['robust']['accuracy']:.1f}" for p in standard[0]["attacks"])
-            print(
-                f"    notes {standard[0]['notes']}; seeds {sorted(quick)}; quick − standard {gap:.1f} points; seed 0 after {stages}"
-            )
-
-
 def study(rows, against):
     """Every variant under every suite, and ``against`` minus it, paired over seeds, with a 95 % t-interval."""
     names = sorted({suite for row in rows for suite in row.get("suites", {})}) or ["robust"]
@@ -226,10 +198,10 @@ def both_intervals(one, other, name="standard"):
 TABLES = {
     "digits": lambda: headline("digits"),
     "cifar10": lambda: headline("cifar10"),
+    "mnist": lambda: headline("mnist"),
     "forms": forms,
     "unforeseen": unforeseen,
     "few labels": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
-    "mnist": lambda: small({"mnist-clead": "mnist-clead"}),
 }
 
 
