@@ -68,7 +68,7 @@ def _attacks() -> str:
         "These change many pixels a lot, each within a set of its own that its settings describe.",
     ]
     for name, cls in UNRESTRICTED.items():
-        parts += [f"### {name}", *_docstring(cls), _table(config._rows(cls, ""))]
+        parts += [f"### {name}", *_docstring(cls), _table(config.rows_of(cls))]
     parts += ["## Objectives", "What a gradient attack maximises: `clead attack RUN --objective NAME`."]
     for name, function in OBJECTIVES.items():
         parts += [f"### {name}", *_docstring(function)]

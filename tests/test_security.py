@@ -221,7 +221,7 @@ def test_the_source_has_no_way_to_run_data():
             bad |= called.endswith((".extractall", ".extract"))
             found += [f"{where} {called}"] if bad else []
     assert not found
-    assert issubclass(clead.config._Loader, yaml.SafeLoader)
+    assert issubclass(clead.config.text._Loader, yaml.SafeLoader)
 
 
 # ------------------------------------------------------------------------------------------------ bombs

@@ -1,6 +1,6 @@
 """Settings are frozen pydantic dataclasses: one definition gives the type, default, unit, range and documentation of a key.
 
-The objects that a run is made of (a threat, an attack, a method, a model's settings …) *are* their settings; ``config.py``
+The objects that a run is made of (a threat, an attack, a method, a model's settings …) *are* their settings; ``config``
 only joins them into a tree.
 """
 

@@ -1,0 +1,217 @@
+"""The groups of a configuration: the settings of optimiser, training and evaluation, and those chosen by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from clead.attacks import ATTACKS
+from clead.data.datasets import DATASETS
+from clead.errors import UserError
+from clead.methods import METHODS
+from clead.models import MODELS
+from clead.registry import Registry
+from clead.settings import Ratio, setting, settings, validated
+from clead.threats import THREATS
+
+_LARGEST_SEED = 2**63 - 1
+
+
+@settings
+class Optim:
+    """The optimiser, its learning-rate schedule and gradient clipping."""
+
+    name: Literal["sgd", "adamw"] = setting("sgd", "optimiser: SGD with Nesterov momentum, or AdamW")
+    lr: float = setting(0.1, "largest learning rate", gt=0)
+    momentum: float = setting(0.9, "momentum of SGD; β₁ of AdamW", ge=0, lt=1)
+    weight_decay: float = setting(5e-4, "weight decay of every parameter", ge=0)
+    schedule: Literal["one_cycle", "cosine", "step", "constant"] = setting("one_cycle", "learning rate over training")
+    warmup: float = setting(0.2, "part of training in which the rate rises", ge=0, lt=1, unit="fraction of training")
+    milestones: tuple[Annotated[float, Field(gt=0, le=1)], ...] = setting(
+        (0.5, 0.75), "where the step schedule falls, each in (0, 1]", unit="fractions of training"
+    )
+    decay: float = setting(0.1, "factor of each fall of the step schedule", gt=0, lt=1)
+    clip_norm: float | None = setting(None, "largest gradient norm; none: no clipping", gt=0)
+
+
+@settings
+class Train:
+    """How long, how often checked, and at which precision."""
+
+    seed: int = setting(
+        0,
+        "decides the initial weights, the order of the images, the augmentations and the perturbations",
+        ge=0,
+        le=_LARGEST_SEED,
+    )
+    epochs: float | None = setting(
+        None, "length in passes over the training set; give this or budget", gt=0, unit="epochs"
+    )
+    budget: float | None = setting(
+        None,
+        "length in compute, so that methods are compared fairly; give this or epochs",
+        gt=0,
+        unit="forward-equivalents per training image (forward 1, backward to inputs 1, full backward 2)",
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast of the training step")
+    channels_last: bool = setting(False, "channels-last memory format, faster with convolutions in bfloat16")
+    compile: bool = setting(False, "compile the encoder with torch.compile")
+    ema: float = setting(
+        0.0,
+        "decay of the exponential moving average of the weights, which is then what is kept; 0: off",
+        ge=0,
+        lt=1,
+    )
+    swa_start: float | None = setting(
+        None,
+        "when stochastic weight averaging begins: the mean of the weights after each epoch from then on is kept, and of the "
+        "batch-norm statistics (Izmailov et al. 2018, arXiv:1803.05407, recompute those); none: off",
+        ge=0,
+        lt=1,
+        unit="fraction of training",
+    )
+    awp: float = setting(
+        0.0,
+        "γ of adversarial weight perturbation (0.005 in the paper); costs a forward and a backward per view more; 0: off",
+        ge=0,
+        lt=1,
+    )
+    sync_batch_norm: bool = setting(
+        True,
+        "where several processes train, batch-norm takes the statistics of all their images; false: of each one's own",
+    )
+    shard: bool = setting(
+        False,
+        "several processes share weights, gradients and optimiser state out (FSDP2), for networks that are too large for one",
+    )
+    accumulate: int = setting(
+        1,
+        "a batch goes in so many equal parts, one after another, whose gradients are averaged, where it does not fit into memory; "
+        "contrast and batch-norm see one part",
+        ge=1,
+    )
+    parts: int | None = setting(
+        None,
+        "equal parts of a batch with random views and perturbations of their own; processes × accumulate must divide it, and then "
+        "their number changes nothing else; none: as many as processes × accumulate",
+        ge=1,
+    )
+    validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
+    validate_images: int = setting(512, "most validation images to attack", ge=1)
+    validate_steps: int = setting(10, "PGD steps of the validation attack", ge=1)
+    patience: int | None = setting(
+        None, "stop after so many validations without a better robust accuracy; none: never", ge=1
+    )
+    checkpoint_seconds: float = setting(60.0, "time between resume checkpoints", ge=0, unit="seconds")
+    trainable: Literal["all", "classifier"] = setting(
+        "all",
+        "all weights, or the final linear layer alone on an encoder that is frozen, in evaluation mode, batch-norm statistics too",
+    )
+    start_from: str | None = setting(
+        None,
+        "weights to begin with: a .safetensors file, or a run directory (those its eval.weights names); none: drawn from the seed",
+    )
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+
+    def __post_init__(self) -> None:
+        """Ask for exactly one of epochs and budget, and at most one average."""
+        if self.ema and self.swa_start is not None:
+            raise ValueError(f"give one of ema and swa_start, got ema={self.ema:g}, swa_start={self.swa_start:g}")
+        if (self.epochs is None) == (self.budget is None):
+            raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
+
+
+@settings
+class Eval:
+    """The worst case over the attacks of a suite, on images that training never saw."""
+
+    suite: Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"] = setting(
+        "standard",
+        "standard: AutoAttack (APGD-CE, APGD-T, FAB-T, Square); plus: its longer version; rand: for randomised models; quick: "
+        "two APGD of 50 steps; adaptive: standard, then the embedding; queries: without gradients (Square, in "
+        "linf also RayS, from labels alone); pgd: FGSM and two PGD-50, each on all images",
+    )
+    split: Literal["test", "val"] = setting("test", "which images")
+    images: int | None = setting(None, "evaluate only the first so many; none: all", ge=1)
+    weights: Literal["best", "last"] = setting("best", "weights of the best validation robust accuracy, or the last")
+    batch_size: int | None = setting(
+        None, "images attacked at once; none: by image size and device; halved when memory is short", ge=1
+    )
+    steps: int | None = setting(
+        None, "instead of the suite's own, for a quick look or a longer search (the record says so)", ge=1, unit="steps"
+    )
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "what the search computes in; every verdict is in float32, and bfloat16 may find less"
+    )
+    curve_points: int = setting(6, "radii up to twice eps at which robust accuracy is drawn; 0: no curve", ge=0)
+    curve_images: int = setting(256, "images of the curve", ge=1)
+    curve_steps: int = setting(20, "PGD steps of the curve", ge=1)
+    check_images: int = setting(128, "images for the checks of gradient masking; 0: no checks", ge=0)
+    gallery: int = setting(24, "images kept for the report's gallery", ge=0)
+    seed: int = setting(0, "of the attacks' randomness", ge=0, le=_LARGEST_SEED)
+
+
+CHOSEN: dict[str, tuple[Registry[Any], str]] = {
+    "data": (DATASETS, "name"),
+    "model": (MODELS, "name"),
+    "threat": (THREATS, "norm"),
+    "attack": (ATTACKS, "name"),
+    "method": (METHODS, "name"),
+}
+FIXED: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
+GROUPS = (*CHOSEN, *FIXED)
+TUNE = "tune"
+"""The group of a recipe that says how it is searched: ``clead tune`` reads it, a training has no use for it."""
+DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
+
+
+def stranger(group: str, value: Any) -> str:
+    """Say what is wrong if ``value``, given in Python, is none of the settings that this group can hold."""
+    if group in FIXED:
+        return "" if isinstance(value, FIXED[group]) else f"must be {FIXED[group].__name__}(...), got {value!r}"
+    known = {name: cls.__name__ for name, cls in CHOSEN[group][0].items()}
+    if type(value) in [cls for _, cls in CHOSEN[group][0].items()]:
+        return ""
+    return f"must be the settings of a registered {CHOSEN[group][0].kind} ({', '.join(known.values())}), got {value!r}"
+
+
+def build(group: str, values: dict[str, Any]) -> Any:
+    """Return the settings of a group from its keys; raises UserError that lists every problem."""
+    if group in FIXED:
+        return validated(FIXED[group], values, group)
+    registry, key = CHOSEN[group]
+    values = dict(values)
+    name = values.pop(key, DEFAULT_NAME[group])
+    if name is None:
+        raise UserError(f"{group}.{key}: is required; known: {', '.join(registry.names())}")
+    if group == "model" and ":" in str(name):
+        name, values["factory"] = "custom", str(name)
+    try:
+        cls = registry.get(str(name))
+    except UserError as error:
+        raise UserError(f"{group}.{key}: {error}") from None
+    return validated(cls, values, group)
+
+
+def chosen_name(group: str, value: Any) -> dict[str, str]:
+    """Return the key and name that choose the class of these settings; nothing where the group has one class."""
+    if group not in CHOSEN:
+        return {}
+    registry, key = CHOSEN[group]
+    return {key: next(name for name, cls in registry.items() if cls is type(value))}
+
+
+def plain(value: Any) -> Any:
+    """Return settings as YAML can hold them: dicts, lists, numbers, and ratios such as 8/255 as written."""
+    if isinstance(value, Ratio):
+        return value.text if "/" in value.text else float(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

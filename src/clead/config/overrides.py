@@ -1,0 +1,139 @@
+"""Overrides from the command line, ``--group.key VALUE``, and what each changes in a recipe's tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from clead.config.groups import CHOSEN, DEFAULT_NAME, GROUPS, TUNE
+from clead.config.reference import documented_keys
+from clead.config.run import RunConfig
+from clead.config.text import parse_value
+from clead.data.datasets import DATASETS
+from clead.errors import UserError, did_you_mean
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """Return (key path, value) pairs from ``--group.key VALUE`` or ``--group.key=VALUE``; values are read as YAML scalars or lists.
+
+    >>> parse_overrides(["--threat.eps", "8/255", "--data.flip=true"])
+    [(['threat', 'eps'], '8/255'), (['data', 'flip'], True)]
+    """
+    pairs, waiting, problems = [], list(arguments), []
+    while waiting:
+        argument = waiting.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not key:
+            problems.append(f"unexpected argument {argument!r}; settings are given as --group.key VALUE")
+            continue
+        if not equals:
+            if not waiting or waiting[0].startswith("--"):
+                problems.append(f"{argument}: a value is missing; give {argument} VALUE")
+                continue
+            value = waiting.pop(0)
+        if "." not in key:
+            full = sorted({f"--{row[0]}.{row[2]}" for row in documented_keys() if row[2] == key.replace("-", "_")})
+            hint = (
+                f"did you mean {' or '.join(full)}?" if full else f"settings are --group.key with {', '.join(GROUPS)}"
+            )
+            problems.append(f"--{key}: unknown option; {hint}")
+            continue
+        pairs.append((key.replace("-", "_").split("."), parse_value(value)))
+    if problems:
+        raise UserError(*problems)
+    return pairs
+
+
+def changed(tree: Any, overrides: Sequence[str]) -> RunConfig:
+    """Return the configuration of a recipe's tree, which overrides change in place; raises UserError that lists every problem."""
+    if isinstance(tree, dict):
+        changes = parse_overrides(overrides)
+        keys = [path for path, _ in changes]
+        if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):
+            changes.append((["data", "name"], "auto"))
+        # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
+        # What is given for all stages comes before what is given for one.
+        changes.sort(
+            key=lambda change: (change[0][0] == "stages", not _chooses(change[0]) and not _chooses(change[0][2:]))
+        )
+        for path, value in changes:
+            if path[0] == TUNE:
+                raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
+            if path[0] == "stages":
+                _override_stage(tree, path, value)
+                continue
+            _override(tree, path, value)
+            _override_stages(tree, path)
+        _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
+    return RunConfig.from_dict(tree)
+
+
+def _has_path(tree: dict[str, Any]) -> bool:
+    data = tree.get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    return name not in DATASETS.names() or "path" in DATASETS.get(name).__pydantic_fields__
+
+
+def _chooses(path: list[str]) -> bool:
+    return bool(path) and path[0] in CHOSEN and path[1:] == [CHOSEN[path[0]][1]]
+
+
+def _one_length(tree: dict[str, Any], given: set[str]) -> None:
+    """Let an override of epochs replace the recipe's budget, and the reverse."""
+    for key, other in (("epochs", "budget"), ("budget", "epochs")):
+        if key in given and other not in given:
+            tree["train"].pop(other, None)
+
+
+def _override_stages(tree: dict[str, Any], path: list[str]) -> None:
+    """Let an override of a common key hold in the stages too, in place of what they say of it; not that of a choice by name."""
+    stages = tree.get("stages")
+    for stage in stages if isinstance(stages, list) and not _chooses(path) else ():
+        *parents, last = path
+        values = stage
+        for part in parents:
+            values = values.get(part) if isinstance(values, dict) else None
+        if isinstance(values, dict):
+            for key in ("epochs", "budget") if path in (["train", "epochs"], ["train", "budget"]) else (last,):
+                values.pop(key, None)
+
+
+def _override_stage(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set ``stages.NAME.group.key``; the stage may be given by its number, from 1 on, too."""
+    stages = tree.get("stages")
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    names = [str(stage.get("name")) for stage in stages]
+    if len(path) < 4:
+        raise UserError(f"--{'.'.join(path)}: a setting of a stage is --stages.NAME.group.key VALUE")
+    if not stages:
+        raise UserError(f"--{'.'.join(path)}: the recipe has no stages; leave out stages.{path[1]}")
+    if path[1] not in names and not (path[1].isdecimal() and 1 <= int(path[1]) <= len(stages)):
+        raise UserError(
+            f"--{'.'.join(path)}: no stage {path[1]!r}; {did_you_mean(path[1], names)} (or 1 to {len(stages)})"
+        )
+    stage = stages[names.index(path[1]) if path[1] in names else int(path[1]) - 1]
+    group = path[2]
+    if _chooses(path[2:]) and isinstance(stage.get(group), dict) and isinstance(common := tree.get(group), dict):
+        key = path[3]
+        stage[group].setdefault(key, common.get(key, DEFAULT_NAME[group]))
+    _override(stage, path[2:], value)
+    if group == "train" and value is not None:
+        _one_length(stage, {path[3]})
+
+
+def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    group, *rest = path
+    values = tree.get(group)
+    values = dict(values) if isinstance(values, dict) else {}
+    if _chooses(path) and values.get(rest[0], DEFAULT_NAME[group]) != value:
+        registry, _ = CHOSEN[group]
+        known: Iterable[str] = ()
+        if group == "data" and value in registry.names():
+            known = registry.get(value).__pydantic_fields__
+        values = {k: v for k, v in values.items() if k in known}
+    tree[group] = values
+    for part in rest[:-1]:
+        child = values.get(part)
+        values[part] = dict(child) if isinstance(child, dict) else {}
+        values = values[part]
+    values[rest[-1]] = value
