@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises: value given, rule, remedy, on one line."""
+"""The one exception a user's mistake raises: value given, rule, remedy, on one line; and what is told apart from mistakes."""
 
 from __future__ import annotations
 
@@ -47,3 +47,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     shown = known[: max(1, sum(len(", ".join(known[:n])) <= _LONGEST for n in range(1, len(known) + 1)))]
     more = f", … ({len(known)} in all)" if len(shown) < len(known) else ""
     return f"known: {', '.join(shown) or 'none'}{more}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether a device's memory was too small; PyTorch has a class for this on CUDA, and none on CPU."""
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("out of memory", "can't allocate memory")
+    )

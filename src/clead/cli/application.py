@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clead.errors import UserError
+from clead.errors import UserError, out_of_memory
 
 app = typer.Typer(
     name="clead",
@@ -137,7 +137,7 @@ def _run() -> None:
         if kind in ("NonFiniteLoss", "LostWorker"):
             print(f"clead: error: {error}", file=sys.stderr)
             sys.exit(1)
-        if kind == "OutOfMemoryError" or "can't allocate memory" in str(error):
+        if out_of_memory(error):
             print(
                 "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size", file=sys.stderr
             )

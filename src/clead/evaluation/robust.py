@@ -26,13 +26,13 @@ from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
-from clead.errors import UserError
+from clead.errors import UserError, out_of_memory
 from clead.evaluation import masking, processes
 from clead.evaluation.processes import ALONE, Shard
 from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import DRAWS, LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.evaluation.verdicts import Pieces, exact_float32, holds, in_pieces, out_of_memory, pixels, right_images
+from clead.evaluation.verdicts import Pieces, exact_float32, holds, in_pieces, pixels, right_images
 from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode

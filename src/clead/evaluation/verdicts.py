@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clead.attacks.run import attack_images
 from clead.data.loaders import seeded
+from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat
 from clead.models.modes import attack_mode
 
@@ -82,11 +83,6 @@ def in_pieces(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
         if x.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"the device is out of memory: attacking {size} images at a time", stacklevel=2)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Say whether a device's memory was too small."""
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def accuracy_under_attack(
