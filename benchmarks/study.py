@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def main() -> None:
 
     def keep(job, about):
         said = f"{about['variant']} seed {about['seed']}"
+        if isinstance(job.exception(), BrokenProcessPool):
+            sys.exit(f"{said} or the run beside it was killed, or lacked memory; the same command goes on from here")
         if job.exception() is not None:
             failed.append(said)
             return print(f"{said} failed: {job.exception()}", flush=True)
@@ -142,7 +145,10 @@ def main() -> None:
         write_atomically(out, (json.dumps(rows, indent=1) + "\n").encode())
         print(f"{said}: {job.result()}", flush=True)
 
-    with ProcessPoolExecutor(arguments.workers) as pool:
+    # A worker alone that is told to stop does so, instead of inheriting what the queue does then.
+    with ProcessPoolExecutor(
+        arguments.workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)
+    ) as pool:
         signal.signal(signal.SIGTERM, stop)
         running = {}
         while waiting or running:

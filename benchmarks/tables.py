@@ -129,6 +129,27 @@ FEW_LABELS = {
     "fgsm-rs": "FGSM-RS, the labels alone",
 }
 
+FEW_DIGITS = {
+    "clead": "C-LEAD, labelled and unlabelled images",
+    "clead without contrast": "the same without contrast",
+    "clead rst": "C-LEAD, pseudo-labels",
+    "trades rst": "TRADES, pseudo-labels",
+    "pgd-at rst": "PGD-AT, pseudo-labels",
+    "trades": "TRADES, the labels alone",
+    "pgd-at": "PGD-AT, the labels alone",
+    "teacher": "the teacher",
+}
+
+NOISE = {
+    "clead": "C-LEAD",
+    "clead nt_xent": "C-LEAD, NT-Xent (contrast without labels)",
+    "free contrast": "C-LEAD on free AT",
+    "trades": "TRADES",
+    "free": "free AT",
+    "mart": "MART",
+    "pgd-at": "PGD-AT",
+}
+
 
 def by_share(name, suite, titles, shares):
     """Every method with each share of the labels, given or wrong, and C-LEAD minus it, paired over seeds."""
@@ -202,6 +223,8 @@ TABLES = {
     "forms": forms,
     "unforeseen": unforeseen,
     "few labels": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
+    "few labels, digits": lambda: by_share("few_labels_digits", "quick", FEW_DIGITS, (10, 5, 2)),
+    "wrong labels": lambda: by_share("label_noise_digits", "quick", NOISE, (20, 40)),
 }
 
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "study.py"
+WRONG = "  wrong: {recipe: digits-pgd-at, set: --attack.steps -1}\n"
 QUEUE = """
 common: --train.budget 3 --data.limit_train 60 --eval.images 10 --eval.check_images 0 --eval.curve_points 0 --eval.gallery 0
 suites: [pgd]
@@ -57,7 +60,7 @@ def test_what_a_run_needs_counts_in_its_compute(queue):
 def test_rows_are_not_run_again_and_changed_settings_are_refused(queue):
     folder, _ = queue
     before = (folder / "queue.json").read_bytes()
-    (folder / "queue.yaml").write_text(QUEUE.replace("  wrong: {recipe: digits-pgd-at, set: --attack.steps -1}\n", ""))
+    (folder / "queue.yaml").write_text(QUEUE.replace(WRONG, ""))
     again = study(folder)
     assert again.returncode == 0 and again.stdout == ""
     (folder / "queue.yaml").write_text(QUEUE.replace("budget 3", "budget 4"))
@@ -78,6 +81,22 @@ def test_a_stopped_queue_leaves_no_worker_behind(tmp_path):
         said = process.communicate()[1]
     assert process.returncode == 1 and "the same command goes on from here" in said
     assert not (tmp_path / "queue.json").exists()
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep names the worker")
+def test_a_killed_worker_ends_the_queue_in_one_line(tmp_path):
+    (tmp_path / "queue.yaml").write_text(
+        QUEUE.replace(WRONG, "").replace("budget 3", "budget 3000 --train.checkpoint_seconds 0")
+    )
+    command = [sys.executable, STUDY, tmp_path / "queue.yaml", "--work", tmp_path / "runs", "--workers", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "runs" / "teacher-s3" / "resume.state").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        (worker,) = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+        os.kill(int(worker), signal.SIGKILL)
+        said = process.communicate()[1]
+    assert process.returncode == 1 and "was killed, or lacked memory" in said and "Traceback" not in said
 
 
 def test_the_interval_over_images_is_that_of_their_mean_differences():
