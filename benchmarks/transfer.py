@@ -98,9 +98,9 @@ def main() -> None:
                 failed.append(f"{said}: {job.exception()}")
                 continue
             rows.append(jobs[job] | job.result())
+            print(f"{said}: {rows[-1]}", flush=True)
             rows.sort(key=lambda row: (row["variant"], row["seed"]))
             write_atomically(out, (json.dumps(rows, indent=1) + "\n").encode())
-            print(f"{said}: {rows[-1]}", flush=True)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 
