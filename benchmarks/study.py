@@ -7,7 +7,8 @@ with (the first one's result is ``robust_accuracy``; by default what the overrid
 name: one row per (variant, seed) with accuracies, overrides and seconds; rows that exist are not run again, and a study whose
 recipes or overrides have changed since is refused. ``--eval.split val`` among the overrides keeps the test set untouched. Each run
 has one thread, so that two share a machine of two cores without changing each other's result. Run directories are in ``--work``,
-where a training or an evaluation that was stopped (Ctrl-C, SIGTERM) goes on. A run that fails is reported, and the others go on.
+where a training or an evaluation that was stopped (Ctrl-C, SIGTERM) goes on. A run that fails is reported, and the others go on;
+where its process is killed, all stop.
 A variant that ``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and
 its compute counts, too.
 """
@@ -130,7 +131,7 @@ def main() -> None:
     def keep(job, about):
         said = f"{about['variant']} seed {about['seed']}"
         if isinstance(job.exception(), BrokenProcessPool):
-            sys.exit(f"{said} or the run beside it was killed, or lacked memory; the same command goes on from here")
+            raise job.exception()
         if job.exception() is not None:
             failed.append(said)
             return print(f"{said} failed: {job.exception()}", flush=True)
@@ -145,21 +146,25 @@ def main() -> None:
         write_atomically(out, (json.dumps(rows, indent=1) + "\n").encode())
         print(f"{said}: {job.result()}", flush=True)
 
-    # A worker alone that is told to stop does so, instead of inheriting what the queue does then.
-    with ProcessPoolExecutor(
-        arguments.workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)
-    ) as pool:
-        signal.signal(signal.SIGTERM, stop)
-        running = {}
-        while waiting or running:
-            missing = {*waiting, *((about["variant"], about["seed"]) for about in running.values())}
-            ready = [job for job in waiting if (study["variants"][job[0]].get("needs"), job[1]) not in missing]
-            for name, seed in ready[: arguments.workers - len(running)]:
-                waiting.remove((name, seed))
-                job, about = start(pool, name, seed)
-                running[job] = about
-            for job in wait(running, return_when=FIRST_COMPLETED).done:
-                keep(job, running.pop(job))
+    try:
+        # A worker alone that is told to stop does so, instead of inheriting what the queue does then.
+        with ProcessPoolExecutor(
+            arguments.workers, initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_DFL)
+        ) as pool:
+            signal.signal(signal.SIGTERM, stop)
+            running = {}
+            while waiting or running:
+                missing = {*waiting, *((about["variant"], about["seed"]) for about in running.values())}
+                ready = [job for job in waiting if (study["variants"][job[0]].get("needs"), job[1]) not in missing]
+                for name, seed in ready[: arguments.workers - len(running)]:
+                    waiting.remove((name, seed))
+                    job, about = start(pool, name, seed)
+                    running[job] = about
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                for job in sorted(done, key=lambda job: job.exception() is not None):  # what has a result first
+                    keep(job, running.pop(job))
+    except BrokenProcessPool:
+        sys.exit("a run was killed, or lacked memory; the same command goes on from here")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the command given again tries them again")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.unrestricted import fallen
-from clead.errors import UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.interfaces import Model, Threat
 from clead.models.seeding import seeded
 from clead.threats.geometry import per_image
@@ -159,9 +159,11 @@ class External:
         with _quiet(seed):
             try:
                 found = run(self, _Answer(model, x), x[here].float(), y[here], threat, seed, logits.shape[1])
-            except (UserError, torch.OutOfMemoryError):
+            except UserError:
                 raise
             except Exception as error:
+                if out_of_memory(error):
+                    raise
                 reason = (str(error).splitlines() or [""])[0]
                 if "does not require grad" in reason:
                     reason = "the model gives no gradient; take one that needs none, such as foolbox:HopSkipJumpAttack"

@@ -9,10 +9,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from clead.api import evaluate_run, read_record, train
 from clead.config import RunConfig
+from clead.errors import out_of_memory
 from clead.report.record import Record
 from clead.training.loop import NonFiniteLoss
 from clead.tuning.space import Search
@@ -52,7 +51,9 @@ def run_trial(search: Search, values: Mapping[str, Any], folder: Path, report: R
             found.append(_run_seed(search, values, seed, path, report if seed == 0 else None))
     except NonFiniteLoss as error:
         raise Failed(f"diverged: {error}") from None
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise Failed("the device is out of memory") from None
     return {
         "clean": fmean(record.clean_accuracy for record in found),
