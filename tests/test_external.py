@@ -334,6 +334,17 @@ def test_a_failure_inside_the_library_is_one_line_and_leaves_no_trace():
     )
 
 
+@pytest.mark.parametrize("said", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_too_little_memory_is_left_to_the_evaluation_which_halves_the_batch(said, monkeypatch):
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(sys.modules["clead.attacks.external"], "_torchattacks", fail)
+    model = net()
+    with pytest.raises(RuntimeError, match=said):
+        attack_images(external("torchattacks:PGD"), model, *images(model), threat("linf"))
+
+
 def test_settings_are_those_of_the_library_and_weak_ones_are_told():
     attack = external("torchattacks:PGD", steps=5)
     assert attack.description == {"name": "torchattacks:PGD", "alpha": 2 / 255, "steps": 5, "random_start": True}

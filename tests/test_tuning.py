@@ -632,6 +632,18 @@ def test_a_trial_that_falls_behind_stops_its_training_cleanly(tmp_path, monkeypa
     assert not (run.path / "outcome.json").exists() and not (run.path / "last.safetensors").exists()
 
 
+def test_too_little_memory_fails_one_trial_and_another_error_is_no_trial(tmp_path, monkeypatch):
+    from clead.tuning import trial
+
+    def fail(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(trial, "_run_seed", fail)
+    for said, error in (("DefaultCPUAllocator: can't allocate memory", Failed), ("shapes do not match", RuntimeError)):
+        with pytest.raises(error, match="the device is out of memory" if error is Failed else said):
+            trial.run_trial(open_search("digits-clead"), {}, tmp_path / "0000", None)
+
+
 def test_a_training_that_diverges_fails_its_trial(tmp_path):
     found = real(
         tmp_path / "study", "--tune.trials", "1", "--tune.space", "{optim.lr: [1e30]}", "--optim.clip_norm", "null"
