@@ -120,6 +120,20 @@ def unforeseen():
             print(f"| {title} | " + " | ".join(cells) + " |")
 
 
+def transfer():
+    """What a linear probe on shrunk MNIST keeps, at each C, and C-LEAD minus it."""
+    by = by_variant(committed("transfer_digits.json"))
+    suites = ("C = 0.1", "C = 1", "C = 10")
+    print("| method | clean % | " + " | ".join(f"{name}: PGD-50 % | C-LEAD − it" for name in suites) + " |")
+    print("|---|---" + "|---|---" * len(suites) + "|")
+    for key in sorted(by, key=lambda key: -statistics.mean(found["C = 1"] for found in by[key].values())):
+        cells = [HEADLINE[key], percent([found["clean"] for found in by[key].values()])]
+        for name in suites:
+            gain = "" if key == "clead" else difference(by["clead"], by[key], name)
+            cells += [percent([found[name] for found in by[key].values()]), gain]
+        print("| " + " | ".join(cells) + " |")
+
+
 FEW_LABELS = {
     "clead": "C-LEAD, pseudo-labels",
     "rst": "the same without contrast",
@@ -222,6 +236,7 @@ TABLES = {
     "mnist": lambda: headline("mnist"),
     "forms": forms,
     "unforeseen": unforeseen,
+    "transfer": transfer,
     "few labels": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
     "few labels, digits": lambda: by_share("few_labels_digits", "quick", FEW_DIGITS, (10, 5, 2)),
     "wrong labels": lambda: by_share("label_noise_digits", "quick", NOISE, (20, 40)),

@@ -51,7 +51,7 @@ SHORTER = {
     "playground": ["--train.device", "cpu"],
 }
 SERVERS = ("serve", "playground")
-ROWS = {"digits": 14, "cifar10": 8, "forms": 27, "unforeseen": 10, "few labels": 5, "mnist": 8}
+ROWS = {"digits": 14, "cifar10": 8, "forms": 27, "unforeseen": 10, "transfer": 4, "few labels": 5, "mnist": 8}
 """Of the tables that benchmarks/tables.py prints."""
 FEW = (
     *("PGD-AT, the labels alone", "TRADES, the labels alone", "the same with half the compute"),
@@ -71,6 +71,8 @@ NOT_RUN = {
     "python benchmarks/study.py benchmarks/study_headline/mnist.yaml": "takes four hours, and MNIST",
     "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes seven hours, and CIFAR-10",
     "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
+    "python benchmarks/transfer.py benchmarks/study_headline/digits.yaml --only standard pgd-at trades clead": "takes a "
+    "quarter of an hour, and MNIST",
     "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
     "--pixels 0.4": "needs the runs of the study",
     "pip install --no-deps torchattacks==3.5.1": "needs a package registry",
