@@ -51,10 +51,21 @@ SHORTER = {
     "playground": ["--train.device", "cpu"],
 }
 SERVERS = ("serve", "playground")
-ROWS = {"digits": 14, "cifar10": 8, "forms": 27, "unforeseen": 10, "transfer": 4, "few labels": 5, "mnist": 8}
+ROWS = {
+    "digits": 14,
+    "cifar10": 8,
+    "forms": 27,
+    "unforeseen": 10,
+    "transfer": 4,
+    "stored images": 2,
+    "few labels, digits": 8,
+    "wrong labels": 7,
+    "few labels": 5,
+    "mnist": 8,
+}
 """Of the tables that benchmarks/tables.py prints."""
 FEW = (
-    *("PGD-AT, the labels alone", "TRADES, the labels alone", "the same with half the compute"),
+    *("PGD-AT, the labels alone", "TRADES, the labels alone", "PGD-AT with half the compute"),
     "the same without contrast",
 )
 """Of its rows for few labels, those that the pages quote."""
@@ -71,6 +82,10 @@ NOT_RUN = {
     "python benchmarks/study.py benchmarks/study_headline/mnist.yaml": "takes four hours, and MNIST",
     "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes seven hours, and CIFAR-10",
     "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
+    "python benchmarks/study.py benchmarks/few_labels_digits.yaml": "takes an hour",
+    "python benchmarks/study.py benchmarks/label_noise_digits.yaml": "takes an hour",
+    "python benchmarks/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 "
+    "RUNS/clead-s1": "needs the runs of the study",
     "python benchmarks/transfer.py benchmarks/study_headline/digits.yaml --only standard pgd-at trades clead": "takes a "
     "quarter of an hour, and MNIST",
     "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
@@ -492,9 +507,9 @@ def quoted() -> list[tuple[str, str]]:
     assert own["only_clead_broke"] == reference["only_clead_broke"] == reference["only_it_broke"] == 0
     held = round(own["robust_accuracy"] * summary["n"])
     seconds = [f"{part['cpu_seconds']['all']:.0f}" for part in (own, reference)]
-    digits, cifar, few, mnist = (  # without the interval over images
+    digits, cifar, few, mnist, stored = (  # without the interval over images
         {row.split("|")[1].strip(): [cell.split(" (")[0].strip() for cell in row.split("|")] for row in tables()[name]}
-        for name in ("digits", "cifar10", "few labels", "mnist")
+        for name in ("digits", "cifar10", "few labels", "mnist", "stored images")
     )
     supervised, other, half, plain = (few[name] for name in FEW)
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
@@ -513,7 +528,7 @@ def quoted() -> list[tuple[str, str]]:
         ("docs/results.md", f"It adds {gain['TRADES']} points to TRADES and {gain['free AT']} to free AT"),
         ("README.md", f"adds {gain['TRADES']} points to TRADES under AutoAttack"),
         ("README.md", f"leaves it {published[0]} %, or {published[1]} % if everything is fine-tuned"),
-        ("README.md", f"keeps {own_digits} % of the same images"),
+        ("README.md", f"keeps {own_digits} % against such an attacker"),
         ("README.md", f"where FGSM-RS is, whose adversaries it shares ({cifar['FGSM-RS'][4]} points"),
         ("docs/results.md", f"It is where FGSM-RS is, {cifar['FGSM-RS'][4]} points"),
         (
@@ -530,6 +545,10 @@ def quoted() -> list[tuple[str, str]]:
         (
             "README.md",
             f"clean {mnist['C-LEAD'][2]} %, AutoAttack {mnist['C-LEAD'][3]} % (3 seeds, first 1,000 test images)",
+        ),
+        (
+            "README.md",
+            f"so is plain training that began with other weights ({stored['digits (3 seeds)'][3]} %, three seeds)",
         ),
         ("README.md", f"keeps as much (C-LEAD − it is {plain[4]})"),
         ("docs/results.md", f"keeps {plain[3]} % on a tenth of the labels: C-LEAD minus it is {plain[4]},"),

@@ -89,23 +89,23 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
     """Return what ``package.module:factory`` or ``path/to/file.py:factory`` makes; raises UserError if it does not."""
     source, separator, name = factory.rpartition(":")
     if not (source and separator and name):
-        raise UserError(f"model.factory must be 'module:factory' or 'path/to/file.py:factory', got {factory!r}")
+        raise UserError(f"model.name must be 'module:factory' or 'path/to/file.py:factory', got {factory!r}")
     with _importable(Path.cwd(), Path(source).resolve().parent):
         code = _load(source)
         if not hasattr(code, name):
             known = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
-            raise UserError(f"model.factory: {source} has no {name!r}; {did_you_mean(name, known)}")
+            raise UserError(f"model.name: {source} has no {name!r}; {did_you_mean(name, known)}")
         make = getattr(code, name)
         if isinstance(make, nn.Module) or not callable(make):
             raise UserError(
-                f"model.factory: {factory} is a {type(make).__name__}; give a function or class that makes the model"
+                f"model.name: {factory} is a {type(make).__name__}; give a function or class that makes the model"
             )
         try:
             made = make(num_classes=num_classes) if _takes_num_classes(make) else make()
         except (Exception, SystemExit) as error:
-            raise UserError(f"model.factory: {factory} raised {_line(error)}") from error
+            raise UserError(f"model.name: {factory} raised {_line(error)}") from error
     if not isinstance(made, nn.Module):
-        raise UserError(f"model.factory: {factory} must return a torch.nn.Module, got {type(made).__name__}")
+        raise UserError(f"model.name: {factory} must return a torch.nn.Module, got {type(made).__name__}")
     return made
 
 
@@ -119,15 +119,16 @@ def _load(source: str) -> ModuleType:
             # Only if the named module itself is missing, not one that it imports.
             if error.name is not None and f"{source}.".startswith(f"{error.name}."):
                 raise UserError(
-                    f"model.factory: no module {source!r} here or installed; "
+                    f"model.name: no module {source!r} here or installed; "
                     "a file is named with its .py, such as 'nets/mine.py:Net'"
                 ) from error
-            raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+            raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
         except (Exception, SystemExit) as error:
-            raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+            raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
     if not path.is_file():
         near = [str(other) for other in path.parent.glob("*.py")]
-        raise UserError(f"model.factory: no file {source!r}; {did_you_mean(source, near)}")
+        remedy = did_you_mean(source, near) if near else f"give its path from {Path.cwd()}"
+        raise UserError(f"model.name: no file {source!r}; {remedy}")
     # A name of its own: files of other folders, and installed modules, may have the same.
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -138,7 +139,7 @@ def _load(source: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"model.factory: importing {source} raised {_line(error)}") from error
+        raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
     return module
 
 
