@@ -354,6 +354,7 @@ def test_settings_are_those_of_the_library_and_weak_ones_are_told():
     )
     assert attack.doubt(THREATS.get("linf")(eps=8 / 255)) is None  # 5 × 2/255
     assert external("foolbox:LinfPGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # 40 steps of a thirtieth of it
-    assert external("foolbox:LinfPGD", steps=20).doubt(THREATS.get("linf")(eps=0.3)) is not None
+    said = external("foolbox:LinfPGD", steps=20).doubt(THREATS.get("linf")(eps=0.3))
+    assert said is not None and "20 steps of 0.01, which cannot cross eps 0.3" in said and "--attack.steps 75" in said
     assert external("foolbox:LinfPGD", abs_stepsize=0.1).doubt(THREATS.get("linf")(eps=0.3)) is None
     assert external("torchattacks:APGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # it sets its steps itself
