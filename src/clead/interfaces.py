@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -97,7 +97,10 @@ class Splits:
     """Training, validation (cut from training, never from test) and test images, and the K class names.
 
     ``fingerprint`` is a hex digest of the content of all three sets (images, labels, class names); records carry it.
-    ``unreadable`` names the image files that were left out because ``data.skip_unreadable`` said so.
+    ``unreadable`` names the image files that were left out because ``data.skip_unreadable`` said so; ``skipped`` has one line for
+    each file that is there and was not read, ``"PATH: reason"``. ``notes`` say what a user must know to understand a figure on
+    these images. ``origin`` says what the test images are: ``test``, the data's own test split; ``val``, its validation split,
+    because it has no test split; or ``train``, a fixed part of its training images, because it has neither.
     """
 
     train: ImageSet
@@ -106,6 +109,9 @@ class Splits:
     classes: tuple[str, ...]
     fingerprint: str
     unreadable: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    origin: Literal["test", "val", "train"] = "test"
 
 
 @runtime_checkable

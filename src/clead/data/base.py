@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from clead.settings import setting, settings
 
 _log = logging.getLogger("clead")
 _NAMED = 10  # unreadable images that a warning names
+_TEST_SEED = 0  # of the test images that are cut from training images
 _LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
 
 
@@ -33,28 +34,50 @@ class Part:
     Args:
         images: decoded (N, C, H, W) uint8 with C 1 or 3, or the bytes of N image files.
         labels: (N,) int64.
-        names: what to call each image in an error; for decoded images empty.
+        names: what to call each image in an error, such as its path; for decoded images empty.
+        columns: other values of each image, such as a scene or a patient, as text: name -> N values.
     """
 
     images: Tensor | list[bytes]
     labels: Tensor
     names: Sequence[str] = ()
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def subset(self, index: Tensor) -> Part:
         """Return the images at ``index``, (n,) int64."""
-        if isinstance(self.images, Tensor):
-            return Part(self.images[index], self.labels[index])
         chosen = index.tolist()
-        images, names = [self.images[i] for i in chosen], [self.names[i] for i in chosen]
-        return Part(images, self.labels[index], names)
+        images = self.images[index] if isinstance(self.images, Tensor) else [self.images[i] for i in chosen]
+        names = [self.names[i] for i in chosen] if self.names else ()
+        columns = {key: [values[i] for i in chosen] for key, values in self.columns.items()}
+        return Part(images, self.labels[index], names, columns)
 
 
 class Found(NamedTuple):
-    """What a reader returns: both parts and the class names, not yet checked."""
+    """What a reader returns, not yet checked.
+
+    Args:
+        train: training images, or an empty part.
+        test: test images, or an empty part.
+        classes: the K class names; label k is of the class ``classes[k]``.
+        val: validation images, if the data set has a split of its own for them.
+        skipped: one line for each file that is there and was not read: ``"PATH: reason"``.
+        notes: what a user must know to understand a figure on these images, one sentence each.
+        ordered: whether the data set itself says the order of its classes (a list of names, numbered labels), so that no reader
+            had to guess it from the names of folders.
+    """
 
     train: Part
     test: Part
     classes: tuple[str, ...]
+    val: Part | None = None
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    ordered: bool = False
+
+
+def no_images() -> Part:
+    """Return a part without images."""
+    return Part([], torch.zeros(0, dtype=torch.int64))
 
 
 @settings
@@ -149,61 +172,90 @@ class InMemoryDataset(ABC):
             UserError: a path is missing, an image is broken, labels or classes are not as they should be.
                 Everything that can be checked without decoding is checked first.
         """
-        found = self.read()
-        if training or len(found.train.labels):
-            check(found, limit_train=self.limit_train)
-        elif not len(found.test.labels):
-            raise UserError("there must be test images, got none; check --data.path")
-        fit, skipped = Fit(self.image_size, self.resize, self.channels), ()
+        found, origin = _assign_splits(self.read())
+        self._check(found, training)
+        fit, unreadable = Fit(self.image_size, self.resize, self.channels), ()
         try:
-            train, test = self._decode(found.train, found.test, fit)
+            train, val, test = _decode(found, fit)
         except UserError:
             if not self.skip_unreadable:
                 raise
-            found, skipped = _without_unreadable(found, fit)
-            if training or len(found.train.labels):
-                check(found, limit_train=self.limit_train)
-            train, test = self._decode(found.train, found.test, fit)
+            found, unreadable = _without_unreadable(found, fit)
+            self._check(found, training)
+            train, val, test = _decode(found, fit)
         if self.limit_train is not None and self.limit_train < len(train):
             train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
         if self.limit_test is not None and self.limit_test < len(test):
             test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
-        val_count = round(self.val_fraction * len(train))
-        chosen, rest = stratified(train.labels, val_count, seed)
-        train, val = train.subset(rest), train.subset(chosen)
+        if val is None:
+            chosen, rest = stratified(train.labels, round(self.val_fraction * len(train)), seed)
+            train, val = train.subset(rest), train.subset(chosen)
         digest = fingerprint([train, val, test], found.classes)  # of the true labels, whatever is hidden or wrong below
         train = partly_labelled(
             train, self.labelled, self.label_noise, len(found.classes), seed, share=self.labelled_share
         )
-        return Splits(train, val, test, found.classes, digest, skipped)
+        return Splits(train, val, test, found.classes, digest, unreadable, found.skipped, found.notes, origin)
 
-    def _decode(self, train: Part, test: Part, fit: Fit) -> tuple[ImageSet, ImageSet]:
-        if isinstance(train.images, Tensor) and isinstance(test.images, Tensor):
-            first, second = fit_arrays(train.images, fit), fit_arrays(test.images, fit)
-            if first.shape[1:] != second.shape[1:]:
+    def _check(self, found: Found, training: bool) -> None:
+        if training or len(found.train.labels):
+            check(found, limit_train=self.limit_train)
+        elif not len(found.test.labels):
+            raise UserError("there must be test images, got none; check --data.path")
+
+
+def _assign_splits(found: Found) -> tuple[Found, Literal["test", "val", "train"]]:
+    """Return the data with test images, and what they are: see ``Splits.origin``."""
+    if len(found.test.labels) or not (len(found.train.labels) or found.val):
+        return found, "test"
+    if found.val is not None and len(found.val.labels):
+        note = "there is no test split, so the test images are those of the validation split"
+        return found._replace(test=found.val, val=None, notes=(*found.notes, note)), "val"
+    check(found._replace(test=found.train))
+    _log.warning("there is no test split: a fixed fifth of the training images become the test images")
+    note = "there is neither a test nor a validation split, so the test images are a fixed fifth of the training images"
+    chosen, rest = stratified(found.train.labels, round(0.2 * len(found.train.labels)), _TEST_SEED)
+    train, test = found.train.subset(rest), found.train.subset(chosen)
+    return found._replace(train=train, test=test, val=None, notes=(*found.notes, note)), "train"
+
+
+def _decode(found: Found, fit: Fit) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+    """Return training, validation and test images, all of one shape."""
+    parts = [found.train, *([] if found.val is None else [found.val]), found.test]
+    filled = [part for part in parts if len(part.labels)]
+    decoded: dict[int, Tensor] = {}
+    if all(isinstance(part.images, Tensor) for part in filled):
+        for part in filled:
+            decoded[id(part)] = fit_arrays(cast(Tensor, part.images), fit)
+        first = decoded[id(filled[0])]
+        for part in filled[1:]:
+            if decoded[id(part)].shape[1:] != first.shape[1:]:
                 raise UserError(
                     f"training images are {_shape(first)} (channels x height x width) but test images "
-                    f"{_shape(second)}; set --data.image_size and --data.channels to bring them together"
+                    f"{_shape(decoded[id(part)])}; set --data.image_size and --data.channels to bring them together"
                 )
-        else:
-            assert isinstance(train.images, list) and isinstance(test.images, list)
-            images = decode(train.images + test.images, [*train.names, *test.names], fit)
-            first, second = images[: len(train.labels)], images[len(train.labels) :]
-        return ImageSet(first, train.labels), ImageSet(second, test.labels)
+    else:
+        blobs = [blob for part in filled for blob in cast(list[bytes], part.images)]
+        first = decode(blobs, [name for part in filled for name in part.names], fit)
+        for part, images in zip(filled, first.split([len(part.labels) for part in filled]), strict=True):
+            decoded[id(part)] = images
+    sets = [ImageSet(decoded.get(id(part), first[:0]), part.labels) for part in parts]
+    return sets[0], None if found.val is None else sets[1], sets[-1]
 
 
 def _without_unreadable(found: Found, fit: Fit) -> tuple[Found, tuple[str, ...]]:
     """Return what can be decoded, and the names of the rest, which a warning counts."""
-    parts, skipped = [], []
-    for part in (found.train, found.test):
-        if not isinstance(part.images, Tensor):
+    parts, skipped = {}, []
+    for name in ("train", "val", "test"):
+        part: Part | None = getattr(found, name)
+        if part is not None and not isinstance(part.images, Tensor):
             good = torch.tensor(readable(part.images, part.names, fit), dtype=torch.bool)
             skipped += [part.names[i] for i in (~good).nonzero()[:, 0].tolist()]
             part = part.subset(good.nonzero()[:, 0])
-        parts.append(part)
+        parts[name] = part
     if skipped:
-        say_left_out(skipped, len(found.train.labels) + len(found.test.labels))
-    return Found(*parts, found.classes), tuple(skipped)
+        count = sum(len(part.labels) for part in (found.train, found.val, found.test) if part is not None)
+        say_left_out(skipped, count)
+    return found._replace(**parts), tuple(skipped)
 
 
 def say_left_out(skipped: Sequence[str], count: int) -> None:
@@ -217,7 +269,7 @@ def say_left_out(skipped: Sequence[str], count: int) -> None:
 
 def check(found: Found, *, limit_train: int | None = None) -> None:
     """Raise UserError, listing every problem, unless labels and classes allow training and testing."""
-    train, test, classes = found
+    train, test, classes = found[:3]
     if len(train.labels) == 0 or len(test.labels) == 0:
         raise UserError(
             f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; add the others at "
@@ -226,7 +278,11 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
     problems = [
         f"{part} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; "
         "number the labels from 0 and name every class"
-        for part, labels in (("training", train.labels.numpy()), ("test", test.labels.numpy()))
+        for part, labels in (
+            ("training", train.labels.numpy()),
+            ("validation", found.val.labels.numpy() if found.val is not None else np.empty(0, np.int64)),
+            ("test", test.labels.numpy()),
+        )
         if len(row := np.flatnonzero((labels < 0) | (labels >= len(classes)))) and len(bad := labels[row])
     ]
     if problems:

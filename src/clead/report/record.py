@@ -44,7 +44,11 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones."""
+    """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones.
+
+    ``origin`` says where the images of ``split`` come from (``clead.interfaces.Splits``); ``skipped`` has one line for each file
+    of the data set that was not read, ``"PATH: reason"``.
+    """
 
     name: str
     split: Literal["train", "val", "test"]
@@ -52,6 +56,8 @@ class DataPart(_Part):
     classes: list[str]
     fingerprint: str
     images: str
+    origin: Literal["test", "val", "train"] = "test"
+    skipped: list[str] = Field(default_factory=list)
 
 
 class AttackPart(_Part):

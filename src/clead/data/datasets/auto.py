@@ -6,10 +6,7 @@ import os
 from pathlib import Path
 
 from clead.data.base import Found, InMemoryDataset, existing
-from clead.data.datasets import DATASETS
-from clead.data.datasets.folder import read_folder
-from clead.data.datasets.npz import read_npz
-from clead.data.datasets.parquet import has_parquet, read_parquet
+from clead.data.datasets import DATASETS, READERS
 from clead.errors import UserError
 from clead.settings import setting, settings
 
@@ -29,12 +26,9 @@ class Auto(InMemoryDataset):
 def read_any(path: Path) -> Found:
     """Read a path by its content."""
     path = existing(path)
-    if path.is_file() and path.suffix == ".npz":
-        return read_npz(path)
-    if path.is_dir() and has_parquet(path):
-        return read_parquet(path)
-    if path.is_dir() and ((path / "train").is_dir() or (path / "test").is_dir()):
-        return read_folder(path)
+    for _, reader in sorted(READERS.items(), key=lambda item: item[1].rank):
+        if reader.recognizes(path):
+            return reader.read(path)
     inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
     classes = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
     remedy = f"put a folder of images for each class into {path / 'train'}" if classes else "check --data.path"

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
 
-from clead.data.base import Found, InMemoryDataset, Part, check, existing, stratified
-from clead.data.datasets import DATASETS
+from clead.data.base import Found, InMemoryDataset, Part, existing, no_images
+from clead.data.datasets import DATASETS, READERS, Reader
 from clead.errors import UserError
 from clead.settings import setting, settings
 
-log = logging.getLogger("clead")
-
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp")
-
-_SPLIT_SEED = 0
 
 
 @DATASETS.register("folder")
@@ -35,7 +30,7 @@ def read_folder(root: Path) -> Found:
     """Read the files of train/CLASS/ and test/CLASS/; classes are train's folder names, sorted."""
     if not (root / "train").is_dir() and (root / "test").is_dir():  # to be evaluated on, not trained
         classes = [folder.name for folder in _folders(root / "test")]
-        return Found(Part([], torch.zeros(0, dtype=torch.int64), []), _part(root, "test", classes), tuple(classes))
+        return Found(no_images(), _part(root, "test", classes), tuple(classes))
     if not (root / "train").is_dir():
         raise UserError(f"{root} must hold a folder train/ with one folder per class; put the images in train/CLASS/")
     classes = [folder.name for folder in _folders(root / "train")]
@@ -46,10 +41,7 @@ def read_folder(root: Path) -> Found:
         # Classes that only test has get numbers behind, so that the check names them.
         extra = [folder.name for folder in _folders(root / "test") if folder.name not in classes]
         return Found(train, _part(root, "test", classes + extra), (*classes, *extra))
-    check(Found(train, train, tuple(classes)))
-    log.warning("%s has no folder test/: a fixed fifth of train/ becomes the test images", root)
-    chosen, rest = stratified(train.labels, round(0.2 * len(train.labels)), _SPLIT_SEED)
-    return Found(train.subset(rest), train.subset(chosen), tuple(classes))
+    return Found(train, no_images(), tuple(classes))
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -74,3 +66,13 @@ def _part(root: Path, part: str, classes: list[str]) -> Part:
             f"{error.filename}: cannot be read ({error.strerror}); mend its permissions or remove it"
         ) from None
     return Part(blobs, torch.tensor(labels, dtype=torch.int64), list(map(str, files)))
+
+
+READERS.register("folder")(
+    Reader(
+        "train/CLASS/*.png and test/CLASS/*.png",
+        lambda path: (path / "train").is_dir() or (path / "test").is_dir(),
+        read_folder,
+        rank=90,
+    )
+)

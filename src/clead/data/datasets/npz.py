@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clead.data.base import Found, InMemoryDataset, Part, default_names, existing
-from clead.data.datasets import DATASETS
+from clead.data.datasets import DATASETS, READERS, Reader
 from clead.errors import UserError
 from clead.settings import setting, settings
 
@@ -106,3 +106,12 @@ def _images(array: np.ndarray, name: str) -> Tensor:
             f"{name} must be uint8 or float in [0, 1], got {array.dtype}; convert with .astype(numpy.uint8)"
         )
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+READERS.register("npz")(
+    Reader(
+        "FILE.npz with x_train, y_train, x_test, y_test",
+        lambda path: path.is_file() and path.suffix == ".npz",
+        read_npz,
+    )
+)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from clead.data.base import Found, InMemoryDataset, Part, default_names, existing
-from clead.data.datasets import DATASETS
+from clead.data.datasets import DATASETS, READERS, Reader
 from clead.errors import MissingExtra, UserError
 from clead.settings import setting, settings
 
@@ -155,3 +155,6 @@ def _schema(shard: Path) -> Any:
 def _unreadable(shard: Path, error: Exception) -> UserError:
     reason = str(error).splitlines()[0]
     return UserError(f"{shard}: not a readable Parquet file ({reason}); fetch it again")
+
+
+READERS.register("parquet")(Reader("train-*.parquet and test-*.parquet", has_parquet, read_parquet))
