@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from clead.data.datasets import DATASETS
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.threats import THREATS
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+from layouts import LAYOUTS  # noqa: E402  the samples that tests/test_layouts.py reads
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
@@ -42,6 +46,7 @@ def pages() -> dict[str, str]:
         "settings.md": _settings(),
         "recipes.md": _recipes(),
         "commands.md": _commands(),
+        "layouts.md": _layouts(),
     }
 
 
@@ -152,6 +157,23 @@ def _commands() -> str:
                 rows.append((", ".join(f"`{word}`" for word in options), _prose(getattr(option, "help", "") or "")))
         if rows:
             parts.append("| option | what it does |\n|---|---|\n" + "\n".join(f"| {a} | {_cell(b)} |" for a, b in rows))
+    return _page(parts)
+
+
+def _layouts() -> str:
+    rows = []
+    for layout in LAYOUTS:
+        splits = [name for name, size in zip(("train", "val", "test"), layout.sizes, strict=True) if size]
+        read = f"refused: “…{layout.refused}…”" if layout.refused else ", ".join(splits)
+        if splits == ["test"]:
+            read = "test: to evaluate on, not to train"
+        rows.append(f"| {_cell(layout.data)} | {_cell(f'`{layout.tree}`')} | {_cell(read)} | {_cell(layout.about)} |")
+    parts = [
+        "# Layouts of data",
+        "What `--data.path` reads (with `--data.name auto` or the name of the data set), and what it refuses. A small sample "
+        "of each is read by `tests/test_layouts.py`; this table is written from them (`tests/layouts.py`).",
+        "\n".join(["| data | files | read as | what else to know |", "|---|---|---|---|", *rows]),
+    ]
     return _page(parts)
 
 

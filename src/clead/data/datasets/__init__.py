@@ -20,12 +20,16 @@ class Reader:
             never raises.
         read: path -> ``clead.data.base.Found``; raises UserError if the content is not as the layout says.
         rank: readers are asked in ascending order; a layout that another one would take for its own has the lower number.
+        dataset: the data set that only this layout holds, such as ``"cifar10"``; asked for by name, its readers come first.
+        includes: the layouts that recognize the same files, of which this one is a special case.
     """
 
     layout: str
     recognizes: Callable[[Path], bool]
     read: Callable[[Path], Any]
     rank: int = 50
+    dataset: str | None = None
+    includes: tuple[str, ...] = ()
 
 
 DATASETS: Registry[Any] = Registry("dataset", "clead.data.datasets")

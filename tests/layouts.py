@@ -1,0 +1,249 @@
+"""A small sample of each layout that ``--data.path`` reads or refuses: the tests read them, docs/reference/layouts.md lists them.
+
+A layout is a function that writes a sample into a folder and returns the path to give; ``@layout`` says what must be read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DIGITS = tuple(map(str, range(10)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout.
+
+    Args:
+        data: what is stored so, such as ``"CIFAR-10, binary version"``.
+        tree: the files, in one line; `…` for more of the same.
+        build: writes a sample into an empty folder and returns the path to give as ``--data.path``.
+        sizes: training, validation and test images that must be read.
+        classes: the class names that must be read.
+        about: what else to know, one or more sentences for the docs.
+        refused: a part of the message, where the layout is refused; else empty.
+    """
+
+    data: str
+    tree: str
+    build: Callable[[Path], Path]
+    sizes: tuple[int, int, int] = (0, 0, 0)
+    classes: tuple[str, ...] = ()
+    about: str = ""
+    refused: str = ""
+
+
+LAYOUTS: list[Layout] = []
+
+
+def layout(data: str, tree: str, **what: object) -> Callable[[Callable[[Path], Path]], Callable[[Path], Path]]:
+    """Return a decorator that adds a builder to ``LAYOUTS``."""
+
+    def decorate(build: Callable[[Path], Path]) -> Callable[[Path], Path]:
+        LAYOUTS.append(Layout(data, tree, build, **what))
+        return build
+
+    return decorate
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Return random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
+    """Return an image file's bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def labels_of(count: int, classes: int) -> np.ndarray:
+    """Return 0, 1, …, classes - 1, 0, 1, … as uint8."""
+    return (np.arange(count) % classes).astype(np.uint8)
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    """Write a file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# ----------------------------------------------------------------------------------------- folders, Parquet
+
+
+def class_folders(root: Path, per_class: int, classes: tuple[str, ...] = ("cat", "dog"), kind: str = "png") -> None:
+    """Write ``per_class`` pictures into root/CLASS/."""
+    for label, name in enumerate(classes):
+        for row in range(per_class):
+            write(root / name / f"{row:03}.{kind}", encoded(noise(8, 8, 3, seed=100 * label + row), kind.upper()))
+
+
+@layout("Your own pictures", "train/CLASS/*.png …, test/CLASS/*.png …", sizes=(6, 0, 4), classes=("cat", "dog"))
+def folder(root: Path) -> Path:
+    class_folders(root / "train", 3)
+    class_folders(root / "test", 2)
+    return root
+
+
+@layout(
+    "Hugging Face data sets, as downloaded",
+    "data/train-*.parquet, data/test-*.parquet",
+    sizes=(6, 0, 4),
+    classes=("cat", "dog"),
+    about="The columns are `image` or `img` and `label` or `fine_label`.",
+)
+def parquet(root: Path) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (root / "data").mkdir()
+    info = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})}
+    for part, count in (("train", 6), ("test", 4)):
+        images = [{"bytes": encoded(noise(8, 8, 3, seed=row)), "path": None} for row in range(count)]
+        table = pa.table({"image": images, "label": labels_of(count, 2).astype(int)})
+        pq.write_table(table.replace_schema_metadata(info), root / f"data/{part}-00000-of-00001.parquet")
+    return root
+
+
+# -------------------------------------------------------------------------------------------------------- npz
+
+
+@layout(
+    "Arrays of NumPy",
+    "FILE.npz with x_train, y_train, x_test, y_test",
+    sizes=(12, 0, 6),
+    classes=("0", "1", "2"),
+    about="Images are (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float in [0, 1]; `classes` holds names.",
+)
+def npz(root: Path) -> Path:
+    path = root / "images.npz"
+    x_train, x_test = noise(12, 8, 8, 3), noise(6, 8, 8, 3, seed=1)
+    np.savez(path, x_train=x_train, y_train=labels_of(12, 3), x_test=x_test, y_test=labels_of(6, 3))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------ CIFAR
+
+
+def cifar_records(
+    folder: Path, files: dict[str, int], names: str, classes: tuple[str, ...], coarse: bool = False
+) -> None:
+    """Write binary records: a coarse label if asked, the label, 3,072 pixels."""
+    for seed, (file, count) in enumerate(files.items()):
+        labels = labels_of(count, len(classes))[:, None]
+        head = [labels // 5, labels] if coarse else [labels]
+        write(folder / file, np.concatenate([*head, noise(count, 3072, seed=seed)], axis=1).tobytes())
+    write(folder / names, "\n".join([*classes, ""]))
+
+
+CIFAR10_FILES = {**{f"data_batch_{n}.bin": 10 for n in range(1, 6)}, "test_batch.bin": 20}
+HUNDRED = tuple(f"fine_{k:02}" for k in range(100))
+
+
+@layout(
+    "CIFAR-10, binary version",
+    "cifar-10-batches-bin/data_batch_1.bin …, test_batch.bin, batches.meta.txt",
+    sizes=(50, 0, 20),
+    classes=TEN,
+    about="The folder, or the one above it.",
+)
+def cifar10_binary(root: Path) -> Path:
+    cifar_records(root / "cifar-10-batches-bin", CIFAR10_FILES, "batches.meta.txt", TEN)
+    return root
+
+
+@layout(
+    "CIFAR-100, binary version",
+    "cifar-100-binary/train.bin, test.bin, fine_label_names.txt",
+    sizes=(200, 0, 100),
+    classes=HUNDRED,
+    about="The folder, or the one above it; the labels are the 100 fine ones.",
+)
+def cifar100_binary(root: Path) -> Path:
+    folder = root / "cifar-100-binary"
+    cifar_records(folder, {"train.bin": 200, "test.bin": 100}, "fine_label_names.txt", HUNDRED, coarse=True)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- IDX
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """Return an array of uint8 as an IDX file holds it."""
+    return struct.pack(f">{array.ndim + 1}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(
+    folder: Path, sizes: dict[str, int], classes: int = 10, first: int = 0, prefix: str = "", packed: bool = False
+) -> None:
+    """Write images and labels first, first + 1, … of the parts "train" and "t10k"."""
+    for seed, (part, count) in enumerate(sizes.items()):
+        arrays = {
+            "images-idx3": noise(count, 28, 28, seed=seed),
+            "labels-idx1": labels_of(count, classes) + np.uint8(first),
+        }
+        for kind, array in arrays.items():
+            content = idx_bytes(array)
+            name = f"{prefix}{part}-{kind}-ubyte" + (".gz" if packed else "")
+            write(folder / name, gzip.compress(content, mtime=0) if packed else content)
+
+
+@layout(
+    "MNIST and KMNIST, as torchvision keeps them",
+    "MNIST/raw/train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-…",
+    sizes=(40, 0, 20),
+    classes=DIGITS,
+    about="Any of the folders, or the one above; `.gz` files as well. Beside other data sets of torchvision, `--data.name mnist` "
+    "takes this one.",
+)
+def mnist(root: Path) -> Path:
+    write_idx(root / "MNIST/raw", {"train": 40, "t10k": 20})
+    return root
+
+
+@layout(
+    "MNIST, as published",
+    "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-…",
+    sizes=(40, 0, 20),
+    classes=DIGITS,
+)
+def mnist_packed(root: Path) -> Path:
+    write_idx(root, {"train": 40, "t10k": 20}, packed=True)
+    return root
+
+
+@layout(
+    "Fashion-MNIST",
+    "FashionMNIST/raw/train-images-idx3-ubyte …",
+    sizes=(40, 0, 20),
+    classes=("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+def fashion_mnist(root: Path) -> Path:
+    write_idx(root / "FashionMNIST/raw", {"train": 40, "t10k": 20})
+    return root
+
+
+@layout(
+    "EMNIST",
+    "EMNIST/raw/emnist-letters-train-images-idx3-ubyte …, emnist-letters-mapping.txt",
+    sizes=(52, 0, 26),
+    classes=tuple(map(chr, range(65, 91))),
+    about="The images lie transposed, as in torchvision. Where several sets lie there, give the path of one file of images.",
+)
+def emnist(root: Path) -> Path:
+    folder = root / "EMNIST/raw"
+    write_idx(folder, {"train": 52, "test": 26}, 26, first=1, prefix="emnist-letters-")
+    write(folder / "emnist-letters-mapping.txt", "".join(f"{k} {64 + k} {96 + k}\n" for k in range(1, 27)))
+    return root
