@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,6 +176,43 @@ def cifar100_binary(root: Path) -> Path:
     folder = root / "cifar-100-binary"
     cifar_records(folder, {"train.bin": 200, "test.bin": 100}, "fine_label_names.txt", HUNDRED, coarse=True)
     return folder
+
+
+def cifar_pickles(folder: Path, files: dict[str, int], keys: tuple[str, str, str], classes: tuple[str, ...]) -> None:
+    """Write dicts of arrays as torchvision finds them: ``keys`` are the file of names, its key, and the key of labels."""
+    names, names_key, labels_key = keys
+    for seed, (file, count) in enumerate(files.items()):
+        labels = labels_of(count, len(classes)).tolist()
+        batch = {b"batch_label": b"batch", labels_key.encode(): labels, b"data": noise(count, 3072, seed=seed)}
+        write(folder / file, pickle.dumps({**batch, b"filenames": [b"a.png"] * count}, protocol=2))
+    write(folder / names, pickle.dumps({names_key: list(classes), "num_vis": 3072}, protocol=2))
+
+
+@layout(
+    "CIFAR-10, Python version, and as torchvision keeps it",
+    "cifar-10-batches-py/data_batch_1 …, test_batch, batches.meta",
+    sizes=(50, 0, 20),
+    classes=TEN,
+    about="The folder, or the one above it. The files are pickles: their arrays are read without unpickling, and a pickle with "
+    "anything else in it is refused.",
+)
+def cifar10_python(root: Path) -> Path:
+    files = {file.removesuffix(".bin"): count for file, count in CIFAR10_FILES.items()}
+    cifar_pickles(root / "cifar-10-batches-py", files, ("batches.meta", "label_names", "labels"), TEN)
+    return root
+
+
+@layout(
+    "CIFAR-100, Python version, and as torchvision keeps it",
+    "cifar-100-python/train, test, meta",
+    sizes=(200, 0, 100),
+    classes=HUNDRED,
+    about="As CIFAR-10; the labels are the 100 fine ones.",
+)
+def cifar100_python(root: Path) -> Path:
+    keys = ("meta", "fine_label_names", "fine_labels")
+    cifar_pickles(root / "cifar-100-python", {"train": 200, "test": 100}, keys, HUNDRED)
+    return root / "cifar-100-python"
 
 
 # -------------------------------------------------------------------------------------------------------- IDX

@@ -44,7 +44,7 @@ FILES = {
 
 def folder_of(path: Path, name: str, needed: Sequence[str]) -> Path | None:
     """Return ``path``, or the folder called ``name`` in it, if it holds one of the files ``needed``."""
-    return next((each for each in (path, path / name) if any((each / file).is_file() for file in needed)), None)
+    return next((each for each in (path / name, path) if any((each / file).is_file() for file in needed)), None)
 
 
 def present(folder: Path, train: Sequence[str], test: str) -> tuple[list[str], list[str]]:
