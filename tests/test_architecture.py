@@ -28,7 +28,7 @@ ORDER = [
         "attacks",
         "methods",
     ),
-    *("data", "config", "checkpoint", "report.record", "evaluation", "training", "report"),
+    *("data", "config", "checkpoint", "weights", "report.record", "evaluation", "training", "report"),
     *("export", "api", "tuning", "serving", "demo", "cli"),
 ]
 TORCH_ONLY = "interfaces"

@@ -34,6 +34,7 @@ from clead.evaluation import adversarial
 from clead.evaluation.state import State
 from clead.models import custom
 from clead.models.onnx import OnnxModel
+from clead.weights import read_weights
 
 SOURCE = Path(clead.__file__).parent
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 20 --data.batch_size 16
@@ -155,6 +156,7 @@ def _start(path, run):
 
 LOADERS = {
     "weights": lambda path, run: load_weights(path),
+    "weights from elsewhere": lambda path, run: read_weights(path),
     "weights of a run": _placed("best.safetensors", clead.load),
     "weights of an evaluation": _placed("best.safetensors", lambda run: api.evaluate_run(run, show=False)),
     "train.start_from": _start,

@@ -41,6 +41,7 @@ except ImportError:  # Windows
 
 from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError
+from clead.models.file_kinds import is_pickle
 
 _MAGIC = b"clead-state-1\n"
 _LARGEST_HEADER = 16_000_000  # some 100,000 tensors; the library's own limit is 100 MB
@@ -125,8 +126,8 @@ def _checksum(content: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     return hashlib.sha256(f"{fingerprint(content)}{sorted(texts.items())}".encode()).hexdigest()
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return (weights, metadata) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return (weights, metadata as texts) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
     if not path.is_file():
         raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file")
     try:
@@ -134,7 +135,7 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             head = file.read(16)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if is_pickle(head):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
     size = int.from_bytes(head[:8], "little")
     if _LARGEST_HEADER < size <= path.stat().st_size:  # more than the whole file: truncated, or another kind of file
@@ -145,11 +146,23 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             texts = {key: value for key, value in (file.metadata() or {}).items() if key != "format"}
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-        metadata = {key: json.loads(value) for key, value in texts.items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, texts  # noqa: SIM118  (not a dict)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is truncated or not a safetensors file ({reason}); copy or train it again") from None
+        raise _not_safetensors(path, error) from None
+
+
+def _not_safetensors(path: Path, error: Exception) -> UserError:
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(f"{path} is truncated or not a safetensors file ({reason}); copy or train it again")
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return (weights, metadata) of a file of ``save_weights``; raises UserError if it is missing, truncated or a pickle."""
+    content, texts = read_safetensors(path)
+    try:
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    except (ValueError, RecursionError) as error:
+        raise _not_safetensors(path, error) from None
     # Weights from elsewhere have no checksum.
     checksum = metadata.pop("checksum", None)
     if checksum is not None and checksum != _checksum(content, {k: v for k, v in texts.items() if k != "checksum"}):

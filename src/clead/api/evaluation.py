@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import data_name, evaluated_images, image_shape, load, load_model, open_run
 from clead.attacks.run import check_inputs, logits_of
-from clead.checkpoint import RunDir, check_weights, fingerprint, load_weights, remove_leftovers, write_atomically
+from clead.checkpoint import RunDir, fingerprint, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.errors import UserError
@@ -34,6 +34,7 @@ from clead.report.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import device_of
+from clead.weights import load_into, read_weights
 
 
 def evaluate(
@@ -198,7 +199,7 @@ def evaluate_foreign(
     Args:
         model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
         config: data, threat and eval settings; ``clead.config.bare_config`` makes one.
-        weights: a safetensors file for what the factory makes; None: as it is made.
+        weights: for what the factory makes, what ``clead.weights.read_weights`` reads; None: as it is made.
         out: directory of the record and the state.
         attacks: as of ``evaluate_run``, as all that follow.
         transfer_from: runs.
@@ -212,13 +213,14 @@ def evaluate_foreign(
     part = Shard.parse(shard) if shard else None
     splits = config.data.load(config.train.seed, training=False)
     name = model if isinstance(model, str) else type(model).__name__
-    made = _foreign(model, weights, splits)
+    made, notes = _foreign(model, weights, splits)
     images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     device = device_of(config.train.device)
     sources = _sources(transfer_from, images, len(splits.classes), device)
-    guessed = weights is None and not name.endswith(".onnx")
+    if isinstance(model, str) and weights is None and not name.endswith(".onnx"):
+        notes.append(f"no --weights given: those that {Path(name).name} makes")
     subject = Subject(
         name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
         model=Path(name).name,
@@ -239,7 +241,7 @@ def evaluate_foreign(
         unreadable=splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
-        note=f"no --weights given: those that {subject.model} makes" if isinstance(model, str) and guessed else None,
+        notes=notes,
         attacks=attacks,
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
@@ -335,20 +337,22 @@ def _sources(
     return found
 
 
-def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits) -> nn.Module:
+def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits) -> tuple[nn.Module, list[str]]:
+    """Return the model to evaluate, in eval mode, and what must be said of how it was made."""
     if isinstance(model, str) and model.endswith(".onnx"):
         if weights is not None:
             raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
-        return OnnxModel(model)
+        return OnnxModel(model), []
     made = make_module(model, len(splits.classes)) if isinstance(model, str) else model
+    notes: list[str] = []
     if weights is not None:
-        content, _ = load_weights(Path(weights))
-        check_weights(made.state_dict(), content, str(weights))
-        made.load_state_dict(content)
+        notes = load_into(made, read_weights(weights))
+        for note in notes:
+            print(f"weights: {note}", file=sys.stderr)
     try:  # attacks on the embedding need to know where it is
-        return adapt(made, sample_shape=image_shape(splits)).eval()
+        return adapt(made, sample_shape=image_shape(splits)).eval(), notes
     except UserError:
-        return made.eval()
+        return made.eval(), notes
 
 
 def _evaluate_into(
@@ -363,7 +367,7 @@ def _evaluate_into(
     fresh: bool,
     save_adversarial: Path | None,
     tried: TransferredPart | None = None,
-    note: str | None = None,
+    notes: Sequence[str] = (),
     unreadable: Sequence[str] = (),
     **options: Any,
 ) -> Evaluation:
@@ -391,9 +395,9 @@ def _evaluate_into(
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if tried is not None:
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
-    if said := [each for each in (note, _left_out(unreadable)) if each is not None]:
-        notes = [*evaluation.record.notes, *said]
-        evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": notes}))
+    if added := [each for each in (*notes, _left_out(unreadable)) if each is not None]:
+        all_notes = [*evaluation.record.notes, *added]
+        evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": all_notes}))
     if rank() > 0:
         return evaluation
     _set_aside(folder, result, evaluation.record)

@@ -27,7 +27,10 @@ def evaluate(
         str | None,
         typer.Option(help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path."),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights of --model, as safetensors.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights of --model: .safetensors, .pth, .pt, a folder; FILE:KEY takes one of several."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where the record of --model goes; evaluations/NAME by default.")
     ] = None,

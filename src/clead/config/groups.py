@@ -112,7 +112,8 @@ class Train:
     )
     start_from: str | None = setting(
         None,
-        "weights to begin with: a .safetensors file, or a run directory (those its eval.weights names); none: drawn from the seed",
+        "weights to begin with: a run directory (those its eval.weights names), or a file such as net.safetensors or net.pth; "
+        "none: drawn from the seed",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 

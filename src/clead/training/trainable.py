@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 from clead.checkpoint import PROJECTION, RunDir, check_weights, load_weights
 from clead.errors import UserError
 from clead.models.split import AdaptedModel, SplitModel, weights
+from clead.weights import load_into, read_weights
 
 
 def classifier_of(model: SplitModel) -> nn.Module:
@@ -43,25 +45,30 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
 
     Args:
         model: of the architecture that was trained.
-        path: a .safetensors file, or a run directory.
+        path: a run directory, or weights that ``clead.weights.read_weights`` reads.
         which: ``best`` or ``last`` weights of a run directory; None: those that its ``eval.weights`` names.
         dim: d of the projection head that training will need, or None; the last one of a run directory is taken up if it has
             this size.
 
     Raises UserError if there are no weights, or of another architecture.
     """
-    file = path
-    if path.is_dir():
-        run = RunDir.open(path)
-        file = path / f"{which or run.config().eval.weights}.safetensors"
+    is_run = (path / "config.yaml").is_file()
     try:
-        content, _ = load_weights(file)
-        check_weights(weights(model), content, str(file))
+        if is_run:
+            run = RunDir.open(path)
+            file = path / f"{which or run.config().eval.weights}.safetensors"
+            content, _ = load_weights(file)
+            check_weights(weights(model), content, str(file))
+            model.drop_projection()
+            model.load_state_dict(content)
+        else:
+            given = read_weights(path)
+            model.drop_projection()
+            for note in load_into(model, given):
+                print(f"train.start_from: {note}", file=sys.stderr)
     except UserError as error:
         raise UserError(*(f"train.start_from: {problem}" for problem in error.problems)) from None
-    model.drop_projection()
-    model.load_state_dict(content)
-    if dim is not None and path.is_dir() and (path / PROJECTION).exists():
+    if dim is not None and is_run and (path / PROJECTION).exists():
         head, _ = load_weights(path / PROJECTION)
         model.add_projection(dim)
         assert model.projection is not None
