@@ -113,6 +113,7 @@ class InMemoryDataset(ABC):
     channels: Literal[1, 3] | None = setting(
         None, "Channels: 1 (grey) or 3 (RGB); by default 1 if every image is grey, else 3."
     )
+    background: Literal["white", "black"] = setting("white", "What transparent pixels are composed on.")
     skip_unreadable: bool = setting(
         False,
         "Leave out image files that cannot be decoded instead of stopping; how many is said, and RUN/unreadable.txt lists them.",
@@ -174,7 +175,7 @@ class InMemoryDataset(ABC):
         """
         found, origin = _assign_splits(self.read())
         self._check(found, training)
-        fit, unreadable = Fit(self.image_size, self.resize, self.channels), ()
+        fit, unreadable = Fit(self.image_size, self.resize, self.channels, self.background), ()
         try:
             train, val, test = _decode(found, fit)
         except UserError:

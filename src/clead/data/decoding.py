@@ -7,10 +7,12 @@ import io
 import logging
 import os
 import tempfile
+import threading
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,48 +28,77 @@ from clead.errors import UserError
 
 log = logging.getLogger("clead")
 
-FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
-"""The formats that are tried; a file's content decides, not its name."""
+WEB_FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
+"""The formats that a server takes from a client."""
+
+FORMATS = (*WEB_FORMATS, "GIF", "TIFF", "AVIF", "JPEG2000")
+"""The formats that are tried in a data set; a file's content decides, not its name."""
 
 CACHE_ABOVE = 2000
 """Smaller collections decode faster than a cache is worth."""
 
 _CHUNK = 256
 _THREADS_ABOVE = 2048  # mean bytes; below, Python's own work per image outweighs what threads can share
+_WORKING_PIXELS = 2**24  # a resize may always make so many on its way
+_LONGEST_SIDE = 2**22  # above, the filter's weights alone take 16 bytes a pixel of it
+_lock = threading.Lock()
+_COLOURS = {"white": 255, "black": 0}
+REMARKS = {
+    "frames": "{} image files have more than one frame; the first is taken",
+    "alpha": "{} images have transparent pixels, which are composed on {background} (data.background)",
+    "dark": (
+        "{} images of 16 bits have no value above 4095 (12 bits?) and are nearly black in 8 bits; scale their values to 0 … 65535"
+    ),
+}
+"""What ``decode`` counts, and how to say it."""
 
 
 class Fit(NamedTuple):
-    """How images come to one shape: side in pixels or None, "squash" or "crop", channels 1, 3 or None."""
+    """How images come to one shape: side in pixels or None, "squash" or "crop", channels 1, 3 or None.
+
+    ``background``, "white" or "black", is what transparent pixels are composed on; None: transparency is dropped.
+    """
 
     image_size: int | None = None
     resize: str = "squash"
     channels: int | None = None
+    background: str | None = None
 
 
-def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
+def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit, *, remarks: Counter[str] | None = None) -> Tensor:
     """Decode encoded images to (N, C, H, W) uint8.
 
-    EXIF orientation is honoured, transparency is dropped, 16-bit grey is scaled to 8 bits. More than
-    ``CACHE_ABOVE`` images are remembered under ``$CLEAD_CACHE`` (else ``~/.cache/clead/decoded``), keyed by
-    their bytes, ``fit`` and Pillow's version.
+    EXIF orientation is honoured, transparency is composed on ``fit.background``, the first of several frames is taken, 16-bit grey
+    is scaled to 8 bits. All threads together decode ``Image.MAX_IMAGE_PIXELS`` pixels at once at most. More than ``CACHE_ABOVE``
+    images are remembered under ``$CLEAD_CACHE`` (else ``~/.cache/clead/decoded``), keyed by their bytes, ``fit`` and Pillow's
+    version.
 
     Args:
         blobs: the files' bytes.
         names: what to call each image in an error, such as its path or row.
-        fit: target size and channels.
+        fit: target size, channels and background.
+        remarks: how many images each of ``REMARKS`` is about is added here.
 
     Raises:
-        UserError: an image is unreadable, truncated or a decompression bomb; or sizes differ and
-            ``fit.image_size`` is None.
+        UserError: an image is unreadable, truncated or a decompression bomb, or its values do not fit into 8 bits; or sizes differ
+            and ``fit.image_size`` is None; or all images together are larger than this machine's memory.
     """
+    if blobs:
+        _check_memory(blobs[0], len(blobs), fit)
     cache = _cache_file(blobs, fit) if len(blobs) > CACHE_ABOVE else None
-    if cache is not None and (images := read_cache(cache, len(blobs))) is not None:
+    counted: Counter[str] = Counter()
+    if cache is not None and (images := read_cache(cache, len(blobs), counted)) is not None:
+        if remarks is not None:
+            remarks.update(counted)
         return images
     Image.init()  # once, before the threads
 
     def run(start: int) -> list[np.ndarray]:
-        part = slice(start, start + _CHUNK)
-        return [decode_one(blob, name, fit) for blob, name in zip(blobs[part], names[part], strict=True)]
+        part, own = slice(start, start + _CHUNK), Counter()
+        arrays = [decode_one(blob, name, fit, own) for blob, name in zip(blobs[part], names[part], strict=True)]
+        with _lock:
+            counted.update(own)
+        return arrays
 
     if len(blobs) <= _CHUNK:  # one piece of work: starting a thread for it takes longer than a small image
         arrays = run(0)
@@ -77,8 +108,49 @@ def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> Tensor:
             arrays = [array for chunk in pool.map(run, range(0, len(blobs), _CHUNK)) for array in chunk]
     images = stack(arrays, names)
     if cache is not None:
-        write_cache(cache, images)
+        write_cache(cache, images, counted)
+    if remarks is not None:
+        remarks.update(counted)
     return images
+
+
+class _PixelBudget:
+    """Lets threads work on ``Image.MAX_IMAGE_PIXELS`` pixels at once at most; on a larger image, one alone."""
+
+    def __init__(self) -> None:
+        self._changed, self._taken = threading.Condition(), 0
+
+    @contextmanager
+    def of(self, pixels: int) -> Generator[None]:
+        limit = Image.MAX_IMAGE_PIXELS or pixels
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken == 0 or self._taken + pixels <= limit)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+_budget = _PixelBudget()
+
+
+def _check_memory(first: bytes, count: int, fit: Fit) -> None:
+    """Raise UserError if ``count`` images of the first one's size are more than this machine's memory."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with Image.open(io.BytesIO(first), formats=FORMATS) as image:
+            width, height = (fit.image_size, fit.image_size) if fit.image_size else image.size
+    except Exception:  # not known here, or not readable, which decoding says better
+        return
+    if (needed := count * width * height * (fit.channels or 3)) > memory:
+        raise UserError(
+            f"{count} images of {width}x{height} pixels take {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}; set "
+            f"a smaller --data.image_size, for instance {min(width, height, 512) // 2}, or leave them on the disk: --data.name "
+            "parquet_stream"
+        )
 
 
 def readable(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> list[bool]:
@@ -112,14 +184,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLEAD_CACHE") or "~/.cache/clead/decoded").expanduser()
 
 
-def decode_one(blob: bytes, name: str, fit: Fit) -> np.ndarray:
-    """Return one image, (H, W) for grey and (H, W, 3) for colour, uint8; raises as ``decode`` does."""
+def decode_one(blob: bytes, name: str, fit: Fit, remarks: Counter[str] | None = None) -> np.ndarray:
+    """Return one image, (H, W) for grey and (H, W, 3) for colour, uint8; ``remarks`` and what it raises as for ``decode``."""
+    remarks = Counter() if remarks is None else remarks
     try:
         image = Image.open(io.BytesIO(blob), formats=FORMATS)
         # Pillow itself only warns up to twice the limit.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError
-        return _fit_one(_upright(image), fit)
+        remarks["frames"] += bool(getattr(image, "is_animated", False))
+        with _budget.of(image.width * image.height):
+            return _fit_one(_upright(image, fit.background, remarks), fit)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
             f"{name}: an image may have {Image.MAX_IMAGE_PIXELS} pixels at most, this one has more (a "
@@ -127,6 +202,8 @@ def decode_one(blob: bytes, name: str, fit: Fit) -> np.ndarray:
         ) from None
     except MemoryError:
         raise
+    except _NotEightBits as error:
+        raise UserError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
         unknown = isinstance(error, PIL.UnidentifiedImageError)
         detail = "unknown format" if unknown else next(iter(str(error).splitlines()), type(error).__name__)
@@ -136,18 +213,50 @@ def decode_one(blob: bytes, name: str, fit: Fit) -> np.ndarray:
         ) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF says, in mode L or RGB."""
+class _NotEightBits(ValueError):
+    """The values of an image have no obvious place in 0 … 255."""
+
+
+def _upright(image: Image.Image, background: str | None, remarks: Counter[str]) -> Image.Image:
+    """Return the first frame, turned as its EXIF says, in mode L or RGB."""
     image = ImageOps.exif_transpose(image) if image.getexif() else image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _to_eight_bits(np.asarray(image), remarks)
+    if image.mode == "F":
+        low, high = (float(extreme(np.asarray(image))) for extreme in (np.min, np.max))
+        raise _NotEightBits(
+            f"pixels must be 8 or 16 bits, got floating point from {low:g} to {high:g}; save it as 8 bits, for instance with "
+            'PIL.Image.fromarray((255 * values).round().astype("uint8")).save("NAME.png") for values in [0, 1]'
+        )
+    grey = image.mode in ("1", "L", "LA", "La")
+    transparent = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if transparent and background is not None:
+        layers = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        if np.asarray(layers.getchannel("A")).min() < 255:
+            remarks["alpha"] += 1
+            level = _COLOURS[background]
+            composed = Image.alpha_composite(Image.new("RGBA", layers.size, (level, level, level, 255)), layers)
+            return composed.getchannel("R") if grey else composed.convert("RGB")
     if image.mode in ("L", "RGB"):
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("1", "LA", "La"):
+    if grey:
         return image.convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the way that Pillow asks for
     return image.convert("RGB")
+
+
+def _to_eight_bits(values: np.ndarray, remarks: Counter[str]) -> Image.Image:
+    """Return the high bytes of 16-bit values (H, W); raises where the values are no 16 bits, or nothing would be left of them."""
+    low, high = int(values.min()), int(values.max())
+    as_bytes = (np.asarray(values).clip(0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+    if low < 0 or high > 65535 or (low < high and as_bytes.min() == as_bytes.max()):
+        raise _NotEightBits(
+            f"grey values of more than 8 bits must fill 0 to 65535, got {low} to {high}, which 8 bits would not show; save it as 8 "
+            'bits, for instance with PIL.Image.fromarray((255 * (values / values.max())).astype("uint8")).save("NAME.png")'
+        )
+    remarks["dark"] += 0 < high < 4096
+    return Image.fromarray(as_bytes)
 
 
 def _fit_one(image: Image.Image, fit: Fit) -> np.ndarray:
@@ -156,16 +265,34 @@ def _fit_one(image: Image.Image, fit: Fit) -> np.ndarray:
     size = fit.image_size
     if size is not None and image.size != (size, size):
         if fit.resize == "crop":
-            scale = size / min(image.size)
-            image = image.resize(
-                (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
-                Image.Resampling.BILINEAR,
-            )
-            left, top = (image.width - size) // 2, (image.height - size) // 2
-            image = image.crop((left, top, left + size, top + size))
+            image = _resize_and_crop(image, size)
         else:
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+            # Pillow makes rows of the new length first.
+            large = size * image.height > max(_WORKING_PIXELS, image.width * image.height, 4 * size**2)
+            image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=_gap(image, large))
     return np.asarray(image)
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the middle of the image, ``size`` pixels of each side; its shorter side becomes ``size``."""
+    shorter = min(image.size)
+    scale = size / shorter
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    large = width * height > max(_WORKING_PIXELS, 4 * size**2)
+    if (
+        large or max(image.size) > _LONGEST_SIDE
+    ):  # the same picture but for rounding, without the parts that are cut off
+        left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
+        box = (left, top, left + shorter, top + shorter)
+        return image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _gap(image: Image.Image, large: bool) -> float | None:
+    """Return how much larger than the result an image may stay before it is filtered; None: as it is."""
+    return 3.0 if large or max(image.size) > _LONGEST_SIDE else None
 
 
 def stack(arrays: list[np.ndarray], names: Sequence[str]) -> Tensor:
@@ -186,7 +313,7 @@ def stack(arrays: list[np.ndarray], names: Sequence[str]) -> Tensor:
 
 
 def _cache_file(blobs: Sequence[bytes], fit: Fit) -> Path | None:
-    digest = hashlib.sha256(f"1 {PIL.__version__} {tuple(fit)}".encode())
+    digest = hashlib.sha256(f"2 {PIL.__version__} {tuple(fit)}".encode())
     for blob in blobs:
         digest.update(len(blob).to_bytes(8, "little"))
         digest.update(blob)
@@ -196,30 +323,34 @@ def _cache_file(blobs: Sequence[bytes], fit: Fit) -> Path | None:
         return None
 
 
-def read_cache(path: Path, count: int) -> Tensor | None:
-    """Return the remembered images, or None if there are none or they are damaged."""
+def read_cache(path: Path, count: int, remarks: Counter[str] | None = None) -> Tensor | None:
+    """Return the remembered images, or None if there are none or they are damaged; their remarks are added."""
     try:
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            images, checksum = file.get_tensor("images"), (file.metadata() or {}).get("crc32")
+            images, about = file.get_tensor("images"), (file.metadata() or {}).get("about", "")
     except (OSError, SafetensorError) as error:
         log.warning("ignoring the damaged cache %s (%s)", path, error)
         return None
-    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != count or checksum != _crc32(images):
+    counts = about.split(" ")[0]
+    if images.dtype != torch.uint8 or images.ndim != 4 or len(images) != count or about != _about(images, counts):
         log.warning("ignoring the damaged cache %s (wrong content)", path)
         return None
+    if remarks is not None:
+        remarks.update(dict(zip(REMARKS, map(int, counts.split(",")), strict=True)))
     return images
 
 
-def write_cache(path: Path, images: Tensor) -> None:
+def write_cache(path: Path, images: Tensor, remarks: Counter[str] | None = None) -> None:
     """Remember uint8 values of four dimensions; atomically; a folder that cannot be written to is no error."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
-        save_file({"images": images}, temporary, metadata={"crc32": _crc32(images)})
+        counts = ",".join(str((remarks or {}).get(key, 0)) for key in REMARKS)
+        save_file({"images": images}, temporary, metadata={"about": _about(images, counts)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         log.info("decoded images are not cached: %s", error)
@@ -227,5 +358,6 @@ def write_cache(path: Path, images: Tensor) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def _crc32(images: Tensor) -> str:
-    return f"{zlib.crc32(images.numpy()):08x}"
+def _about(images: Tensor, counts: str) -> str:
+    """Return the remarks' counts and a checksum of both."""
+    return f"{counts} {zlib.crc32(images.numpy(), zlib.crc32(counts.encode())):08x}"

@@ -265,7 +265,7 @@ def unreadable(shards: Shards, fit: Fit) -> Tensor:
 
     It takes one pass over all of them, and is remembered where decoded images are (``$CLEAD_CACHE``) until a file changes.
     """
-    key = hashlib.sha256(f"{PIL.__version__} {tuple(fit)} {shards.fingerprint} {shards.stamps}".encode())
+    key = hashlib.sha256(f"2 {PIL.__version__} {tuple(fit)} {shards.fingerprint} {shards.stamps}".encode())
     cache = cache_folder() / f"unreadable-{key.hexdigest()[:40]}.safetensors"
     if (known := read_cache(cache, shards.rows)) is not None:
         return known[:, 0, 0, 0].bool()

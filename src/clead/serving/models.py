@@ -155,7 +155,7 @@ class ServedModel:
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         channels, height, width = self.shape = tuple(metadata["shape"])
         # The training's own way of resizing; without one its images were of one size already.
-        self.fit = Fit(height if height == width else None, trained.data.resize, channels)
+        self.fit = Fit(height if height == width else None, trained.data.resize, channels, trained.data.background)
         if settings.engine == "onnx":
             self.network: SplitModel = OnnxNetwork(self.model, self.shape, settings)
             self.device = torch.device("cpu")

@@ -19,7 +19,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from clead.data.decoding import FORMATS, decode
+from clead.data.decoding import WEB_FORMATS, decode
 from clead.errors import UserError
 from clead.serving.answers import Arrays
 from clead.serving.models import ServedModel
@@ -56,7 +56,7 @@ def body_kind(request: Request) -> str:
             f"a .npy file, got {kind[:60] or 'none'!r}; set the header",
         )
     if kind == "image/svg+xml":
-        raise Problem(415, f"content-type: an SVG is no raster image; send one of {', '.join(FORMATS)}")
+        raise Problem(415, f"content-type: an SVG is no raster image; send one of {', '.join(WEB_FORMATS)}")
     return kind
 
 
@@ -152,12 +152,14 @@ def count_pixels(files: list[bytes], settings: ServeSettings) -> int:
         if not file:
             raise Problem(422, f"{name}: must be an image file, got 0 bytes; send the file's content")
         try:
-            with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(file), formats=WEB_FORMATS) as image:
                 width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             width = height = 10**6  # Pillow does not tell how many; no image file has as many
         except UnidentifiedImageError:
-            raise Problem(415, f"{name}: must be one of {', '.join(FORMATS)}, got {_kind(file)}; convert it") from None
+            raise Problem(
+                415, f"{name}: must be one of {', '.join(WEB_FORMATS)}, got {_kind(file)}; convert it"
+            ) from None
         except Exception as error:  # Pillow's readers raise whatever a broken header makes them raise
             raise Problem(422, f"{name}: not a readable image ({type(error).__name__}); replace it") from None
         total += width * height

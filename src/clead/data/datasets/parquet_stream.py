@@ -101,7 +101,7 @@ class ParquetStream(InMemoryDataset):
             test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
         self._check_order(labels["train"].numpy())
         val, rest = self._validation(train, seed)
-        digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit))).encode())
+        digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit)[:3])).encode())
         for part in ("train", "test"):
             digest.update(images[part].shards.fingerprint.encode())
             digest.update(images[part].rows.numpy() if left_out else b"")
@@ -113,7 +113,7 @@ class ParquetStream(InMemoryDataset):
     def _fit(self, shards: Shards) -> Fit:
         """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
         if self.image_size is not None and self.channels is not None:
-            return Fit(self.image_size, self.resize, self.channels)
+            return Fit(self.image_size, self.resize, self.channels, self.background)
         row = 0
         while True:
             try:
@@ -129,7 +129,9 @@ class ParquetStream(InMemoryDataset):
                 f"{shards.name(row)}: the image is {width}x{height} pixels, and images that are streamed must be square; set "
                 f"--data.image_size, for instance {min(height, width)}"
             )
-        return Fit(self.image_size or height, self.resize, self.channels or (1 if channels == 1 else 3))
+        return Fit(
+            self.image_size or height, self.resize, self.channels or (1 if channels == 1 else 3), self.background
+        )
 
     def _check_order(self, labels: np.ndarray) -> None:
         """Raise UserError if rows lie class by class, so that images which mix would have one class."""
