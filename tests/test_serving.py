@@ -8,6 +8,7 @@ import io
 import json
 import struct
 import threading
+import time
 import zipfile
 import zlib
 
@@ -23,8 +24,11 @@ from clead.errors import UserError
 from clead.evaluation.detection import Mahalanobis, threshold_at
 from clead.serving import ServeSettings, create_app
 from clead.serving.batching import Batcher
+from clead.serving.hosts import hosts_of
+from clead.serving.logs import JsonFormatter
 from clead.serving.metrics import Metrics
 from clead.serving.models import Outputs, ServedModel
+from clead.serving.problems import Problem
 from clead.settings import validated
 
 KEY = "0123456789abcdef"
@@ -450,9 +454,15 @@ def test_several_runs_and_the_same_one_twice(run, tmp_path):
         create_app([], settings)
 
 
-def test_more_requests_than_the_limit_are_told_to_come_back(run):
+def test_more_requests_than_the_limit_are_told_to_come_back_and_slow_bodies_take_no_place(run, monkeypatch):
     app = create_app([run], ServeSettings(threads=1, detector=None, max_requests=1))
     body = npy(np.zeros((1, 1, 8, 8), np.uint8))
+    computing, finish, plain = threading.Event(), threading.Event(), ServedModel.answer
+
+    def slow(self, images):
+        computing.set()
+        assert finish.wait(60)
+        return plain(self, images)
 
     async def scenario():
         begun, go = asyncio.Event(), asyncio.Event()
@@ -467,17 +477,31 @@ def test_more_requests_than_the_limit_are_told_to_come_back(run):
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://x") as client,
         ):
-            first = asyncio.create_task(client.post("/v1/predict", content=slowly(), headers=NPY))
+            uploading = asyncio.create_task(client.post("/v1/predict", content=slowly(), headers=NPY))
             await begun.wait()
-            second = await client.post("/v1/predict", content=body, headers=NPY)
+            while_uploading = await client.post("/v1/predict", content=body, headers=NPY)
+            monkeypatch.setattr(ServedModel, "answer", slow)
+            app.state.batchers["small"]._work = app.state.models["small"].answer
+            first = asyncio.create_task(client.post("/v1/predict", content=body, headers=NPY))
+            await asyncio.to_thread(computing.wait, 60)
+            refusals = [await client.post("/v1/predict", content=body, headers=NPY)]
             health = await client.get("/healthz")
             go.set()
-            return await first, second, health, await client.post("/v1/predict", content=body, headers=NPY)
+            refusals.append(await uploading)  # arrived when the place was taken
+            finish.set()
+            return (
+                while_uploading,
+                await first,
+                refusals,
+                health,
+                await client.post("/v1/predict", content=body, headers=NPY),
+            )
 
-    first, second, health, third = asyncio.run(scenario())
-    refused(second, 503, "1 requests")
-    assert second.headers["retry-after"] == "1"
-    assert first.status_code == health.status_code == third.status_code == 200
+    while_uploading, first, refusals, health, last = asyncio.run(scenario())
+    for refusal in refusals:
+        refused(refusal, 503, "1 requests")
+        assert refusal.headers["retry-after"] == "1"
+    assert {answer.status_code for answer in (while_uploading, first, health, last)} == {200}
 
 
 def test_an_answer_that_takes_too_long_is_given_up(run, monkeypatch):
@@ -563,3 +587,521 @@ def test_the_onnx_engine_answers_as_torch_does(client, run, splits):
         assert a["label"] == b["label"] and np.allclose(a["probabilities"], b["probabilities"], atol=1e-5)
         assert a["suspicion"]["score"] == pytest.approx(b["suspicion"]["score"], rel=1e-3)
         assert a["neighbours"][0]["index"] == b["neighbours"][0]["index"]
+
+
+# One request fails alone
+
+
+def arrays(*values):
+    """Return images (n, 1, 1, 1), one for each value."""
+    return np.array(values, np.float32)[:, None, None, None]
+
+
+def answered(work, requests, max_batch=8, metrics=None):
+    """Return what a batcher answers to ``requests``, which arrive together while its thread is busy."""
+    begun, go = threading.Event(), threading.Event()
+
+    def waiting(images):
+        if not go.is_set():
+            begun.set()
+            assert go.wait(60)
+            return as_outputs(images)
+        return work(images)
+
+    async def scenario():
+        batcher = Batcher(waiting, max_batch, "m", metrics or Metrics())
+        batcher.start()
+        first = asyncio.create_task(batcher.outputs(arrays(0)))
+        await asyncio.to_thread(begun.wait, 60)
+        tasks = [asyncio.create_task(batcher.outputs(request)) for request in requests]
+        await asyncio.sleep(0)
+        go.set()
+        await first
+        answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+        assert batcher.trouble() is None  # the thread lives
+        after = await asyncio.wait_for(batcher.outputs(arrays(7)), 60) if work is not None else None
+        await asyncio.to_thread(batcher.stop)
+        return answers, after
+
+    answers, after = asyncio.run(scenario())
+    assert after.probabilities[0, 0] == 7
+    return [a if isinstance(a, Exception) else a.probabilities[:, 0].tolist() for a in answers]
+
+
+def as_outputs(images):
+    values = np.concatenate(images)[:, 0, 0, 0]
+    return Outputs(values[:, None], values[:, None], None)
+
+
+class _Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "error"),
+        (StopIteration(), "error"),  # which no future can hold
+        (asyncio.CancelledError(), "exit"),
+        (SystemExit(0), "exit"),
+        (KeyboardInterrupt(), "exit"),
+        (GeneratorExit(), "exit"),
+        (_Odd(), "exit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_what_one_image_makes_a_model_raise_fails_its_own_request_only(error, kind):
+    calls, metrics = [], Metrics()
+
+    def work(images):
+        calls.append(sum(map(len, images)))
+        if any((image == 5).any() for image in images):
+            raise error
+        return as_outputs(images)
+
+    requests = [arrays(1), arrays(2, 3), arrays(5), arrays(4), arrays(6), arrays(8, 9)]
+    found = answered(work, requests, metrics=metrics)
+    assert found[:2] + found[3:] == [[1], [2, 3], [4], [6], [8, 9]]
+    assert isinstance(found[2], Problem) and found[2].status == 500
+    assert len(calls) <= 8  # halved, not one by one
+    assert f'clead_model_failures_total{{kind="{kind}",model="m"}} 1.0' in metrics.text().decode()
+
+
+def test_two_bad_images_in_one_batch_fail_two_requests():
+    def work(images):
+        if (np.concatenate(images) > 90).any():
+            raise ValueError
+        return as_outputs(images)
+
+    found = answered(work, [arrays(1), arrays(91), arrays(2), arrays(3), arrays(92, 4), arrays(6)])
+    assert [index for index, one in enumerate(found) if isinstance(one, Problem)] == [1, 4]
+
+
+def test_nan_at_one_image_fails_its_own_request_and_names_it():
+    def work(images):
+        outputs = as_outputs(images)
+        outputs.probabilities[outputs.probabilities == 5] = np.nan
+        return outputs
+
+    found = answered(work, [arrays(1), arrays(2, 5), arrays(3)])
+    assert found[0] == [1] and found[2] == [3]
+    assert found[1].status == 500 and "image 1: the model answered NaN" in found[1].detail
+
+
+def test_an_image_that_makes_the_whole_batch_nan_fails_alone():
+    def work(images):  # such as a model that normalises over its batch
+        outputs = as_outputs(images)
+        return (
+            Outputs(outputs.probabilities * np.nan, outputs.features, None) if 5 in outputs.probabilities else outputs
+        )
+
+    found = answered(work, [arrays(1), arrays(5), arrays(3), arrays(4, 6)])
+    assert found[0] == [1] and found[2:] == [[3], [4, 6]] and found[1].status == 500
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"
+        ),
+        RuntimeError("[ONNXRuntimeError] : 6 : BFCArena: Failed to allocate memory for requested buffer"),
+    ],
+    ids=["python", "cuda", "cpu", "onnxruntime"],
+)
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_batch_that_does_not_fit_into_memory_is_split_down_to_images(error, most):
+    def work(images):
+        if sum(map(len, images)) > most:
+            raise error
+        return as_outputs(images)
+
+    requests = [arrays(1), arrays(2, 3, 4, 5), arrays(6)]
+    assert answered(work, requests) == [[1], [2, 3, 4, 5], [6]]
+
+
+def test_an_image_that_never_fits_is_told_to_come_back():
+    def work(images):
+        if (np.concatenate(images) == 5).any():
+            raise MemoryError
+        return as_outputs(images)
+
+    found = answered(work, [arrays(1), arrays(2, 5)])
+    assert found[0] == [1] and found[1].status == 503 and found[1].headers["Retry-After"]
+
+
+def test_a_request_longer_than_a_batch_fails_as_a_whole_and_names_its_image():
+    def work(images):
+        outputs = as_outputs(images)
+        outputs.features[outputs.features == 5] = np.inf
+        return outputs
+
+    found = answered(work, [arrays(1, 2, 3, 4, 6, 5, 8), arrays(9)], max_batch=2)
+    assert "image 5" in found[0].detail and found[1] == [9]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_model_that_answers_another_number_of_rows_gives_nobody_anothers_answer(run, monkeypatch, rows):
+    model = ServedModel("small", run, ServeSettings(threads=1, detector=None))
+    plain = model.network.features_and_logits
+    monkeypatch.setattr(
+        model.network, "features_and_logits", lambda x: tuple(v[:rows] for v in plain(torch.cat([x, x])))
+    )
+    with pytest.raises(ValueError, match="2 images of 10 classes"):
+        model.answer([np.zeros((1, 1, 8, 8), np.uint8), np.ones((1, 1, 8, 8), np.uint8)])
+
+
+def test_a_model_that_writes_into_its_input_changes_no_array_and_no_score(run, splits, monkeypatch):
+    model = ServedModel("small", run, ServeSettings(threads=1, detector="mahalanobis"))
+    pixels = (splits.test.images[:3].float() / 255).numpy()
+    before, expected = pixels.copy(), model.answer([pixels])
+    plain = model.network.features_and_logits
+
+    def writes(x):
+        outputs = plain(x)
+        x.zero_()
+        return outputs
+
+    monkeypatch.setattr(model.network, "features_and_logits", writes)
+    got = model.answer([pixels])
+    assert np.array_equal(pixels, before)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_worker_that_ended_is_said_and_requests_do_not_hang(run, monkeypatch):
+    app = create_app([run], ServeSettings(threads=1, detector=None))
+    body = {"content": npy(np.zeros((1, 1, 8, 8), np.uint8)), "headers": NPY}
+    batcher = app.state.batchers["small"]
+    with TestClient(app) as client:
+        assert client.get("/healthz").json()["status"] == "ok" and client.get("/readyz").json()["status"] == "ready"
+        batcher._waiting.put(None)  # ends the thread
+        batcher._thread.join(60)
+        for path in ("/healthz", "/readyz"):
+            refused(client.get(path), 503, "worker of model small", "restart")
+        assert client.head("/readyz").status_code == 503
+        answer = client.post("/v1/predict", **body)
+        refused(answer, 503, "worker of model small")
+        assert answer.headers["retry-after"]
+        batcher.start()
+        assert client.post("/v1/predict", **body).status_code == client.get("/healthz").status_code == 200
+
+
+def test_requests_that_wait_when_the_worker_ends_are_answered():
+    begun, go = threading.Event(), threading.Event()
+
+    def work(images):
+        begun.set()
+        assert go.wait(60)
+        return as_outputs(images)
+
+    async def scenario():
+        batcher = Batcher(work, 1, "m", Metrics())
+        batcher.start()
+        tasks = [asyncio.create_task(batcher.outputs(arrays(0)))]
+        await asyncio.to_thread(begun.wait, 60)
+        batcher._waiting.put(None)
+        tasks += [asyncio.create_task(batcher.outputs(arrays(k))) for k in (1, 2)]
+        await asyncio.sleep(0)
+        go.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 60)
+
+    first, *rest = asyncio.run(scenario())
+    assert first.probabilities[0, 0] == 0
+    assert all(isinstance(each, Problem) and each.status == 503 and each.headers["Retry-After"] for each in rest)
+
+
+def test_an_error_outside_of_the_model_fails_one_batch_and_the_worker_goes_on(monkeypatch):
+    async def scenario():
+        batcher = Batcher(as_outputs, 4, "m", Metrics())
+        batcher.start()
+        answers = [await batcher.outputs(arrays(1))]
+        monkeypatch.setattr(Batcher, "_compute", lambda self, batch: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(Problem) as caught:
+            await asyncio.wait_for(batcher.outputs(arrays(2)), 60)
+        monkeypatch.undo()
+        answers.append(await asyncio.wait_for(batcher.outputs(arrays(3)), 60))
+        await asyncio.to_thread(batcher.stop)
+        return answers, caught.value
+
+    answers, problem = asyncio.run(scenario())
+    assert [answer.probabilities[0, 0] for answer in answers] == [1, 3] and problem.status == 503
+
+
+def test_a_model_that_hangs_is_not_ready_and_later_not_alive(run, monkeypatch):
+    go, plain = threading.Event(), ServedModel.answer
+
+    def stuck(self, images):
+        assert go.wait(60)
+        return plain(self, images)
+
+    monkeypatch.setattr(ServedModel, "answer", stuck)
+    app = create_app([run], ServeSettings(threads=1, detector=None, request_seconds=0.1))
+    body = {"content": npy(np.zeros((1, 1, 8, 8), np.uint8)), "headers": NPY}
+    with TestClient(app) as client:
+        refused(client.post("/v1/predict", **body), 503, "0.1 seconds")
+        deadline = time.monotonic() + 30
+        while client.get("/readyz").status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        refused(client.get("/readyz"), 503, "has worked on one batch")
+        assert client.get("/healthz").status_code == 200  # it may only be slow
+        refused(client.post("/v1/predict", **body), 503, "has worked on one batch")  # at once
+        while client.get("/healthz").status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        refused(client.get("/healthz"), 503, "restart")
+        go.set()
+        while client.get("/readyz").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert client.post("/v1/predict", **body).status_code == client.get("/healthz").status_code == 200
+
+
+def test_nothing_waits_for_a_server_that_has_not_started(run):
+    app = create_app([run], ServeSettings(threads=1, detector=None))
+    client = TestClient(app)  # no lifespan
+    refused(client.post("/v1/predict", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY), 503, "does not run")
+    refused(client.get("/readyz"), 503)
+
+
+@pytest.mark.parametrize("size", [1, 20], ids=["at once", "in a thread"])
+def test_what_would_end_the_process_while_reading_is_answered_500(run, monkeypatch, size):
+    def leaves(*_):
+        raise SystemExit(3)
+
+    app = create_app([run], ServeSettings(threads=1, detector=None))
+    monkeypatch.setattr("clead.serving.reading.from_json", leaves)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        body = {"images": np.zeros((size, 1, 80, 80)).tolist()}
+        refused(client.post("/v1/predict", json=body), 500)
+        assert client.get("/healthz").status_code == 200
+
+
+def test_too_little_memory_for_reading_is_said(run, monkeypatch):
+    def none_left(*_):
+        raise MemoryError
+
+    app = create_app([run], ServeSettings(threads=1, detector=None))
+    monkeypatch.setattr("clead.serving.reading.from_npy", none_left)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.post("/v1/predict", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY)
+        refused(answer, 503, "memory")
+        assert answer.headers["retry-after"]
+
+
+# What is held in memory
+
+
+def test_all_bodies_together_are_bounded_and_let_go(run):
+    app = create_app([run], ServeSettings(threads=1, detector=None, max_body=4096, max_buffered=6000))
+    body = npy(np.zeros((40, 1, 8, 8), np.uint8))  # 2,688 bytes
+
+    async def scenario():
+        go, begun = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def slowly():
+            yield body[:2000]
+            begun.release()
+            await go.wait()
+            yield body[2000:]
+
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://x") as client,
+        ):
+            slow = [asyncio.create_task(client.post("/v1/predict", content=slowly(), headers=NPY)) for _ in range(2)]
+            await begun.acquire()
+            await begun.acquire()
+            third = await client.post("/v1/predict", content=body, headers=NPY)
+            go.set()
+            return third, await asyncio.gather(*slow), await client.post("/v1/predict", content=body, headers=NPY)
+
+    third, slow, last = asyncio.run(scenario())
+    refused(third, 503, "6000 bytes")
+    assert third.headers["retry-after"] == "1"
+    assert [each.status_code for each in (*slow, last)] == [200] * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"[" * 200_000, 422),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 400),
+        (b'{"images": ' + b"[" * 3000 + b"]" * 3000 + b"}", 422),
+        (b'{"images": [[[[1e99999]]]]}', 422),
+        (b'{"images": [[[[' + b"9" * 100_000 + b"]]]]}", 400),
+        (b'{"images": [[[["' + b"A" * 500_000 + b'"]]]]}', 422),
+        (b'\xff\xfe{"images": 1}', 400),
+        (b'{"images": [[[[0.1]]]]} trailing', 400),
+    ],
+    ids=["lists", "objects", "balanced", "exponent", "digits", "base64", "utf-16", "trailing"],
+)
+def test_json_that_is_deep_or_long_is_refused_quickly(client, content, status):
+    started = time.monotonic()
+    answer = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+    refused(answer, status)
+    assert len(answer.content) < 1000 and time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "x"])
+def test_packed_bodies_are_not_unpacked(client, coding):
+    packed = zlib.compress(npy(np.zeros((1, 1, 8, 8), np.uint8)))
+    answer = client.post("/v1/predict", content=packed, headers={**NPY, "content-encoding": coding})
+    refused(answer, 415, "content-encoding", coding)
+
+
+# Names, pages from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:8000", 200),
+        ("LOCALHOST.:80", 200),
+        ("127.0.0.1:1", 200),
+        ("[::1]:8000", 200),
+        ("[0:0:0:0:0:0:0:1]", 200),
+        ("demo.example.org", 200),
+        ("a.b.proxy.org", 200),
+        ("proxy.org", 421),
+        ("evilproxy.org", 421),
+        ("demo.example.org.evil.org", 421),
+        ("evil.org", 421),
+        ("127.0.0.1.nip.io", 421),
+        ("10.0.0.7", 421),
+        ("0.0.0.0", 421),
+        ("[::2]", 421),
+        ("localhost@evil.org", 400),
+        ("localhost:99999", 400),
+        ("localhost:80:80", 400),
+        ("[::1", 400),
+        ("local host", 400),
+        ("", 400),
+    ],
+)
+def test_only_the_servers_own_names_are_answered_to(run, host, status):
+    app = create_app([run], ServeSettings(threads=1, detector=None, allowed_hosts=("Demo.example.org.", "*.proxy.org")))
+    client = TestClient(app)
+    for path in ("/healthz", "/openapi.json", "/nothing"):
+        answer = client.get(path, headers={"host": host})
+        if status == 200:
+            assert answer.status_code in (200, 404, 503)
+        else:
+            refused(answer, status, "Host")
+
+
+def test_a_second_host_header_and_none_are_refused(run):
+    hosts = hosts_of(["demo.org"])
+    assert hosts is not None
+    assert hosts.refusal({"headers": [(b"host", b"demo.org")]}) is None
+    for headers in ([], [(b"host", b"demo.org"), (b"host", b"evil.org")]):
+        problem = hosts.refusal({"headers": headers})
+        assert problem is not None and problem.status == 400
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 415),
+        ("http://localhost", 415),
+        ("https://demo.org", 415),
+        ("http://DEMO.org:3000", 415),
+        ("http://evil.org", 403),
+        ("http://demo.org.evil.org", 403),
+        ("null", 403),
+        ("file://", 403),
+        ("chrome-extension://localhost", 403),
+        ("http://localhost.evil.org:80", 403),
+        ("http://localhost@evil.org", 403),
+        ("", 403),
+    ],
+)
+def test_pages_from_elsewhere_may_not_ask(run, origin, status):
+    app = create_app([run], ServeSettings(threads=1, detector=None, allowed_hosts=("demo.org",)))
+    headers = {"host": "localhost:8000", **({} if origin is None else {"origin": origin})}
+    refused(TestClient(app).post("/v1/predict", content=b"x", headers=headers), status)
+
+
+def test_what_a_server_is_bound_to_decides_what_it_answers_to():
+    def good(hosts, name):
+        return hosts.refusal({"headers": [(b"host", name.encode())]}) is None
+
+    loopback, everywhere = hosts_of([], "127.0.0.1", "127.0.0.1"), hosts_of([], "0.0.0.0", "0.0.0.0")
+    named, six = hosts_of([], "Box.lan", "10.0.0.7"), hosts_of([], "::", "::")
+    assert loopback and everywhere and named and six
+    assert good(loopback, "localhost:80") and not good(loopback, "10.0.0.7") and not good(loopback, "box.lan")
+    # An address cannot be rebound; a page at an address is still a page from elsewhere.
+    assert good(everywhere, "192.0.2.1:80") and good(six, "[2001:db8::1]") and not good(everywhere, "evil.org")
+    assert everywhere.refusal({"headers": [(b"host", b"10.0.0.7"), (b"origin", b"http://6.6.6.6")]}) is not None
+    assert everywhere.refusal({"headers": [(b"host", b"10.0.0.7"), (b"origin", b"http://10.0.0.7:80")]}) is None
+    assert (
+        good(named, "box.lan")
+        and good(named, "10.0.0.7:8000")
+        and good(named, "localhost")
+        and not good(named, "10.0.0.8")
+    )
+    assert hosts_of(["*"], "127.0.0.1", "127.0.0.1") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["http://demo.org", "demo.org:80", "demo.org/x", "", "a b", "[::1]:80", "*", "::1", "*.x.org"]
+)
+def test_allowed_hosts_are_names(name):
+    if name in ("*", "::1", "*.x.org"):
+        assert validated(ServeSettings, {"allowed_hosts": (name,)}).allowed_hosts == (name,)
+        return
+    with pytest.raises(UserError, match="--allowed-hosts: must be names or addresses without"):
+        validated(ServeSettings, {"allowed_hosts": (name,)})
+
+
+# HTTP
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
+def test_head_answers_as_get_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == got.headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("OPTIONS", "/v1/predict", 204, "OPTIONS, POST"),
+        ("OPTIONS", "/healthz", 204, "GET, HEAD, OPTIONS"),
+        ("DELETE", "/v1/explain", 405, "OPTIONS, POST"),
+        ("HEAD", "/v1/predict", 405, "OPTIONS, POST"),
+        ("POST", "/readyz", 405, "GET, HEAD, OPTIONS"),
+        ("BREW", "/healthz", 405, "GET, HEAD, OPTIONS"),
+        ("OPTIONS", "/nothing", 404, None),
+    ],
+)
+def test_methods_that_a_path_does_not_take_are_told_which_it_does(client, method, path, status, allow):
+    answer = client.request(method, path)
+    assert answer.status_code == status and answer.headers.get("allow") == allow
+    if status > 400 and method != "HEAD":
+        refused(answer, status)
+
+
+def test_errors_that_others_make_are_problems_too(run):
+    from starlette.responses import JSONResponse, PlainTextResponse
+
+    app = create_app([run], ServeSettings(threads=1, detector=None))
+    app.add_route("/plain", lambda request: PlainTextResponse("secret", 409, {"Retry-After": "3"}))
+    app.add_route("/json", lambda request: JSONResponse({"detail": "x"}, 499))
+    client = TestClient(app)
+    answer = client.get("/plain")
+    assert "secret" not in refused(answer, 409) and answer.headers["retry-after"] == "3"
+    refused(client.get("/json"), 499)
+    refused(client.get("/static-offline-docs/nothing"), 404)
+
+
+@pytest.mark.parametrize("path", ["/a%0d%0aInjected:%20x", "/%1b[2J", "/%e2%80%ae", "/" + "x" * 5000])
+def test_a_path_cannot_forge_log_lines(client, caplog, path):
+    caplog.set_level("INFO", "clead.serving")
+    refused(client.get(path), 404)
+    line = JsonFormatter().format(caplog.records[-1])
+    assert line.isprintable() and line.isascii() and len(line) < 2500
+    assert json.loads(line)["status"] == 404

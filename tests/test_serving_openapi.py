@@ -18,7 +18,13 @@ from clead.serving import ServeSettings, create_app
 EXAMPLES = 100
 MEDIA = {"multipart/form-data", "application/json", "application/octet-stream"}
 MEDIA |= {f"image/{kind}" for kind in ("png", "jpeg", "webp", "bmp")}
-OPERATIONS = [("POST", "/v1/predict"), ("POST", "/v1/explain"), ("GET", "/healthz"), ("GET", "/metrics")]
+OPERATIONS = [
+    ("POST", "/v1/predict"),
+    ("POST", "/v1/explain"),
+    ("GET", "/healthz"),
+    ("GET", "/readyz"),
+    ("GET", "/metrics"),
+]
 
 
 def _npy(values):

@@ -23,6 +23,7 @@ import clead.cli.serve
 from clead.errors import UserError
 
 KEY = "0123456789abcdef"
+OCTETS = {"Content-Type": "application/octet-stream"}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def body():
 
 def head(length, path="/v1/predict"):
     return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\nContent-Length: {length}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\nContent-Length: {length}\r\n\r\n"
     ).encode()
 
 
@@ -97,7 +98,7 @@ def everything(connection):
 
 
 def test_a_client_that_says_nothing_or_half_a_head_is_cut_off(server):
-    for start in (b"", b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"):
+    for start in (b"", b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\n"):
         with server.connect() as connection:
             connection.sendall(start)
             with contextlib.suppress(ConnectionResetError):
@@ -161,23 +162,26 @@ def test_no_http_at_all(server):
         assert everything(connection).startswith(b"HTTP/1.1 400")
 
 
-def test_sigterm_finishes_the_request_in_work_and_takes_no_new_one(run):
+def test_sigterm_finishes_the_request_in_work_and_tells_new_ones_so(run):
     server = Server(run, "--detector", "none")
     with server.connect() as connection:
         connection.sendall(head(len(body())) + body()[:50])
         server.request("GET", "/healthz")  # so the head above has been read too
         server.process.send_signal(signal.SIGTERM)
         for line in server.process.stderr:
-            if "Shutting down" in line:
+            if "draining" in line:
                 break
-        with pytest.raises(OSError):
-            while True:  # the listening socket closes in a moment
-                server.connect().close()
+        status, problem = server.request("POST", "/v1/predict", body(), OCTETS)
+        assert status == problem["status"] == 503 and "stopping" in problem["detail"]
+        assert server.request("GET", "/healthz")[0] == 200
+        assert server.request("GET", "/readyz")[0] == 503
         connection.sendall(body()[50:])
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 200") and b'"predictions"' in answer
     rest = server.process.communicate(timeout=60)[1]
     assert server.process.returncode == 0 and "Traceback" not in rest
+    with pytest.raises(OSError):
+        server.connect().close()
 
 
 def test_a_second_server_on_the_run_with_a_key_in_a_file_and_its_log(run, server, tmp_path):
@@ -189,7 +193,7 @@ def test_a_second_server_on_the_run_with_a_key_in_a_file_and_its_log(run, server
     assert other.request("POST", "/v1/predict?model=small", body(), octets)[0] == 401
     assert other.request("POST", "/v1/predict?model=small", body(), {**octets, "X-API-Key": KEY})[0] == 200
     with other.connect(), other.connect(), other.connect() as third:  # as many as may be open
-        third.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        third.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert everything(third).startswith(b"HTTP/1.1 503")
     assert other.stop() == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before  # nothing is written

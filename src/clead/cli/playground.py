@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from clead.cli.application import OPEN, app, interruptible, say
+from clead.cli.serve import split_hosts
 from clead.errors import MissingExtra, UserError
 
 
@@ -21,6 +22,12 @@ def playground(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for any free one.", min=0, max=65535)] = 7860,
+    allowed_hosts: Annotated[
+        str | None,
+        typer.Option(
+            help="Names that are answered to, with commas, beside the address and localhost, such as a proxy's; * for all."
+        ),
+    ] = None,
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = False,
 ) -> None:
     """Attack images by hand in the browser: clead playground RUN [RUN2 ...] [--open] [--data.path PLACE].
@@ -29,6 +36,7 @@ def playground(
     """
     from clead.checkpoint import RunDir
     from clead.cli.arguments import only, runs_and_overrides
+    from clead.settings import validated
 
     if os.environ.get("CLEAD_API_KEY"):
         raise UserError(
@@ -38,6 +46,7 @@ def playground(
     only(overrides, ("data",), "settings of data and train.device do")
     for run in runs:  # before seconds of imports
         RunDir.open(Path(run))
+    names = split_hosts(allowed_hosts or "")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Uploaded files, and what gradio makes of pictures, lie in a folder that goes with the server.
     folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="clead-playground-")
@@ -51,13 +60,15 @@ def playground(
         def announce(text: str) -> None:
             say(text)
             where = re.search(r"https?://[^;\s]+", text)
-            assert where is not None
+            if where is None:
+                return
             address = f"{where[0]}{PATH}/"
             say(f"playground: {address}")
             if show:
                 webbrowser.open(address)
 
-        settings = ServeSettings(drain_seconds=2)  # an open page holds a connection for as long as it is open
+        # An open page holds a connection for as long as it is open.
+        settings = validated(ServeSettings, {"drain_seconds": 2, "allowed_hosts": names}, "serve")
         with interruptible():
             serve(lambda: mounted(runs, settings, overrides), settings, host=host, port=port, say=announce)
     finally:

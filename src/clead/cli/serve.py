@@ -44,8 +44,24 @@ def serve(
     max_pixels: Annotated[
         int | None, typer.Option(help="Pixels in one request's files; 25 million by default.")
     ] = None,
+    max_buffered: Annotated[
+        int | None, typer.Option(help="Bytes of all requests in memory; 256 MiB by default.")
+    ] = None,
+    max_head: Annotated[int | None, typer.Option(help="Bytes of a request's head; 32 KiB by default.")] = None,
     max_requests: Annotated[int | None, typer.Option(help="Requests worked on at once; 64 by default.")] = None,
     max_connections: Annotated[int | None, typer.Option(help="Open connections; 1000 by default.")] = None,
+    max_per_client: Annotated[
+        int | None, typer.Option(help="Open connections from one address; 200 by default.")
+    ] = None,
+    allowed_hosts: Annotated[
+        str | None,
+        typer.Option(
+            help="Names that are answered to, with commas, beside the address and localhost, such as a proxy's; * for all."
+        ),
+    ] = None,
+    min_rate: Annotated[
+        int | None, typer.Option(help="Bytes per second that a body must arrive at; 1024 by default.")
+    ] = None,
     read_seconds: Annotated[float | None, typer.Option(help="Time for a request to arrive; 20 by default.")] = None,
     request_seconds: Annotated[float | None, typer.Option(help="Time for the answer; 30 by default.")] = None,
     drain_seconds: Annotated[int | None, typer.Option(help="Time to finish on SIGTERM; 30 by default.")] = None,
@@ -77,8 +93,13 @@ def serve(
         "max_images": max_images,
         "max_body": max_body,
         "max_pixels": max_pixels,
+        "max_buffered": max_buffered,
+        "max_head": max_head,
         "max_requests": max_requests,
         "max_connections": max_connections,
+        "max_per_client": max_per_client,
+        "allowed_hosts": None if allowed_hosts is None else split_hosts(allowed_hosts),
+        "min_rate": min_rate,
         "read_seconds": read_seconds,
         "request_seconds": request_seconds,
         "drain_seconds": drain_seconds,
@@ -89,6 +110,11 @@ def serve(
     settings = validated(ServeSettings, values, "serve")
     with interruptible():
         run_server(lambda: create_app(runs, settings, overrides), settings, host=host, port=port, say=say)
+
+
+def split_hosts(text: str) -> tuple[str, ...]:
+    """Return the names of ``--allowed-hosts``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _key(file: Path | None) -> str | None:

@@ -120,8 +120,8 @@ class ExplainAnswer(BaseModel):
 
 
 class Health(BaseModel):
-    """The server is up and its models are loaded."""
+    """The server lives, or is ready for requests; its models are loaded."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "ready"]
     version: str
     models: list[str]

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response, Security
 from fastapi.security import APIKeyHeader
@@ -19,10 +19,11 @@ from clead.serving import problems
 from clead.serving.answers import ExplainAnswer, ExplainQuery, Health, PredictAnswer, PredictQuery
 from clead.serving.batching import Batcher
 from clead.serving.gate import Gate
+from clead.serving.hosts import hosts_of
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from clead.serving.models import Outputs, ServedModel, open_models
 from clead.serving.problems import Problem, ProblemDetails
-from clead.serving.reading import NPY, body_kind, read_body, read_images
+from clead.serving.reading import NPY, Buffers, body_kind, read_body, read_images
 from clead.serving.settings import ServeSettings
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ _ABOUT = """
 Images go in as files (multipart, under the name `images`, or one image as the body), as nested JSON lists, or as a NumPy `.npy`
 array. Files of any size are resized as the training images were; arrays must have the model's shape. Nothing that is sent is kept.
 """
+_EVERYWHERE = (400, 403, 421, 429, 431)  # statuses that any path may answer with
+_DEAD = 10  # a worker counts as dead when a batch takes so many times as long as a request may
 _WARNING = (
     "An attacker who knows the detector can evade it: a low score is no proof that an image was not tampered with."
 )
@@ -68,6 +71,12 @@ def create_app(
         swagger_ui_oauth2_redirect_url="/docs/oauth2-redirect",
     )
     app.state.models = models
+    app.state.metrics = metrics
+    app.state.batchers = service.batchers
+    app.state.draining = False
+    app.state.hosts = (
+        hosts_of(settings.allowed_hosts) if settings.allowed_hosts else None
+    )  # ``serve`` adds what it is bound to
     app.add_middleware(Gate, settings=settings, metrics=metrics)
     problems.install(app)
     locked: Any = (
@@ -81,11 +90,16 @@ def create_app(
         for status, text in {
             400: "The body cannot be read.",
             **({401: "The API key is missing or wrong."} if settings.api_key else {}),
+            403: "A page from elsewhere asks (Origin).",
             408: "The body did not arrive in time.",
             413: "Too many bytes or pixels.",
             415: "Not a format that is read.",
             422: "Too many images, values out of range, or unknown names.",
-            503: "Too much work at the moment; see Retry-After.",
+            421: "The server does not answer to this name (Host).",
+            429: "Too many connections from one address.",
+            431: "The head of the request is too large.",
+            500: "The model failed on these images.",
+            503: "Too much work at the moment, or no worker; see Retry-After.",
         }.items()
     }
 
@@ -99,10 +113,9 @@ def create_app(
     )
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
         model = service.model(query)
-        found, _ = await service.outputs(request, model)
-        return _json(
-            {"model": model.name, "classes": model.classes, "predictions": service.predictions(model, found, query)}
-        )
+        async with service.outputs(request, model) as (outputs, _):
+            predictions = service.predictions(model, outputs, query)
+        return _json({"model": model.name, "classes": model.classes, "predictions": predictions})
 
     if settings.detector is not None:
 
@@ -117,39 +130,22 @@ def create_app(
         async def explain(request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
             model = service.model(query)
             label = _label(model, query.of)
-            found, deadline = await service.outputs(request, model)
-            if (shown := len(found.probabilities) * query.neighbours) > _SHOWN:
-                raise Problem(
-                    422,
-                    f"neighbours: at most {_SHOWN} training images are shown in one answer, got {len(found.probabilities)} images "
-                    f"times {query.neighbours} neighbours, {shown}; ask for fewer",
+            async with service.outputs(request, model) as (outputs, deadline):
+                if (shown := len(outputs.probabilities) * query.neighbours) > _SHOWN:
+                    raise Problem(
+                        422,
+                        f"neighbours: at most {_SHOWN} training images are shown in one answer, got {len(outputs.probabilities)} "
+                        f"images times {query.neighbours} neighbours, {shown}; ask for fewer",
+                    )
+                work = asyncio.get_running_loop().run_in_executor(
+                    service.pool,
+                    lambda: _explained(
+                        model, outputs, service.predictions(model, outputs, query), query, label, settings
+                    ),
                 )
-            work = asyncio.get_running_loop().run_in_executor(
-                service.pool,
-                lambda: _explained(model, found, service.predictions(model, found, query), query, label, settings),
-            )
-            return _json(await service.in_time(work, deadline))
+                return _json(await service.in_time(work, deadline))
 
-    @app.get("/healthz", summary="Say that the server is up", response_model=Health)
-    async def healthz() -> Health:
-        return Health(status="ok", version=__version__, models=list(models))
-
-    @app.get(
-        "/metrics",
-        summary="Counters for Prometheus",
-        response_class=Response,
-        dependencies=locked,
-        responses={
-            200: {
-                "content": {"text/plain": {"schema": {"type": "string"}}},
-                "description": "Prometheus's text format.",
-            },
-            **({401: refusals[401]} if 401 in refusals else {}),
-        },
-    )
-    async def counters() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
+    _add_state(app, service, locked, refusals)
     plain = app.openapi
 
     def with_names() -> dict[str, Any]:
@@ -161,6 +157,58 @@ def create_app(
     return app
 
 
+def _add_state(app: FastAPI, service: _Service, locked: Any, refusals: dict[int | str, dict[str, Any]]) -> None:
+    """Add the paths that say how the server is: /healthz, /readyz and /metrics."""
+    always = {status: refusals[status] for status in _EVERYWHERE}
+
+    def health(status: Literal["ok", "ready"]) -> Health:
+        return Health(status=status, version=__version__, models=list(service.models))
+
+    unwell = {"model": ProblemDetails, "content": {problems.MEDIA_TYPE: {}}}
+
+    @app.get(
+        "/healthz",
+        summary="Say whether the server lives: if not (503), restart it",
+        response_model=Health,
+        responses={**always, 503: {**unwell, "description": "A model's worker has ended or hangs."}},
+    )
+    async def healthz() -> Health:
+        if trouble := service.dead():
+            raise Problem(503, trouble)
+        return health("ok")
+
+    @app.get(
+        "/readyz",
+        summary="Say whether the server takes requests: if not (503), send them elsewhere",
+        response_model=Health,
+        responses={
+            **always,
+            503: {**unwell, "description": "It starts or stops, or a model's worker does not answer."},
+        },
+    )
+    async def readyz() -> Health:
+        if trouble := "the server is stopping" if app.state.draining else service.trouble():
+            raise Problem(503, trouble, {"Retry-After": "5"})
+        return health("ready")
+
+    @app.get(
+        "/metrics",
+        summary="Counters for Prometheus",
+        response_class=Response,
+        dependencies=locked,
+        responses={
+            200: {
+                "content": {"text/plain": {"schema": {"type": "string"}}},
+                "description": "Prometheus's text format.",
+            },
+            **always,
+            **({401: refusals[401]} if 401 in refusals else {}),
+        },
+    )
+    async def counters() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
 class _Service:
     """What requests share: the models with their batchers, and threads for what would hold up other requests."""
 
@@ -170,8 +218,11 @@ class _Service:
         self.metrics = metrics
         self.pool = ThreadPoolExecutor(2, "clead-serving")
         self.batchers = {
-            name: Batcher(model.answer, settings.max_batch, name, metrics) for name, model in models.items()
+            name: Batcher(model.answer, settings.max_batch, name, metrics, settings.request_seconds)
+            for name, model in models.items()
         }
+        self.buffers = Buffers(max(settings.max_buffered, settings.max_body))
+        self.working = 0
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncGenerator[None, None]:
@@ -180,7 +231,18 @@ class _Service:
             batcher.start()
         yield
         for batcher in self.batchers.values():
-            await asyncio.to_thread(batcher.stop)
+            await asyncio.to_thread(batcher.stop, min(5.0, self.settings.drain_seconds))
+
+    def trouble(self) -> str | None:
+        """Say why some model's worker gives no answers at present, or None."""
+        return next((trouble for batcher in self.batchers.values() if (trouble := batcher.trouble())), None)
+
+    def dead(self) -> str | None:
+        """Say which worker will give no answers any more: it has ended, or nobody has waited for its batch for long."""
+        for batcher in self.batchers.values():
+            if (trouble := batcher.trouble()) and not 0 < batcher.busy_seconds < _DEAD * self.settings.request_seconds:
+                return trouble
+        return None
 
     def model(self, query: PredictQuery) -> ServedModel:
         """Return the model that a request names, the first one by default."""
@@ -191,19 +253,41 @@ class _Service:
             )
         return self.models[name]
 
-    async def outputs(self, request: Request, model: ServedModel) -> tuple[Outputs, float]:
-        """Read the images of a request; return what the model says of them, and until when the answer must be ready."""
+    @asynccontextmanager
+    async def outputs(self, request: Request, model: ServedModel) -> AsyncGenerator[tuple[Outputs, float], None]:
+        """Read the images of a request; give what the model says of them, and until when the answer must be ready.
+
+        A request takes one of the ``max_requests`` places when it has arrived, so that slow ones take none, until the end of the
+        context.
+        """
         body_kind(request)
-        body = await read_body(request, self.settings)
-        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
+        self._free_place()
+        async with read_body(request, self.settings, self.buffers) as body:
+            self._free_place()
+            self.working += 1
+            self.metrics.in_flight.inc()
+            try:
+                deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
 
-        async def found() -> Outputs:
-            images = await read_images(request, body, model, self.settings, self.pool)
-            return await self.batchers[model.name].outputs(images)
+                async def computed() -> Outputs:
+                    images = await read_images(request, body, model, self.settings, self.pool)
+                    return await self.batchers[model.name].outputs(images)
 
-        outputs = await self.in_time(found(), deadline)
-        self.metrics.images.labels(model.name).inc(len(outputs.probabilities))
-        return outputs, deadline
+                outputs = await self.in_time(computed(), deadline)
+                self.metrics.images.labels(model.name).inc(len(outputs.probabilities))
+                yield outputs, deadline
+            finally:
+                self.working -= 1
+                self.metrics.in_flight.dec()
+
+    def _free_place(self) -> None:
+        if self.working >= self.settings.max_requests:
+            self.metrics.refused.labels("503").inc()
+            raise Problem(
+                503,
+                f"the server works on {self.settings.max_requests} requests already, which is its limit; come back in a second",
+                {"Retry-After": "1", "Connection": "close"},
+            )
 
     async def in_time(self, work: Awaitable[T], deadline: float) -> T:
         """Await, but give up at ``deadline``, ``request_seconds`` after the request has arrived."""
@@ -216,18 +300,18 @@ class _Service:
                 {"Retry-After": "5"},
             ) from None
 
-    def predictions(self, model: ServedModel, found: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
+    def predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
         """Return one ``Prediction`` per image, as plain data."""
-        best = found.probabilities.argmax(1).tolist()
-        rows = found.probabilities.astype("float64").round(6).tolist()
+        best = outputs.probabilities.argmax(1).tolist()
+        rows = outputs.probabilities.astype("float64").round(6).tolist()
         predictions: list[dict[str, Any]] = [
             {"label": model.classes[k], "probability": row[k], "probabilities": row, "suspicion": None}
             for k, row in zip(best, rows, strict=True)
         ]
-        if model.guard is None or found.suspicion is None:
+        if model.guard is None or outputs.suspicion is None:
             return predictions
         threshold, count = model.guard.threshold, 0
-        for prediction, score in zip(predictions, found.suspicion.tolist(), strict=True):
+        for prediction, score in zip(predictions, outputs.suspicion.tolist(), strict=True):
             rejected = threshold is not None and score > threshold
             prediction["suspicion"] = {"score": score, "threshold": threshold, "rejected": rejected}
             count += rejected

@@ -1,17 +1,21 @@
-"""Images of several requests go through a model together."""
+"""Images of several requests go through a model together, and fail one by one."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from clead.serving.logs import log
 from clead.serving.metrics import Metrics
 from clead.serving.models import Outputs
+from clead.serving.problems import Problem
 
 
 @dataclass
@@ -19,6 +23,7 @@ class _Item:
     images: np.ndarray
     future: asyncio.Future[Outputs]
     loop: asyncio.AbstractEventLoop
+    first: int  # place of its first image in the request
 
 
 class Batcher:
@@ -27,93 +32,223 @@ class Batcher:
     There is no timer: an idle model begins with the first image at once, and while it works the next batch gathers, which bounds
     the wait by one batch. Images of a request that has been given up in the meantime are not computed.
 
+    A batch that fails, whatever the model raises, is halved until the requests that make it fail are alone: only these get an
+    error. So does NaN or infinity in an answer. What does not fit into memory is halved down to single images.
+
     Args:
-        work: maps parts (n, C, H, W), uint8 or float32 in [0, 1], of ``max_batch`` images together at most, to outputs of all.
+        work: maps arrays (n, C, H, W), uint8 or float32 in [0, 1], of ``max_batch`` images together at most, to outputs of all;
+            it must not change the arrays, for it may be asked again.
         max_batch: so many images at once at most.
         name: of the model, in metrics and as the thread's name.
-        metrics: where sizes are counted.
+        metrics: where sizes and failures are counted.
+        stuck_seconds: a batch that takes longer is taken for one that never ends: nobody waits for it any more.
     """
 
     def __init__(
-        self, work: Callable[[list[np.ndarray]], Outputs], max_batch: int, name: str, metrics: Metrics
+        self,
+        work: Callable[[list[np.ndarray]], Outputs],
+        max_batch: int,
+        name: str,
+        metrics: Metrics,
+        stuck_seconds: float = 30.0,
     ) -> None:
         self._work = work
         self._max_batch = max_batch
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._sizes = metrics.batch.labels(name)
+        self._metrics = metrics
         self._depth = metrics.queue.labels(name)
         self._name = name
         self._thread: threading.Thread | None = None
+        self._stuck_seconds = stuck_seconds
+        self._busy_since: float | None = None
 
     def start(self) -> None:
         """Start the thread."""
+        self._busy_since = None
         self._thread = threading.Thread(target=self._run, name=f"batches of {self._name}", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Finish what waits, and end the thread."""
+    def stop(self, timeout: float | None = None) -> None:
+        """Finish what waits, and end the thread; give up after ``timeout`` seconds, for a model may never return."""
         if self._thread is not None:
             self._waiting.put(None)
-            self._thread.join()
+            self._thread.join(timeout)
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the thread has worked on its present batch; 0 if on none."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def trouble(self) -> str | None:
+        """Say why no answer can be expected at present, or None."""
+        if self._thread is None or not self._thread.is_alive():
+            return f"the worker of model {self._name} does not run; restart the server if this lasts"
+        if (seconds := self.busy_seconds) > self._stuck_seconds:
+            return f"model {self._name} has worked on one batch for {seconds:.0f} seconds; restart the server if this lasts"
+        return None
 
     async def outputs(self, images: np.ndarray) -> Outputs:
-        """Return the outputs of images (n, C, H, W), any n ≥ 1, in their order."""
+        """Return the outputs of images (n, C, H, W), any n ≥ 1, in their order; raises Problem 500 or 503."""
+        if trouble := self.trouble():
+            raise _unavailable(trouble)
         loop = asyncio.get_running_loop()
-        parts = [images[i : i + self._max_batch] for i in range(0, len(images), self._max_batch)]
-        items = [_Item(part, loop.create_future(), loop) for part in parts]
+        starts = range(0, len(images), self._max_batch)
+        items = [_Item(images[i : i + self._max_batch], loop.create_future(), loop, i) for i in starts]
         self._depth.inc(len(images))
         for item in items:
             self._waiting.put(item)
+        if self._thread is None or not self._thread.is_alive():  # it ended in this very moment
+            self._fail_waiting()
         try:
-            found = [await item.future for item in items]
+            outputs = [await item.future for item in items]
         finally:
             for item in items:
                 item.future.cancel()
-        return found[0] if len(found) == 1 else Outputs.join(found)
+        return outputs[0] if len(outputs) == 1 else Outputs.join(outputs)
 
     def _run(self) -> None:
-        kept: _Item | None = None
-        while True:
-            item = kept or self._waiting.get()
-            kept = None
-            if item is None:
-                return
-            batch, size = [item], len(item.images)
-            while size < self._max_batch:
-                try:
-                    item = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
+        try:
+            while self._work_until_stopped():
+                log.error("the worker of model %s goes on with the next batch", self._name)
+        finally:
+            self._busy_since = None
+            self._fail_waiting()
+
+    def _work_until_stopped(self) -> bool:
+        """Compute batch after batch; return False when told to stop, True after an error outside of the model."""
+        batch: list[_Item] = []
+        following: _Item | None = None
+        try:
+            while True:
+                item = following or self._waiting.get()
                 if item is None:
-                    self._waiting.put(None)
-                    break
-                if size + len(item.images) > self._max_batch:
-                    kept = item
-                    break
-                batch.append(item)
-                size += len(item.images)
-            self._depth.dec(size)
-            self._compute([item for item in batch if not item.future.cancelled()])
+                    return False
+                batch, following = self._gathered(item)
+                self._depth.dec(sum(len(item.images) for item in batch))
+                self._busy_since = time.monotonic()
+                self._compute(batch)
+                self._busy_since, batch = None, []
+        except BaseException:  # nothing may end this thread: all requests depend on it
+            log.exception("the worker of model %s failed", self._name)
+            self._busy_since = None
+            if following is not None:
+                self._waiting.put(following)
+            for item in batch:
+                self._deliver(item, _unavailable(f"the worker of model {self._name} failed; try again"))
+            return True
+
+    def _gathered(self, item: _Item) -> tuple[list[_Item], _Item | None]:
+        """Return the batch that begins with ``item``, and the item that no longer fits into it."""
+        batch, size = [item], len(item.images)
+        while size < self._max_batch:
+            try:
+                following = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if following is None:
+                self._waiting.put(None)
+                break
+            if size + len(following.images) > self._max_batch:
+                return batch, following
+            batch.append(following)
+            size += len(following.images)
+        return batch, None
 
     def _compute(self, batch: list[_Item]) -> None:
+        batch = [item for item in batch if not item.future.cancelled()]
         if not batch:
             return
         sizes = [len(item.images) for item in batch]
-        self._sizes.observe(sum(sizes))
         try:
-            answers: list[Outputs | Exception] = list(self._work([item.images for item in batch]).split(sizes))
-        except Exception as error:  # whatever a model raises belongs to the requests, not to this thread
-            answers = [error] * len(batch)
-        for loop in {item.loop for item in batch}:
-            mine = [(item.future, found) for item, found in zip(batch, answers, strict=True) if item.loop is loop]
-            loop.call_soon_threadsafe(_deliver, mine)
+            self._metrics.batch.labels(self._name).observe(sum(sizes))
+            answers = list(self._work([item.images for item in batch]).split(sizes))
+        except BaseException as error:  # SystemExit and the like too: whatever a model raises belongs to requests
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                self._compute(batch[:middle])
+                self._compute(batch[middle:])
+            else:
+                self._deliver(batch[0], self._in_smaller_batches(batch[0], error))
+            return
+        for item, answer in zip(batch, answers, strict=True):
+            row = answer.first_not_finite()
+            if row is None:
+                self._deliver(item, answer)
+            elif len(batch) > 1:  # it may have come from another request's image
+                self._compute([item])
+            else:
+                self._deliver(item, self._not_finite(item, row))
+
+    def _in_smaller_batches(self, item: _Item, error: BaseException) -> Outputs | Problem:
+        """Return the outputs of a request that did not fit into memory, computed in halves; or its failure as a problem."""
+        if not _out_of_memory(error):
+            kind = "exit" if not isinstance(error, Exception) else "error"
+            return self._failed(
+                kind, error, Problem(500, "the model failed on this request; the server's log says why")
+            )
+        if len(item.images) == 1:
+            text = "the server has not enough memory for an image of this request; come back later"
+            return self._failed("memory", error, Problem(503, text, {"Retry-After": "10"}))
+        outputs, middle = [], len(item.images) // 2
+        for rows, first in ((item.images[:middle], item.first), (item.images[middle:], item.first + middle)):
+            half = _Item(rows, item.future, item.loop, first)
+            if item.future.cancelled():
+                return _unavailable("the request was given up")
+            try:
+                answer: Outputs | Problem = self._work([rows])
+            except BaseException as again:
+                answer = self._in_smaller_batches(half, again)
+            if isinstance(answer, Outputs) and (row := answer.first_not_finite()) is not None:
+                answer = self._not_finite(half, row)
+            if isinstance(answer, Problem):
+                return answer
+            outputs.append(answer)
+        return Outputs.join(outputs)
+
+    def _not_finite(self, item: _Item, row: int) -> Problem:
+        text = f"image {item.first + row}: the model answered NaN or infinity to finite pixels; leave this image out"
+        return self._failed("not_finite", None, Problem(500, text))
+
+    def _failed(self, kind: str, error: BaseException | None, problem: Problem) -> Problem:
+        self._metrics.failures.labels(self._name, kind).inc()
+        log.error("model %s failed on a request: %s", self._name, kind, exc_info=error)
+        return problem
+
+    def _fail_waiting(self) -> None:
+        while True:
+            try:
+                item = self._waiting.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None:
+                self._depth.dec(len(item.images))
+                self._deliver(item, _unavailable(f"the worker of model {self._name} has ended; try again"))
+
+    @staticmethod
+    def _deliver(item: _Item, answer: Outputs | Problem) -> None:
+        try:
+            item.loop.call_soon_threadsafe(_settle, item.future, answer)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            log.warning("an answer came after the server had stopped")
 
 
-def _deliver(answers: list[tuple[asyncio.Future[Outputs], Outputs | Exception]]) -> None:
-    for future, found in answers:
-        if future.done():
-            continue
-        if isinstance(found, Exception):
-            future.set_exception(found)
-        else:
-            future.set_result(found)
+def _settle(future: asyncio.Future[Outputs], answer: Outputs | Problem) -> None:
+    if future.done():
+        return
+    if isinstance(answer, Problem):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
+
+
+def _unavailable(text: str) -> Problem:
+    return Problem(503, text, {"Retry-After": "5"})
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Say whether an error means that memory was too small: Python's, CUDA's, or that of PyTorch's CPU allocator or onnxruntime."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, Exception) and ("not enough memory" in text or "failed to allocate memory" in text)

@@ -1,7 +1,8 @@
-"""What every request passes first: the API key, the number of requests at once; and last: metrics and a log line."""
+"""What every request passes first: the server's name, the API key; and last: metrics and a log line."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from typing import Any
@@ -11,72 +12,83 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clead.serving.logs import log
 from clead.serving.metrics import Metrics
-from clead.serving.problems import Problem, answer
+from clead.serving.problems import MEDIA_TYPE, Problem, answer, standard
 from clead.serving.settings import ServeSettings
 
-OPEN = frozenset({"/healthz", "/openapi.json", "/docs", "/redoc"})
+HEALTH = frozenset({"/healthz", "/readyz"})
+OPEN = frozenset({*HEALTH, "/openapi.json", "/docs", "/redoc"})
 """Paths that need no API key, with what /docs and /redoc load; they say nothing about a model but its classes."""
 ASSETS = "/static-offline-docs/"
-LIMITED = "/v1/"
 _NAMED = frozenset({*OPEN, "/metrics", "/v1/predict", "/v1/explain"})
+_LONGEST_LOGGED = 300  # characters of a path
 
 
 class Gate:
-    """ASGI middleware around ``app``."""
+    """ASGI middleware around ``app``; ``app.state.hosts`` says which names it answers to, ``app.state.draining`` that it ends."""
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, metrics: Metrics) -> None:
         self.app = app
-        self.settings = settings
         self.metrics = metrics
         self.key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
-        self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
+        if scope["type"] == "websocket":
+            if self._refusal(scope, scope["path"]) is None:
+                await self.app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, path = time.perf_counter(), 500, scope["path"]
-
-        async def watched(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        limited = path.startswith(LIMITED)
-        refusal = self._refusal(scope, path, limited)
-        limited = limited and refusal is None  # what is refused takes nobody's place
-        self.in_flight += limited
+        start, path = time.perf_counter(), scope["path"]
+        watched = _Watched(scope, send)
         try:
+            refusal = self._refusal(scope, path)
             if refusal is not None:
                 self.metrics.refused.labels(str(refusal.status)).inc()
                 await answer(refusal)(scope, receive, watched)
             else:
-                if limited:
-                    self.metrics.in_flight.inc()
-                try:
-                    await self.app(scope, receive, watched)
-                finally:
-                    if limited:
-                        self.metrics.in_flight.dec()
+                await self._inside(scope, receive, watched)
         finally:
-            self.in_flight -= limited
-            seconds = time.perf_counter() - start
-            label = path if path in _NAMED else "other"
-            self.metrics.requests.labels(label, str(status)).inc()
-            self.metrics.seconds.labels(label).observe(seconds)
-            client = scope.get("client")
-            fields: dict[str, Any] = {
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-                "milliseconds": round(1000 * seconds, 2),
-                "client": client[0] if client else None,
-            }
-            log.info("request", extra=fields)
+            self._note(scope, path, watched.status, time.perf_counter() - start)
 
-    def _refusal(self, scope: Scope, path: str, limited: bool) -> Problem | None:
+    async def _inside(self, scope: Scope, receive: Receive, watched: _Watched) -> None:
+        if scope["method"] == "HEAD" and (scope["path"] in _NAMED or scope["path"].startswith(ASSETS)):
+            scope = {**scope, "method": "GET"}  # the same head; ``watched`` leaves the body out
+        try:
+            await self.app(scope, receive, watched)
+        except asyncio.CancelledError:  # the server's time for finishing is over
+            if watched.started:
+                raise
+            problem = Problem(503, "the server stopped before this was answered; come back later", {"Retry-After": "5"})
+            await answer(problem)(scope, receive, watched)
+        except Exception:
+            raise  # is answered further out
+        except BaseException:  # such as SystemExit, which would end the server
+            log.exception("a request ended with an exception that is meant to end the process")
+            if not watched.started:
+                await answer(standard(500))(scope, receive, watched)
+
+    def _note(self, scope: Scope, path: str, status: int, seconds: float) -> None:
+        label = path if path in _NAMED else "other"
+        self.metrics.requests.labels(label, str(status)).inc()
+        self.metrics.seconds.labels(label).observe(seconds)
+        client = scope.get("client")
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "path": path[:_LONGEST_LOGGED],
+            "status": status,
+            "milliseconds": round(1000 * seconds, 2),
+            "client": client[0] if client else None,
+        }
+        log.info("request", extra=fields)
+
+    def _refusal(self, scope: Scope, path: str) -> Problem | None:
+        state = scope["app"].state
+        if state.hosts is not None and (refusal := state.hosts.refusal(scope)) is not None:
+            return refusal
         if self.key is not None and path not in OPEN and not path.startswith(ASSETS):
             headers = Headers(scope=scope)
             scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -87,10 +99,37 @@ class Gate:
                     "API key: missing or wrong; send it as X-API-Key or as Authorization: Bearer",
                     {"WWW-Authenticate": "Bearer"},
                 )
-        if limited and self.in_flight >= self.settings.max_requests:
-            return Problem(
-                503,
-                f"the server works on {self.settings.max_requests} requests already, which is its limit; come back in a second",
-                {"Retry-After": "1", "Connection": "close"},
-            )
+        if state.draining and path not in HEALTH:
+            text = "the server is stopping and takes no new requests; come back in a few seconds"
+            return Problem(503, text, {"Retry-After": "5", "Connection": "close"})
         return None
+
+
+class _Watched:
+    """``send`` that remembers the status, leaves out bodies that HEAD must not have, and makes every error a problem."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.scope, self.send = scope, send
+        self.head = scope["method"] == "HEAD"
+        self.status, self.started = 500, False
+        self.replaced = False
+
+    async def __call__(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status, self.started = message["status"], True
+            headers = Headers(raw=message.get("headers", []))
+            if self.status >= 400 and not headers.get("content-type", "").startswith(MEDIA_TYPE):
+                self.replaced = True
+                response = answer(
+                    standard(self.status, {k: v for k, v in headers.items() if k in ("allow", "retry-after")})
+                )
+                await self.send({**message, "headers": response.raw_headers})
+                await self.send({"type": "http.response.body", "body": b"" if self.head else bytes(response.body)})
+                return
+        elif message["type"] == "http.response.body":
+            if self.replaced:
+                return
+            if self.head:
+                message = {**message, "body": b""}
+        await self.send(message)

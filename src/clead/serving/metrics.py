@@ -21,6 +21,15 @@ class Metrics:
         common: Any = {"namespace": "clead", "registry": self.registry}
         self.requests = Counter("requests", "Answered requests.", ["path", "status"], **common)
         self.seconds = Histogram("request_seconds", "Time from head to answer.", ["path"], buckets=_SECONDS, **common)
+        self.failures = Counter(
+            "model_failures",
+            "Requests that a model failed on: error, exit, not_finite, memory.",
+            ["model", "kind"],
+            **common,
+        )
+        self.connections = Counter(
+            "connections_refused", "Connections that were refused or cut off, by reason.", ["reason"], **common
+        )
         self.in_flight = Gauge("requests_in_flight", "Requests to /v1/ that are worked on.", **common)
         self.refused = Counter("refused", "Requests refused by a limit or the API key.", ["status"], **common)
         self.batch = Histogram(

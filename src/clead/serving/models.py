@@ -56,6 +56,13 @@ class Outputs(NamedTuple):
             self.probabilities[rows], self.features[rows], None if self.suspicion is None else self.suspicion[rows]
         )
 
+    def first_not_finite(self) -> int | None:
+        """Return the first row that holds NaN or infinity, or None."""
+        finite = np.isfinite(self.probabilities).all(1) & np.isfinite(self.features).all(1)
+        if self.suspicion is not None:
+            finite &= np.isfinite(self.suspicion)
+        return None if finite.all() else int(finite.argmin())
+
     @staticmethod
     def join(parts: Sequence[Outputs]) -> Outputs:
         """Undo ``split``."""
@@ -222,19 +229,26 @@ class ServedModel:
         return scores
 
     def answer(self, images: Sequence[np.ndarray]) -> Outputs:
-        """Return the outputs of images, each part (n, C, H, W) uint8, or float32 in [0, 1]."""
-        parts = [_pixels(torch.from_numpy(part), self.device) for part in images]
+        """Return the outputs of images, each array (n, C, H, W) uint8, or float32 in [0, 1].
+
+        The arrays never change, whatever the model does with its input. Raises ValueError if the model does not answer each image
+        with one row of K logits: rows that are missing would be another request's.
+        """
+        x = torch.cat(
+            [_pixels(torch.from_numpy(array), self.device) for array in images]
+        )  # new memory, whatever they were
         with exact_float32(), torch.inference_mode():
-            x = parts[0] if len(parts) == 1 else torch.cat(parts)
-            features, logits = self.network.features_and_logits(x)
+            features, logits = self.network.features_and_logits(x.clone())
+            if logits.shape != (len(x), len(self.classes)) or features.ndim != 2 or len(features) != len(x):
+                raise ValueError(
+                    f"{self.name} answered {len(x)} images of {len(self.classes)} classes with logits {tuple(logits.shape)} and "
+                    f"features {tuple(features.shape)}"
+                )
             scores = None if self.guard is None else self.guard.detector.score(self.network, x, (features, logits))
-            probabilities = logits.softmax(1)
-        found = Outputs(
+            probabilities = logits.float().softmax(1)
+        return Outputs(
             probabilities.cpu().numpy(), features.cpu().numpy(), None if scores is None else scores.cpu().numpy()
         )
-        if not all(np.isfinite(part).all() for part in found if part is not None):
-            raise ArithmeticError(f"the model {self.name} answered NaN or infinity to an image of finite pixels")
-        return found
 
 
 class OnnxNetwork(SplitModel):

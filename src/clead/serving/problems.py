@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -37,8 +37,38 @@ class Problem(Exception):
 
 def answer(problem: Problem) -> JSONResponse:
     """Return the problem as a response."""
-    content = ProblemDetails(title=HTTPStatus(problem.status).phrase, status=problem.status, detail=problem.detail)
+    content = ProblemDetails(title=_phrase(problem.status), status=problem.status, detail=problem.detail)
     return JSONResponse(content.model_dump(), problem.status, problem.headers, MEDIA_TYPE)
+
+
+_DETAILS = {
+    400: "the request is malformed; correct it",
+    403: "this is not allowed",
+    404: "there is nothing at this path; /openapi.json lists what there is",
+    405: "this path does not take this method; the header Allow names those that it does",
+    413: "the request is too large; send less",
+    500: "the server failed on this request; its log says why",
+}
+
+
+def standard(status: int, headers: Mapping[str, str] | None = None) -> Problem:
+    """Return the problem that says what a status code alone says."""
+    return Problem(status, _DETAILS.get(status, f"the server answers {_phrase(status)}"), headers)
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+def raw(problem: Problem) -> bytes:
+    """Return the problem as the bytes of an HTTP/1.1 answer after which the connection is closed."""
+    response = answer(problem)
+    head = f"HTTP/1.1 {problem.status} {_phrase(problem.status)}\r\n".encode()
+    headers = [*((k, v) for k, v in response.raw_headers if k != b"connection"), (b"connection", b"close")]
+    return head + b"".join(name + b": " + value + b"\r\n" for name, value in headers) + b"\r\n" + bytes(response.body)
 
 
 def install(app: FastAPI) -> None:
@@ -49,12 +79,17 @@ def install(app: FastAPI) -> None:
         return answer(error)
 
     @app.exception_handler(HTTPException)
-    async def no_such(request: Request, error: HTTPException) -> JSONResponse:
-        details = {
-            404: "there is nothing at this path; /openapi.json lists what there is",
-            405: "this path does not take this method; the header Allow names those that it does",
-        }
-        return answer(Problem(error.status_code, details.get(error.status_code, str(error.detail)), error.headers))
+    async def no_such(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            allowed = {method.strip() for method in headers.get("Allow", "").split(",") if method.strip()}
+            allowed |= {"OPTIONS", *(("HEAD",) if "GET" in allowed else ())}
+            headers["Allow"] = ", ".join(sorted(allowed))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        if error.status_code in _DETAILS:
+            return answer(standard(error.status_code, headers))
+        return answer(Problem(error.status_code, str(error.detail), headers))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -66,7 +101,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return answer(Problem(500, "the server failed on this request; its log says why"))
+        if isinstance(error, MemoryError):
+            text = "the server has not enough memory for this request; send fewer or smaller images, or come back later"
+            return answer(Problem(503, text, {"Retry-After": "10"}))
+        return answer(standard(500))
 
 
 def first_error(errors: Any) -> str:

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +36,7 @@ ARRAY = 1_048_576
 """Bodies of a .npy array up to so many bytes are read at once: it takes half a millisecond at most."""
 
 NPY = "application/octet-stream"
+_GRACE = 2.0  # seconds before a body's speed counts
 _REFUSED = (  # what is often sent instead of an image that is read here
     (b"PK\x03\x04", "a zip archive"),
     (b"GIF8", "a GIF"),
@@ -55,6 +57,9 @@ def body_kind(request: Request) -> str:
             f"content-type: must be multipart/form-data with files, image/png (or another image), application/json, or {NPY} with "
             f"a .npy file, got {kind[:60] or 'none'!r}; set the header",
         )
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise Problem(415, f"content-encoding: bodies are read as they are, got {coding[:60]!r}; send it unpacked")
     if kind == "image/svg+xml":
         raise Problem(415, f"content-type: an SVG is no raster image; send one of {', '.join(WEB_FORMATS)}")
     return kind
@@ -81,34 +86,82 @@ async def read_images(
 
 async def _aside(size: int, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     """Do small work at once and large work in a thread, so that one large request does not hold up the others."""
-    return work() if size <= SMALL else await asyncio.get_running_loop().run_in_executor(pool, work)
+
+    def contained() -> T:
+        try:
+            return work()
+        except Exception:
+            raise
+        except BaseException as error:  # such as SystemExit, which would end the event loop
+            raise RuntimeError(f"{type(error).__name__} while reading a request") from error
+
+    return contained() if size <= SMALL else await asyncio.get_running_loop().run_in_executor(pool, contained)
 
 
-async def read_body(request: Request, settings: ServeSettings) -> bytes:
-    """Return the body; Problem 413 if it is, or claims to be, too long, and 408 if it does not arrive in time."""
-    limit = settings.max_body
-    close = {"Connection": "close"}
+class Buffers:
+    """Counts the bytes of all requests that are in memory, ``limit`` together at most."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    def take(self, size: int) -> None:
+        """Count ``size`` more bytes; raises Problem 503 if they are too many."""
+        if self.held + size > self.limit:
+            raise Problem(
+                503,
+                f"the server holds {self.limit} bytes of requests already, which is its limit; come back in a second",
+                {"Retry-After": "1", "Connection": "close"},
+            )
+        self.held += size
+
+
+@asynccontextmanager
+async def read_body(
+    request: Request, settings: ServeSettings, buffers: Buffers, limit: int | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Give the body, which counts in ``buffers`` until the end of the context.
+
+    Raises Problem: 413 if it is, or claims to be, longer than ``limit``, by default ``max_body``; 408 if it does not arrive within
+    ``read_seconds``, or more slowly than ``min_rate`` after two seconds; 503 if ``buffers`` are full.
+    """
+    limit = settings.max_body if limit is None else limit
     claimed = request.headers.get("content-length", "0")
-    too_long = Problem(413, f"body: at most {limit} bytes are read, got more; send fewer or smaller images", close)
-    if not claimed.isdecimal() or int(claimed) > limit:
-        raise too_long
-
-    async def arrive() -> bytes:
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_long
-        return bytes(body)
-
+    if not claimed.isdecimal() or len(claimed) > 18 or int(claimed) > limit:
+        raise _too_long(limit)
+    body, taken = bytearray(), 0
+    chunks = request.stream()
+    loop = asyncio.get_running_loop()
+    start = loop.time()
     try:
-        return await asyncio.wait_for(arrive(), settings.read_seconds)
-    except asyncio.TimeoutError:
-        raise Problem(
-            408,
-            f"body: must arrive within {settings.read_seconds:g} seconds, it did not; send less, or over a faster line",
-            close,
-        ) from None
+        while True:
+            patience = min(settings.read_seconds, _GRACE + len(body) / settings.min_rate)
+            try:
+                chunk = await asyncio.wait_for(anext(chunks), max(0.0, start + patience - loop.time()))
+            except StopAsyncIteration:
+                break
+            except asyncio.TimeoutError:
+                raise _too_slow(settings, patience) from None
+            if len(body) + len(chunk) > limit:
+                raise _too_long(limit)
+            buffers.take(len(chunk))
+            taken += len(chunk)
+            body += chunk
+        yield bytes(body)
+    finally:
+        buffers.held -= taken
+
+
+def _too_long(limit: int) -> Problem:
+    text = f"body: at most {limit} bytes are read, got more; send fewer or smaller images"
+    return Problem(413, text, {"Connection": "close"})
+
+
+def _too_slow(settings: ServeSettings, patience: float) -> Problem:
+    rule = f"within {settings.read_seconds:g} seconds"
+    if patience < settings.read_seconds:
+        rule += f" and at {settings.min_rate} bytes per second or more"
+    text = f"body: must arrive {rule}, it did not; send less, or over a faster line"
+    return Problem(408, text, {"Connection": "close"})
 
 
 async def _files(request: Request, body: bytes, settings: ServeSettings) -> list[bytes]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from clead.errors import UserError
+from clead.serving.hosts import hosts_of
 from clead.serving.logs import log, log_as_json
+from clead.serving.protocol import limited_protocol
 from clead.serving.settings import ServeSettings
 
 
@@ -60,82 +63,46 @@ def serve(
     bound = listen(host, port)
     try:
         app = make()
+        shown, taken = bound.getsockname()[:2]
+        app.state.hosts = hosts_of(settings.allowed_hosts, host, shown)
         log_as_json()
         config = uvicorn.Config(
             app,
-            http=timed_protocol(settings.read_seconds),
+            http=limited_protocol(settings, app.state.metrics),
             ws="none",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=settings.max_connections,
             timeout_keep_alive=max(1, round(settings.read_seconds)),
             timeout_graceful_shutdown=settings.drain_seconds,
         )
-        shown, taken = bound.getsockname()[:2]
         where = f"http://[{shown}]:{taken}" if ":" in shown else f"http://{shown}:{taken}"
         say(f"serving {', '.join(app.state.models)} at {where}; {where}/docs describes it; Ctrl-C stops it")
+        if app.state.hosts is None:
+            say(
+                "--allowed-hosts *: any name in Host and Origin is answered to, so pages from elsewhere can use this server"
+            )
         log.info("listening", extra={"host": shown, "port": taken, "models": list(app.state.models)})
         with _stopped_quietly():
-            uvicorn.Server(config).run(sockets=[bound])
+            _Server(config).run(sockets=[bound])
     finally:
         bound.close()
 
 
-def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with limits of its own: ``seconds`` for the head of a request, and for an answer to be taken.
+class _Server(uvicorn.Server):
+    """uvicorn's server; while it stops it tells new requests so until those in work are answered."""
 
-    uvicorn waits for ever for the first byte, for the rest of a head (a slow loris) and for a client that does not read; only
-    between requests does it have a limit.
-    """
-    base: Any = AutoHTTPProtocol  # one of two, by what is installed
-
-    class Timed(base):
-        _limit: asyncio.TimerHandle | None = None
-        _taken: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._begin()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            me: Any = self
-            if me.cycle is None or me.cycle.response_complete:  # a head that is not complete
-                self._begin()
-            else:
-                self._end()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            me: Any = self
-            self._taken = me.loop.call_later(seconds, me.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._taken_up()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._end()
-            self._taken_up()
-            super().connection_lost(exc)
-
-        def _taken_up(self) -> None:
-            if self._taken is not None:
-                self._taken.cancel()
-                self._taken = None
-
-        def _begin(self) -> None:
-            if self._limit is None:
-                me: Any = self
-                self._limit = me.loop.call_later(seconds, me.transport.abort)
-
-        def _end(self) -> None:
-            if self._limit is not None:
-                self._limit.cancel()
-                self._limit = None
-
-    return Timed
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish the requests in work, within the configured time, and end."""
+        app: Any = self.config.app
+        app.state.draining = True
+        seconds = self.config.timeout_graceful_shutdown or 0
+        deadline = time.monotonic() + seconds
+        log.info("draining", extra={"requests": len(self.server_state.tasks), "seconds": seconds})
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))
+        await super().shutdown(sockets)
 
 
 @contextmanager

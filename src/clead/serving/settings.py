@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import SecretStr
+from pydantic import SecretStr, model_validator
 
+from clead.serving.hosts import allowed_name
 from clead.settings import setting, settings
 
 
@@ -62,9 +63,29 @@ class ServeSettings:
         "Pixels of all image files of one request, read from their headers before anything is decoded.",
         ge=1,
     )
-    max_requests: int = setting(64, "Requests worked on at once; others are told to come back (503).", ge=1)
+    max_requests: int = setting(
+        64,
+        "Requests worked on at once, counted from when they have arrived; others are told to come back (503).",
+        ge=1,
+    )
+    max_buffered: int = setting(
+        256 * 2**20,
+        "Size of all requests together that are in memory, at least one of max_body; others are told to come back (503).",
+        unit="bytes",
+        ge=1024,
+    )
+    max_head: int = setting(32 * 2**10, "Size of a request's head.", unit="bytes", ge=1024, le=2**20)
     max_connections: int = setting(1000, "Connections that are open at once.", ge=2)
+    max_per_client: int = setting(
+        200, "Connections that are open at once from one address; a proxy in front is one address.", ge=1
+    )
     read_seconds: float = setting(20.0, "Time in which a request must have arrived.", unit="seconds", gt=0)
+    min_rate: int = setting(
+        1024,
+        "Speed at which a body must arrive, on average and after the first two seconds.",
+        unit="bytes per second",
+        ge=1,
+    )
     request_seconds: float = setting(
         30.0,
         "Time in which an arrived request must be answered; it is given up after that (503).",
@@ -74,3 +95,13 @@ class ServeSettings:
     drain_seconds: int = setting(
         30, "Time that requests in work are given when the server is told to stop.", unit="seconds", ge=1
     )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Names in Host and Origin that are answered to, beside localhost and the address that is listened on; * allows all.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ServeSettings:
+        for name in self.allowed_hosts:
+            allowed_name(name)
+        return self

@@ -1,4 +1,4 @@
-"""Only those of gradio's paths that the page needs, and only files that were uploaded.
+"""Only those of gradio's paths that the page needs, only files that were uploaded, and only so much of them.
 
 gradio can read files from addresses, forward requests to others, and edit apps; a playground needs none of it. And an event may
 name a file by its path: gradio 6.31, mounted in another application, copies any file of the machine that an event names to where
@@ -8,12 +8,22 @@ it can be fetched (its check asks whether the page was launched, which a mounted
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-from starlette.responses import PlainTextResponse
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from clead.serving.problems import Problem, answer
+from clead.serving.reading import Buffers, read_body
+from clead.serving.settings import ServeSettings
 
 LARGEST_EVENT = 256 * 1024
 """Bytes of an event: settings and names of uploaded files, never an image itself."""
@@ -25,6 +35,38 @@ _GET = re.compile(
 _POST = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?$")
 
 
+MAX_UPLOADS = 128 * 2**20
+"""Bytes of all uploaded files together; the oldest go when another one comes."""
+UPLOAD_SECONDS = 600.0
+"""So long an uploaded file stays at most; the page reads it in the moment it has arrived."""
+
+
+class Uploads:
+    """The files that visitors have uploaded: the oldest are removed once they are ``limit`` bytes, or ``seconds`` old."""
+
+    def __init__(self, limit: int = MAX_UPLOADS, seconds: float = UPLOAD_SECONDS) -> None:
+        self.limit, self.seconds = limit, seconds
+        self.files: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def make_room(self, size: int = 0) -> None:
+        """Remove files until ``size`` more bytes have room."""
+        total = size + sum(bytes_ for _, bytes_ in self.files.values())
+        while self.files:
+            path, (since, bytes_) = next(iter(self.files.items()))
+            if total <= self.limit and time.monotonic() - since <= self.seconds:
+                return
+            del self.files[path]
+            total -= bytes_
+            with suppress(OSError):
+                os.unlink(path)
+                os.rmdir(os.path.dirname(path))
+
+    def add(self, path: str, size: int) -> None:
+        """Count a file; one of the same content has the same path."""
+        self.files.pop(path, None)
+        self.files[path] = time.monotonic(), size
+
+
 class Fence:
     """ASGI middleware: under ``path`` only what the page needs, elsewhere everything.
 
@@ -33,65 +75,83 @@ class Fence:
         path: where gradio is mounted.
         files: gradio's own folder; no file outside of it is given out.
         largest_upload: bytes of an uploaded file.
+        settings: limits of the server on time and on what is in memory.
     """
 
-    def __init__(self, app: ASGIApp, path: str, files: str, largest_upload: int) -> None:
+    def __init__(
+        self, app: ASGIApp, path: str, files: str, largest_upload: int, settings: ServeSettings | None = None
+    ) -> None:
         self.app = app
         self.path = path
         self.files = files.rstrip("/") + "/"
         self.largest_upload = largest_upload
+        self.settings = settings or ServeSettings()
+        self.buffers = Buffers(self.settings.max_buffered)
+        self.uploads = Uploads()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
         if scope["type"] != "http" or not scope["path"].startswith(f"{self.path}/"):
             await self.app(scope, receive, send)
             return
-        inside = scope["path"].removeprefix(self.path)
-        pattern = _GET if scope["method"] in ("GET", "HEAD") else _POST
-        file = scope["method"] in ("GET", "HEAD") and self._ours(inside.removeprefix("/gradio_api/file="))
-        if not file and (scope["method"] not in ("GET", "HEAD", "POST") or not pattern.match(inside)):
-            await PlainTextResponse("the playground has no such path", 404)(scope, receive, send)
-            return
-        if scope["method"] == "POST":
-            # A form adds a few hundred bytes to its file; gradio itself holds the file to its limit.
-            upload = inside.startswith("/gradio_api/upload")
-            body = await _body(receive, self.largest_upload + 4096 if upload else LARGEST_EVENT)
-            if body is None:
-                limit = f"{self.largest_upload // 2**20} MiB" if upload else f"{LARGEST_EVENT // 1024} KiB"
-                await PlainTextResponse(f"at most {limit} are read; send less", 413)(scope, receive, send)
+        inside, method = scope["path"].removeprefix(self.path), scope["method"]
+        reads = method in ("GET", "HEAD")
+        file = reads and self._ours(inside.removeprefix("/gradio_api/file="))
+        self.uploads.make_room()
+        try:
+            if not file and (not reads and method != "POST" or not (_GET if reads else _POST).match(inside)):
+                raise Problem(404, "the playground has no such path")
+            if reads:
+                await self.app(scope, receive, send)
                 return
-            if not upload:
-                try:
-                    content = json.loads(body or b"{}")
-                    right = all(map(self._ours, _paths(content)))
-                    # As it was read here, so that nothing reads it otherwise, such as a key that is there twice.
-                    body = json.dumps(content).encode()
-                except (ValueError, RecursionError):
-                    right = False
-                if not right:
-                    text = "events name no file but an uploaded one, and no address; upload the image itself"
-                    await PlainTextResponse(text, 400)(scope, receive, send)
-                    return
-            receive = _again(body, receive)
-        await self.app(scope, receive, send)
+            upload = inside.startswith("/gradio_api/upload")
+            # A form adds a few hundred bytes to its file; gradio itself holds the file to its limit.
+            limit = self.largest_upload + 4096 if upload else LARGEST_EVENT
+            request = Request(scope, receive)
+            async with read_body(request, self.settings, self.buffers, limit) as body:
+                if upload:
+                    await self._uploaded(scope, body, receive, send)
+                else:
+                    await self.app(scope, _again(self._checked(body), receive), send)
+        except Problem as problem:
+            await answer(problem)(scope, receive, send)
+
+    async def _uploaded(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Pass on a form with one file, and remember what gradio made of it."""
+        _, options = parse_options_header(Headers(scope=scope).get("content-type"))
+        boundary = options.get(b"boundary")
+        if boundary and body.count(b"--" + boundary) > 2:
+            raise Problem(422, "one file is taken at a time, got several; upload them one by one")
+        self.uploads.make_room(len(body))
+        response = bytearray()
+
+        async def listened(message: Message) -> None:
+            response.extend(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, _again(body, receive), listened)
+        finally:
+            with suppress(ValueError, TypeError):  # an error, no list of paths
+                for path in json.loads(response):
+                    if isinstance(path, str) and self._ours(path):
+                        self.uploads.add(path, len(body))
+
+    def _checked(self, body: bytes) -> bytes:
+        """Return an event that names no file but an uploaded one."""
+        try:
+            content = json.loads(body or b"{}")
+            right = all(map(self._ours, _paths(content)))
+        except (ValueError, RecursionError):
+            right = False
+        if not right:
+            raise Problem(400, "events name no file but an uploaded one, and no address; upload the image itself")
+        # As it was read here, so that nothing reads it otherwise, such as a key that is there twice.
+        return json.dumps(content).encode()
 
     def _ours(self, path: str) -> bool:
         """Say whether a path is in gradio's own folder."""
         return path.startswith(self.files) and ".." not in path
-
-
-async def _body(receive: Receive, limit: int) -> bytes | None:
-    """Return the body, or None if it is longer than ``limit``."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return bytes(body)
-        body += message.get("body", b"")
-        if len(body) > limit:
-            return None
-        if not message.get("more_body"):
-            return bytes(body)
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -20,6 +20,7 @@ import numpy as np
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
 from torch import Tensor
 
 from clead.errors import UserError
@@ -100,7 +101,12 @@ def mounted(
         js=_ON_START,
         head=pictures.HEAD,
     )
-    app.add_middleware(Fence, path=PATH, files=get_upload_folder(), largest_upload=MAX_FILE)
+    # Innermost: what comes here has passed the server's name and the log.
+    app.user_middleware.append(
+        Middleware(
+            Fence, path=PATH, files=get_upload_folder(), largest_upload=MAX_FILE, settings=settings or ServeSettings()
+        )
+    )
 
     @app.get("/", include_in_schema=False)
     async def first() -> RedirectResponse:
