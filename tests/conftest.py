@@ -1,11 +1,18 @@
 """One thread per test process: on two cores it is faster than sharing them, and sums do not depend on the machine."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The key that signs states: one for the tests and the processes that they start, and not the developer's.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="clead-tests-")
 
 import pytest
 import torch
+
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 torch.set_num_threads(1)
 

@@ -17,6 +17,7 @@ ROOT = Path(clead.__file__).parent
 ORDER = [
     *(
         "errors",
+        "signature",
         "registry",
         "settings",
         "interfaces",

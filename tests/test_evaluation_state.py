@@ -17,10 +17,16 @@ import torch
 
 import clead
 from clead import api
-from clead.config import load_recipe
+from clead.checkpoint import load_weights, save_weights
+from clead.cli import main
+from clead.config import Eval, load_recipe
 from clead.errors import UserError
 from clead.evaluation.processes import Shard
-from clead.evaluation.state import State
+from clead.evaluation.robust import Subject, evaluate_model
+from clead.evaluation.state import State, UntrustedState
+from clead.interfaces import ImageSet
+from clead.signature import is_signed, keyless, sign
+from clead.threats import THREATS
 
 EVAL = ("--eval.steps", "3", "--eval.images", "60", "--eval.batch_size", "20", "--eval.curve_points", "2")
 EVAL += ("--eval.curve_steps", "2", "--eval.check_images", "8")
@@ -64,6 +70,7 @@ def comparable(record: dict[str, Any]) -> dict[str, Any]:
         for key, value in record.items()
         if key not in ("created", "seconds", "command", "run", "versions", "memory")
     }
+    record["notes"] = [note for note in record["notes"] if not note.startswith("continued from a state")]
     for part in record["attacks"]:
         part.pop("seconds")
     return record
@@ -161,6 +168,262 @@ def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypat
     assert says in message and "is the state of another evaluation" in message and "--fresh" in message
     assert "\n" not in message
     evaluated(run, *change, "--eval.curve_points", "0", fresh=True)
+
+
+# ------------------------------------------------------------------------------------------------ states that lie
+
+
+def small(state: Path | None, **options: Any) -> dict[str, Any]:
+    """Evaluate a linear model on 30 images in four batches, each attacked four times."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 3))
+        x = torch.rand(30, 1, 4, 4)
+    y = net(x).argmax(1)
+    y[::7] = (y[::7] + 1) % 3  # some are wrong when clean
+    settings = Eval(steps=2, batch_size=8, curve_points=0, check_images=0)
+    subject = Subject("small", "Linear", "given", "given", "test", "given", ("a", "b", "c"))
+    threat = THREATS.get("linf")(eps=0.03)
+    found = evaluate_model(net, ImageSet(x, y), threat, settings, subject, state=state, show=False, **options)
+    assert found is not None
+    return json.loads(found.record.model_dump_json())
+
+
+@pytest.fixture(scope="module")
+def small_alone() -> dict[str, Any]:
+    record = comparable(small(None))
+    assert 0 < sum(record["robust_flags"]) < sum(record["clean_flags"]) < 30
+    return record
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch) -> Path:
+    """The state of an evaluation that was stopped after 16 of its 20 parts."""
+    put, calls = State.put, []
+
+    def kill_at(self, key, *part):
+        put(self, key, *part)
+        calls.append(key)
+        if len(calls) == 16:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", kill_at)
+        small(tmp_path / "state")
+    return tmp_path / "state"
+
+
+def rewrite(file: Path, change, *, signed_by: State | None = None) -> bool:
+    """Change a part and make its checksum right again, as a forger would, and its signature too where ``signed_by`` is given."""
+    tensors, data = load_weights(file)
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    signature = data.pop("signature")
+    change(tensors)
+    if signed_by is not None:
+        signature = sign(signed_by._text(file.stem, (tensors, data)))
+    save_weights(file, tensors, {**data, "signature": signature})
+    return any(
+        before[name].dtype != tensor.dtype or not torch.equal(before[name], tensor) for name, tensor in tensors.items()
+    )
+
+
+def all_robust(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["flags"] = torch.ones_like(tensors["flags"])
+
+
+def none_robust(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["flags"] = torch.zeros_like(tensors["flags"])
+
+
+def pixels_moved(tensors: dict[str, torch.Tensor]) -> None:
+    if "x_adv" in tensors:
+        tensors["x_adv"] = (tensors["x_adv"] + 0.5).clamp(0, 1)
+
+
+def another_type(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["flags"] = tensors["flags"].long()
+
+
+FORGERIES = {f.__name__: f for f in (all_robust, none_robust, pixels_moved, another_type)}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_state_is_not_continued(state, small_alone, name):
+    for file in state.glob("*.safetensors"):
+        rewrite(file, FORGERIES[name])
+    with pytest.raises(UserError) as caught:
+        small(state)
+    message = str(caught.value)
+    assert "holds 16 finished parts" in message and "were not made by you on this machine" in message
+    assert "--fresh" in message and "--trust-state" in message and "\n" not in message
+    assert len(list(state.glob("*.safetensors"))) == 16, "a refusal takes nothing away"
+
+
+def test_a_part_of_another_place_or_evaluation_is_no_part_of_this_one(state):
+    """Rightly signed, but for another batch; then for another evaluation."""
+    first, second = (state / f"00000{batch}-02.safetensors" for batch in (0, 1))
+    kept = second.read_bytes()
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(UserError, match=r"1 of them were not made by you"):
+        small(state)
+    second.write_bytes(kept)
+    header = {**json.loads((state / "state.json").read_text()), "seed": 1}
+    (state / "state.json").write_text(json.dumps(header))
+    with pytest.raises(UntrustedState, match=r"16 of them were not made by you"), State(state, header).opened():
+        pass
+
+
+def test_a_state_of_another_key_is_continued_only_if_asked(state, small_alone, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    with pytest.raises(UserError, match="16 of them were not made by you on this machine"):
+        small(state)
+    record = small(state, trust_state=True)
+    assert comparable(record)["robust_flags"] == small_alone["robust_flags"]
+    assert any(note.startswith("continued from a state with 16 finished parts") for note in record["notes"])
+    assert any("16 of these parts were made by another user" in note for note in record["notes"])
+    assert "16 finished parts, the last of 20" in caplog.text
+
+
+@pytest.mark.parametrize("whose", ["folder", "file"])
+def test_what_another_owner_holds_is_foreign_though_it_is_signed(state, monkeypatch, whose):
+    others = {"folder": lambda path: path != state, "file": lambda path: path.name != "000000-01.safetensors"}
+    monkeypatch.setattr("clead.evaluation.state.owned", others[whose])
+    with pytest.raises(UserError, match=f"{16 if whose == 'folder' else 1} of them were not made by you"):
+        small(state)
+
+
+def test_a_state_that_was_moved_by_its_user_goes_on(state, small_alone, monkeypatch, tmp_path, caplog):
+    moved = tmp_path / "elsewhere"
+    state.rename(moved)
+    calls: list[str] = []
+    put = State.put
+    monkeypatch.setattr(State, "put", lambda self, key, *part: (calls.append(key), put(self, key, *part))[1])
+    record = small(moved)
+    assert sum(note.startswith("continued from a state with 16") for note in record["notes"]) == 1
+    assert comparable(record) == small_alone
+    assert len(calls) == 20 - 16 and "16 finished parts" in caplog.text
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.parametrize("stage", ["00", "01", "02"])
+def test_parts_that_the_model_contradicts_are_computed_again(state, small_alone, name, stage, caplog):
+    """Signed by the user's own key: what can be seen again is seen again all the same."""
+    own = State(None, json.loads((state / "state.json").read_text()))
+    changed = rewrite(state / f"000000-{stage}.safetensors", FORGERIES[name], signed_by=own)
+    record = small(state)
+    again = [note for note in record["notes"] if "do not agree with the model, computed again: 000000-" in note]
+    assert len(again) == changed and ("do not agree with the model" in caplog.text) is changed
+    record["notes"] = [note for note in record["notes"] if note not in again]
+    assert comparable(record) == small_alone
+
+
+def test_trusted_forgeries_that_can_be_seen_are_seen(state, small_alone):
+    for file in state.glob("*-00.safetensors"):
+        rewrite(file, all_robust)
+    for file in state.glob("*-01.safetensors"):
+        rewrite(file, none_robust)
+    record = small(state, trust_state=True)
+    assert record["robust_flags"] == small_alone["robust_flags"]
+    assert record["clean_flags"] == small_alone["clean_flags"]
+
+
+def test_shards_of_other_machines_are_merged_only_if_asked(small_alone, monkeypatch, tmp_path):
+    for index in (1, 2):
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / f"machine {index}"))
+        with pytest.raises(AssertionError):  # a shard makes no record
+            small(tmp_path / "state", shard=Shard(index, 2))
+    with pytest.raises(UserError, match="not made by you on this machine.*--trust-state"):
+        small(tmp_path / "state", merge=True)
+    record = small(tmp_path / "state", merge=True, trust_state=True)
+    assert record["robust_flags"] == small_alone["robust_flags"]
+    assert any(note.startswith("shard 1/2: ") and "taken on trust" in note for note in record["notes"])
+
+
+def test_the_command_line_refuses_a_forged_state(run, monkeypatch, capsys):
+    quick = ("--suite", "quick", "--eval.steps", "1", "--eval.images", "10", "--eval.batch_size", "5")
+    arguments = ["clead", "evaluate", str(run), *quick, "--eval.curve_points", "0", "--eval.check_images", "0"]
+    put, calls = State.put, []
+
+    def kill_at(self, key, *part):
+        put(self, key, *part)
+        calls.append(key)
+        if len(calls) == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", kill_at)
+        patch.setattr(sys, "argv", arguments)
+        main()
+    for file in (run / "results" / "evaluation.state").glob("*.safetensors"):
+        rewrite(file, all_robust)
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and "were not made by you on this machine" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*arguments, "--fresh"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    assert "not made by you" not in capsys.readouterr().err
+
+
+def test_other_measurements_do_not_continue_a_forged_state(run, monkeypatch):
+    options: dict[str, Any] = {"severities": (1,), "names": ("contrast", "fog"), "show": False}
+    options["config"] = config(run, "--eval.images", "10")
+    whole = api.corruptions_run(run, **options)
+    put = State.put
+
+    def killed(self, key, *part):
+        put(self, key, *part)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", killed)
+        api.corruptions_run(run, **options)
+    (file,) = (run / "results" / "corruptions.state").glob("*.safetensors")
+    rewrite(file, all_robust)
+    with pytest.raises(UserError, match="not made by you on this machine"):
+        api.corruptions_run(run, **options)
+    assert api.corruptions_run(run, **options, fresh=True).result == whole.result
+
+
+# ------------------------------------------------------------------------------------------------ the key
+
+
+def test_the_key_is_secret_made_once_and_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "one"))
+    first = sign("text")
+    file = tmp_path / "one" / "clead" / "key"
+    assert file.stat().st_mode & 0o777 == 0o600 and len(file.read_bytes()) == 32
+    assert is_signed("text", first) and not is_signed("texts", first)
+    assert not any(is_signed("text", wrong) for wrong in (None, "", 7, first[:-1], "ä" * 64))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "two"))
+    assert not is_signed("text", first)
+    code = "import sys; from clead.signature import is_signed; sys.exit(not is_signed('text', sys.argv[1]))"
+    for name, expected in (("one", 0), ("two", 1)):
+        environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / name)}
+        assert subprocess.run([sys.executable, "-c", code, first], env=environment).returncode == expected
+
+
+def test_without_a_place_for_the_key_a_state_ends_with_its_process(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert is_signed("text", sign("text")) and "cannot be kept" in keyless()
+    with State(tmp_path / "state", {"a": 1}).opened() as state:
+        state.put("part", {}, {})
+    assert "is continued after a stop only with --trust-state" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize(("mode", "content"), [(0o644, b"k" * 32), (0o660, b"k" * 32), (0o600, b"short")])
+def test_a_key_that_others_can_read_is_refused(tmp_path, monkeypatch, mode, content):
+    (tmp_path / "clead").mkdir()
+    file = tmp_path / "clead" / "key"
+    file.write_bytes(content)
+    file.chmod(mode)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="remove it: rm "):
+        sign("text")
 
 
 def test_two_processes_on_one_state_are_refused(run):

@@ -184,6 +184,25 @@ def test_a_damaged_checkpoint_is_said_and_the_older_one_used(tmp_path, monkeypat
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.parametrize("whose", ["another key", "an earlier version", "forged", "own"])
+def test_a_checkpoint_of_somebody_else_is_continued_but_not_in_silence(tmp_path, monkeypatch, caplog, whose):
+    overrides = ("--train.checkpoint_seconds", "0")
+    with monkeypatch.context() as patch:
+        kill_after_saves(patch, 4)
+        with pytest.raises(Killed):
+            fit(tmp_path / "run", *overrides)
+    state = tmp_path / "run" / "resume.state"
+    if whose == "another key":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user"))
+    elif whose == "an earlier version":
+        state.write_bytes(state.read_bytes().partition(b"\nclead-signature-1 ")[0])
+    elif whose == "forged":
+        state.write_bytes(state.read_bytes()[:-64] + b"0" * 64)
+    with caplog.at_level(logging.WARNING, "clead"):
+        fit(tmp_path / "run", *overrides, resume=True)
+    assert ("was not written by you on this machine" in caplog.text) is (whose != "own")
+
+
 def test_ctrl_c_saves_and_resume_continues(tmp_path, monkeypatch, capsys):
     arguments = [
         "clead",

@@ -42,8 +42,10 @@ except ImportError:  # Windows
 from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError
 from clead.models.file_kinds import is_pickle
+from clead.signature import is_signed, owned, sign
 
 _MAGIC = b"clead-state-1\n"
+_SIGNED = b"\nclead-signature-1 "  # after the payload, with the digest's signature in hex
 _LARGEST_HEADER = 16_000_000  # some 100,000 tensors; the library's own limit is 100 MB
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
@@ -336,7 +338,8 @@ class RunDir:
         payload = buffer.getvalue()
         current = self.path / "resume.state"
         staged = self.path / "resume.next.state"
-        write_atomically(staged, _MAGIC + hashlib.sha256(payload).digest() + payload)
+        digest = hashlib.sha256(payload).digest()
+        write_atomically(staged, _MAGIC + digest + payload + _SIGNED + sign(digest.hex()).encode())
         try:
             if current.exists():
                 os.replace(current, self.path / "resume.previous.state")
@@ -349,7 +352,10 @@ class RunDir:
         return any((self.path / name).exists() for name in _STATES)
 
     def load_state(self) -> tuple[dict[str, Any] | None, str]:
-        """Return the newest checkpoint whose checksum holds, or None, and a note if an older one had to be used."""
+        """Return the newest checkpoint whose checksum holds, or None, and a note on its origin or if an older one had to be used.
+
+        A checksum is no signature: the note says so where this user did not write the checkpoint on this machine.
+        """
         remove_leftovers(self.path, _WRITTEN)
         broken = []
         for name in _STATES:
@@ -358,15 +364,31 @@ class RunDir:
                 continue
             content = path.read_bytes()
             digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
+            payload, signature = _unsigned(payload)
             if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest:
                 # weights_only: a checksum is no signature, and a pickle could run code; whatever torch.load says then,
                 # the file is of no use.
                 with contextlib.suppress(Exception):
                     state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-                    return state, f"{', '.join(broken)} damaged, continuing from {name}" if broken else ""
+                    notes = [f"{', '.join(broken)} damaged, continuing from {name}"] if broken else []
+                    if not (owned(path) and is_signed(digest.hex(), signature)):
+                        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+                        notes.append(
+                            f"{name} (of {made}) was not written by you on this machine; the weights and figures of this run are "
+                            "as good as who wrote it"
+                        )
+                    return state, "; ".join(notes)
             broken.append(name)
         if broken:
             raise UserError(
                 f"no checkpoint of {self.path} is whole ({', '.join(broken)} damaged); start the run again elsewhere"
             )
         return None, ""
+
+
+def _unsigned(payload: bytes) -> tuple[bytes, str | None]:
+    """Return the payload of a checkpoint, and its signature if it has one: those of earlier versions have none."""
+    size = len(_SIGNED) + 64
+    if payload[-size:].startswith(_SIGNED):
+        return payload[:-size], payload[-64:].decode("ascii", "replace")
+    return payload, None

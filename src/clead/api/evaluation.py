@@ -126,6 +126,7 @@ def evaluate_run(
     fresh: bool = False,
     shard: str | None = None,
     merge: bool = False,
+    trust_state: bool = False,
     save_adversarial: str | Path | None = None,
     show: bool = True,
 ) -> Evaluation:
@@ -144,6 +145,7 @@ def evaluate_run(
         fresh: forget what a stopped evaluation has left.
         shard: ``"i/n"``: compute every n-th batch only, from the i-th; raises ShardDone, whose text says how to go on.
         merge: make the record of the shards.
+        trust_state: continue a stopped evaluation, or merge shards, of another user or machine.
         save_adversarial: write all adversarial images to this Parquet file.
         show: show progress on stderr.
 
@@ -174,6 +176,7 @@ def evaluate_run(
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
         merge=merge,
+        trust_state=trust_state,
         device=device,
         show=show,
     )
@@ -191,6 +194,7 @@ def evaluate_foreign(
     fresh: bool = False,
     shard: str | None = None,
     merge: bool = False,
+    trust_state: bool = False,
     save_adversarial: str | Path | None = None,
     show: bool = True,
 ) -> Evaluation:
@@ -207,6 +211,7 @@ def evaluate_foreign(
         fresh: forget what was stopped.
         shard: ``"i/n"``.
         merge: of shards.
+        trust_state: of states.
         save_adversarial: Parquet file.
         show: progress.
     """
@@ -246,6 +251,7 @@ def evaluate_foreign(
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
         merge=merge,
+        trust_state=trust_state,
         device=device,
         show=show,
     )

@@ -26,6 +26,9 @@ OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file too.")]
+TrustState = Annotated[
+    bool, typer.Option("--trust-state", help="Continue what another user or another machine has begun.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what a stopped call has left.")]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, app, interruptible, say, write_json
+from clead.cli.application import OPEN, Fresh, Json, TrustState, app, interruptible, say, write_json
 from clead.cli.arguments import changed, only, runs_and_overrides, without
 from clead.cli.measure import measure
 from clead.cli.printing import print_record
@@ -33,6 +33,7 @@ def attack(
         Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
     ] = None,
     fresh: Fresh = False,
+    trust_state: TrustState = False,
     json_file: Json = None,
 ) -> None:
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
@@ -120,6 +121,7 @@ def attack(
                 attacks=[NamedAttack(name, used, objective or "cross_entropy")],
                 result=result,
                 fresh=fresh,
+                trust_state=trust_state,
             )
         print_record(evaluation.record)
         if foreign is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from clead.cli.application import OPEN, Json, app, interruptible, say, write_json
+from clead.cli.application import OPEN, Json, TrustState, app, interruptible, say, write_json
 from clead.cli.arguments import changed, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean
@@ -40,6 +40,7 @@ def evaluate(
     shard: Annotated[str | None, typer.Option(help="i/n: compute every n-th batch from the i-th, and stop.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Make the record of all shards.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a stopped evaluation has left.")] = False,
+    trust_state: TrustState = False,
     save_adversarial: Annotated[
         Path | None, typer.Option(help="Write the adversarial images to this Parquet file.")
     ] = None,
@@ -81,6 +82,7 @@ def evaluate(
         "shard": shard,
         "merge": merge,
         "fresh": fresh,
+        "trust_state": trust_state,
         "save_adversarial": save_adversarial,
     }
     records = []

@@ -83,18 +83,25 @@ def folders(state: Path) -> list[Path]:
     return [Shard(index, count).folder(state) for index in range(1, count + 1)]
 
 
-def merged(state: Path, header: dict[str, Any], keys: set[str]) -> dict[str, Part]:
-    """Return the parts of all shards beside ``state``; raises UserError unless they are complete and of this evaluation."""
+def merged(
+    state: Path, header: dict[str, Any], keys: set[str], *, trust: bool = False
+) -> tuple[dict[str, Part], list[str]]:
+    """Return the parts of all shards beside ``state``, and notes on those that were taken on ``trust``.
+
+    Raises UserError unless they are complete, of this evaluation, and made by this user on this machine (or ``trust`` is True).
+    """
     from clead.evaluation.state import State
 
     parts: dict[str, Part] = {}
+    notes: list[str] = []
     for folder in shards(state):
         found = read_header(folder) or {}
         wanted = {**header, "version": found.get("version"), "shard": found.get("shard")}
         if different := differences(found, wanted):
             raise UserError(f"--merge: {folder} is of another evaluation: {'; '.join(different)}")
-        with State(folder, {**header, "shard": found["shard"]}).opened() as store:
+        with State(folder, {**header, "shard": found["shard"]}, trust=trust).opened() as store:
             parts.update(store.parts)
+            notes += [f"shard {found['shard']}: {note}" for note in store.notes[1:]]
     if missing := keys - set(parts):
         batches = sorted({int(key.split("-")[0]) for key in missing})
         count = len(shards(state))
@@ -102,7 +109,7 @@ def merged(state: Path, header: dict[str, Any], keys: set[str]) -> dict[str, Par
         raise UserError(
             f"--merge: shard {', '.join(f'{i}/{count}' for i in late)} is not finished; run it again with --shard"
         )
-    return parts
+    return parts, notes
 
 
 @dataclass(frozen=True)

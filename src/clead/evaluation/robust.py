@@ -6,8 +6,8 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,11 +28,13 @@ from clead.config import Eval
 from clead.data.loaders import seeded
 from clead.errors import UserError, out_of_memory
 from clead.evaluation import masking, processes
+from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import ALONE, Shard
-from clead.evaluation.state import State
+from clead.evaluation.rechecked import attack_agrees, clean_agrees
+from clead.evaluation.state import Part, State
 from clead.evaluation.statistics import estimate
-from clead.evaluation.suites import DRAWS, LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.evaluation.verdicts import Pieces, exact_float32, holds, in_pieces, pixels, right_images
+from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, describe, suite
+from clead.evaluation.verdicts import exact_float32, holds, in_pieces, pixels, right_images
 from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
@@ -84,42 +86,6 @@ class Evaluation:
     adversarial: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that the parts of one evaluation share."""
-
-    model: nn.Module
-    images: ImageSet
-    threat: Threat
-    settings: Eval
-    attacks: tuple[NamedAttack, ...]
-    suite: str
-    survivors_only: bool
-    device: torch.device
-    batch_size: int
-    kept: int
-    """Adversarial images are kept for the first so many."""
-    pieces: Pieces = field(default_factory=Pieces)
-
-    @property
-    def batches(self) -> int:
-        return -(-len(self.images) // self.batch_size)
-
-    def keys(self) -> Iterator[str]:
-        for batch in range(self.batches):
-            yield from (_key(batch, stage) for stage in range(-1, len(self.attacks)))
-
-    @property
-    def draws(self) -> int:
-        return DRAWS if self.suite == "rand" else 1
-
-    def where(self, batch: int) -> slice:
-        return slice(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.images)))
-
-    def inputs(self, here: slice) -> tuple[Tensor, Tensor]:
-        return pixels(self.images.images[here].to(self.device)), self.images.labels[here].to(self.device)
-
-
 def evaluate_model(
     model: nn.Module,
     images: ImageSet,
@@ -133,6 +99,7 @@ def evaluate_model(
     state: Path | None = None,
     shard: Shard | None = None,
     merge: bool = False,
+    trust_state: bool = False,
     keep_adversarial: bool = False,
     source: nn.Module | None = None,
     show: bool = True,
@@ -157,6 +124,7 @@ def evaluate_model(
             has written the record, discards it.
         shard: compute only every so manieth batch and return None; ``state`` then holds the shard.
         merge: take the batches from the states of all shards, which lie beside ``state``.
+        trust_state: continue states that another user or another machine made; the record says so.
         keep_adversarial: return every adversarial image, not only those for the pictures.
         source: a second model whose adversarial images are tried on this one, for the checks of gradient masking.
         show: whether to show progress.
@@ -177,7 +145,7 @@ def evaluate_model(
         attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
     doubts = (named.attack.doubt(threat) for named in attacks if isinstance(named.attack, External))
     notes += [doubt for doubt in doubts if doubt]
-    job = _Job(
+    job = EvaluationPlan(
         model,
         images,
         threat,
@@ -198,11 +166,15 @@ def evaluate_model(
         if settings.precision != "float32":
             notes.append(f"{LOWER_PRECISION} {settings.precision} and may find less; verdicts are in float32")
         assert state is not None or not merge, "shards are merged from their states"
-        shared = processes.merged(state, header, set(job.keys())) if merge and state else {}
-        store = State(mine.folder(state) if state else None, header)
+        shared: dict[str, Part] = {}
+        if merge and state:
+            shared, said = processes.merged(state, header, set(job.keys()), trust=trust_state)
+            notes += said
+        store = State(mine.folder(state) if state else None, header, trust=trust_state)
         with store.opened():
             store.parts.update(shared)
             _attack_batches(job, store, mine, subject, show)
+            notes += store.notes
             if shard is not None:
                 return None
             if group:
@@ -225,7 +197,7 @@ def evaluate_model(
     return group.share(evaluation) if group else evaluation
 
 
-def _header(job: _Job, shard: Shard) -> dict[str, Any]:
+def _header(job: EvaluationPlan, shard: Shard) -> dict[str, Any]:
     """Return everything that decides the flags: a state is continued only by the same."""
     settings = job.settings
     return {
@@ -246,11 +218,7 @@ def _header(job: _Job, shard: Shard) -> dict[str, Any]:
     }
 
 
-def _key(batch: int, stage: int) -> str:
-    return f"{batch:06d}-{stage + 1:02d}"  # 00 is the clean pass
-
-
-def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, show: bool) -> None:
+def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, show: bool) -> None:
     """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished."""
     batches = [batch for batch in range(job.batches) if shard.has(batch)]
     costs = [1.0, *(named.cost for named in job.attacks)]
@@ -258,8 +226,12 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
     finished = right = 0
     start = time.monotonic()
     with progress(f"evaluate {subject.name}", count, show=show) as tick:
+        earlier = frozenset(store.parts)
+        for batch in batches:
+            if (first := job.key(batch, -1)) in earlier and not clean_agrees(job, batch, store.parts[first]):
+                store.drop(_from(job, store, batch, -1))
         # All clean images first: a mistake in them is not found hours later, and leaves no state.
-        clean = {_key(b, -1): _clean(job, b, subject) for b in batches if _key(b, -1) not in store.parts}
+        clean = {job.key(b, -1): _clean(job, b, subject) for b in batches if job.key(b, -1) not in store.parts}
         if broken := [index for _, ids in clean.values() for index in ids]:
             more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
             raise UserError(
@@ -271,10 +243,14 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
         for batch in batches:
             here = job.where(batch)
             size = here.stop - here.start
-            held = store.parts[_key(batch, -1)][0]["flags"].clone()
+            held = store.parts[job.key(batch, -1)][0]["flags"].clone()
             tick(size * costs[0] / sum(costs), attack="none")
             for stage, named in enumerate(job.attacks):
-                key = _key(batch, stage)
+                key = job.key(batch, stage)
+                if key in earlier and key in store.parts:
+                    chosen = held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]
+                    if not attack_agrees(job, batch, stage, store.parts[key], chosen):
+                        store.drop(_from(job, store, batch, stage))
                 if key not in store.parts:
                     with global_seed(seeded("cpu", job.settings.seed, stage, batch).initial_seed()):
                         part = _attack(job, store, batch, stage, held)
@@ -291,7 +267,13 @@ def _attack_batches(job: _Job, store: State, shard: Shard, subject: Subject, sho
             finished, right = finished + size, right + int(held.sum())
 
 
-def _clean(job: _Job, batch: int, subject: Subject) -> tuple[dict[str, Tensor], list[int]]:
+def _from(job: EvaluationPlan, store: State, batch: int, stage: int) -> list[str]:
+    """Return the finished parts of a batch from ``stage`` on: later attacks ran on what it left."""
+    keys = (job.key(batch, later) for later in range(stage, len(job.attacks)))
+    return [key for key in keys if key in store.parts]
+
+
+def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str, Tensor], list[int]]:
     """Return which clean images are right, what they are taken for, and the ids of those whose logits are not finite."""
     here = job.where(batch)
     x, y = job.inputs(here)
@@ -310,11 +292,13 @@ def _clean(job: _Job, batch: int, subject: Subject) -> tuple[dict[str, Tensor], 
     return tensors, [here.start + index for index in broken.tolist()]
 
 
-def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _attack(
+    job: EvaluationPlan, store: State, batch: int, stage: int, held: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Run one attack on one batch: on the images that held so far, or on all that are right when clean."""
     start = time.monotonic()
     named, here = job.attacks[stage], job.where(batch)
-    chosen = (held if job.survivors_only else store.parts[_key(batch, -1)][0]["flags"]).nonzero()[:, 0]
+    chosen = (held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]).nonzero()[:, 0]
     flags = torch.zeros(here.stop - here.start, dtype=torch.bool)
     predicted = job.images.labels[here].clone()
     if not len(chosen):
@@ -331,7 +315,7 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
         x_adv = _search(job, named, x, y, generator)
         robust = _right(job, x_adv, y, job.draws).cpu()
     size = job.threat.size(x_adv - x).max().item()
-    if not size <= job.threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
+    if not job.contains(x_adv, x):
         raise AssertionError(f"{named.name} left the threat set: size {size}, eps {job.threat.eps}")
     flags[chosen] = robust
     if not robust.all():
@@ -354,7 +338,7 @@ def _attack(job: _Job, store: State, batch: int, stage: int, held: Tensor) -> tu
     return tensors, data
 
 
-def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+def _search(job: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """Run the attack, in smaller pieces if the device is out of memory, and again where its success was one of rounding only."""
 
     def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
@@ -389,11 +373,11 @@ def _search(job: _Job, named: NamedAttack, x: Tensor, y: Tensor, generator: torc
     return x_adv
 
 
-def _right(job: _Job, x: Tensor, y: Tensor, draws: int) -> Tensor:
+def _right(job: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
     return in_pieces(lambda x, y: right_images(job.model, x, y, draws), x, y, job.pieces)
 
 
-def _ready(job: _Job) -> bool:
+def _ready(job: EvaluationPlan) -> bool:
     """Say whether the model has a gradient; raises UserError if an attack cannot be made on this model or in this norm."""
     x, y = job.inputs(slice(0, 1))
     if x.dim() != 4:
@@ -422,12 +406,12 @@ def _ready(job: _Job) -> bool:
     return False
 
 
-def _curve(job: _Job, store: State, show: bool) -> list[CurvePoint]:
+def _curve(job: EvaluationPlan, store: State, show: bool) -> list[CurvePoint]:
     """Return robust accuracy at other radii, under PGD on the margin, on the first images."""
     settings = job.settings
     radii = _radii(job.threat, settings.curve_points)
     n = min(settings.curve_images, len(job.images))
-    clean = torch.cat([store.parts[_key(batch, -1)][0]["flags"] for batch in range(job.batches)])[:n]
+    clean = torch.cat([store.parts[job.key(batch, -1)][0]["flags"] for batch in range(job.batches)])[:n]
     pgd = PGD(steps=settings.curve_steps, keep="best")
     name, points = attack_name(pgd, "margin"), []
     with progress("curve", n * len(radii), show=show and bool(radii)) as tick:
@@ -451,7 +435,7 @@ def _curve(job: _Job, store: State, show: bool) -> list[CurvePoint]:
     return points
 
 
-def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> list[CheckPart]:
+def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, show: bool) -> list[CheckPart]:
     """Return the checks of gradient masking on the first images."""
     n = min(job.settings.check_images, len(job.images))
     if not n or job.draws > 1:
@@ -476,7 +460,7 @@ def _checks(job: _Job, store: State, source: nn.Module | None, show: bool) -> li
 
 
 def _evaluation(
-    job: _Job,
+    job: EvaluationPlan,
     store: State,
     subject: Subject,
     curve: list[CurvePoint],
@@ -488,7 +472,7 @@ def _evaluation(
     images, settings, n = job.images, job.settings, len(job.images)
 
     def all_flags(stage: int) -> Tensor:
-        return torch.cat([store.parts[_key(batch, stage)][0]["flags"] for batch in range(job.batches)])
+        return torch.cat([store.parts[job.key(batch, stage)][0]["flags"] for batch in range(job.batches)])
 
     clean = all_flags(-1)
     robust = clean.clone()
@@ -501,7 +485,7 @@ def _evaluation(
     attacks = []
     for stage, named in enumerate(job.attacks):
         flags = all_flags(stage)
-        parts = [store.parts[_key(batch, stage)] for batch in range(job.batches)]
+        parts = [store.parts[job.key(batch, stage)] for batch in range(job.batches)]
         for tensors, _ in parts:
             if "index" in tensors:
                 # Where several attacks broke an image, the first is shown; an attack that failed never replaces one that did not.
@@ -576,10 +560,10 @@ def _evaluation(
     return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
 
 
-def _predictions(job: _Job, store: State) -> PredictionsPart | None:
+def _predictions(job: EvaluationPlan, store: State) -> PredictionsPart | None:
     """Return what the images are taken for; None of a randomised model, whose verdict is no single answer."""
     stages = [
-        [store.parts[_key(batch, stage)][0] for batch in range(job.batches)] for stage in range(-1, len(job.attacks))
+        [store.parts[job.key(batch, stage)][0] for batch in range(job.batches)] for stage in range(-1, len(job.attacks))
     ]
     # A state that an earlier version left does not hold them.
     if job.draws > 1 or any("predicted" not in part for stage in stages for part in stage):

@@ -86,7 +86,7 @@ def store_images(
         )
     sets = {"train": train, "test": test}
     jobs = [(name, number) for name, images in sets.items() for number in range(-(-len(images) // PART))]
-    store = State(folder, header)
+    store = State(folder, header, trust=True)  # a training goes on where it was moved to; the log says whose it is
     with (
         store.opened(),
         exact_float32(),

@@ -12,6 +12,7 @@ from typing import Any
 from clead.api import evaluate_run, read_record, train
 from clead.config import RunConfig
 from clead.errors import out_of_memory
+from clead.evaluation.state import UntrustedState
 from clead.report.record import Record
 from clead.training.loop import NonFiniteLoss
 from clead.tuning.space import Search
@@ -82,7 +83,11 @@ def _run_seed(search: Search, values: Mapping[str, Any], seed: int, path: Path, 
             raise FellBehind
 
     train(config, out=path, resume=True, show=False, after_validation=after_validation)
-    return evaluate_run(path, config=_measured(search, config), result=RECORD, show=False).record
+    measured = _measured(search, config)
+    try:
+        return evaluate_run(path, config=measured, result=RECORD, show=False).record
+    except UntrustedState:  # begun by another machine of the study: short enough to be repeated
+        return evaluate_run(path, config=measured, result=RECORD, fresh=True, show=False).record
 
 
 def _measured(search: Search, config: RunConfig) -> RunConfig:
