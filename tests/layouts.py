@@ -285,3 +285,43 @@ def emnist(root: Path) -> Path:
     write_idx(folder, {"train": 52, "test": 26}, 26, first=1, prefix="emnist-letters-")
     write(folder / "emnist-letters-mapping.txt", "".join(f"{k} {64 + k} {96 + k}\n" for k in range(1, 27)))
     return root
+
+
+# ---------------------------------------------------------------------------------------- corrupted test sets
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+
+
+@layout(
+    "CIFAR-10-C and CIFAR-100-C",
+    "CIFAR-10-C/CORRUPTION.npy …, labels.npy",
+    sizes=(0, 0, 150),
+    classes=TEN,
+    about="All corruptions that lie in the folder; the path of one file is this corruption alone, and "
+    "`--data.only 'severity=3'` one severity.",
+)
+def cifar10_c(root: Path) -> Path:
+    for seed, corruption in enumerate(("fog", "gaussian_noise", "jpeg_compression")):
+        save_npy(root / f"CIFAR-10-C/{corruption}.npy", noise(50, 32, 32, 3, seed=seed))
+    save_npy(root / "CIFAR-10-C/labels.npy", np.tile(labels_of(10, 10), 5))
+    return root / "CIFAR-10-C"
+
+
+@layout(
+    "MNIST-C",
+    "mnist_c/CORRUPTION/test_images.npy, test_labels.npy",
+    sizes=(0, 0, 40),
+    classes=DIGITS,
+    about="All corruptions that lie in the folder, or one of them. Its corrupted training images are not read.",
+)
+def mnist_c(root: Path) -> Path:
+    for seed, corruption in enumerate(("fog", "identity")):
+        folder = root / "mnist_c" / corruption
+        for part, count in (("train", 30), ("test", 20)):
+            save_npy(folder / f"{part}_images.npy", noise(count, 28, 28, 1, seed=seed))
+            save_npy(folder / f"{part}_labels.npy", labels_of(count, 10).astype(np.int64))
+    return root

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from clead.data.datasets import DATASETS
+from clead.data.datasets import DATASETS, cifar_binary
 from clead.data.datasets.auto import read_any
 from clead.errors import UserError
 from layouts import HUNDRED, TEN, cifar10_binary, cifar10_python, cifar100_binary, cifar100_python, noise, write
@@ -62,14 +62,16 @@ def test_a_missing_training_file_is_named(kind, tmp_path):
 
 
 @pytest.mark.parametrize("which", BUILD)
-def test_missing_names_are_numbers_and_said(which, tmp_path):
+def test_missing_names_are_the_published_ones(which, tmp_path):
     BUILD[which](tmp_path)
     for file in (tmp_path / FOLDERS[which]).iterdir():
         if "meta" in file.name or "names" in file.name:
             file.unlink()
-    found = read_any(tmp_path)
-    assert found.classes == tuple(map(str, range(10 if which[0] == "cifar10" else 100)))
-    assert "classes are called by their numbers" in found.notes[0]
+    classes = read_any(tmp_path).classes
+    assert classes == (TEN if which[0] == "cifar10" else cifar_binary.CLASSES["cifar100"])
+    assert list(classes) == sorted(set(classes)) and len(classes) == int(which[0].removeprefix("cifar"))
+    if which[0] == "cifar100":
+        assert (classes[0], classes[47], classes[99]) == ("apple", "maple_tree", "worm")
 
 
 def test_records_of_another_size_are_refused(tmp_path):

@@ -79,7 +79,7 @@ def test_damaged_files_are_read_or_refused_in_one_line(samples, data):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         file.write_bytes(content)
-    assert peak < 2_000_000 + 30 * size
+    assert peak < 3_000_000 + 20 * size
 
 
 def test_a_data_set_is_found_by_name_among_others(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,11 @@ class InMemoryDataset(ABC):
         False,
         "Leave out image files that cannot be decoded instead of stopping; how many is said, and RUN/unreadable.txt lists them.",
     )
+    only: str | None = setting(
+        None,
+        "Keep the images that have these values in the columns that came with them, such as 'severity=3' of CIFAR-10-C or "
+        "'corruption=fog severity=1'. None: all.",
+    )
     augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
     view: Augmentation = setting(default_factory=Augmentation, doc="Second random view, for contrastive methods.")
     cutmix: float = setting(
@@ -173,7 +179,8 @@ class InMemoryDataset(ABC):
             UserError: a path is missing, an image is broken, labels or classes are not as they should be.
                 Everything that can be checked without decoding is checked first.
         """
-        found, origin = _assign_splits(self.read())
+        found = self.read()
+        found, origin = _assign_splits(found if self.only is None else with_values(found, self.only))
         self._check(found, training)
         fit, unreadable = Fit(self.image_size, self.resize, self.channels, self.background), ()
         try:
@@ -202,6 +209,23 @@ class InMemoryDataset(ABC):
             check(found, limit_train=self.limit_train)
         elif not len(found.test.labels):
             raise UserError("there must be test images, got none; check --data.path")
+
+
+def with_values(found: Found, only: str) -> Found:
+    """Return the images whose columns have the values of ``only``, ``"COLUMN=VALUE …"``; UserError if there are none."""
+    parts = {name: part for name in ("train", "val", "test") if (part := getattr(found, name)) is not None}
+    columns = sorted({column for part in parts.values() for column in part.columns})
+    for word in shlex.split(only):
+        column, _, value = word.partition("=")
+        given = {each for part in parts.values() for each in part.columns.get(column, ())}
+        if value not in given:
+            known = did_you_mean(value, given) if given else f"there are the columns {', '.join(columns) or 'none'}"
+            raise UserError(f"data.only must be COLUMN=VALUE of images that are there, got {word!r}; {known}")
+        for name, part in parts.items():
+            rows = [row for row, each in enumerate(part.columns.get(column, ())) if each == value]
+            parts[name] = part.subset(torch.tensor(rows, dtype=torch.int64))
+    note = f"only images with {only} are read (data.only)"
+    return found._replace(**parts, notes=(*found.notes, note))
 
 
 def _assign_splits(found: Found) -> tuple[Found, Literal["test", "val", "train"]]:

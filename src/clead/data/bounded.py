@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from clead.errors import UserError
 
 UNPACKED_ABOVE, UNPACKED_RATIO = 2**28, 100
 _BLOCK = 2**20
-_HEADER = 10_000  # bytes of a NumPy header; NumPy's own limit
+HEAD = 10_500
+"""The bytes that a NumPy header lies in: NumPy itself reads none of more than 10,000."""
 
 
 def check_unpacked(path: Path, size: int) -> None:
@@ -49,16 +51,31 @@ def read_gzip(path: Path) -> bytes:
     return b"".join(blocks)
 
 
-def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
-    """Read an array in NumPy's format, checking that its header and the ``size`` of the file agree before anything is allocated.
+class NpyHeader(NamedTuple):
+    """What the header of a ``.npy`` file says: shape, type, whether columns come first, and where the values begin."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    column_major: bool
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of the values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def npy_header(head: bytes, size: int, name: str) -> NpyHeader:
+    """Parse the first ``HEAD`` bytes of a ``.npy`` file of ``size`` bytes.
 
     Raises:
-        UserError: it is no array, holds Python objects, or is not as long as its header says.
+        UserError: it is no array in NumPy's format, holds Python objects, or is not as long as its header says.
     """
+    file = io.BytesIO(head)
     try:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, column_major, dtype = read_header(file, max_header_size=_HEADER)
+        shape, column_major, dtype = read_header(file)
     except Exception as error:  # NumPy raises whatever a broken header makes it raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{name}: not a NumPy array ({reason}); write it with numpy.save") from None
@@ -67,13 +84,33 @@ def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
             f"{name}: holds Python objects ({dtype}), which may run code when read and are refused; write plain arrays: "
             "numpy.stack(images).astype(numpy.uint8), or numpy.array(names, dtype=str)"
         )
-    if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != size - file.tell():
+    header = NpyHeader(shape, dtype, column_major, file.tell())
+    if any(side < 0 for side in shape) or header.bytes != size - header.offset or dtype.itemsize == 0:
         raise UserError(
-            f"{name}: the header says {dtype} {shape}, {math.prod(shape) * dtype.itemsize} bytes, got {size - file.tell()}; "
-            "fetch it again"
+            f"{name}: the header says {dtype} {shape}, {header.bytes} bytes, got {size - header.offset}; fetch or write it again"
         )
-    content = file.read(size - file.tell())
-    if math.prod(shape) * dtype.itemsize != len(content):
+    return header
+
+
+def read_npy(file: IO[bytes], size: int, name: str) -> np.ndarray:
+    """Read an array in NumPy's format from a file of ``size`` bytes; raises UserError as ``npy_header`` does."""
+    head = file.read(HEAD)
+    header = npy_header(head, size, name)
+    content = b"".join([head[header.offset :], file.read(size - len(head))])
+    if len(content) != header.bytes:
         raise UserError(f"{name}: ends before its header says; fetch it again")
-    flat = np.frombuffer(content, dtype=dtype) if dtype.itemsize else np.zeros(math.prod(shape), dtype)
-    return flat.reshape(shape, order="F" if column_major else "C")
+    flat = np.frombuffer(content, dtype=header.dtype)
+    return flat.reshape(header.shape, order="F" if header.column_major else "C")
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """Return the array of a ``.npy`` file, left on the disk; raises UserError as ``npy_header`` does."""
+    try:
+        with path.open("rb") as file:
+            header = npy_header(file.read(HEAD), path.stat().st_size, str(path))
+        if not header.bytes:
+            return np.empty(header.shape, header.dtype)
+        order = "F" if header.column_major else "C"
+        return np.memmap(path, dtype=header.dtype, mode="r", offset=header.offset, shape=header.shape, order=order)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or fetch it again") from None

@@ -11,7 +11,6 @@ import torch
 
 from clead.data.base import Found, Part, no_images
 from clead.data.bounded import read_file
-from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
 from clead.errors import UserError
 
@@ -40,6 +39,116 @@ FILES = {
     ),
     "cifar100": Files("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 100, 2),
 }
+
+
+CLASSES = {
+    "cifar10": tuple(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]),
+    "cifar100": tuple(
+        [
+            "apple",
+            "aquarium_fish",
+            "baby",
+            "bear",
+            "beaver",
+            "bed",
+            "bee",
+            "beetle",
+            "bicycle",
+            "bottle",
+            "bowl",
+            "boy",
+            "bridge",
+            "bus",
+            "butterfly",
+            "camel",
+            "can",
+            "castle",
+            "caterpillar",
+            "cattle",
+            "chair",
+            "chimpanzee",
+            "clock",
+            "cloud",
+            "cockroach",
+            "couch",
+            "crab",
+            "crocodile",
+            "cup",
+            "dinosaur",
+            "dolphin",
+            "elephant",
+            "flatfish",
+            "forest",
+            "fox",
+            "girl",
+            "hamster",
+            "house",
+            "kangaroo",
+            "keyboard",
+            "lamp",
+            "lawn_mower",
+            "leopard",
+            "lion",
+            "lizard",
+            "lobster",
+            "man",
+            "maple_tree",
+            "motorcycle",
+            "mountain",
+            "mouse",
+            "mushroom",
+            "oak_tree",
+            "orange",
+            "orchid",
+            "otter",
+            "palm_tree",
+            "pear",
+            "pickup_truck",
+            "pine_tree",
+            "plain",
+            "plate",
+            "poppy",
+            "porcupine",
+            "possum",
+            "rabbit",
+            "raccoon",
+            "ray",
+            "road",
+            "rocket",
+            "rose",
+            "sea",
+            "seal",
+            "shark",
+            "shrew",
+            "skunk",
+            "skyscraper",
+            "snail",
+            "snake",
+            "spider",
+            "squirrel",
+            "streetcar",
+            "sunflower",
+            "sweet_pepper",
+            "table",
+            "tank",
+            "telephone",
+            "television",
+            "tiger",
+            "tractor",
+            "train",
+            "trout",
+            "tulip",
+            "turtle",
+            "wardrobe",
+            "whale",
+            "willow_tree",
+            "wolf",
+            "woman",
+            "worm",
+        ]
+    ),
+}
+"""The published names, for copies that lack theirs."""
 
 
 def folder_of(path: Path, name: str, needed: Sequence[str]) -> Path | None:
@@ -86,18 +195,14 @@ def read_cifar_binary(path: Path, name: str) -> Found:
         parts.append(Part(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
     names = folder / files.names
     classes = read_file(names).decode(errors="replace").split() if names.is_file() else []
-    return named(parts[0], parts[1], classes, names, files.classes)
+    return named(parts[0], parts[1], classes, names, name)
 
 
-def named(train: Part, test: Part, classes: Sequence[str], file: Path, count: int) -> Found:
-    """Return the parts with the names of ``file``, or with numbers if it lacks; UserError if it names another number of classes."""
-    if classes and len(classes) != count:
-        raise UserError(f"{file} must name {count} classes, got {len(classes)}; unpack the archive again")
-    if not classes:
-        _, classes, _ = number_labels(np.arange(count))
-        note = f"{file.name} is missing, so classes are called by their numbers"
-        return Found(train, test, tuple(classes), notes=(note,), ordered=True)
-    return Found(train, test, tuple(classes), ordered=True)
+def named(train: Part, test: Part, classes: Sequence[str], file: Path, name: str) -> Found:
+    """Return the parts with the names in ``file``, else the published ones; UserError if it names another number of classes."""
+    if classes and len(classes) != FILES[name].classes:
+        raise UserError(f"{file} must name {FILES[name].classes} classes, got {len(classes)}; unpack the archive again")
+    return Found(train, test, tuple(classes) or CLASSES[name], ordered=True)
 
 
 def _register(name: str, files: Files) -> None:

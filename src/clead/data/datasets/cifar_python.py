@@ -61,7 +61,7 @@ def read_cifar_python(path: Path, name: str) -> Found:
     texts = [each.decode("latin-1") if isinstance(each, bytes) else each for each in classes]
     if not isinstance(classes, list) or not all(isinstance(each, str) for each in texts):
         raise UserError(f"{file}: {files.names_key!r} must be a list of texts; unpack the archive again")
-    return named(parts[0], parts[1], texts, file, files.classes)
+    return named(parts[0], parts[1], texts, file, name)
 
 
 def _batch(file: Path, files: Files) -> tuple[np.ndarray, np.ndarray]:

@@ -57,6 +57,10 @@ class ParquetStream(InMemoryDataset):
                 f"data.labelled_share: images that are streamed come as they lie, got {self.labelled_share:g}; leave it out, "
                 "or use --data.name parquet"
             )
+        if self.only is not None:
+            raise UserError(
+                f"data.only: streamed images come without columns, got {self.only!r}; use --data.name parquet"
+            )
         folder = existing(self.path)
         if not any(folder.glob("*.parquet")) and (folder / "data").is_dir():
             folder = folder / "data"
