@@ -17,6 +17,7 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, fingerprint, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
+from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation import adversarial
 from clead.evaluation.processes import Shard, folders, rank, shards
@@ -170,6 +171,7 @@ def evaluate_run(
         part,
         tried=tried,
         unreadable=opened.splits.unreadable,
+        notes=opened.splits.notes,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -219,6 +221,9 @@ def evaluate_foreign(
     splits = config.data.load(config.train.seed, training=False)
     name = model if isinstance(model, str) else type(model).__name__
     made, notes = _foreign(model, weights, splits)
+    order_given = getattr(config.data, "classes", None) is not None
+    splits, said = align_classes(splits, _own_classes(made), source=name, order_given=order_given)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *said))
     images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
@@ -246,7 +251,7 @@ def evaluate_foreign(
         unreadable=splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
-        notes=notes,
+        notes=[*splits.notes, *notes],
         attacks=attacks,
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
@@ -359,6 +364,12 @@ def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits)
         return adapt(made, sample_shape=image_shape(splits)).eval(), notes
     except UserError:
         return made.eval(), notes
+
+
+def _own_classes(module: nn.Module) -> Sequence[str] | None:
+    """Return the class names that a model brings with it, in the order of its outputs, or None."""
+    classes = getattr(getattr(module, "module", module), "classes", None) or getattr(module, "classes", None)
+    return classes if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes) else None
 
 
 def _evaluate_into(

@@ -14,6 +14,7 @@ from torch import nn
 from clead.checkpoint import RunDir, check_weights, load_weights
 from clead.config import RunConfig
 from clead.data.base import mixed
+from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement, Result, measure
 from clead.evaluation.robust import Subject
@@ -130,11 +131,9 @@ def evaluated_images(
     # The run's own seed: another one would move training images into the validation split.
     splits = data if data is not None else config.data.load(trained.train.seed)
     _, metadata = load_weights(run.weights(config.eval.weights))
-    if same_classes and tuple(metadata["classes"]) != splits.classes:
-        raise UserError(
-            f"{run.path} was trained on classes {', '.join(metadata['classes'])}, the data has {', '.join(splits.classes)}; "
-            "give data of the same classes"
-        )
+    if same_classes:
+        splits, notes = align_classes(splits, metadata["classes"], source=str(run.path), names_must_agree=True)
+        splits = dataclasses.replace(splits, notes=(*splits.notes, *notes))
     if tuple(metadata["shape"]) != image_shape(splits):
         raise UserError(
             f"{run.path} was trained on images of shape {tuple(metadata['shape'])}, the data has {image_shape(splits)}; "

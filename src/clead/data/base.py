@@ -7,7 +7,7 @@ import logging
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clead.data.classes import ClassNames, Renumbering, renumbering
 from clead.data.decoding import Fit, decode, fit_arrays, readable
+from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.data.labels import partly_labelled, stratified
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean
@@ -26,6 +28,7 @@ _log = logging.getLogger("clead")
 _NAMED = 10  # unreadable images that a warning names
 _TEST_SEED = 0  # of the test images that are cut from training images
 _LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
+_GROUP = "data.group_by"  # the column of a part that says which images belong together
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,17 @@ class InMemoryDataset(ABC):
         "Keep the images that have these values in the columns that came with them, such as 'severity=3' of CIFAR-10-C or "
         "'corruption=fog severity=1'. None: all.",
     )
+    classes: ClassNames = setting(
+        None,
+        "The class names in the order of the model's outputs: cat,dog; a list, whose items may be lists of names that mean the "
+        "same; or a file: one name a line, a JSON or YAML list, a map id: name. Labels are numbered so, by name, and a class "
+        "without an image keeps its number; labels without names get these. None: folder names, as numbers or else as text.",
+    )
+    group_by: str | None = setting(
+        None,
+        "What says which images belong together (frames of one scene, pictures of one patient), so that they are never parted into "
+        "training and validation: a regular expression on the file names, whose first parentheses are the group, or a column.",
+    )
     augment: Augmentation = setting(default_factory=Augmentation, doc="Random view of the training images.")
     view: Augmentation = setting(default_factory=Augmentation, doc="Second random view, for contrastive methods.")
     cutmix: float = setting(
@@ -180,8 +194,9 @@ class InMemoryDataset(ABC):
                 Everything that can be checked without decoding is checked first.
         """
         found = self.read()
-        found, origin = _assign_splits(found if self.only is None else with_values(found, self.only))
+        found, origin = _assign_splits(self._grouped(found if self.only is None else with_values(found, self.only)))
         self._check(found, training)
+        order = None if self.classes is None else renumber(found, self.classes)
         fit, unreadable = Fit(self.image_size, self.resize, self.channels, self.background), ()
         try:
             train, val, test = _decode(found, fit)
@@ -191,18 +206,38 @@ class InMemoryDataset(ABC):
             found, unreadable = _without_unreadable(found, fit)
             self._check(found, training)
             train, val, test = _decode(found, fit)
+        groups, notes = found.train.columns.get(_GROUP), found.notes
         if self.limit_train is not None and self.limit_train < len(train):
-            train = train.subset(stratified(train.labels, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0])
+            chosen = cut(train.labels, groups, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0]
+            train, groups = train.subset(chosen), groups and [groups[i] for i in chosen.tolist()]
         if self.limit_test is not None and self.limit_test < len(test):
             test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
         if val is None:
-            chosen, rest = stratified(train.labels, round(self.val_fraction * len(train)), seed)
+            chosen, rest = cut(train.labels, groups, round(self.val_fraction * len(train)), seed)
             train, val = train.subset(rest), train.subset(chosen)
-        digest = fingerprint([train, val, test], found.classes)  # of the true labels, whatever is hidden or wrong below
-        train = partly_labelled(
-            train, self.labelled, self.label_noise, len(found.classes), seed, share=self.labelled_share
-        )
-        return Splits(train, val, test, found.classes, digest, unreadable, found.skipped, found.notes, origin)
+        classes = found.classes
+        if order is not None:  # after the cuts, which are the same in every order of the classes
+            train, val, test, classes = order.of(train), order.of(val), order.of(test), order.classes
+            notes = (*notes, *order.notes)
+        digest = fingerprint([train, val, test], classes)  # of the true labels, whatever is hidden or wrong below
+        train = partly_labelled(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
+        return Splits(train, val, test, classes, digest, unreadable, found.skipped, notes, origin)
+
+    def _grouped(self, found: Found) -> Found:
+        """Return the data with the group of each image, if ``group_by`` is set."""
+        if self.group_by is None:
+            return found
+        root, parts, single = str(getattr(self, "path", None) or ""), {}, 0
+        for name in ("train", "val", "test"):
+            part: Part | None = getattr(found, name)
+            if part is not None and len(part.labels):
+                groups, lonely = group_names(self.group_by, part.names, part.columns, root)
+                parts[name], single = replace(part, columns={**part.columns, _GROUP: groups}), single + lonely
+        said = {"train": "training", "val": "validation", "test": "test"}
+        notes = shared_groups({said[name]: part.columns[_GROUP] for name, part in parts.items()})
+        if single:
+            notes.append(f"data.group_by matches {single} names not, and each of these images is a group of its own")
+        return found._replace(**parts, notes=(*found.notes, *notes))
 
     def _check(self, found: Found, training: bool) -> None:
         if training or len(found.train.labels):
@@ -238,9 +273,26 @@ def _assign_splits(found: Found) -> tuple[Found, Literal["test", "val", "train"]
     check(found._replace(test=found.train))
     _log.warning("there is no test split: a fixed fifth of the training images become the test images")
     note = "there is neither a test nor a validation split, so the test images are a fixed fifth of the training images"
-    chosen, rest = stratified(found.train.labels, round(0.2 * len(found.train.labels)), _TEST_SEED)
+    labels, groups = found.train.labels, found.train.columns.get(_GROUP)
+    chosen, rest = cut(labels, groups, round(0.2 * len(labels)), _TEST_SEED)
     train, test = found.train.subset(rest), found.train.subset(chosen)
     return found._replace(train=train, test=test, val=None, notes=(*found.notes, note)), "train"
+
+
+def cut(
+    labels: Tensor, groups: Sequence[str] | None, count: int, seed: int, *, least: int = 1, spare: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Choose ``count`` images, evenly by class (``stratified``); with ``groups`` about so many, and whole groups only."""
+    if groups is None:
+        return stratified(labels, count, seed, least=least, spare=spare)
+    return cut_groups(labels, groups, count, seed, spare=spare)
+
+
+def renumber(found: Found, names: Sequence[str | Sequence[str]]) -> Renumbering:
+    """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
+    parts = [part.labels for part in (found.train, found.val, found.test) if part is not None]
+    counts = torch.bincount(torch.cat(parts), minlength=len(found.classes)).tolist()
+    return renumbering(found.classes, counts, names)
 
 
 def _decode(found: Found, fit: Fit) -> tuple[ImageSet, ImageSet | None, ImageSet]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing, say_left_out
+from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing, renumber, say_left_out
 from clead.data.datasets import DATASETS
 from clead.data.datasets.parquet import IMAGE, LABEL, class_names, column_of, label_column, shards_of
 from clead.data.decoding import Fit, decode
@@ -95,8 +95,16 @@ class ParquetStream(InMemoryDataset):
         assert fit is not None
         if left_out:
             say_left_out(left_out, sum(map(len, labels.values())) + len(left_out))
-        classes = _classes(folder, names, labels)
-        check(Found(Part([], labels["train"]), Part([], labels["test"]), classes), limit_train=self.limit_train)
+        classes, notes = _classes(folder, names, labels), ()
+        found = Found(Part([], labels["train"]), Part([], labels["test"]), classes)
+        check(found, limit_train=self.limit_train)
+        if self.classes is not None:
+            order = renumber(found, self.classes)
+            labels, classes, notes = (
+                {part: order(values) for part, values in labels.items()},
+                order.classes,
+                order.notes,
+            )
         train = ImageSet(images["train"], labels["train"])
         test = ImageSet(images["test"], labels["test"])
         if self.limit_train is not None and self.limit_train < len(train):
@@ -112,7 +120,7 @@ class ParquetStream(InMemoryDataset):
             digest.update(labels[part].numpy())
         digest.update(val.images.rows.numpy())
         train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
-        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest(), tuple(left_out))
+        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest(), tuple(left_out), notes=notes)
 
     def _fit(self, shards: Shards) -> Fit:
         """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
