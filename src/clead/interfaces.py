@@ -100,7 +100,8 @@ class Splits:
     ``unreadable`` names the image files that were left out because ``data.skip_unreadable`` said so; ``skipped`` has one line for
     each file that is there and was not read, ``"PATH: reason"``. ``notes`` say what a user must know to understand a figure on
     these images. ``origin`` says what the test images are: ``test``, the data's own test split; ``val``, its validation split,
-    because it has no test split; or ``train``, a fixed part of its training images, because it has neither.
+    because it has no test split; ``train``, a fixed part of its training images, because it has neither; or ``all``, every image of
+    data without splits, which a model that was not trained here is evaluated on.
     """
 
     train: ImageSet
@@ -111,7 +112,7 @@ class Splits:
     unreadable: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    origin: Literal["test", "val", "train"] = "test"
+    origin: Literal["test", "val", "train", "all"] = "test"
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
 from clead.checkpoint import RunDir, environment, load_weights, locked, save_weights, write_atomically
 from clead.config import RunConfig
+from clead.data.base import say_skipped
 from clead.distributed import Processes, local_device, started
 from clead.errors import UserError
 from clead.interfaces import Search, Splits
@@ -26,6 +28,8 @@ from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
 from clead.training.trainable import start_from, unfrozen_afterwards
+
+_log = logging.getLogger("clead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,10 @@ def train(
     device_of(config.train.device)
     _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
+    if show and processes.first:
+        say_skipped(splits.skipped)
+        for note in splits.notes:
+            _log.warning("%s", note)
     processes.agree({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
     show = show and processes.first
     splits, new_labels = _as_seen(config, splits, path, show=show)
@@ -91,8 +99,9 @@ def train(
         if processes.first:
             run = RunDir(path) if continuing else RunDir.create(path, config)
             run.note_environment()
-            if splits.unreadable:
-                write_atomically(path / "unreadable.txt", "".join(f"{name}\n" for name in splits.unreadable).encode())
+            for name, lines in (("unreadable.txt", splits.unreadable), ("skipped.txt", splits.skipped)):
+                if lines:
+                    write_atomically(path / name, "".join(f"{line}\n" for line in lines).encode())
             if new_labels is not None:
                 save_weights(path / PSEUDO_LABELS, *new_labels)
         processes.wait()

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import shlex
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from clead.data.classes import ClassNames, Renumbering, renumbering
-from clead.data.decoding import Fit, decode, fit_arrays, readable
+from clead.data.decoding import REMARKS, Fit, decode, fit_arrays, readable
 from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.data.labels import partly_labelled, stratified
+from clead.data.repeats import repeats
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean
 from clead.interfaces import ImageSet, Splits
@@ -29,6 +31,19 @@ _NAMED = 10  # unreadable images that a warning names
 _TEST_SEED = 0  # of the test images that are cut from training images
 _LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
 _GROUP = "data.group_by"  # the column of a part that says which images belong together
+_MOST_CLASSES = 1_000_000
+
+Role = Literal["train", "val", "test"]
+_SPLITS: dict[str, Role] = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+def split_role(name: str) -> Role | None:
+    """Return what a split of this name is for, such as "val" for Validation; None if it is no name of a split."""
+    return _SPLITS.get(name.lower())
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Found(NamedTuple):
         notes: what a user must know to understand a figure on these images, one sentence each.
         ordered: whether the data set itself says the order of its classes (a list of names, numbered labels), so that no reader
             had to guess it from the names of folders.
+        unsplit: whether ``train`` holds all images of data that knows no splits, so that to evaluate a model all of them serve.
     """
 
     train: Part
@@ -77,6 +93,7 @@ class Found(NamedTuple):
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     ordered: bool = False
+    unsplit: bool = False
 
 
 def no_images() -> Part:
@@ -194,19 +211,25 @@ class InMemoryDataset(ABC):
                 Everything that can be checked without decoding is checked first.
         """
         found = self.read()
-        found, origin = _assign_splits(self._grouped(found if self.only is None else with_values(found, self.only)))
+        found, origin = _assign_splits(
+            self._grouped(found if self.only is None else with_values(found, self.only)), training
+        )
         self._check(found, training)
         order = None if self.classes is None else renumber(found, self.classes)
         fit, unreadable = Fit(self.image_size, self.resize, self.channels, self.background), ()
+        remarks: Counter[str] = Counter()
         try:
-            train, val, test = _decode(found, fit)
+            train, val, test = _decode(found, fit, remarks)
         except UserError:
             if not self.skip_unreadable:
                 raise
             found, unreadable = _without_unreadable(found, fit)
             self._check(found, training)
-            train, val, test = _decode(found, fit)
-        groups, notes = found.train.columns.get(_GROUP), found.notes
+            remarks.clear()
+            train, val, test = _decode(found, fit, remarks)
+        notes = (*found.notes, *say_remarks(remarks, self.background))
+        notes = (*notes, *repeats([train, *([] if val is None else [val]), test]))
+        groups = found.train.columns.get(_GROUP)
         if self.limit_train is not None and self.limit_train < len(train):
             chosen = cut(train.labels, groups, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0]
             train, groups = train.subset(chosen), groups and [groups[i] for i in chosen.tolist()]
@@ -244,6 +267,8 @@ class InMemoryDataset(ABC):
             check(found, limit_train=self.limit_train)
         elif not len(found.test.labels):
             raise UserError("there must be test images, got none; check --data.path")
+        else:
+            check_labels(found)
 
 
 def with_values(found: Found, only: str) -> Found:
@@ -263,16 +288,18 @@ def with_values(found: Found, only: str) -> Found:
     return found._replace(**parts, notes=(*found.notes, note))
 
 
-def _assign_splits(found: Found) -> tuple[Found, Literal["test", "val", "train"]]:
+def _assign_splits(found: Found, training: bool) -> tuple[Found, Literal["test", "val", "train", "all"]]:
     """Return the data with test images, and what they are: see ``Splits.origin``."""
     if len(found.test.labels) or not (len(found.train.labels) or found.val):
         return found, "test"
     if found.val is not None and len(found.val.labels):
         note = "there is no test split, so the test images are those of the validation split"
         return found._replace(test=found.val, val=None, notes=(*found.notes, note)), "val"
+    if found.unsplit and not training:
+        note = "the data has no splits, so the test images are all its images; a model trained on some of them remembers those"
+        return found._replace(train=no_images(), test=found.train, val=None, notes=(*found.notes, note)), "all"
     check(found._replace(test=found.train))
-    _log.warning("there is no test split: a fixed fifth of the training images become the test images")
-    note = "there is neither a test nor a validation split, so the test images are a fixed fifth of the training images"
+    note = "there is no test split and no validation split, so the test images are a fixed fifth of the training images"
     labels, groups = found.train.labels, found.train.columns.get(_GROUP)
     chosen, rest = cut(labels, groups, round(0.2 * len(labels)), _TEST_SEED)
     train, test = found.train.subset(rest), found.train.subset(chosen)
@@ -295,7 +322,12 @@ def renumber(found: Found, names: Sequence[str | Sequence[str]]) -> Renumbering:
     return renumbering(found.classes, counts, names)
 
 
-def _decode(found: Found, fit: Fit) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:
+    """Say what decoding has counted, a sentence each."""
+    return [text.format(remarks[key], background=background) for key, text in REMARKS.items() if remarks[key]]
+
+
+def _decode(found: Found, fit: Fit, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
     """Return training, validation and test images, all of one shape."""
     parts = [found.train, *([] if found.val is None else [found.val]), found.test]
     filled = [part for part in parts if len(part.labels)]
@@ -312,7 +344,7 @@ def _decode(found: Found, fit: Fit) -> tuple[ImageSet, ImageSet | None, ImageSet
                 )
     else:
         blobs = [blob for part in filled for blob in cast(list[bytes], part.images)]
-        first = decode(blobs, [name for part in filled for name in part.names], fit)
+        first = decode(blobs, [name for part in filled for name in part.names], fit, remarks=remarks)
         for part, images in zip(filled, first.split([len(part.labels) for part in filled]), strict=True):
             decoded[id(part)] = images
     sets = [ImageSet(decoded.get(id(part), first[:0]), part.labels) for part in parts]
@@ -344,6 +376,29 @@ def say_left_out(skipped: Sequence[str], count: int) -> None:
     )
 
 
+def say_skipped(skipped: Sequence[str]) -> None:
+    """Warn that files were not read; the first ones are named."""
+    if skipped:
+        more = "; …" if len(skipped) > _NAMED else ""
+        _log.warning("%d files are not read: %s%s", len(skipped), "; ".join(skipped[:_NAMED]), more)
+
+
+def check_labels(found: Found) -> None:
+    """Raise UserError unless all labels are in [0, K)."""
+    classes, parts = found.classes, [("training", found.train), ("validation", found.val), ("test", found.test)]
+    labels = {name: part.labels.numpy() for name, part in parts if part is not None and len(part.labels)}
+    remedy = "number the labels from 0 and name every class"
+    if labels and min(each.min() for each in labels.values()) == 1:
+        remedy = "the labels begin at 1: subtract 1 from all of them"
+    problems = [
+        f"{name} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; {remedy}"
+        for name, values in labels.items()
+        if len(row := np.flatnonzero((values < 0) | (values >= len(classes)))) and len(bad := values[row])
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
 def check(found: Found, *, limit_train: int | None = None) -> None:
     """Raise UserError, listing every problem, unless labels and classes allow training and testing."""
     train, test, classes = found[:3]
@@ -352,18 +407,8 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
             f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; add the others at "
             "--data.path (only clead evaluate --model does without training images)"
         )
-    problems = [
-        f"{part} labels must be in [0, {len(classes)}), one per class name, got {bad[0]} in row {row[0]}; "
-        "number the labels from 0 and name every class"
-        for part, labels in (
-            ("training", train.labels.numpy()),
-            ("validation", found.val.labels.numpy() if found.val is not None else np.empty(0, np.int64)),
-            ("test", test.labels.numpy()),
-        )
-        if len(row := np.flatnonzero((labels < 0) | (labels >= len(classes)))) and len(bad := labels[row])
-    ]
-    if problems:
-        raise UserError(*problems)
+    check_labels(found)
+    problems = []
     counts = np.bincount(train.labels.numpy(), minlength=len(classes))
     in_test = np.bincount(test.labels.numpy(), minlength=len(classes)) > 0
     if np.count_nonzero(counts) < 2:
@@ -425,8 +470,11 @@ def existing(path: Path) -> Path:
 
 
 def default_names(*labels: Tensor) -> tuple[str, ...]:
-    """Return "0" … "K-1" for labels without names, K - 1 being the largest label."""
-    return tuple(str(k) for k in range(1 + max((int(each.max()) for each in labels if len(each)), default=-1)))
+    """Return "0" … "K-1" for labels without names, K - 1 being the largest label; UserError if that is a million or more."""
+    count = 1 + max((int(each.max()) for each in labels if len(each)), default=-1)
+    if count > _MOST_CLASSES:
+        raise UserError(f"a label must be below {_MOST_CLASSES:,}, got {count - 1}; number the classes from 0")
+    return tuple(map(str, range(count)))
 
 
 def _shape(images: Tensor) -> str:

@@ -56,7 +56,7 @@ class DataPart(_Part):
     classes: list[str]
     fingerprint: str
     images: str
-    origin: Literal["test", "val", "train"] = "test"
+    origin: Literal["test", "val", "train", "all"] = "test"
     skipped: list[str] = Field(default_factory=list)
 
 
