@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clead import api, cli
-from clead.config import bare_config
+from clead.cli.printing import print_comparison
+from clead.config import bare_config, load_recipe
 from clead.errors import UserError
 from clead.models.onnx import OnnxModel
+from clead.report.record import DataPart
 
 EVAL = ("--threat.eps", "0.05", "--eval.steps", "3", "--eval.curve_points", "0", "--eval.check_images", "0")
 NET = """
@@ -234,3 +236,108 @@ def test_test_images_alone_are_enough_to_evaluate_on(place, run):
     np.savez("none.npz", x_test=x[:0], y_test=y[:0])
     code, _, err = run("evaluate", *arguments, "--data.path", "none.npz")
     assert code == 2 and err.count("\n") == 1, err
+
+
+# ------------------------------------------------------------------------------------------------ what a number is about
+
+
+def folders(root: Path, **counts: int) -> None:
+    """Write so many pictures of each of two classes into each split."""
+    rng = np.random.default_rng(0)
+    for split, count in counts.items():
+        for k, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                array = (rng.integers(0, 100, (8, 8)) + 150 * k).astype(np.uint8)
+                Image.fromarray(array).save(root / split / name / f"{number}.png")
+
+
+def shown(capsys, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """Return what the command line says of an evaluation of nets.py, and its record."""
+    command = ["clead", "evaluate", "--model", "nets.py:net", "--data.path", "pictures", "--suite", "pgd", *EVAL]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
+        patch.setattr("sys.argv", [*command, *arguments])
+        cli.main()
+    out = capsys.readouterr()
+    assert caught.value.code == 0, out.err
+    return out.out, json.loads(Path("evaluations/nets.py-net/evaluation.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("counts", "which"),
+    [
+        ({"train": 10, "test": 5}, "10 test images of pictures"),
+        ({"train": 10, "test": 1}, "2 test images of pictures"),
+        ({"train": 10}, "4 test images of pictures (set aside from its training images)"),
+    ],
+)
+def test_output_record_and_report_say_which_images(place, capsys, counts, which):
+    folders(place / "pictures", **counts)
+    out, record = shown(capsys)
+    assert f"about: {which}; 2 classes: dark, light; weights given of nets.py:net" in " ".join(out.split())
+    data = record["data"]
+    assert data["origin"] == ("test" if "test" in counts else "train")
+    assert data["n"] == data["total"] == int(which.split()[0]) and data["skipped"] == []
+    trained = "net may have been trained on these images" in out
+    assert trained is (set(counts) == {"train"}) and trained is any(
+        "may have been trained" in n for n in record["notes"]
+    )
+    caveat = which.partition(" (")[2].rstrip(")")
+    page = Path("evaluations/nets.py-net/report.html").read_text()
+    assert (caveat in page) if caveat else ("set aside" not in page and "no test split" not in page)
+    assert ("These are the " in out) is bool(caveat)
+
+
+@pytest.mark.parametrize(
+    ("fields", "which"),
+    [
+        ({}, "5 test images of birds"),
+        ({"total": 5}, "5 test images of birds"),
+        ({"total": 6}, "first 5 of 6 test images of birds"),
+        ({"origin": "val"}, "5 test images of birds (its validation split, it has no test split)"),
+        ({"origin": "train", "total": 9}, "first 5 of 9 test images of birds (set aside from its training images)"),
+        ({"origin": "train", "split": "val"}, "5 validation images of birds"),
+    ],
+)
+def test_the_words_for_images(fields, which):
+    fixed: dict[str, Any] = {"name": "birds", "split": "test", "n": 5, "classes": [], "fingerprint": "", "images": ""}
+    assert DataPart(**{**fixed, **fields}).which == which
+
+
+def test_a_part_of_the_images_is_said_as_a_part(place, capsys):
+    folders(place / "pictures", train=5, test=8)
+    out, record = shown(capsys, "--eval.images", "7")
+    assert "about: first 7 of 16 test images of pictures" in out and record["data"]["total"] == 16
+    out, record = shown(capsys, "--eval.split", "val")
+    assert " validation images of pictures" in out and record["data"]["total"] == record["data"]["n"]
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_files_that_were_not_read_are_counted_and_named(place, capsys, count):
+    folders(place / "pictures", train=5, test=8)
+    names = [f"{number:02d}.png" for number in range(count)]
+    for name in names:
+        (place / "pictures" / "test" / "dark" / f"broken-{name}").write_bytes(b"not a picture")
+    out, record = shown(capsys, "--data.skip_unreadable", "true")
+    skipped = record["data"]["skipped"]
+    assert len(skipped) == count and all("broken-" in line and line.endswith(": cannot be decoded") for line in skipped)
+    assert (
+        f"; {count} files of the data not read" in out and f"{count} unreadable images of the data set left out" in out
+    )
+    assert ("… and 2 more, all in the record (data.skipped)" in out) is (count == 12)
+    assert out.count("broken-") == min(count, 10)
+
+
+def test_comparison_and_measurements_say_which_images(tmp_path, capsys):
+    folders(tmp_path / "pictures", train=12)
+    small = ("--data.name", "auto", "--data.path", str(tmp_path / "pictures"), "--data.batch_size", "8")
+    config = load_recipe("digits-standard", [*small, "--train.budget", "2", "--train.device", "cpu"])
+    api.train(config, out=tmp_path / "run", show=False)
+    changed = load_recipe(str(tmp_path / "run" / "config.yaml"), [*EVAL, "--suite", "pgd"][:-2])
+    record = api.evaluate_run(tmp_path / "run", config=changed, show=False).record
+    measured = api.distances_run(tmp_path / "run", config=changed, show=False)
+    assert record.data.origin == measured.data.origin == "train" and record.data.which == measured.data.which
+    assert any("fixed fifth of the training images" in note for note in measured.notes)
+    assert api.compare([record])["rows"][0]["images"] == record.data.which
+    print_comparison(api.compare([record]))
+    assert "run: 5 test images of pictures (set aside from its training images)" in capsys.readouterr().out

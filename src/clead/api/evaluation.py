@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from clead.api.opened import data_name, evaluated_images, image_shape, load, load_model, open_run
+from clead.api.opened import (
+    data_name,
+    data_notes,
+    evaluated_images,
+    image_shape,
+    load,
+    load_model,
+    open_run,
+    split_facts,
+)
 from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, fingerprint, remove_leftovers, write_atomically
 from clead.config import Eval, RunConfig
@@ -170,8 +179,7 @@ def evaluate_run(
         opened.subject,
         part,
         tried=tried,
-        unreadable=opened.splits.unreadable,
-        notes=opened.splits.notes,
+        notes=data_notes(opened.splits),
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -239,7 +247,13 @@ def evaluate_foreign(
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
+        **split_facts(splits, config.eval.split),
     )
+    if splits.origin == "train" and config.eval.split == "test":
+        notes.append(
+            f"{subject.name} may have been trained on these images: a figure on training images says nothing of new ones; "
+            "put images that it has never seen into test/CLASS"
+        )
     return _evaluate_into(
         Path(out),
         result,
@@ -248,10 +262,9 @@ def evaluate_foreign(
         config,
         subject,
         part,
-        unreadable=splits.unreadable,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
-        notes=[*splits.notes, *notes],
+        notes=[*data_notes(splits), *notes],
         attacks=attacks,
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
@@ -385,7 +398,6 @@ def _evaluate_into(
     save_adversarial: Path | None,
     tried: TransferredPart | None = None,
     notes: Sequence[str] = (),
-    unreadable: Sequence[str] = (),
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
@@ -412,8 +424,8 @@ def _evaluate_into(
         raise ShardDone(f"shard {shard.index}/{shard.count} is done: {shard.folder(state)}; when all are, use --merge")
     if tried is not None:
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"transferred": tried}))
-    if added := [each for each in (*notes, _left_out(unreadable)) if each is not None]:
-        all_notes = [*evaluation.record.notes, *added]
+    if notes:
+        all_notes = [*evaluation.record.notes, *notes]
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": all_notes}))
     if rank() > 0:
         return evaluation
@@ -428,12 +440,6 @@ def _evaluate_into(
     for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation
-
-
-def _left_out(unreadable: Sequence[str]) -> str | None:
-    return (
-        f"{len(unreadable)} unreadable images of the data set left out: {', '.join(unreadable)}" if unreadable else None
-    )
 
 
 def _set_aside(folder: Path, result: str, record: Record) -> None:

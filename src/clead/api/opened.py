@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.report.record import TrainingPart
 from clead.training.loop import device_of, mean_std
+
+_NAMED = 10  # of the files left out
 
 
 def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = None) -> SplitModel:
@@ -89,6 +91,7 @@ class OpenedRun:
             threat=threat,
             path=self.run.path / "results" / f"{kind}.json",
             fresh=fresh,
+            notes=data_notes(self.splits),
         )
 
 
@@ -119,6 +122,7 @@ def open_run(
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
         training=training_part(run, trained),
+        **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
     return OpenedRun(run, config, loaded.to(device), chosen, splits, subject, device)
@@ -143,6 +147,29 @@ def evaluated_images(
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     return images, splits
+
+
+def split_facts(splits: Splits, split: str) -> dict[str, Any]:
+    """Return what a ``Subject`` says of where its images come from, as keywords."""
+    unreadable = (f"{name}: cannot be decoded" for name in splits.unreadable)
+    total = len(splits.test if split == "test" else splits.val)
+    return {"origin": splits.origin, "skipped": (*splits.skipped, *unreadable), "total": total}
+
+
+def data_notes(splits: Splits) -> list[str]:
+    """Return what a reader of a figure on these images must know of them: what they are, and what was left out."""
+    left_out = (
+        (splits.unreadable, "unreadable images of the data set left out"),
+        (splits.skipped, "files of the data set not read"),
+    )
+    counts = [f"{len(names)} {what}: {shortened(names)}" for names, what in left_out if names]
+    return [*splits.notes, *counts]
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Return the first ten names, and how many more there are."""
+    more = f", … and {len(names) - _NAMED} more, all in the record (data.skipped)" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def load_model(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> SplitModel:

@@ -61,6 +61,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "run": record.run,
             "method": record.training.method if record.training else record.run,
             "n": record.data.n,
+            "images": record.data.which,
             "threat": f"{record.threat.norm} {record.threat.eps_text}",
             "suite": record.suite,
             "clean_accuracy": record.clean_accuracy,

@@ -11,6 +11,7 @@ import typer
 
 from clead.cli.application import OPEN, Fresh, Json, app, interruptible, say, write_json
 from clead.cli.arguments import changed, parts, runs_and_overrides, without
+from clead.cli.printing import about
 from clead.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ def measure(
             measurement = work(run, config)
         table, sentence = summary(measurement)
         Console(width=max(100, Console().width)).print(table)
+        say(about(measurement))
+        for note in measurement.notes:
+            say(f"note: {note}")
         say(f"record: {run}/results/{measurement.kind}.json\n{sentence}")
         contents.append(json.loads(measurement.model_dump_json()))
     if json_file:

@@ -21,11 +21,23 @@ def print_record(record: Any) -> None:
         table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
     table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
     Console().print(table)
+    print(about(record))
     for note in record.notes:
         print(f"note: {note}")
     for check in record.checks:
         if not check.passed:
             print(f"check {check.name} failed: {check.explanation}")
+
+
+def about(record: Any) -> str:
+    """Return what the figures of a record or measurement are about: images, weights, classes, and what was left out."""
+    data, model = record.data, record.model
+    names = data.classes if len(data.classes) <= 10 else [*data.classes[:9], "…", data.classes[-1]]
+    left_out = f"; {len(data.skipped)} files of the data not read" if data.skipped else ""
+    return (
+        f"about: {data.which}; {len(data.classes)} classes: {', '.join(names)}; weights {model.weights} of {model.name} "
+        f"(fingerprint {model.fingerprint[:8]}){left_out}"
+    )
 
 
 def verdict(record: Any) -> str:
@@ -44,6 +56,8 @@ def verdict(record: Any) -> str:
             f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
             f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
         )
+    if record.data.caveat:
+        said += f"\nThese are the {record.data.which}."
     if failed:
         said += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
     return said
@@ -76,6 +90,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
             row["run"], f"{row['clean_accuracy']:.1%}", *cells, f"{row['robust_accuracy']:.1%}", interval, compute
         )
     Console(width=max(100, Console().width)).print(table)
+    for which in dict.fromkeys(row["images"] for row in rows):
+        names = ", ".join(row["run"] for row in rows if row["images"] == which)
+        print(f"{names}: {which}")
     print(
         "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from clead.checkpoint import command, environment, fingerprint, write_atomically
@@ -17,7 +17,7 @@ from clead.evaluation.attacked import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection
 from clead.evaluation.minimum_norm import MinimumNormResult
-from clead.evaluation.robust import Subject, digest
+from clead.evaluation.robust import Subject
 from clead.evaluation.smoothing import Certificates
 from clead.evaluation.state import State, discard
 from clead.interfaces import ImageSet, Threat
@@ -49,6 +49,7 @@ class Measurement(BaseModel):
     data: DataPart
     threat: ThreatPart | None
     result: Result
+    notes: list[str] = Field(default_factory=list)
     versions: dict[str, str]
     seconds: float
 
@@ -66,6 +67,8 @@ def measure(
     threat: Threat | None,
     path: Path,
     fresh: bool,
+    trust_state: bool = False,
+    notes: Sequence[str] = (),
 ) -> Measurement:
     """Do ``work``, write what it returns to ``path``, and only then drop its state, ``path`` with ``.state``.
 
@@ -82,6 +85,8 @@ def measure(
         threat: norm and radius, or None.
         path: the JSON file.
         fresh: forget what a stopped call has left.
+        trust_state: continue a state that another user or another machine made.
+        notes: what a reader must know of the images.
     """
     around = None
     if threat is not None:
@@ -93,14 +98,7 @@ def measure(
         weights=subject.weights,
         fingerprint=fingerprint(weights(model)),
     )
-    data = DataPart(
-        name=subject.data,
-        split=subject.split,
-        n=len(images),
-        classes=list(subject.classes),
-        fingerprint=subject.data_fingerprint,
-        images=digest(images),
-    )
+    data = subject.data_part(images)
     header = {
         "kind": kind,
         "model": model_part.fingerprint,
@@ -112,7 +110,7 @@ def measure(
         "device": device.type,
         **settings,
     }
-    state = State(path.with_suffix(".state"), header)
+    state = State(path.with_suffix(".state"), header, trust=trust_state)
     if fresh:
         discard(path.with_suffix(".state"))
     result = work(state)
@@ -127,6 +125,7 @@ def measure(
         data=data,
         threat=around,
         result=result,
+        notes=[*notes, *state.notes],
         versions=environment(),
         seconds=sum(part["seconds"] for _, part in state.parts.values()),
     )

@@ -72,6 +72,23 @@ class Subject:
     data_fingerprint: str
     classes: tuple[str, ...]
     training: TrainingPart | None = None
+    origin: Literal["test", "val", "train"] = "test"
+    skipped: tuple[str, ...] = ()
+    total: int | None = None
+
+    def data_part(self, images: ImageSet) -> DataPart:
+        """Return what a record says of the evaluated images."""
+        return DataPart(
+            name=self.data,
+            split=self.split,
+            n=len(images),
+            classes=list(self.classes),
+            fingerprint=self.data_fingerprint,
+            images=digest(images),
+            origin=self.origin,
+            skipped=list(self.skipped),
+            total=self.total,
+        )
 
 
 @dataclass(frozen=True)
@@ -531,14 +548,7 @@ def _evaluation(
             weights=subject.weights,
             fingerprint=fingerprint(weights(job.model)),
         ),
-        data=DataPart(
-            name=subject.data,
-            split=subject.split,
-            n=n,
-            classes=list(subject.classes),
-            fingerprint=subject.data_fingerprint,
-            images=digest(images),
-        ),
+        data=subject.data_part(images),
         threat=ThreatPart(norm=job.threat.norm, eps=float(eps), eps_text=eps.text),
         clean=estimate(clean.tolist()),
         clean_flags=clean.tolist(),

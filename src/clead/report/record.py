@@ -46,8 +46,8 @@ class ModelPart(_Part):
 class DataPart(_Part):
     """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones.
 
-    ``origin`` says where the images of ``split`` come from (``clead.interfaces.Splits``); ``skipped`` has one line for each file
-    of the data set that was not read, ``"PATH: reason"``.
+    ``origin`` says what the test images are (``clead.interfaces.Splits``); ``skipped`` has one line for each file of the data set
+    that was not read, ``"PATH: reason"``; of ``total`` images of the split the first ``n`` were evaluated.
     """
 
     name: str
@@ -58,6 +58,20 @@ class DataPart(_Part):
     images: str
     origin: Literal["test", "val", "train", "all"] = "test"
     skipped: list[str] = Field(default_factory=list)
+    total: int | None = None
+
+    @property
+    def which(self) -> str:
+        """Which images, such as ``first 1000 of 10000 test images of mnist``."""
+        part = f"first {self.n} of {self.total}" if self.total is not None and self.total > self.n else f"{self.n}"
+        kind = {"val": "validation", "train": "training"}.get(self.split, "test")
+        return f"{part} {kind} images of {self.name}{f' ({self.caveat})' if self.caveat else ''}"
+
+    @property
+    def caveat(self) -> str:
+        """What the test images are where the data has no test split, or nothing."""
+        origins = {"val": "its validation split, it has no test split", "train": "set aside from its training images"}
+        return origins.get(self.origin, "") if self.split == "test" else ""
 
 
 class AttackPart(_Part):
