@@ -81,6 +81,12 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+
+
 # ----------------------------------------------------------------------------------------- folders, Parquet
 
 
@@ -118,6 +124,31 @@ def parquet(root: Path) -> Path:
     return root
 
 
+@layout(
+    "Tiny-ImageNet, as unpacked",
+    "tiny-imagenet-200/train/WNID/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt, wnids.txt, words.txt",
+    sizes=(6, 4, 0),
+    classes=("goldfish", "fire salamander"),
+    about="Classes in the order of `wnids.txt`. The images in `test/` have no labels: those of `val/` are measured.",
+)
+def tiny_imagenet(root: Path) -> Path:
+    top, wnids = root / "tiny-imagenet-200", ("n02", "n01")
+    for label, wnid in enumerate(wnids):
+        for row in range(3):
+            write(
+                top / f"train/{wnid}/images/{wnid}_{row}.JPEG", encoded(noise(8, 8, 3, seed=10 * label + row), "JPEG")
+            )
+    for row in range(4):
+        write(top / f"val/images/val_{row}.JPEG", encoded(noise(8, 8, 3, seed=20 + row), "JPEG"))
+        write(top / f"test/images/test_{row}.JPEG", encoded(noise(8, 8, 3, seed=30 + row), "JPEG"))
+    write(
+        top / "val/val_annotations.txt", "".join(f"val_{row}.JPEG\t{wnids[row % 2]}\t0\t0\t7\t7\n" for row in range(4))
+    )
+    write(top / "wnids.txt", "n02\nn01\n")
+    write(top / "words.txt", "n00\tentity\nn01\tfire salamander\nn02\tgoldfish\n")
+    return root
+
+
 # -------------------------------------------------------------------------------------------------------- npz
 
 
@@ -133,6 +164,70 @@ def npz(root: Path) -> Path:
     x_train, x_test = noise(12, 8, 8, 3), noise(6, 8, 8, 3, seed=1)
     np.savez(path, x_train=x_train, y_train=labels_of(12, 3), x_test=x_test, y_test=labels_of(6, 3))
     return path
+
+
+@layout(
+    "Arrays of NumPy, other names",
+    "FILE.npz with x and y, images and labels, X_test …, class_names",
+    sizes=(0, 0, 6),
+    classes=("cat", "dog", "é"),
+    about="Class names may be bytes, labels texts. Labels 1 … K are numbered from 0, which is said.",
+)
+def npz_pair(root: Path) -> Path:
+    path = root / "images.npz"
+    names = np.array([name.encode() for name in ("cat", "dog", "é")])
+    np.savez(path, images=noise(6, 3, 8, 8) / np.float32(255), labels=labels_of(6, 3) + 1, class_names=names)
+    return path
+
+
+@layout(
+    "Arrays of NumPy, one file each",
+    "x_train.npy, y_train.npy, x_test.npy, y_test.npy",
+    sizes=(12, 0, 6),
+    classes=("0", "1", "2"),
+)
+def npy(root: Path) -> Path:
+    for seed, (part, count) in enumerate({"train": 12, "test": 6}.items()):
+        save_npy(root / f"x_{part}.npy", noise(count, 8, 8, seed=seed))
+        save_npy(root / f"y_{part}.npy", labels_of(count, 3).astype(np.int32))
+    return root
+
+
+def medmnist_arrays(*shape: int, labels: int = 1) -> dict[str, np.ndarray]:
+    """Return the six arrays of a MedMNIST file."""
+    arrays = {}
+    for seed, (part, count) in enumerate({"train": 12, "val": 6, "test": 9}.items()):
+        arrays[f"{part}_images"] = noise(count, *shape, seed=seed)
+        arrays[f"{part}_labels"] = labels_of(count, 3)[:, None].repeat(labels, axis=1)
+    return arrays
+
+
+@layout(
+    "MedMNIST",
+    "bloodmnist.npz with train_images, train_labels, val_images, …",
+    sizes=(12, 6, 9),
+    classes=("0", "1", "2"),
+)
+def medmnist(root: Path) -> Path:
+    np.savez(root / "bloodmnist.npz", **medmnist_arrays(28, 28, 3))
+    return root / "bloodmnist.npz"
+
+
+@layout(
+    "MedMNIST with several labels for each image (ChestMNIST)",
+    "chestmnist.npz",
+    refused="make it a multi-label set",
+    about="A classifier here tells one class for each image: choose one column of the labels.",
+)
+def medmnist_labels(root: Path) -> Path:
+    np.savez(root / "chestmnist.npz", **medmnist_arrays(28, 28, labels=14))
+    return root / "chestmnist.npz"
+
+
+@layout("MedMNIST in 3D", "organmnist3d.npz", refused="these are volumes", about="Choose a slice of each volume.")
+def medmnist_volumes(root: Path) -> Path:
+    np.savez(root / "organmnist3d.npz", **medmnist_arrays(28, 28, 28))
+    return root / "organmnist3d.npz"
 
 
 # ------------------------------------------------------------------------------------------------------ CIFAR
@@ -288,12 +383,6 @@ def emnist(root: Path) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- corrupted test sets
-
-
-def save_npy(path: Path, array: np.ndarray) -> None:
-    """Write a ``.npy`` file and the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, array)
 
 
 @layout(

@@ -459,7 +459,7 @@ def test_npz_layouts_agree(tmp_path):
         ({"y_train": np.eye(12)}, "not one-hot"),
         ({"x_test": noise(3, 5, 5, 3)}, "test images 3x5x5"),
         ({"classes": np.array(["x", "y"])}, "got 2 in row 2"),
-        ({"classes": np.array([{"a": 1}], dtype=object)}, "without pickled objects"),
+        ({"classes": np.array([{"a": 1}], dtype=object)}, "holds Python objects (object)"),
     ],
 )
 def test_npz_problems(tmp_path, changes, fragment):

@@ -18,29 +18,9 @@ from clead.errors import UserError
 
 _LABELS = "labels.npy"
 _SEVERITIES = 5
-_CORRUPTIONS = frozenset(
-    [
-        "gaussian_noise",
-        "shot_noise",
-        "impulse_noise",
-        "speckle_noise",
-        "defocus_blur",
-        "glass_blur",
-        "motion_blur",
-        "zoom_blur",
-        "gaussian_blur",
-        "snow",
-        "frost",
-        "fog",
-        "brightness",
-        "contrast",
-        "elastic_transform",
-        "pixelate",
-        "jpeg_compression",
-        "spatter",
-        "saturate",
-    ]
-)
+_PUBLISHED = """gaussian_noise shot_noise impulse_noise speckle_noise defocus_blur glass_blur motion_blur zoom_blur gaussian_blur
+snow frost fog brightness contrast elastic_transform pixelate jpeg_compression spatter saturate"""
+_CORRUPTIONS = frozenset(_PUBLISHED.split())
 _CIFAR_FOLDERS, _MNIST_FOLDERS = ("CIFAR-10-C", "CIFAR-100-C"), ("mnist_c", "MNIST-C")
 
 
