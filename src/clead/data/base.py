@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from clead.data.classes import ClassNames, Renumbering, renumbering
 from clead.data.decoding import REMARKS, Fit, decode, fit_arrays, readable
+from clead.data.duplicates import HASHED, Split, find_duplicates
 from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.data.labels import partly_labelled, stratified
 from clead.data.repeats import repeats
@@ -230,14 +232,26 @@ class InMemoryDataset(ABC):
         notes = (*found.notes, *say_remarks(remarks, self.background))
         notes = (*notes, *repeats([train, *([] if val is None else [val]), test]))
         groups = found.train.columns.get(_GROUP)
+        names = {
+            "training": found.train.names,
+            "validation": found.val.names if found.val else (),
+            "test": found.test.names,
+        }
         if self.limit_train is not None and self.limit_train < len(train):
             chosen = cut(train.labels, groups, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0]
-            train, groups = train.subset(chosen), groups and [groups[i] for i in chosen.tolist()]
+            train, groups, names["training"] = (
+                train.subset(chosen),
+                at(groups, chosen) or None,
+                at(names["training"], chosen),
+            )
         if self.limit_test is not None and self.limit_test < len(test):
-            test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
+            chosen = stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0]
+            test, names["test"] = test.subset(chosen), at(names["test"], chosen)
         if val is None:
             chosen, rest = cut(train.labels, groups, round(self.val_fraction * len(train)), seed)
             train, val = train.subset(rest), train.subset(chosen)
+            names["validation"], names["training"] = at(names["training"], chosen), at(names["training"], rest)
+        notes = (*notes, *_leaks({"training": train, "validation": val, "test": test}, names))
         classes = found.classes
         if order is not None:  # after the cuts, which are the same in every order of the classes
             train, val, test, classes = order.of(train), order.of(val), order.of(test), order.classes
@@ -269,6 +283,23 @@ class InMemoryDataset(ABC):
             raise UserError("there must be test images, got none; check --data.path")
         else:
             check_labels(found)
+
+
+def _leaks(sets: Mapping[str, ImageSet], names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return notes on images that are there twice; nearly equal ones are looked for among not too many image files."""
+    splits = {
+        name: Split(list(part.images.permute(0, 2, 3, 1).numpy()), part.labels.tolist(), names[name])
+        for name, part in sets.items()
+        if len(part)
+    }
+    files = all(len(split.names) == len(split.images) <= HASHED for split in splits.values())
+    near = files and sum(map(len, sets.values())) <= HASHED and find_spec("imagehash") is not None
+    return find_duplicates(splits, near=near).leaks()
+
+
+def at(values: Sequence[str] | None, index: Tensor) -> list[str]:
+    """Return the values at ``index``, (n,) int64; none of none."""
+    return [values[i] for i in index.tolist()] if values else []
 
 
 def with_values(found: Found, only: str) -> Found:

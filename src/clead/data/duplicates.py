@@ -1,0 +1,228 @@
+"""Images that are there twice: equal pixels, and nearly equal ones by a perceptual hash; what leaks from one split into another."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import numpy as np
+from PIL import Image
+
+from clead.data.groups import group_names
+from clead.errors import MissingExtra
+
+HASHED = 5000
+"""``load`` looks for near duplicates among so many image files at most: 0.2 ms each."""
+_BITS = 8  # of the 64 of a perceptual hash that may differ: JPEG at quality 60 changes 0 to 4
+_SMALL_SIDE, _NEAR_SMALL, _NEAR = 32, 0.12, 0.25
+_THUMB = 16
+_BLOCK = 2048
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one split: arrays (H, W) or (H, W, 3) uint8, their labels, and their file names or nothing."""
+
+    images: Sequence[np.ndarray]
+    labels: Sequence[int]
+    names: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """How many images are there twice.
+
+    Args:
+        shared: (split, earlier split) -> images of ``split`` whose pixels are those of an image of the earlier one.
+        near_shared: likewise of nearly equal images, without the equal ones; empty if they were not looked for.
+        within: split -> images that are equal to an earlier one of the same split.
+        conflicting: images that are equal to one with another label.
+        distinct: different images among all.
+        total: all images.
+        group_by: a regular expression on file names that keeps nearly equal images together, or None.
+        remaining: nearly equal pairs that ``group_by`` leaves in two groups, of ``pairs``.
+        pairs: nearly equal pairs of images.
+    """
+
+    shared: Mapping[tuple[str, str], int]
+    near_shared: Mapping[tuple[str, str], int]
+    within: Mapping[str, int]
+    conflicting: int
+    distinct: int
+    total: int
+    group_by: str | None = None
+    remaining: int = 0
+    pairs: int = 0
+
+    def notes(self) -> list[str]:
+        """Return what a user must know, one sentence each."""
+        notes = self.leaks()
+        if self.conflicting:
+            notes.append(f"{self.conflicting} images equal an image that has another label")
+        if 2 * self.distinct <= self.total and self.total > 2:
+            notes.append(f"most images are equal: there are {self.distinct} different ones among {self.total}")
+        return notes
+
+    def leaks(self) -> list[str]:
+        """Return what makes figures too good: images of one split in another."""
+        notes = []
+        for (split, earlier), count in self.shared.items():
+            if count:
+                notes.append(
+                    f"{count} {split} images are {earlier} images too (equal pixels): their figures are too good"
+                )
+        for (split, earlier), count in self.near_shared.items():
+            if count:
+                notes.append(f"{count} more {split} images nearly equal {earlier} images: their figures are too good")
+        if any(self.near_shared.values()) and self.group_by:
+            kept = f"; it leaves {self.remaining} of {self.pairs} pairs apart" if self.remaining else ""
+            notes.append(
+                f"nearly equal images come in series by their names: --data.group_by '{self.group_by}' keeps each series in one "
+                f"split{kept}"
+            )
+        return notes
+
+
+def find_duplicates(splits: Mapping[str, Split], *, near: bool = True) -> Duplicates:
+    """Compare every split with those before it: training first.
+
+    Args:
+        splits: name -> images; without an empty one.
+        near: look for nearly equal images too; raises MissingExtra without imagehash.
+    """
+    digests = {name: [_digest(image) for image in split.images] for name, split in splits.items()}
+    shared: dict[tuple[str, str], int] = {}
+    labels: dict[bytes, set[int]] = {}
+    for name, split in splits.items():
+        for digest, label in zip(digests[name], split.labels, strict=True):
+            labels.setdefault(digest, set()).add(int(label))
+    names = list(splits)
+    for i, earlier in enumerate(names):
+        known = set(digests[earlier])
+        for name in names[i + 1 :]:
+            shared[name, earlier] = sum(digest in known for digest in digests[name])
+    everything = [digest for name in names for digest in digests[name]]
+    near_shared, group_by, remaining, pairs = _near(splits, digests) if near else ({}, None, 0, 0)
+    return Duplicates(
+        shared,
+        near_shared,
+        {name: len(digests[name]) - len(set(digests[name])) for name in names},
+        sum(len(labels[digest]) > 1 for digest in everything),
+        len(labels),
+        len(everything),
+        group_by,
+        remaining,
+        pairs,
+    )
+
+
+def _digest(image: np.ndarray) -> bytes:
+    image = np.ascontiguousarray(image)
+    return hashlib.blake2b(memoryview(image), digest_size=16, key=str(image.shape).encode()).digest()
+
+
+def _near(
+    splits: Mapping[str, Split], digests: Mapping[str, Sequence[bytes]]
+) -> tuple[dict[tuple[str, str], int], str | None, int, int]:
+    """Return near duplicates between splits, and the expression that keeps them together."""
+    names = list(splits)
+    signs = signatures([image for split in splits.values() for image in split.images])
+    owner = np.repeat(np.arange(len(names)), [len(split.images) for split in splits.values()])
+    everything = [digest for name in names for digest in digests[name]]
+    a, b = near_pairs(*signs)  # a < b, so the split of a is not after that of b
+    counts: dict[tuple[str, str], int] = {}
+    for i, earlier in enumerate(names):
+        known = set(digests[earlier])
+        for j in range(i + 1, len(names)):
+            later = np.unique(b[(owner[a] == i) & (owner[b] == j)])
+            counts[names[j], earlier] = sum(everything[k] not in known for k in later)
+    files = [name for split in splits.values() for name in split.names]
+    if len(files) != len(owner) or not any(counts.values()):
+        return counts, None, 0, len(a)
+    group_by, remaining = propose(files, list(zip(a.tolist(), b.tolist(), strict=True)))
+    return counts, group_by, remaining, len(a)
+
+
+def signatures(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return perceptual hashes, (N, 64) of ±1; 16×16 thumbnails of mean 0 and deviation 1, (N, 256); and the shorter sides, (N,).
+
+    The hash is pHash (DCT of a 32×32 grey copy). Raises MissingExtra without imagehash.
+    """
+    try:
+        import imagehash
+    except ImportError:
+        raise MissingExtra("imagehash", "data", "looking for nearly equal images") from None
+    hashes = np.empty((len(images), 64), np.float32)
+    thumbs = np.empty((len(images), _THUMB**2), np.float32)
+    for k, array in enumerate(images):
+        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        image = Image.fromarray(np.ascontiguousarray(array)).convert("L")
+        hashes[k] = imagehash.phash(image).hash.ravel()
+        filter_ = Image.Resampling.BOX if min(image.size) >= _THUMB else Image.Resampling.BILINEAR
+        thumbs[k] = np.asarray(image.resize((_THUMB, _THUMB), filter_), np.float32).ravel()
+    thumbs -= thumbs.mean(1, keepdims=True)
+    thumbs /= np.maximum(np.sqrt((thumbs**2).mean(1, keepdims=True)), 1e-3)
+    return 2 * hashes - 1, thumbs, np.array([min(image.shape[:2]) for image in images])
+
+
+def near_pairs(hashes: np.ndarray, thumbs: np.ndarray, sides: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs i < j of nearly equal images, two arrays of int64; see ``signatures``.
+
+    At most 8 of 64 bits of the hash differ, and so little of the pixels: the root mean square difference of the thumbnails, whose
+    deviation is 1, is below 0.25; below 0.12 if a side is under 32 pixels, where different digits or letters have equal hashes.
+    Images of one colour only are nobody's near duplicates: they have no pattern to compare.
+    """
+    first, second = [], []
+    flat = (thumbs**2).mean(1) < 0.5
+    limit = np.where(sides < _SMALL_SIDE, _NEAR_SMALL, _NEAR)
+    for start in range(0, len(hashes), _BLOCK):
+        block = hashes[start : start + _BLOCK]
+        for other in range(start, len(hashes), _BLOCK):
+            i, j = np.nonzero(block @ hashes[other : other + _BLOCK].T >= 64 - 2 * _BITS)
+            i, j = i + start, j + other
+            i, j = i[i < j], j[i < j]
+            for piece in range(0, len(i), 8 * _BLOCK):
+                a, b = i[piece : piece + 8 * _BLOCK], j[piece : piece + 8 * _BLOCK]
+                distance = np.sqrt(((thumbs[a] - thumbs[b]) ** 2).mean(1))
+                close = (distance < np.minimum(limit[a], limit[b])) & ~flat[a] & ~flat[b]
+                first.append(a[close])
+                second.append(b[close])
+    empty = np.empty(0, np.int64)
+    return np.concatenate([empty, *first]), np.concatenate([empty, *second])
+
+
+_SERIES = (
+    r"^(.*?)[_. -]*(?:frame|image|img|frm|crop|f|t)?[_. -]*[0-9]+(?:[_. -]?(?:left|right|copy|aug[0-9]*))?\.[A-Za-z0-9]+$",
+    r"^(.+?)[_. -][^_. -]+\.[A-Za-z0-9]+$",
+    r"^([A-Za-z]*[_-]?[0-9]+)[^0-9]",
+    r"^([^_. -]+)[_. -]",
+    r"([^/]+)/[^/]+$",
+)
+"""What names of a series have in common, the finest first: all before the last number, before the last part, the first number, the
+first part; the folder."""
+
+
+def propose(names: Sequence[str], pairs: Iterable[tuple[int, int]]) -> tuple[str | None, int]:
+    """Return the expression of ``data.group_by`` that keeps nearly equal images together, and how many pairs it leaves apart.
+
+    None if there is no such: nine of ten pairs must be in one group, and there must be four groups or more, none of which holds
+    half of the images.
+
+    >>> names = [f"scene{s}_frame{f}.png" for s in range(4) for f in range(3)]
+    >>> group_by, apart = propose(names, [(0, 1), (4, 5), (9, 11)])
+    >>> group_names(group_by, names, {})[0][::3], apart
+    (['scene0', 'scene1', 'scene2', 'scene3'], 0)
+    """
+    pairs = list(pairs)
+    for expression in _SERIES:
+        if not any(re.search(expression, name if "/" in expression else PurePath(name).name) for name in names):
+            continue
+        groups, _ = group_names(expression, names, {})
+        _, number, sizes = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+        apart = sum(int(number[i] != number[j]) for i, j in pairs)
+        if 10 * apart <= len(pairs) and len(sizes) >= 4 and 2 * sizes.max() < len(names):
+            return expression, apart
+    return None, len(pairs)
