@@ -173,7 +173,7 @@ def test_folders_that_cannot_be_trained_on(fails, here):
         file.unlink()
     fails(*folder_arguments("empty"), has="empty/train/cat holds no image")
     (here / "nothing").mkdir()
-    fails(*folder_arguments("nothing"), has="a folder with nothing")
+    fails(*folder_arguments("nothing"), has="an empty folder")
     (here / "cats" / "tom").mkdir(parents=True)
     fails(*folder_arguments("cats"), has=f"put a folder of images for each class into {Path('cats/train')}")
     (here / "runs" / "first").mkdir(parents=True)

@@ -482,8 +482,8 @@ def test_npz_that_is_none(tmp_path):
 
 def test_auto_says_what_it_found(tmp_path):
     (tmp_path / "readme.md").write_text("x")
-    one_line_error(lambda: load("auto", tmp_path), "a folder with readme.md")
-    one_line_error(lambda: load("auto", tmp_path / "readme.md"), "another kind of file")
+    one_line_error(lambda: load("auto", tmp_path), "a folder with a file readme.md")
+    one_line_error(lambda: load("auto", tmp_path / "readme.md"), "a text file")
 
 
 def test_names_are_found_in_clead_data(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -492,7 +494,11 @@ def existing(path: Path) -> Path:
     path = path.expanduser()
     if not path.exists():
         parent = path.parent
-        if parent.is_dir():
+        if os.sep == "/" and re.search(r"^[A-Za-z]:|\\", str(path)):
+            hint = (
+                "this is a path of Windows; give it as this system names it, for instance /mnt/c/… for C:\\… under WSL"
+            )
+        elif parent.is_dir():
             hint = did_you_mean(str(path), [str(entry) for entry in parent.iterdir() if not entry.name.startswith(".")])
         else:
             hint = f"the folder {parent} does not exist either"

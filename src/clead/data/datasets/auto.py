@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from clead.data.base import Found, InMemoryDataset, existing
 from clead.data.datasets import DATASETS, READERS, Reader
+from clead.data.files import describe, is_image, visible_folders
 from clead.errors import UserError
 from clead.settings import setting, settings
+
+_ARCHIVES = (
+    *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"),
+    *(".gz", ".bz2", ".xz", ".zst"),
+)
 
 
 @DATASETS.register("auto")
@@ -43,14 +50,53 @@ def read_any(path: Path, dataset: str | None = None) -> Found:
             note = f"read as {reader.layout}; there also lies {' and '.join(beside)}, which is not read"
             found = found._replace(notes=(*found.notes, note))
         return found
-    inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
-    classes = path.is_dir() and any(entry.is_dir() for entry in path.iterdir())
-    remedy = f"put a folder of images for each class into {path / 'train'}" if classes else "check --data.path"
-    got = f"a folder with {', '.join(inside) or 'nothing'}" if path.is_dir() else "another kind of file"
-    raise UserError(
-        "data.path must be a folder with train-*.parquet and test-*.parquet, a folder with train/CLASS/, or "
-        f"a .npz file, got {str(path)!r}, {got}; {remedy}"
+    raise UserError(_unknown(path))
+
+
+def _unknown(path: Path) -> str:
+    """Say what lies at a path that no reader recognizes, which known layout is nearest, and what to do; one line."""
+    if path.is_dir():
+        content = describe(path)
+        near = _nearest([entry.suffix.lower() for entry in path.iterdir() if entry.is_file()])
+        folders, images = visible_folders(path), any(is_image(entry) for entry in path.iterdir() if entry.is_file())
+        remedy = f"a layout that is read is {near}"
+        if content == "nothing":
+            target = path / "train" / "CLASS"
+            return f"data.path must hold images, got {str(path)!r}, an empty folder; put the images of each class into {target}"
+        if images:
+            remedy = "the images lie in no class folder; put those of each class into a folder of its own: "
+            remedy += f"{path / 'train' / 'CLASS'}"
+        elif folders and near == READERS.get("folder").layout:
+            remedy += f"; put a folder of images for each class into {path / 'train'}"
+        return f"data.path must have a layout that is read, got {str(path)!r}, a folder with {content}; {remedy}"
+    if not path.is_file():
+        return (
+            f"data.path must be a folder or a file, got {str(path)!r}, which is neither; give the folder of the images"
+        )
+    if is_image(path):
+        return (
+            f"data.path must hold images of several classes, got {str(path)!r}, one image; give the folder that holds the class "
+            f"folders: --data.path {path.parent.parent}"
+        )
+    if path.name.lower().endswith(_ARCHIVES):
+        return f"data.path must be unpacked, got the archive {str(path)!r}; unpack it and give the folder"
+    kind = "a text file" if _is_text(path) else "a file of another kind"
+    return (
+        f"data.path must have a layout that is read, got {str(path)!r}, {kind}; give the folder of the images, or such a file: "
+        f"{_nearest([path.suffix.lower()])}"
     )
+
+
+def _nearest(suffixes: Sequence[str]) -> str:
+    """Return the layout that names most of these endings of files, class folders if none does."""
+    layouts = [reader.layout for _, reader in sorted(READERS.items(), key=lambda item: item[0] != "folder")]
+    return max(layouts, key=lambda layout: sum(suffix in layout for suffix in suffixes if suffix))
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return b"\0" not in head and all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
 
 
 def recognizes(reader: Reader, path: Path) -> bool:

@@ -1,25 +1,34 @@
-"""Image files in one folder per class."""
+"""Image files in one folder per class, with or without splits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from clead.data.base import Found, InMemoryDataset, Part, existing, no_images
+from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role
+from clead.data.classes import class_order
 from clead.data.datasets import DATASETS, READERS, Reader
+from clead.data.files import EXTENSIONS, describe, display, files_below, holds_image, visible_folders
 from clead.errors import UserError
 from clead.settings import setting, settings
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp")
+_WRAPPERS = ("images", "imgs", "image", "img", "data")  # a folder between a split and its classes
+_WORDS = {"train": "training", "val": "validation", "test": "test"}
+_NO_CLASS, _NO_SPLIT = "lies in no class folder", "lies in no split folder"
 
 
 @DATASETS.register("folder")
 @settings
 class Folder(InMemoryDataset):
-    """Image files in train/CLASS/ and test/CLASS/; without test/, a fixed fifth of train/; test/ alone to evaluate only."""
+    """Image files in train/CLASS/, val/CLASS/ and test/CLASS/, at any depth; or in CLASS/ alone.
 
-    path: Path = setting(..., "The folder that holds train/ and test/.")
+    Splits may be called train or training, val, valid, validation or dev, and test or testing, and lie one folder deeper. Without
+    test images the validation images serve, without either a fixed fifth of the training images.
+    """
+
+    path: Path = setting(..., "The folder that holds train/ and test/, or a folder for each class.")
 
     def read(self) -> Found:
         """Return the files' bytes; raises UserError if the folders are not as described."""
@@ -27,51 +36,164 @@ class Folder(InMemoryDataset):
 
 
 def read_folder(root: Path) -> Found:
-    """Read the files of train/CLASS/ and test/CLASS/; classes are train's folder names, sorted."""
-    if not (root / "train").is_dir() and (root / "test").is_dir():  # to be evaluated on, not trained
-        classes = [folder.name for folder in _folders(root / "test")]
-        return Found(no_images(), _part(root, "test", classes), tuple(classes))
-    if not (root / "train").is_dir():
-        raise UserError(f"{root} must hold a folder train/ with one folder per class; put the images in train/CLASS/")
-    classes = [folder.name for folder in _folders(root / "train")]
-    if not classes:
-        raise UserError(f"{root / 'train'} holds no class folder; put the images in train/CLASS/")
-    train = _part(root, "train", classes)
-    if (root / "test").is_dir():
-        # Classes that only test has get numbers behind, so that the check names them.
-        extra = [folder.name for folder in _folders(root / "test") if folder.name not in classes]
-        return Found(train, _part(root, "test", classes + extra), (*classes, *extra))
-    return Found(train, no_images(), tuple(classes))
+    """Read the files of SPLIT/CLASS/ or of CLASS/; classes are the folders' names of all splits, as ``class_order`` says.
 
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(entry for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _part(root: Path, part: str, classes: list[str]) -> Part:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        folder = root / part / name
-        inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        images = [file for file in inside if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")]
-        if not images and (part == "train" or folder.is_dir()):
-            raise UserError(f"{folder} holds no image ({', '.join(EXTENSIONS)}); add images or remove the folder")
-        files += images
-        labels += [label] * len(images)
-    try:
-        blobs = [file.read_bytes() for file in files]
-    except OSError as error:
+    Raises:
+        UserError: there is no image in a class folder; a training class has none; it is not clear which folder is a split, or the
+            folder is itself the training split of a data set.
+    """
+    splits, siblings = _splits(root), {}
+    if not splits and (role := split_role(root.resolve().name)):
+        siblings = {
+            other: folder for other, folder in _splits(root.resolve().parent, deeper=False).items() if other != role
+        }
+        if siblings and role == "train":
+            raise UserError(
+                f"{root} is the training split of a data set, beside {', '.join(folder.name for folder in siblings.values())}; "
+                f"give the folder above: --data.path {root.resolve().parent}"
+            )
+        splits = {role: root} if siblings else {}
+    if not splits:
+        return _read_unsplit(root)
+    folders = {role: _class_folders(folder) for role, folder in splits.items()}
+    names = class_order(
+        folder.name for some in [*folders.values(), *map(_class_folders, siblings.values())] for folder in some
+    )
+    owners = {folder: (role, folder.name) for role, some in folders.items() for folder in some}
+    parts, skipped = _read_files(root, owners, names, splits)
+    notes = [
+        note
+        for role, folder in splits.items()
+        for note in _check_split(role, folder, folders[role], parts[role], names)
+    ]
+    if not any(len(part.labels) for part in parts.values()):
+        first = next(iter(splits.values()))
         raise UserError(
-            f"{error.filename}: cannot be read ({error.strerror}); mend its permissions or remove it"
-        ) from None
-    return Part(blobs, torch.tensor(labels, dtype=torch.int64), list(map(str, files)))
+            f"{first} holds no class folder with images; put the images of each class into {first / 'CLASS'}"
+        )
+    val = parts["val"] if len(parts["val"].labels) else None
+    return Found(parts["train"], parts["test"], tuple(names), val, skipped, tuple(notes))
+
+
+def _read_unsplit(root: Path) -> Found:
+    """Read CLASS/: each folder with an image is a class."""
+    folders = [folder for folder in visible_folders(root) if holds_image(folder)]
+    if not folders:
+        raise UserError(
+            f"{root} must hold folders with images, train/CLASS/ and test/CLASS/ or CLASS/, got {describe(root)}; put the images "
+            f"of each class into {root / 'train' / 'CLASS'}"
+        )
+    if all(split_role(folder.name) for folder in folders):
+        raise UserError(
+            f"{root}: the images in {' and '.join(folder.name for folder in folders)} lie in no class folder, so that their "
+            f"classes are unknown; put those of each class into {folders[0] / 'CLASS'}"
+        )
+    names = class_order(folder.name for folder in folders)
+    parts, skipped = _read_files(root, {folder: ("train", folder.name) for folder in folders}, names, {})
+    return Found(parts["train"], no_images(), tuple(names), skipped=skipped, unsplit=True)
+
+
+def _splits(folder: Path, *, deeper: bool = True) -> dict[Role, Path]:
+    """Return the folder of each split in ``folder``, else in the one folder in it that has some."""
+    named = [entry for entry in visible_folders(folder) if split_role(entry.name)]
+    splits: dict[Role, Path] = {}
+    if any(visible_folders(entry) for entry in named) or (named and not any(map(holds_image, visible_folders(folder)))):
+        for entry in named:
+            role = split_role(entry.name)
+            assert role is not None
+            if role in splits:
+                raise UserError(
+                    f"{folder}: {splits[role].name} and {entry.name} both hold {_WORDS[role]} images; rename or remove one"
+                )
+            splits[role] = entry
+    if splits or not deeper:
+        return splits
+    inside = [(entry, found) for entry in visible_folders(folder) if (found := _splits(entry, deeper=False))]
+    inside = [(entry, found) for entry, found in inside if any(map(visible_folders, found.values()))]
+    if len(inside) > 1:
+        raise UserError(
+            f"{folder}: {' and '.join(entry.name for entry, _ in inside)} have splits of their own; give one: --data.path "
+            f"{inside[0][0]}"
+        )
+    return inside[0][1] if inside else {}
+
+
+def _class_folders(split: Path) -> list[Path]:
+    """Return the class folders of a split, which may lie in a folder images/ in it."""
+    folders = visible_folders(split)
+    if len(folders) == 1 and folders[0].name.lower() in _WRAPPERS and visible_folders(folders[0]):
+        return visible_folders(folders[0])
+    return folders
+
+
+def _read_files(
+    root: Path, owners: Mapping[Path, tuple[Role, str]], names: list[str], splits: Mapping[Role, Path]
+) -> tuple[dict[Role, Part], tuple[str, ...]]:
+    """Read the images in class folders, by class and then by path, and say of every other file below ``root`` why it is not read.
+
+    Args:
+        root: the folder of everything.
+        owners: class folder -> its split and class.
+        names: the classes in order.
+        splits: the folders of the splits, which are looked through first: what they link to elsewhere is theirs.
+    """
+    images: dict[tuple[Role, str], list[Path]] = {}
+    skipped: list[str] = []
+    seen: set[Path] = set()
+    for start in (*splits.values(), root):
+        for file, reason in files_below(start, seen):
+            owner = next((owners[folder] for folder in file.parents if folder in owners), None)
+            if reason is None and owner is not None:
+                images.setdefault(owner, []).append(file)
+            else:
+                inside = start != root or not splits
+                skipped.append(f"{display(file)}: {reason or (_NO_CLASS if inside else _NO_SPLIT)}")
+    parts: dict[Role, Part] = {}
+    for role in ("train", "val", "test"):
+        files = [(file, k) for k, name in enumerate(names) for file in sorted(images.get((role, name), ()))]
+        try:
+            blobs = [file.read_bytes() for file, _ in files]
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+            raise UserError(f"{error.filename}: {reason}; mend its permissions or remove it") from None
+        labels = torch.tensor([k for _, k in files], dtype=torch.int64)
+        parts[role] = Part(blobs, labels, [str(file) for file, _ in files])
+    return parts, tuple(sorted(skipped, key=lambda line: line.endswith("operating system")))
+
+
+def _check_split(role: Role, split: Path, folders: list[Path], part: Part, names: list[str]) -> list[str]:
+    """Return what must be known of a split, a sentence each; raises UserError for a training class without an image."""
+    counts = torch.bincount(part.labels, minlength=len(names)).tolist()
+    empty = [folder for folder in folders if not counts[names.index(folder.name)]]
+    if role == "train" and not folders:
+        raise UserError(f"{split} holds no class folder; put the images in {split / 'CLASS'}")
+    if role == "train" and empty:
+        raise UserError(
+            f"{empty[0]} holds no image that can be read ({', '.join(EXTENSIONS)}); add images or remove the folder"
+        )
+    if not len(part.labels):
+        return [f"no image in {split.name}/ lies in a class folder, so none of it is read"]
+    if empty:
+        some = ", ".join(display(folder.name) for folder in empty[:5]) + (", …" if len(empty) > 5 else "")
+        return [f"{len(empty)} class folders hold no {_WORDS[role]} image: {some}"]
+    return []
+
+
+def has_class_folders(path: Path) -> bool:
+    """Say whether a folder has this layout, or looks as if it should."""
+    if not path.is_dir():
+        return False
+    folders = visible_folders(path)
+    for folder in folders:
+        if split_role(folder.name) and (visible_folders(folder) or not any(folder.iterdir())):
+            return True
+    return any(map(holds_image, folders))
 
 
 READERS.register("folder")(
     Reader(
-        "train/CLASS/*.png and test/CLASS/*.png",
-        lambda path: (path / "train").is_dir() or (path / "test").is_dir(),
+        "train/CLASS/*.png, val/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png",
+        has_class_folders,
         read_folder,
         rank=90,
     )
