@@ -124,6 +124,74 @@ def parquet(root: Path) -> Path:
     return root
 
 
+def pictures(folder: Path, count: int, ending: str = "png", first: int = 0) -> list[str]:
+    """Write pictures and return their names without ending."""
+    for row in range(first, first + count):
+        write(folder / f"p{row}.{ending}", encoded(noise(8, 8, 3, seed=row)))
+    return [f"p{row}" for row in range(first, first + count)]
+
+
+@layout(
+    "Kaggle competitions",
+    "train.csv with id,label; train/*.png; test.csv without labels",
+    sizes=(8, 0, 0),
+    classes=("cat", "dog"),
+    about="The folder or the CSV. Paths are relative to the CSV, to a folder of its name or to `images/`, with or without ending.",
+)
+def kaggle(root: Path) -> Path:
+    names = pictures(root / "train", 8)
+    pictures(root / "test", 2, first=8)
+    write(
+        root / "train.csv", "id,label\n" + "".join(f"{name},{('cat', 'dog')[k % 2]}\n" for k, name in enumerate(names))
+    )
+    write(root / "test.csv", "id\np8\np9\n")
+    return root
+
+
+@layout(
+    "A table of paths and labels",
+    "labels.csv, .tsv, .jsonl or .json with path,label,split",
+    sizes=(4, 2, 2),
+    classes=("0", "1"),
+    about="Columns of other names are common ones such as `filename`, `image`, `class`, `category`; the remaining columns can be "
+    "asked for: `--data.only 'hospital=2'`, `--data.group_by`.",
+)
+def table(root: Path) -> Path:
+    names = pictures(root / "images", 8)
+    splits = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    rows = [
+        f"images/{name}.png;{k % 2};{split};{k % 3}" for k, (name, split) in enumerate(zip(names, splits, strict=True))
+    ]
+    return write(root / "labels.csv", "\n".join(["path;label;split;hospital", *rows]))
+
+
+@layout(
+    "Hugging Face's imagefolder with metadata",
+    "train/metadata.jsonl with file_name and label, train/*.png, test/…",
+    sizes=(4, 0, 4),
+    classes=("cat", "dog"),
+    about="`metadata.csv`, too; in each split, or one above them.",
+)
+def imagefolder_metadata(root: Path) -> Path:
+    for part, first in (("train", 0), ("test", 4)):
+        rows = [
+            json.dumps({"file_name": f"{name}.png", "label": ("cat", "dog")[k % 2]})
+            for k, name in enumerate(pictures(root / part, 4, first=first))
+        ]
+        write(root / part / "metadata.jsonl", "\n".join(rows) + "\n")
+    return root
+
+
+@layout(
+    "COCO",
+    "annotations.json with images, annotations, categories",
+    refused="COCO's format of objects in images",
+    about="Write a CSV with one label for each image.",
+)
+def coco(root: Path) -> Path:
+    return write(root / "annotations.json", json.dumps({"images": [], "annotations": [], "categories": []}))
+
+
 @layout(
     "Tiny-ImageNet, as unpacked",
     "tiny-imagenet-200/train/WNID/images/*.JPEG, val/images/*.JPEG, val/val_annotations.txt, wnids.txt, words.txt",

@@ -1,0 +1,309 @@
+"""Image files listed in a table of paths and labels: CSV, TSV, JSON lines or a JSON list, as Kaggle and Hugging Face have them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from clead.data.base import Found, Part, Role, no_images, split_role
+from clead.data.bounded import read_file
+from clead.data.classes import number_labels
+from clead.data.datasets import READERS, Reader
+from clead.data.tables import SUFFIXES, Table, first_rows, read_table
+from clead.errors import UserError
+
+_PATHS = (
+    *(
+        "path",
+        "file",
+        "filename",
+        "file_name",
+        "filepath",
+        "file_path",
+        "image",
+        "image_path",
+        "image_name",
+        "image_file",
+    ),
+    *("img", "img_path", "img_name", "image_id", "imageid", "id"),
+)
+_LABELS = (
+    *("label", "labels", "class", "class_name", "classname", "class_id", "category", "category_id", "target"),
+    *("breed", "species", "diagnosis", "y"),
+)
+_SPLITS = ("split", "subset", "set", "partition", "fold")
+_STEMS = ("metadata", "labels", "annotations", "data", "dataset", "index")
+_FOLDERS = ("images", "image", "imgs", "img", "jpg", "jpeg", "png")
+_ENDINGS = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm"),
+    *(".jfif", ".jpe", ".j2k"),
+)
+
+
+class Listed(NamedTuple):
+    """One image of a table."""
+
+    file: str
+    label: str
+    split: Role | None
+    columns: dict[str, str]
+
+
+def read_table_folder(path: Path) -> Found:
+    """Read the table at ``path``, or those of a folder: train.csv and test.csv, or one for all.
+
+    Raises:
+        UserError: columns are missing, paths lead nowhere or out of the folder, labels are empty or several for one image.
+    """
+    files = [path] if path.is_file() else _tables(path)
+    named = [file for file in files if _role_of(file)]
+    if not named and len(files) > 1:
+        raise UserError(
+            f"{path} holds several tables ({', '.join(file.name for file in files)}); give one of them: --data.path {files[0]}"
+        )
+    listed: list[Listed] = []
+    notes: list[str] = []
+    skipped: list[str] = []
+    for file in named or files:
+        rows, said, left = _listed(file)
+        listed += [row._replace(split=row.split or (_role_of(file) if path.is_dir() else None)) for row in rows]
+        notes, skipped = [*notes, *said], [*skipped, *left]
+    skipped += [f"{file}: a table beside {named[0].name}" for file in files if named and file not in named]
+    if path.is_dir():
+        skipped += [f"{file}: a table without labels" for file in _unlabelled(path)]
+    return _found(listed, path, notes, skipped)
+
+
+def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str]) -> Found:
+    """Return the images in their splits; what has no split, if others have one, is for training."""
+    listed, repeated = _without_repeats(listed, path)
+    if repeated:
+        notes.append(f"{repeated} rows of {path} repeat another and count once")
+    values = [row.label for row in listed]
+    whole = [re.fullmatch(r"([+-]?[0-9]{1,18})(\.0+)?", value) for value in values]
+    numbers = [int(match[1]) for match in whole if match]
+    (numbered,), classes, said = number_labels(numbers if len(numbers) == len(values) else values)
+    parts: dict[str, Part] = {}
+    for split in ("train", "val", "test"):
+        rows = [row for row, each in enumerate(listed) if (each.split or "train") == split]
+        if rows:
+            names = [listed[row].file for row in rows]
+            keys = sorted({key for row in rows for key in listed[row].columns})
+            columns = {key: [listed[row].columns.get(key, "") for row in rows] for key in keys}
+            parts[split] = Part([read_file(Path(name)) for name in names], numbered[rows], names, columns)
+    return Found(
+        parts.get("train", no_images()),
+        parts.get("test", no_images()),
+        classes,
+        parts.get("val"),
+        skipped=tuple(skipped),
+        notes=(*notes, *said),
+        ordered=len(numbers) == len(values),
+        unsplit=not any(row.split for row in listed),
+    )
+
+
+def _without_repeats(listed: list[Listed], path: Path) -> tuple[list[Listed], int]:
+    """Return each image of a split once, and how many rows that leaves out; UserError if one image has several labels."""
+    labels: dict[str, str] = {}
+    for row in listed:
+        if labels.setdefault(row.file, row.label) != row.label:
+            raise UserError(
+                f"{path}: {row.file} has the labels {labels[row.file]!r} and {row.label!r} (objects in "
+                "images, or a multi-label set?), and a classifier here tells one class for each image; keep one row for each image"
+            )
+    once = {(row.file, row.split): row for row in reversed(listed)}
+    kept = [row for row in listed if once[row.file, row.split] is row]
+    return kept, len(listed) - len(kept)
+
+
+def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
+    """Return the images that a table lists, notes, and what is skipped."""
+    table = read_table(file)
+    path_column, label_column = _needed(table, file)
+    split_column, notes = _split_column(table, file)
+    if empty := [line for row, line in zip(table.rows, table.lines, strict=True) if not row[label_column]]:
+        raise UserError(
+            f"{file}: {len(empty)} rows have no label, the first in line {empty[0]}; fill it in or remove the rows"
+        )
+    lists = file.suffix.lower() not in (".csv", ".tsv")
+    if several := [
+        line for row, line in zip(table.rows, table.lines, strict=True) if lists and row[label_column][0] in "[{"
+    ]:
+        raise UserError(
+            f"{file} line {several[0]}: a list of labels makes it a multi-label set, and a classifier here tells one class for "
+            "each image; keep one label"
+        )
+    names = [row[path_column] for row in table.rows]
+    files = _resolved(names, file)
+    others = [k for k in range(len(table.columns)) if k not in (path_column, label_column, split_column)]
+    listed = [
+        Listed(
+            where,
+            row[label_column],
+            split_role(row[split_column]) if split_column is not None else _role_in(name),
+            {table.columns[k]: row[k] for k in others},
+        )
+        for where, name, row in zip(files, names, table.rows, strict=True)
+    ]
+    if split_column is None and not all(row.split for row in listed):  # folders of all, or of none
+        listed = [row._replace(split=None) for row in listed]
+    return listed, [*table.notes, *notes], []
+
+
+def _needed(table: Table, file: Path) -> tuple[int, int]:
+    """Return the numbers of the columns of paths and of labels."""
+    path_column, label_column = _column(table, _PATHS), _column(table, _LABELS)
+    if path_column is None or label_column is None:
+        lacking = "paths (such as path)" if path_column is None else "labels (such as label)"
+        first = ", ".join(table.columns)[:200]
+        missing_header = any(os.path.splitext(cell)[1].lower() in _ENDINGS for cell in table.columns)
+        remedy = "begin the file with a line of column names: path,label" if missing_header else "rename a column"
+        raise UserError(f"{file}: must have a column of {lacking}, got {first}; {remedy}")
+    return path_column, label_column
+
+
+def _column(table: Table, wanted: Sequence[str]) -> int | None:
+    names = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in table.columns]
+    return next((names.index(each) for each in wanted if each in names), None)
+
+
+def _split_column(table: Table, file: Path) -> tuple[int | None, list[str]]:
+    """Return the number of the column that names splits, and a note if a column called so does not."""
+    column = _column(table, _SPLITS)
+    if column is None:
+        return None, []
+    values = Counter(row[column] for row in table.rows)
+    unknown = [value for value in values if split_role(value) is None]
+    if len(unknown) == len(values):
+        some = ", ".join(sorted(values)[:5])
+        return None, [f"{file}: the column {table.columns[column]!r} names no splits ({some}) and is a value"]
+    if unknown:
+        raise UserError(
+            f"{file}: the column {table.columns[column]!r} must name train, val or test, got {unknown[0]!r} in "
+            f"{values[unknown[0]]} rows; rename or remove them"
+        )
+    return column, []
+
+
+def _resolved(names: Sequence[str], table: Path) -> list[str]:
+    """Return the files that a table means; UserError if a name leads out of its folder, or to no file."""
+    root = table.parent
+    outside = [name for name in names if _leaves(name)]
+    if outside:
+        raise UserError(
+            f"{table}: {len(outside)} of {len(names)} paths lead out of its folder, such as {outside[0]!r}; make them relative to "
+            f"{root}"
+        )
+    best: list[str | None] = [None] * len(names)
+    for base in _bases(table):
+        files = _in(base, names)
+        if sum(each is not None for each in files) > sum(each is not None for each in best):
+            best = files
+        if None not in best:
+            break
+    if missing := [name for name, file in zip(names, best, strict=True) if file is None]:
+        raise UserError(
+            f"{table}: {len(missing)} of {len(names)} images are missing, such as {missing[0]!r}; they must lie in {root}, in "
+            f"{root / table.stem} or in {root / _FOLDERS[0]}: put them there, or remove the rows"
+        )
+    real = os.path.realpath(root)
+    files = [file for file in best if file is not None]
+    if linked := [file for file in files if os.path.commonpath([real, os.path.realpath(file)]) != real]:
+        raise UserError(f"{table}: {linked[0]} is a link that leads out of {root}; copy the file there")
+    return files
+
+
+def _leaves(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return (
+        not name
+        or "\0" in name
+        or ".." in parts
+        or name.startswith(("/", "\\", "~"))
+        or bool(re.match("[A-Za-z]:", name))
+    )
+
+
+def _bases(table: Path) -> list[Path]:
+    """Return the folders that paths may be relative to."""
+    stem = table.stem.lower()
+    inside = [table.stem, *_FOLDERS, f"{stem}_images", f"{stem}-images"]
+    return [table.parent, *(base for name in inside if (base := table.parent / name).is_dir())]
+
+
+def _in(base: Path, names: Sequence[str]) -> list[str | None]:
+    """Return for each name the file in ``base``, with or without the file's ending, or None."""
+    stems: dict[str, dict[str, str]] = {}
+    found: list[str | None] = []
+    for name in names:
+        relative = name.replace("\\", "/")
+        file = os.path.join(base, relative)
+        if os.path.isfile(file):
+            found.append(file)
+            continue
+        folder, stem = os.path.split(file)
+        if folder not in stems:
+            entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            stems[folder] = {os.path.splitext(each)[0]: each for each in entries if each.lower().endswith(_ENDINGS)}
+        entry = stems[folder].get(stem)
+        found.append(os.path.join(folder, entry) if entry and os.path.isfile(os.path.join(folder, entry)) else None)
+    return found
+
+
+def _role_in(name: str) -> Role | None:
+    """Return the split that a path begins with, as in train/cat.png."""
+    return split_role(name.replace("\\", "/").split("/")[0])
+
+
+def _role_of(file: Path) -> Role | None:
+    """Return the split that a table is for, as train.csv or train/metadata.csv are."""
+    return split_role(file.stem) or (split_role(file.parent.name) if file.stem in _STEMS else None)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return the tables of a folder by their names, and those of its splits' folders."""
+    inside = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES[:4] and entry.is_file())
+    files = [file for file in inside if file.stem.lower() in _STEMS or split_role(file.stem)]
+    splits = sorted(entry for entry in folder.iterdir() if split_role(entry.name) and entry.is_dir())
+    files += [file for split in splits for kind in SUFFIXES[:4] if (file := split / f"metadata{kind}").is_file()]
+    return files
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Return the tables whose first row leads to an image."""
+    return [file for file in _candidates(folder) if _fits(file)]
+
+
+def _fits(file: Path) -> bool:
+    table = first_rows(file)
+    if table is None or not table.rows or _column(table, _LABELS) is None:
+        return False
+    column = _column(table, _PATHS)
+    name = "" if column is None else table.rows[0][column]
+    return not _leaves(name) and any(_in(base, [name])[0] is not None for base in _bases(file))
+
+
+def _unlabelled(folder: Path) -> list[Path]:
+    """Return the tables that list images without labels, as Kaggle's test.csv does."""
+    tables = {file: first_rows(file) for file in _candidates(folder)}
+    return [
+        file
+        for file, table in tables.items()
+        if table is not None and _column(table, _PATHS) is not None and _column(table, _LABELS) is None
+    ]
+
+
+READERS.register("table")(
+    Reader(
+        "FILE.csv or metadata.jsonl of paths and labels",
+        lambda path: path.suffix.lower() in SUFFIXES if path.is_file() else bool(_tables(path)),
+        read_table_folder,
+        rank=80,
+        includes=("folder",),
+    )
+)
