@@ -23,8 +23,9 @@ from clead.checkpoint import RunDir, load_weights
 from clead.cli import main
 from clead.config import Optim, Train, load_recipe
 from clead.errors import UserError
+from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
-from clead.training import loop
+from clead.training import loop, overfitting
 from clead.training.loop import Interrupted, NonFiniteLoss
 from clead.training.optim import make_optimizer, make_schedule
 
@@ -404,8 +405,13 @@ def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, ca
         run = fit(tmp_path / "run", "--method.name", "pgd_at", "--train.epochs", "4")
     assert run.outcome.collapsed_at == 9 and run.outcome.best_step == 6
     (line,) = [line for line in log(run.path) if line["kind"] == "warning"]
-    assert line["step"] == 9 and "catastrophic overfitting at step 9" in line["message"] and "99.0%" in line["message"]
-    assert caplog.text.count("catastrophic overfitting") == 1
+    assert "the training is unstable" in line["message"]  # the figure on training batches is made up
+    assert (
+        line["step"] == 9
+        and "robust accuracy has collapsed at step 9" in line["message"]
+        and "99.0%" in line["message"]
+    )
+    assert "best 55.0% at step 6" in line["message"] and caplog.text.count("has collapsed") == 1
     assert load_weights(run.path / "best.safetensors")[1]["step"] == 6
 
 
@@ -415,12 +421,121 @@ def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, ca
         (0.9, 0.0, 0.5, True),
         (0.9, 0.45, 0.5, False),  # the usual gap of overfitting
         (0.3, 0.0, 0.5, False),  # everything is bad: no overfitting
-        (0.9, 0.0, 0.05, False),  # never was robust
+        (0.9, 0.0, 0.05, True),  # never was robust under validation
+        (0.45, 0.01, 0.01, True),
+        (0.9, 0.4, 0.05, False),
         (math.nan, 0.0, 0.5, False),  # a method without attack
     ],
 )
 def test_what_counts_as_collapse(training, validation, best, said):
-    assert loop._collapsed(training, validation, best) is said
+    assert overfitting.collapsed(training, validation, best) is said
+
+
+@pytest.mark.parametrize(
+    ("training", "n", "validation", "m", "apart"),
+    [
+        (0.45, 1280, 0.01, 512, True),
+        (0.55, 1280, 0.35, 512, True),
+        (0.55, 1280, 0.45, 512, False),  # by less than 15 points
+        (0.80, 16, 0.50, 16, False),  # by chance
+        (1.00, 4, 0.00, 4, False),
+        (1.00, 64, 0.00, 64, True),
+        (0.10, 1280, 0.60, 512, False),  # validation is better
+        (math.nan, 0, 0.0, 512, False),
+        (0.9, 0, 0.0, 512, False),
+    ],
+)
+def test_when_training_and_validation_part(training, n, validation, m, apart):
+    assert overfitting.parted(training, n, validation, m) is apart
+
+
+class Lagging(nn.Module):
+    """Right in train mode, where the batch is centred; its running mean is far off in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(1, affine=False), nn.Linear(1, 2)
+        self.norm.running_mean.fill_(5.0)
+        self.fc.weight.data, self.fc.bias.data = torch.tensor([[-9.0], [9.0]]), torch.zeros(2)
+
+    def forward(self, x):
+        return self.fc(self.norm(x.flatten(1).mean(1, keepdim=True)))
+
+
+class Bright(nn.Module):
+    """Right by the mean brightness: an image is robust up to its distance of 0.3 from the boundary."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        super().__init__()
+        self.sign = nn.Parameter(torch.tensor(sign))
+
+    def forward(self, x):
+        m = self.sign * 20 * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-m, m], 1)
+
+
+CAUSES = {
+    "modes": (Lagging, None, "--threat.eps 0.05"),
+    "average": (Bright, lambda: Bright(-1.0), "--threat.eps 0.05"),
+    "weak attack": (Bright, None, "--threat.eps 0.4 --attack.name fgsm --attack.step_size 0.01"),
+    "overfitting": (Bright, None, "--threat.eps 0.05"),
+}
+
+
+@pytest.mark.parametrize("kind", CAUSES)
+def test_the_cause_is_measured_and_all_is_left_as_it_was(kind):
+    make, other, overrides = CAUSES[kind]
+    model = make().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    labels = torch.arange(100) % 2
+    images = (255 * (0.2 + 0.6 * labels)).to(torch.uint8)[:, None, None, None].expand(100, 1, 4, 4).contiguous()
+    config = load_recipe("digits-pgd-at", [*overrides.split(), "--data.batch_size", "20"])
+    state, validation = torch.get_rng_state(), 0.3 if kind == "overfitting" else 0.0
+    found = overfitting.cause_of(
+        model,
+        model if other is None else other(),
+        ImageSet(images, labels),
+        config,
+        torch.device("cpu"),
+        1.0,
+        validation,
+    )
+    assert found.kind == kind and (("--" in found.text) or kind == "modes"), found
+    assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in model.parameters())
+    one_step = "one-step overfitting" in found.text
+    assert one_step is (kind == "weak attack")
+
+
+STALE = """
+from torch import nn
+
+def make(num_classes):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8, momentum=1e-6), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(288, num_classes))
+    net[1].running_mean.fill_(-20.0)  # of the images that it was trained on before
+    return net
+"""
+
+
+def test_a_model_whose_statistics_lag_is_told_so_from_the_first_validation_on_and_once(tmp_path, caplog):
+    (tmp_path / "net.py").write_text(STALE)
+    clead.allow_code(f"{tmp_path}/net.py:make")
+    given = f"""--model.name {tmp_path}/net.py:make --threat.eps 0.02 --data.batch_size 128 --train.epochs 4 --train.device cpu
+    --train.validate_every 1 --train.validate_images 200 --attack.steps 2 --optim.lr 0.05"""
+    config = load_recipe("digits-pgd-at", given.split())
+    with caplog.at_level(logging.WARNING, "clead"):
+        run = clead.train(config, out=tmp_path / "run", show=False)
+    lines = [line for line in log(run.path) if line["kind"] == "warning"]
+    assert lines and "attack and forward are in different modes" in lines[0]["message"]
+    assert lines[0]["step"] <= 20 and len(lines) <= 2  # at once, and when it counts as collapsed
+    assert caplog.text.count("different modes") == len(lines)
+
+
+def test_a_healthy_training_gives_no_warning(tmp_path, caplog):
+    given = "--train.epochs 3 --train.validate_every 1 --attack.steps 3 --train.device cpu --train.validate_images 200"
+    run = clead.train(load_recipe("digits-pgd-at", given.split()), out=tmp_path / "run", show=False)
+    assert not [line for line in log(run.path) if line["kind"] == "warning"] and "parts at step" not in caplog.text
 
 
 def test_patience_stops_and_stays_stopped(tmp_path, monkeypatch):

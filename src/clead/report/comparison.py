@@ -43,6 +43,7 @@ def care(run: RunResult, *, many: bool) -> list[str]:
                 f"{who}the check of gradient masking “{check.name}” failed: {first_sentence(check.explanation)}"
             )
     notes += [f"{who}{note.rstrip('.')}." for note in record.notes]
+    notes += [f"{who}training: {line['message']}." for line in run.history if line.get("kind") == "warning"]
     if record.data.split != "test":
         notes.append(f"{who}measured on the {record.data.split} split, not on test images.")
     for attack in record.attacks:

@@ -46,6 +46,7 @@ from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.training.awp import perturbed_weights
 from clead.training.optim import make_optimizer, make_schedule
+from clead.training.overfitting import Cause, cause_of, collapsed, parted
 from clead.training.stored import store_images
 from clead.training.tracking import tensorboard
 from clead.training.trainable import train_classifier_only
@@ -81,6 +82,9 @@ class Position:
     collapsed_at: int = -1
     stopped_early: bool = False
     robust_training: float = math.nan
+    robust_images: int = 0
+    partings: int = 0
+    warned: list[str] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)
     sum_steps: int = 0
 
@@ -375,12 +379,13 @@ def _fit(
         progress(f"train {config.name}", steps, done=at.step, show=show) as tick,
     ):
 
-        def log(kind: str, **figures: float) -> None:
+        def log(kind: str, **figures: float | str) -> None:
             if draw is None:
                 return
             line = {"kind": kind, **_where(at, per_epoch, passes()), **figures}
             run.log(line)
-            draw(line)
+            if kind != "warning":
+                draw(line)
 
         validated: dict[str, float] = {}
         while at.step < steps and not at.stopped_early:
@@ -437,8 +442,9 @@ def _fit(
             at.sum_steps += 1
             if at.step % _LOG_STEPS == 0 or at.step == steps:
                 recent = {name: total / at.sum_steps for name, total in at.sums.items()}
-                at.sums, at.sum_steps = {}, 0
                 at.robust_training = recent.get("robust_accuracy", math.nan)
+                at.robust_images = at.sum_steps * batch_images
+                at.sums, at.sum_steps = {}, 0
                 log("train", learning_rate=float(schedule.get_last_lr()[0]), **recent)
             status = {
                 "loss": loss.item(),
@@ -465,10 +471,12 @@ def _fit(
                     validated = {"validation_clean": clean, "validation_robust": robust}
                     if after_validation is not None and processes.first:
                         after_validation(at.step / steps, clean, robust)
-                    if at.collapsed_at < 0 and _collapsed(at.robust_training, robust, at.best):
-                        at.collapsed_at = at.step
+                    if message := _parting(
+                        at, robust, len(validation), batch_images, model, weighed, splits, config, device, processes
+                    ):
+                        log("warning", message=message)
                         if processes.first:
-                            _say_collapse(at.robust_training, robust, at, run, per_epoch, passes())
+                            _log.warning(message)
                     # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
                     # weights win.
                     score = robust if config.method.uses_attack else clean
@@ -583,19 +591,41 @@ def _where(at: Position, per_epoch: int, passes: float) -> dict[str, Any]:
     }
 
 
-def _collapsed(training: float, validation: float, best: float) -> bool:
-    """Say whether robust training accuracy soars while the multi-step validation accuracy has collapsed (Wong 2020, section 5)."""
-    return training - validation > 0.4 and best > 0.1 and validation < 0.3 * best
-
-
-def _say_collapse(training: float, validation: float, at: Position, run: RunDir, per_epoch: int, passes: float) -> None:
-    message = (
-        f"catastrophic overfitting at step {at.step}: robust accuracy on training batches {training:.1%}, under multi-step "
-        f"validation PGD {validation:.1%} (best {at.best:.1%} at step {at.best_step}); the inner attack has become too weak, "
-        "use more steps, a smaller step or a random start; best.safetensors keeps the weights from before"
-    )
-    run.log({"kind": "warning", **_where(at, per_epoch, passes), "message": message})
-    _log.warning(message)
+def _parting(
+    at: Position,
+    robust: float,
+    n: int,
+    batch_images: int,
+    model: SplitModel,
+    weighed: SplitModel,
+    splits: Splits,
+    config: RunConfig,
+    device: torch.device,
+    processes: Processes,
+) -> str:
+    """Return what to say if robust accuracy on training batches and on n validation images part; once for each cause."""
+    training, images = at.robust_training, at.robust_images
+    if "robust_accuracy" in at.sums and math.isnan(training):  # validated before the first line of the log
+        training, images = at.sums["robust_accuracy"] / at.sum_steps, at.sum_steps * batch_images
+    lost = at.collapsed_at < 0 and collapsed(training, robust, at.best)
+    if lost:
+        at.collapsed_at = at.step
+    if not (lost or parted(training, images, robust, n)):
+        return ""
+    at.partings += 1
+    if not lost and at.partings & (at.partings - 1):  # measured at the 1st, 2nd, 4th, 8th … time
+        return ""
+    cause = Cause("", "the model is spread over processes, so the cause was not measured", {})
+    if processes.size == 1 and not config.train.shard:
+        cause = cause_of(model, weighed, splits.train, config, device, training, robust)
+    if cause.kind in at.warned and not lost:
+        return ""
+    at.warned.append(cause.kind)
+    figures = f"{training:.1%} on training batches, {robust:.1%} under multi-step validation PGD"
+    if not lost:
+        return f"robust accuracy parts at step {at.step}: {figures}: {cause.text}"
+    best = f" (best {at.best:.1%} at step {at.best_step}; best.safetensors keeps those weights)" if at.best > 0 else ""
+    return f"robust accuracy has collapsed at step {at.step}: {figures}{best}: {cause.text}"
 
 
 def _not_finite(step: int, loss: float, metrics: dict[str, torch.Tensor], run: RunDir) -> str:
