@@ -178,7 +178,7 @@ def test_any_callable_is_an_attack():
 
 
 def test_an_attack_that_leaves_the_threat_set_is_caught():
-    with pytest.raises(AssertionError, match="up left the threat set"):
+    with pytest.raises(UserError, match=r"Shift left the threat set on 6 of 6 images: image 0 is 0.0792157 from"):
         evaluate(made()[0], attacks=[NamedAttack("up", Shift(1, 1.01))])
 
 
@@ -417,17 +417,31 @@ def nan_at_bright(h: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        (lambda h: h[:, 0], "must return logits (B, K) for 1 images, got (1,)"),
-        (lambda h: (h, h), "must return logits (B, K) for 1 images, got a tuple"),
+        (lambda h: h[:, 0], "the model gives one logit for two classes, the data has 3 classes"),
+        (lambda h: torch.cat([h, h, h], 1)[:, None], "floating point, got float32 (1, 1, 3); choose the token"),
         (lambda h: torch.cat([h, h], 1), "the model returns 2 logits, the data has 3 classes"),
-        (nan_at_bright, "logits must be finite, got NaN or infinity for images [250, 251, 252, 253, 254] and 1 more"),
-        (lambda h: h @ torch.ones(2, 3), "fails on images torch.float32 (1, 1, 1, 1): RuntimeError"),
+        (
+            lambda h: torch.cat([h, h, h], 1) * torch.nan,
+            "logits must be finite, got NaN or infinity for images [0, 1, 2",
+        ),
+        (lambda h: h @ torch.ones(2, 3), "fails on images of shape (1, 1, 1): RuntimeError"),
     ],
 )
 def test_bad_logits_are_one_line(what, says):
     with pytest.raises(UserError) as caught:
         evaluate(made()[0], model=Returns(what))
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_logits_that_are_nan_at_few_images_count_as_wrong_and_are_named():
+    images, _, _ = made()
+    record = evaluate(images, model=Returns(nan_at_bright)).record
+    assert not any(record.clean_flags[250:]) and not any(record.robust_flags[250:]) and any(record.clean_flags[:250])
+    assert any(
+        "NaN or infinity for images [250, 251, 252, 253, 254, 255], which count as wrong" in n for n in record.notes
+    )
+    assert record.predictions is not None
+    assert all(a != b for a, b in zip(record.predictions.clean[250:], record.predictions.labels[250:], strict=True))
 
 
 def test_bad_images_are_one_line():
@@ -471,7 +485,10 @@ def test_evaluate_of_the_python_api():
         ({"images_": "NaN"}, "images must be finite"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels"),
         ({"labels": torch.full((256,), 3)}, "labels must be in [0, 3), got 3"),
-        ({"labels": torch.zeros(256)}, "labels must be int64"),
+        (
+            {"labels": torch.zeros(256)},
+            "labels must be integers of shape (256,), got torch.float32 (256,); give labels.long()",
+        ),
     ],
 )
 def test_evaluate_says_what_is_wrong(changes, says):
@@ -577,12 +594,14 @@ def test_plausible_inputs_are_taken_or_refused_in_one_line():
     assert torch.equal(x, before)
     one = nn.Sequential(nn.Flatten(), nn.Linear(192, 1))
     for arguments, says in [
-        ((model, x.numpy(), y), "images must be a torch.Tensor, got a ndarray"),
+        ((model, x.tolist(), y), "images must be a torch.Tensor, got a list"),
         ((lambda x: x, x, y), "model must be a torch.nn.Module, got a function"),
-        ((one, x, y * 0), "at least 2 logits per image, got 1"),
+        ((one, x, y * 0 + 2), r"labels must be in \[0, 2\), got 2"),
     ]:
         with pytest.raises(UserError, match=says) as caught:
             clead.evaluate(*arguments)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="needs an encoder/classifier split"):
-        clead.evaluate(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), x, y, suite="adaptive")
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    record = clead.evaluate(bare, x, y, suite="adaptive", eps=0.02, steps=2, **NO_EXTRAS)
+    assert record.attacks and not any("embedding" in attack.name for attack in record.attacks)
+    assert any("the attacks on them are left out" in note and "clead.adapt" in note for note in record.notes)

@@ -425,7 +425,7 @@ def test_an_exception_leaves_the_model_untouched(batch_normed):
 
     model = Before(fails, Restless(copy.deepcopy(batch_normed))).train()
     before = snapshot(model)
-    with pytest.raises(Interrupted):
+    with pytest.raises(UserError, match="Interrupted"):
         run_checks(model, *TEST, LINF)
     assert snapshot(model) == before
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save as to_safetensors
-from torch import Tensor, nn
+from torch import nn
 
+from clead.api.batches import images_and_labels
 from clead.api.opened import (
     data_name,
     data_notes,
@@ -37,8 +38,10 @@ from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet, Splits
 from clead.models.custom import make_module
+from clead.models.external import prepare
 from clead.models.onnx import OnnxModel
-from clead.models.split import adapt
+from clead.models.seeding import seeded
+from clead.models.split import adapt, has_features, wrapped
 from clead.models.split import weights as model_weights
 from clead.report.record import Record, TransferredPart
 from clead.settings import validated
@@ -49,8 +52,8 @@ from clead.weights import load_into, read_weights
 
 def evaluate(
     model: nn.Module,
-    images: Tensor | Iterable[tuple[Tensor, Tensor]],
-    labels: Tensor | None = None,
+    images: Any,
+    labels: Any = None,
     *,
     suite: str = "standard",
     norm: str = "linf",
@@ -58,6 +61,7 @@ def evaluate(
     seed: int = 0,
     classes: Sequence[str] | None = None,
     name: str = "model",
+    output: str | int | None = None,
     state: str | Path | None = None,
     show: bool = False,
     **settings: Any,
@@ -67,13 +71,14 @@ def evaluate(
     Args:
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
         images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
-        labels: (N,) int64 in [0, K).
+        labels: (N,) integers in [0, K).
         suite: standard (AutoAttack), plus, rand, quick, adaptive, queries or pgd.
         norm: linf, l2 or l1 (l0 with suite pgd).
         eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
         seed: of the attacks' randomness.
         classes: K names.
         name: the model's name in the record.
+        output: name or index of the logits, if the model returns more than that and they are not recognised.
         state: a directory; an evaluation that was stopped goes on from there, and removes it in the end.
         show: show progress on stderr.
         **settings: other keys of the ``eval`` group, such as ``batch_size=256``, ``steps=20``, ``check_images=0``.
@@ -89,17 +94,9 @@ def evaluate(
     """
     threat = validated(THREATS.get(norm), {"eps": eps})
     options = validated(Eval, {"suite": suite, "seed": seed, **settings})
-    if labels is None:
-        images, labels = _collected(images)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"model must be a torch.nn.Module, got a {type(model).__name__}; wrap it in one")
-    for name_, value in (("images", images), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise UserError(f"{name_} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
-    assert isinstance(images, Tensor)
-    images, labels = images.detach(), labels.detach()
-    if not labels.is_floating_point():
-        labels = labels.long()
+    kind = type(model).__name__
+    model = wrapped(model, output)
+    images, labels = images_and_labels(images, labels)
     if images.is_floating_point():
         check_inputs(images, labels)
         images = images.float()
@@ -107,14 +104,16 @@ def evaluate(
         check_inputs(images[:1] / 255, labels[:1])
     if len(images) != len(labels):
         raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
-    first = pixels(images[:1])
+    first = pixels(images[:2])
+    with seeded(options.seed):
+        prepare(model, first)
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
     chosen = ImageSet(images.cpu(), labels.cpu())
     if options.images is not None:
         chosen = chosen.subset(torch.arange(min(options.images, len(chosen))))
-    subject = Subject(name, type(model).__name__, "given", "given", options.split, "given", tuple(classes))
+    subject = Subject(name, kind, "given", "given", options.split, "given", tuple(classes))
     where = None if state is None else Path(state)
     evaluation = evaluate_model(model, chosen, threat, options, subject, state=where, show=show)
     assert evaluation is not None
@@ -329,21 +328,6 @@ class ShardDone(Exception):
     """A shard is computed; the record is made when all are."""
 
 
-def _collected(batches: Any) -> tuple[Tensor, Tensor]:
-    """Return images and labels of a loader, on the CPU; raises UserError if it yields anything else."""
-    pairs = []
-    if not isinstance(batches, Tensor) and isinstance(batches, Iterable):
-        for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(p, Tensor) for p in batch):
-                raise UserError(f"batches must be pairs of images and labels, got a {type(batch).__name__}")
-            pairs.append((batch[0].cpu(), batch[1].cpu()))
-    if not pairs:
-        raise UserError(
-            f"labels are missing; give evaluate(model, images, labels) or batches of both, got {batches!r:.60}"
-        )
-    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
-
-
 def _sources(
     paths: Sequence[str | Path], images: ImageSet, num_classes: int, device: torch.device
 ) -> list[tuple[str, nn.Module]]:
@@ -373,10 +357,9 @@ def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits)
         notes = load_into(made, read_weights(weights))
         for note in notes:
             print(f"weights: {note}", file=sys.stderr)
-    try:  # attacks on the embedding need to know where it is
-        return adapt(made, sample_shape=image_shape(splits)).eval(), notes
-    except UserError:
-        return made.eval(), notes
+    # Attacks on the embedding need to know where it is.
+    adapted = adapt(made, sample_shape=image_shape(splits))
+    return adapted if has_features(adapted) else wrapped(made), notes
 
 
 def _own_classes(module: nn.Module) -> Sequence[str] | None:

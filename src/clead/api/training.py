@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.attacks import ATTACKS
+from clead.attacks.run import image_gradient
 from clead.checkpoint import RunDir, environment, load_weights, locked, save_weights, write_atomically
 from clead.config import RunConfig
 from clead.data.base import say_skipped
@@ -22,7 +23,7 @@ from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
-from clead.models.split import SplitModel, adapt
+from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
 from clead.training.loop import AfterValidation, Outcome, device_of, fit
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
@@ -86,10 +87,8 @@ def train(
     splits, new_labels = _as_seen(config, splits, path, show=show)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else build(config, splits)
-    _dry_run(split_model, image_shape(splits), config.to_dict()["model"]["name"])
-    for training in config.trainings():  # before anything is written
-        if layer := getattr(training.method, "contrastive_layer", None):
-            find_layer(split_model, layer)
+    images = min(config.data.batch_size, len(splits.train))
+    _check_model(split_model, config, splits, max(1, images // (config.train.parts or 1)))
     if config.train.start_from is not None:
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
@@ -245,17 +244,64 @@ def _check_labels_hidden(config: RunConfig, teacher: RunConfig, source: str) -> 
         )
 
 
-def _dry_run(model: SplitModel, shape: tuple[int, int, int], name: str) -> None:
-    """Raise UserError, before anything is written, if the model cannot take images of this shape."""
+def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: int) -> None:
+    """Raise UserError, before anything is written, if a training of ``config`` cannot go on with this model.
+
+    It is run in the modes and with the numbers of images that training will use: in evaluation mode, and a copy of it in training
+    mode on 2 images and on ``piece``, as many as go forward at once.
+    """
+    shape, name = image_shape(splits), config.to_dict()["model"]["name"]
+    device = next((p.device for p in model.parameters()), None)
+    for training in config.trainings():
+        if layer := getattr(training.method, "contrastive_layer", None):
+            find_layer(model, layer)
+        if training.method.uses_features:
+            require_features(model, shape, f"method {training.to_dict()['method']['name']}")
+    if not any(True for _ in model.parameters()):
+        raise UserError(
+            f"model {name} has no parameters, so there is nothing to train; evaluate it with clead evaluate"
+        )
+    pixels, budget = torch.Size(shape).numel(), 64 * 3 * 32 * 32
+    counts = {min(2, piece): None, piece if piece * pixels <= budget else 2: None}
     try:
-        parameter = next(model.parameters(), torch.zeros(()))
-        with attack_mode(model), seeded(0), torch.no_grad():
-            model(torch.zeros(2, *shape, device=parameter.device))
-    except UserError:
-        raise
+        with seeded(0):
+            with attack_mode(model), torch.no_grad():
+                model(torch.zeros(2, *shape, device=device))
+            if not isinstance(model, AdaptedModel):
+                return
+            methods = [training.method for training in config.trainings()]
+            if any(method.uses_attack for method in methods):
+                _check_gradient(model, torch.rand(2, *shape).to(device), name)
+            probe = copied(model).train()
+            for count in counts:
+                with torch.no_grad():
+                    logits = probe(torch.rand(count, *shape).to(device))
+                if logits.shape[1] != model.num_classes:
+                    raise UserError(
+                        f"{logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; name the right ones: "
+                        "--model.output NAME"
+                    )
+    except UserError as error:
+        raise UserError(*(f"model {name}: {problem}" for problem in error.problems)) from error
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+
+
+def _check_gradient(model: SplitModel, x: Tensor, name: str) -> None:
+    """Raise UserError if no gradient reaches the images ``x``, which the inner attack climbs; warn if it is 0 everywhere."""
+    gradient = image_gradient(model, x)
+    if gradient is None:
+        raise UserError(
+            "no gradient reaches the images (it detaches them, or runs under no_grad), and adversarial training attacks along it; "
+            "take that out, or --method.name standard"
+        )
+    if not gradient.any():
+        _log.warning(
+            "model %s: the gradient of the logits to the images is 0 everywhere (rounding, argmax or a sign in the model?), so the "
+            "inner attack finds nothing",
+            name,
+        )
 
 
 def _same_config(given: RunConfig, stored: RunConfig) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import call, check_inputs, logits_of, prepared
+from clead.attacks.run import call, check_finite, check_inputs, logits_of, prepared
 from clead.errors import UserError
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
+from clead.models.split import wrapped
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.threats.geometry import per_image
@@ -92,22 +93,20 @@ def smallest(
         x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on wrong
         shapes or ranges, a norm that the attack is not made for, or a gradient that is NaN.
     """
-    name = type(attack).__name__
+    name = repr(type(attack).__name__)
     made_for(attack, norm)
+    model = wrapped(model)
     if not checked:
         check_inputs(x, y)
         check_inputs(x, y, logits_of(model, x[:1]).shape[1])
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
-        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+        x, y = x.detach().clone(), y.detach().clone()
         with torch.no_grad(), prepared(model, x) as answer:
             x_adv = attack.minimal(answer, x, y, norm=norm, generator=generator)
-    if not torch.isfinite(x_adv).all():  # synchronises the device
-        raise UserError(
-            f"the gradient of {name!r} to the images is NaN or infinite, so the attack says nothing; "
-            "look for sqrt, log or division at 0 in the model, or attack in float32"
-        )
+    if not checked:
+        check_finite(x_adv, name)
     return x_adv
 
 

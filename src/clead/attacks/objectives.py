@@ -18,7 +18,7 @@ from clead.losses import contrastive as contrast
 from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.precision import at_least_float32
-from clead.models.split import SplitModel
+from clead.models.split import AdaptedModel, SplitModel
 
 
 @OBJECTIVES.register("cross_entropy")
@@ -149,10 +149,19 @@ def _prototypes(split: SplitModel, x: Tensor) -> Tensor:
     return nn.functional.normalize(weight - weight.mean(0), dim=1)
 
 
+NEED_FEATURES = ("embedding", "contrastive", "supcon", "embedding_logits", "prototype")
+"""Objectives that look at the features; models that have none are attacked without them."""
+
+
 def _split(model: nn.Module, objective: str) -> SplitModel:
+    if isinstance(model, AdaptedModel) and not model.has_features:
+        raise UserError(
+            f"objective {objective!r} needs features, and the logits of {type(model.module).__name__} come from no final "
+            "nn.Linear; name the layer that makes them of features (B, D): --model.classifier NAME"
+        )
     if not isinstance(model, SplitModel):
         raise UserError(
-            f"objective {objective!r} needs an encoder/classifier split, got a {type(model).__name__}; "
+            f"objective {objective!r} needs an encoder/classifier split, got a {type(getattr(model, 'module', model)).__name__}; "
             "wrap it with clead.adapt(model, sample_shape=(C, H, W))"
         )
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
@@ -16,9 +17,16 @@ from clead.interfaces import Attack, Model, Search, Threat
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
+from clead.models.split import wrapped
 from clead.models.windowed import Prepared
 from clead.settings import validated
 from clead.threats import THREATS
+
+_log = logging.getLogger("clead")
+
+
+class AttackError(UserError):
+    """An attack returned something else than an image of its threat set."""
 
 
 def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
@@ -28,9 +36,16 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
             raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
     if x.dim() != 4 or not x.is_floating_point():
         hint = "; divide by 255" if x.dtype == torch.uint8 else ""
+        if x.dim() == 3:
+            hint += "; give x[None] for one image (C, H, W), x[:, None] for grey images (N, H, W)"
         raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
-        raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}")
+        hint = ""
+        if len(y.shape) == 2 and len(y) == len(x):
+            hint = "; give y.argmax(1)" if y.shape[1] > 1 else "; give y.squeeze(1)"
+        elif y.shape == (len(x),):
+            hint = "; give y.long()"
+        raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}{hint}")
     if not len(x):
         raise UserError("there is no image to attack, got a batch of 0")
     if not torch.isfinite(x).all():  # synchronises the device
@@ -50,7 +65,9 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
     least, most = int(y.min()), int(y.max())
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
-        raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}")
+        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else ""
+        hint = "; leave out images without a label" if least == -1 else hint
+        raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}{hint}")
 
 
 def check_norm(attack: Attack | Search, threat: Threat) -> None:
@@ -63,23 +80,21 @@ def check_norm(attack: Attack | Search, threat: Threat) -> None:
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """Return the logits (B, K) of ``model`` in eval mode, without gradients; raises UserError if it fails or returns no such."""
-    kind = type(model).__name__
-    try:
-        with attack_mode(model), torch.no_grad():
-            logits = model(x.clone())  # a model that normalises in place would change the caller's images
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{kind} fails on images {x.dtype} {tuple(x.shape)}: {type(error).__name__}: {reason}"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
-        what = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UserError(f"the model must return logits (B, K) for {len(x)} images, got {what}; return them alone")
-    if logits.shape[1] < 2:
-        raise UserError(f"the model must return at least 2 logits per image, got {logits.shape[1]}; give one per class")
-    return logits
+    model = wrapped(model)
+    with attack_mode(model), torch.no_grad():
+        return model(x)
+
+
+def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
+    """Return the gradient of a projection of the logits to ``x``, (B, C, H, W); None if autograd finds no way to the images."""
+    model = wrapped(model)
+    with attack_mode(model), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = model(x)
+        if not logits.requires_grad:
+            return None
+        projection = torch.arange(1, logits.shape[1] + 1, device=logits.device).sin()
+        return torch.autograd.grad((logits * projection).sum(), x, allow_unused=True)[0]
 
 
 def attack_images(
@@ -105,17 +120,18 @@ def attack_images(
         threat: the set of allowed images around ``x``.
         objective: a name of ``OBJECTIVES``; a search ignores it.
         generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
-        checked: skip the checks of ``x`` and ``y`` because the caller has made them.
+        checked: skip the checks of ``x`` and ``y`` because the caller has made them, and looks for images that are NaN.
         precision: what the search computes in (autocast below float32); its result has to be verified in float32 then.
         exact: search with the model as it is, not as ``prepared`` makes it.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on wrong shapes, ranges or names, or if the
-        attack is not made for this norm.
+        x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified; NaN for an image at which the gradient is not finite: it
+        counts as broken. Raises UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns
+        an image outside, or if the gradient is finite at no image.
     """
-    searching = isinstance(attack, Search)
     check_norm(attack, threat)
     make = OBJECTIVES.get(objective)
+    model = wrapped(model)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
     # A randomised model draws from the global generators: from a stream of its own here, not from the caller's.
@@ -124,20 +140,76 @@ def attack_images(
             check_inputs(x, y)
             _check_labels(y, logits_of(model, x[:1]).shape[1])
         with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
-            x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+            # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
+            x, y = x.detach().clone(), y.detach().clone()
+            given = x.clone()
             with nullcontext(model) if exact else prepared(model, x, precision) as answer:
                 if isinstance(attack, Search):
                     with torch.no_grad():
                         x_adv = attack.search(answer, x, y, threat, generator=generator)
                 else:
                     x_adv = attack(make(model, x, y), x, threat, generator=generator)
-    if not torch.isfinite(x_adv).all():  # synchronises the device
-        what = type(attack).__name__ if searching else f"{objective!r}"
-        raise UserError(
-            f"the gradient of {what} to the images is NaN or infinite, so the attack says nothing; "
-            "look for sqrt, log or division at 0 in the model, or attack in float32"
+    name = getattr(attack, "name", None) or type(attack).__name__
+    x_adv = verified(x_adv, given, threat, name)
+    if not checked:
+        check_finite(x_adv, name if isinstance(attack, Search) else f"{objective!r}")
+    return x_adv
+
+
+def verified(x_adv: Tensor, x: Tensor, threat: Threat, attack: str) -> Tensor:
+    """Return ``x_adv`` if it lies inside the threat set around ``x`` and the pixel box [0, 1].
+
+    Images on which the attack met a gradient that is not finite are NaN, and stay so. Raises AttackError for an image outside,
+    naming ``attack`` and the distance.
+    """
+    if x_adv.shape != x.shape:
+        raise AttackError(f"{attack} must return images of shape {tuple(x.shape)}, got {tuple(x_adv.shape)}")
+    x_adv = x_adv.detach()
+    size = threat.size(x_adv - x)
+    box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
+    allowed = (size <= reach(threat, x)) & box
+    if allowed.all():  # synchronises the device
+        return x_adv
+    if (outside := finite_images(x_adv) & ~allowed).any():
+        index = int(outside.nonzero()[0, 0])
+        low, high = x_adv[index].min().item(), x_adv[index].max().item()
+        raise AttackError(
+            f"{attack} left the threat set on {int(outside.sum())} of {len(x)} images: image {index} is {size[index].item():.6g} "
+            f"from the clean one ({threat.norm}, eps {threat.eps:.6g}), with pixels in [{low:.6g}, {high:.6g}]"
         )
     return x_adv
+
+
+def reach(threat: Threat, x: Tensor) -> float:
+    """Return how large a perturbation of ``x`` may measure: eps and what rounding adds."""
+    half = x.element_size() < 4
+    rounding = threat.size(torch.full_like(x[:1], torch.finfo(x.dtype).eps)).item() if half else 1e-6
+    return threat.eps * (1 + 1e-5) + rounding
+
+
+def finite_images(x_adv: Tensor) -> Tensor:
+    """Return which images are finite in all pixels, (B,): on the others an attack met a gradient that is not."""
+    return torch.isfinite(x_adv).flatten(1).all(1)
+
+
+def check_finite(x_adv: Tensor, what: str) -> None:
+    """Warn of the images of ``x_adv`` that are NaN because the gradient of ``what`` was; raises UserError if all are."""
+    if torch.isfinite(x_adv).all():  # synchronises the device
+        return
+    finite = finite_images(x_adv)
+    lost = (~finite).nonzero()[:, 0].tolist()
+    remedy = "look for sqrt, log or division at 0 in the model, or attack in float32"
+    if len(lost) == len(finite):
+        raise UserError(
+            f"the gradient of {what} to the images is NaN or infinite, so the attack says nothing; {remedy}"
+        )
+    if lost:
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        _log.warning(
+            "the gradient of %s to the images %s%s is NaN or infinite, so no attack on them says anything: they count as broken, "
+            "and are NaN in what comes back; %s",
+            *(what, lost[:10], more, remedy),
+        )
 
 
 @contextmanager

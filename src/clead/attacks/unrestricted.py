@@ -12,11 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import check_inputs, logits_of, prepared
-from clead.errors import UserError
+from clead.attacks.run import check_finite, check_inputs, logits_of, prepared
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
+from clead.models.split import wrapped
 from clead.settings import validated
 
 
@@ -63,6 +63,7 @@ def attack_unrestricted(
     Returns:
         x_adv, (B, C, H, W) in [0, 1]. Raises UserError on wrong shapes, ranges or labels, or if a gradient is not finite.
     """
+    model = wrapped(model)
     if not checked:
         check_inputs(x, y)
         with seeded(0):  # a randomised model would draw from the caller's stream
@@ -71,14 +72,11 @@ def attack_unrestricted(
         generator = torch.Generator(x.device).manual_seed(0)
     # Seeded: a randomised model draws from a stream of its own. A caller's inference mode would refuse any gradient.
     with seeded(zlib.crc32(generator.get_state().numpy().tobytes())), torch.inference_mode(False), attack_mode(model):
-        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+        x, y = x.detach().clone(), y.detach().clone()
         with torch.no_grad(), prepared(model, x) as answer:
             x_adv = attack.worst(answer, x, y, generator=generator)
-    if not torch.isfinite(x_adv).all():  # synchronises the device
-        raise UserError(
-            f"the gradient of {type(attack).__name__} to the images is NaN or infinite, so the attack says nothing; "
-            "look for sqrt, log or division at 0 in the model, or attack in float32"
-        )
+    if not checked:
+        check_finite(x_adv, type(attack).__name__)
     return x_adv
 
 

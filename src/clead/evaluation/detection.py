@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs
+from clead.attacks.run import attack_images, check_inputs, verified
 from clead.data.base import stratified
 from clead.data.loaders import seeded
 from clead.errors import UserError
@@ -485,7 +485,6 @@ class _Job:
                 made = attack_images(
                     how, self.model, part, labels, self.threat, objective=objective, generator=generator, checked=True
                 )
-                self._verify(made, part, name)
                 x_adv[right] = made.cpu()
                 self.state.put(key, {"x_adv": x_adv[here].clone()}, {"seconds": time.monotonic() - start})
             tick(here.stop - here.start, attack=name)
@@ -528,7 +527,7 @@ class _Job:
                         f"the gradient of the margin or of the score of {detector.name} to the images is NaN or infinite, so the "
                         "attack says nothing; look for sqrt, log or division at 0, or evaluate in float32"
                     )
-                self._verify(made, part, f"the attack on {detector.name}")
+                verified(made, part, self.threat, f"the attack on {detector.name}")
                 flags, _, scores = self._verdict([detector], made.cpu(), y[todo])
                 # What the classifier gets wrong is kept if it is less suspicious than what was known.
                 better = flags & (scores[0] < lowest[todo])
@@ -547,11 +546,6 @@ class _Job:
                 scored = [detector.score(self.model, part, outputs) for detector in detectors]
                 scores.append(torch.stack(scored).nan_to_num(nan=-torch.inf).cpu() if scored else torch.empty(0))
         return torch.cat(wrong), torch.cat(margins), list(torch.cat(scores, dim=1).float()) if detectors else []
-
-    def _verify(self, x_adv: Tensor, x: Tensor, name: str) -> None:
-        size = self.threat.size(x_adv - x).max().item()
-        if not size <= self.threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
-            raise AssertionError(f"{name} left the threat set: size {size}, eps {self.threat.eps}")
 
     def _check(self, images: ImageSet) -> None:
         check_inputs(_pixels(images.images), images.labels, self.model.num_classes)

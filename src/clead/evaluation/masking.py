@@ -27,7 +27,7 @@ from clead.interfaces import Objective, Threat
 from clead.losses.precision import at_least_float32
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
-from clead.models.split import SplitModel
+from clead.models.split import has_features, wrapped
 from clead.progress import Tick
 from clead.report.record import CheckPart
 from clead.settings import Ratio
@@ -81,6 +81,7 @@ def run_checks(
         source. Raises UserError on wrong images, labels or logits.
     """
     check_inputs(x, y)
+    model, source = wrapped(model), None if source is None else wrapped(source)
     parts: list[CheckPart] = []
     models = [model] if source is None else [model, source]
     with torch.inference_mode(False), torch.no_grad(), _kept(models), seeded(seed):
@@ -416,7 +417,7 @@ def _agreement(probe: _Probe) -> CheckPart:
     ce, margin = probe.pgd("cross_entropy"), probe.pgd("margin")
     counts = {"cross_entropy": int(ce.sum()), "margin": int(margin.sum())}
     more = 0
-    if isinstance(probe.model, SplitModel):
+    if has_features(probe.model):
         features = probe.pgd("embedding")
         counts["embedding"] = int(features.sum())
         more = int((ce & margin & ~features).sum())

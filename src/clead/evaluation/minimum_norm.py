@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
 from clead.attacks.minimal import MinimumNorm, made_for, smallest
-from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.run import check_finite, check_inputs, finite_images, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.state import State
@@ -109,7 +109,9 @@ def distances(
         candidate = (x + (1 + stretch) * (x_adv - x)).clamp(0, 1) if stretch else x_adv
         moved = measure(candidate - x)
         size = torch.where(left & ~_right(logits_of(model, candidate), y), moved, size)
-    out[right] = size
+    # Where the gradient is not finite nothing is known: the image counts as broken by the smallest change there is.
+    out[right] = torch.where(finite_images(x_adv), size, torch.finfo(size.dtype).tiny)
+    check_finite(x_adv, type(attack).__name__)
     return out
 
 

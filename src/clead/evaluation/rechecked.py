@@ -31,13 +31,16 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
     They must be inside the threat set and classified as the part says, and every broken image that should have been kept must be
     there. "Robust" cannot be seen again without the attack; it rests on the signature.
     """
-    here, (tensors, _) = plan.where(batch), part
+    here, (tensors, data) = plan.where(batch), part
     flags = tensors.get("flags")
     if flags is None or flags.dtype != torch.bool or len(flags) != len(chosen) or (flags & ~chosen).any():
         return False
     number = torch.arange(here.start, here.stop)
     last = stage == len(plan.attacks) - 1
-    wanted = number[chosen & (number < plan.kept) & (~flags | last)]
+    lost = torch.isin(
+        number, torch.tensor(data.get("lost", []), dtype=number.dtype)
+    )  # there is no image that breaks these
+    wanted = number[chosen & (number < plan.kept) & (~flags | last) & ~lost]
     if not chosen.any():
         return True
     index, x_adv = tensors.get("index"), tensors.get("x_adv")

@@ -19,9 +19,19 @@ from clead.attacks import OBJECTIVES
 from clead.attacks.apgd import APGD
 from clead.attacks.external import External
 from clead.attacks.fab import FAB
+from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.pgd import PGD
 from clead.attacks.rays import RayS
-from clead.attacks.run import attack_images, check_inputs, check_norm, logits_of, prepared
+from clead.attacks.run import (
+    attack_images,
+    check_finite,
+    check_inputs,
+    check_norm,
+    finite_images,
+    image_gradient,
+    logits_of,
+    prepared,
+)
 from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
@@ -39,7 +49,7 @@ from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded as global_seed
-from clead.models.split import SplitModel, weights
+from clead.models.split import SplitModel, has_features, weights, wrapped
 from clead.progress import progress
 from clead.report.record import (
     AttackPart,
@@ -55,8 +65,11 @@ from clead.report.record import (
     TrainingPart,
 )
 from clead.settings import Ratio, validated
+from clead.threats.geometry import per_image
 
 _MAP_POINTS = 300
+_TRIED = 8  # images that are asked whether a gradient reaches them
+_OVERFLOW = "look for an overflow, a logarithm or a division by 0 in the model"
 _CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the attacks
 
 
@@ -150,6 +163,7 @@ def evaluate_model(
     evaluation.
     """
     start = time.monotonic()
+    model = wrapped(model)
     if not len(images):
         raise UserError("there is no image to evaluate, got 0")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -160,6 +174,8 @@ def evaluate_model(
     suite_name = "attacks" if attacks is not None else settings.suite
     if attacks is None:
         attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
+        attacks, without = _possible(attacks, model)
+        notes += without
     doubts = (named.attack.doubt(threat) for named in attacks if isinstance(named.attack, External))
     notes += [doubt for doubt in doubts if doubt]
     job = EvaluationPlan(
@@ -176,7 +192,8 @@ def evaluate_model(
     )
     # A caller's inference mode would refuse any gradient.
     with torch.inference_mode(False), exact_float32(), global_seed(settings.seed):
-        gradients = _ready(job)  # all that can be wrong is said before there is a state
+        gradients, seen = _ready(job)  # all that can be wrong is said before there is a state
+        notes += seen
         group = processes.group() if shard is None and not merge else None
         mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
         header = _header(job, mine)
@@ -249,14 +266,13 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
                 store.drop(_from(job, store, batch, -1))
         # All clean images first: a mistake in them is not found hours later, and leaves no state.
         clean = {job.key(b, -1): _clean(job, b, subject) for b in batches if job.key(b, -1) not in store.parts}
-        if broken := [index for _, ids in clean.values() for index in ids]:
-            more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        broken = [index for _, ids in clean.values() for index in ids]
+        if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in clean.values()):
             raise UserError(
-                f"logits must be finite, got NaN or infinity for images {broken[:5]}{more}; "
-                "look for an overflow, a logarithm or a division by 0 in the model"
+                f"logits must be finite, got NaN or infinity for images {_some(broken)}, all there are; {_OVERFLOW}"
             )
-        for key, (tensors, _) in clean.items():
-            store.put(key, tensors, {"seconds": 0.0})
+        for key, (tensors, ids) in clean.items():
+            store.put(key, tensors, {"seconds": 0.0, "broken": ids})
         for batch in batches:
             here = job.where(batch)
             size = here.stop - here.start
@@ -298,13 +314,17 @@ def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str,
     with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
         logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
         if logits.shape[1] != len(subject.classes):
+            single = any("one logit" in note for note in getattr(job.model, "notes", ()))
+            what = "gives one logit for two classes" if single else f"returns {logits.shape[1]} logits"
             raise UserError(
-                f"the model returns {logits.shape[1]} logits, the data has {len(subject.classes)} classes; "
+                f"the model {what}, the data has {len(subject.classes)} classes; "
                 "give data of the classes that it was trained for"
             )
-        broken = (~torch.isfinite(logits).all(1)).nonzero()[:, 0]
-        predicted = logits.argmax(1)
-        flags = predicted == y if job.draws == 1 else _right(job, x, y, job.draws)
+        finite = torch.isfinite(logits).all(1)
+        broken = (~finite).nonzero()[:, 0]
+        # NaN is no answer: taken for any class but the right one.
+        predicted = torch.where(finite, logits.argmax(1), _rivals(logits, y))
+        flags = holds(logits, y) if job.draws == 1 else _right(job, x, y, job.draws)
     tensors = {"flags": flags.cpu(), "predicted": predicted.cpu()}
     return tensors, [here.start + index for index in broken.tolist()]
 
@@ -325,34 +345,42 @@ def _attack(
             "forwards": 0,
             "backwards": 0,
             "largest": 0.0,
+            "lost": [],
         }
     x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
     generator = seeded(job.device, job.settings.seed, stage, batch)
     with CostMeter(job.model) as meter:
         x_adv = _search(job, named, x, y, generator)
         robust = _right(job, x_adv, y, job.draws).cpu()
+    finite = finite_images(x_adv)  # elsewhere the gradient is NaN: the image counts as broken, and is kept as it was
+    if batch == stage == 0 and (len(chosen) > 1 or len(job.images) == 1):
+        check_finite(x_adv, named.name)  # raises if it is so of all: a model of which nothing can be known
+    lost = (chosen[~finite.cpu()] + here.start).tolist()
+    x_adv = torch.where(per_image(finite, x), x_adv, x)
     size = job.threat.size(x_adv - x).max().item()
-    if not job.contains(x_adv, x):
-        raise AssertionError(f"{named.name} left the threat set: size {size}, eps {job.threat.eps}")
     flags[chosen] = robust
     if not robust.all():
         wrong = (~robust).to(job.device)
-        rivals = in_pieces(
-            lambda x, y: logits_of(job.model, x).scatter(1, y[:, None], -torch.inf), x_adv[wrong], y[wrong], job.pieces
-        )
-        predicted[chosen[~robust]] = rivals.argmax(1).cpu()
+        rivals = in_pieces(lambda x, y: _rivals(logits_of(job.model, x), y), x_adv[wrong], y[wrong], job.pieces)
+        predicted[chosen[~robust]] = rivals.cpu()
     # Pictures show the attack that broke the image, else the last one tried.
     last = stage == len(job.attacks) - 1
-    kept = (chosen + here.start < job.kept) & (~robust | last)
+    kept = (chosen + here.start < job.kept) & (~robust | last) & finite.cpu()
     data = {
         "attacked": len(chosen),
         "seconds": time.monotonic() - start,
         "forwards": meter.forwards,
         "backwards": meter.backwards,
         "largest": size,
+        "lost": lost,
     }
     tensors = {"flags": flags, "predicted": predicted, "index": chosen[kept] + here.start, "x_adv": x_adv.cpu()[kept]}
     return tensors, data
+
+
+def _rivals(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the class of the largest logit but the label's, (B,)."""
+    return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
 def _search(job: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -394,8 +422,26 @@ def _right(job: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
     return in_pieces(lambda x, y: right_images(job.model, x, y, draws), x, y, job.pieces)
 
 
-def _ready(job: EvaluationPlan) -> bool:
-    """Say whether the model has a gradient; raises UserError if an attack cannot be made on this model or in this norm."""
+def _possible(attacks: Sequence[NamedAttack], model: nn.Module) -> tuple[list[NamedAttack], list[str]]:
+    """Return the attacks that can be made on ``model``, and a note on those that need features where none are known."""
+    if has_features(model):
+        return list(attacks), []
+    left_out = [named.name for named in attacks if named.objective in NEED_FEATURES]
+    notes = [
+        f"no features of the model are known, so the attacks on them are left out: {', '.join(left_out)}; name the layer that "
+        "makes the logits of features (B, D): --model.classifier NAME (in Python: clead.adapt)"
+    ]
+    possible = [named for named in attacks if named.name not in left_out]
+    if attacks and not possible:
+        raise UserError(*notes)
+    return possible, notes if left_out else []
+
+
+def _ready(job: EvaluationPlan) -> tuple[bool, list[str]]:
+    """Say whether a gradient reaches the images, and what is to be noted of it.
+
+    Raises UserError if an attack cannot be made on this model or in this norm.
+    """
     x, y = job.inputs(slice(0, 1))
     if x.dim() != 4:
         check_inputs(x, y)
@@ -407,10 +453,15 @@ def _ready(job: EvaluationPlan) -> bool:
                 OBJECTIVES.get(named.objective)(
                     job.model, x, y.clamp_min(0)
                 )  # one of the embedding needs a split model
-    with attack_mode(job.model), torch.enable_grad():
-        output = job.model(x.clone().requires_grad_() * 1)  # not a leaf: a model may normalise in place
-    if output.requires_grad:
-        return True
+    if (gradient := image_gradient(job.model, x)) is not None:
+        with global_seed(job.settings.seed):
+            several = image_gradient(job.model, job.inputs(slice(0, _TRIED))[0])
+        if several is not None and not several.any() and not gradient.any():
+            return True, [
+                f"the gradient of the logits to the first {len(several)} images is 0 everywhere (rounding, argmax or a sign in the "
+                "model?), so attacks that climb it find nothing: believe --eval.suite queries only"
+            ]
+        return True, []
     need = [
         named.name
         for named in job.attacks
@@ -418,9 +469,10 @@ def _ready(job: EvaluationPlan) -> bool:
     ]
     if need:
         raise UserError(
-            f"the model gives no gradient to its images, which {', '.join(need)} needs; use --eval.suite queries"
+            f"the model gives no gradient to its images (it detaches them, runs under no_grad, or is no PyTorch code), which "
+            f"{', '.join(need)} needs; use --eval.suite queries"
         )
-    return False
+    return False, []
 
 
 def _curve(job: EvaluationPlan, store: State, show: bool) -> list[CurvePoint]:
@@ -498,6 +550,7 @@ def _evaluation(
             *notes,
             f"clean accuracy is no better than guessing among {len(subject.classes)} classes: are weights and pixels right?",
         ]
+    notes = [*notes, *getattr(job.model, "notes", ()), *_not_finite(job, store)]
     adversarial = pixels(images.images[: job.kept])
     attacks = []
     for stage, named in enumerate(job.attacks):
@@ -521,6 +574,7 @@ def _evaluation(
                 forwards=sum(data["forwards"] for _, data in parts) / n,
                 backwards=sum(data["backwards"] for _, data in parts) / n,
                 largest=max(data["largest"] for _, data in parts),
+                lost=_lost(parts),
             )
         )
         robust = robust & flags
@@ -568,6 +622,33 @@ def _evaluation(
     shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
     artifacts = _artifacts(job.model, images, shown, settings.gallery, job.batch_size, job.device)
     return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
+
+
+def _lost(parts: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> list[int]:
+    return sorted(index for _, data in parts for index in data.get("lost", ()))
+
+
+def _not_finite(job: EvaluationPlan, store: State) -> list[str]:
+    """Return notes on the images whose logits, or gradient under an attack, are not finite."""
+    parts = [store.parts[job.key(batch, -1)] for batch in range(job.batches)]
+    notes = []
+    if broken := [index for _, data in parts for index in data.get("broken", ())]:
+        notes.append(
+            f"logits must be finite, got NaN or infinity for images {_some(broken)}, which count as wrong; {_OVERFLOW}"
+        )
+    for stage, named in enumerate(job.attacks):
+        if lost := _lost([store.parts[job.key(batch, stage)] for batch in range(job.batches)]):
+            notes.append(
+                f"the gradient of {named.name} is NaN or infinite at images {_some(lost)}, which count as not robust; "
+                "look for sqrt, log or division at 0 in the model"
+            )
+    return notes
+
+
+def _some(indices: Sequence[int], most: int = 20) -> str:
+    """Return the first of ``indices`` as text, and how many more there are."""
+    more = f" and {len(indices) - most} more" if len(indices) > most else ""
+    return f"{list(indices[:most])}{more}"
 
 
 def _predictions(job: EvaluationPlan, store: State) -> PredictionsPart | None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import attack_images
+from clead.attacks.run import attack_images, finite_images
 from clead.data.loaders import seeded
 from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat
 from clead.models.modes import attack_mode
+from clead.models.split import wrapped
 
 _CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that go together on a CPU
 
@@ -36,15 +37,16 @@ def exact_float32() -> Generator[None, None, None]:
 
 
 def right_images(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tensor:
-    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest.
+    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest, or a pixel is.
 
     Of a randomised model: right in more than half of the draws.
     """
+    model = wrapped(model)
     votes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with attack_mode(model), torch.no_grad():
         for _ in range(draws):
-            votes += holds(model(x.clone()), y)
-    return 2 * votes > draws
+            votes += holds(model(x), y)
+    return (2 * votes > draws) & finite_images(x)
 
 
 def holds(logits: Tensor, y: Tensor) -> Tensor:

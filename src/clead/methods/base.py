@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clead.attacks.objectives import NEED_FEATURES
 from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
@@ -76,6 +77,11 @@ class Method(ABC):
     def uses_embedding(self) -> bool:
         """Whether a projection head has to be trained; then there is a setting ``embedding_dim``."""
         return False
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the features are looked at, in the loss or by the inner attack; if not, the model needs none."""
+        return self.uses_embedding or not self.uses_classifier or getattr(self, "inner", "") in NEED_FEATURES
 
     @property
     def uses_second_view(self) -> bool:

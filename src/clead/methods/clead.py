@@ -159,6 +159,14 @@ class CLead(Method):
         return self.contrastive_weight > 0 and self.contrastive_level == "embedding"
 
     @property
+    def uses_features(self) -> bool:
+        """Whether the features are contrasted, or the inner attack leads away from them."""
+        contrasted = (
+            self.contrastive_weight > 0 and self.contrastive_level == "features" and self.contrastive_layer is None
+        )
+        return Method.uses_features.fget(self) or contrasted or self.inner_contrastive_weight > 0
+
+    @property
     def uses_second_view(self) -> bool:
         """Whether batches need a second augmentation of their images."""
         return self.contrastive_weight > 0 and self.augmented_view

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from clead.losses.contrastive import Keys
-from clead.models.split import SplitModel
+from clead.models.split import SplitModel, copied
 
 _NOBODY = torch.iinfo(torch.int64).min  # the label of a key without one: no image has it
 
@@ -33,7 +32,7 @@ class MomentumQueue(nn.Module):
 
     def __init__(self, model: SplitModel, size: int, dim: int, momentum: float) -> None:
         super().__init__()
-        self.encoder = copy.deepcopy(model).requires_grad_(False)
+        self.encoder = copied(model).requires_grad_(False)
         self.momentum = momentum
         self.fresh: Keys | None = None
         self.register_buffer("keys", torch.zeros(size, dim))

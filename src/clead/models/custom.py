@@ -27,14 +27,20 @@ _ALLOWED: set[str] = set()  # never filled from a file
 @MODELS.register("custom")
 @settings
 class Custom:
-    """Any ``nn.Module`` from pixels in [0, 1], (B, C, H, W), to logits, (B, K), of a final ``nn.Linear``.
+    """Any ``nn.Module`` from pixels in [0, 1], (B, C, H, W), to logits, (B, K).
 
     The factory is a function or a class; it is called with ``num_classes=`` if it takes that, else with no
     arguments.
     """
 
     factory: str = setting(..., "what makes the model: 'package.module:factory' or 'path/to/file.py:factory'")
-    classifier: str | None = setting(None, "name of the final linear layer, such as fc; none: it is found")
+    classifier: str | None = setting(
+        None,
+        "name of the layer that maps features (B, D) to logits, such as fc; none: the final nn.Linear, if there is one",
+    )
+    output: str | None = setting(
+        None, "name or index of the logits in what the model returns, such as logits or 0; none: recognised"
+    )
     normalize: Literal["data", "none"] = setting(
         "none",
         "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
@@ -66,6 +72,7 @@ class Custom:
             sample_shape=sample_shape,
             num_classes=num_classes,
             classifier=self.classifier,
+            output=self.output,
             normalize=first_layer(self.normalize, mean, std),
         )
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clead.errors import UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, out_of_memory
+from clead.models.external import ExternalModel, ModelError, ModelIO, failure, io_of, materialise, unwrapped
 from clead.models.heads import ProjectionHead
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 
 Observer = Callable[[Tensor, tuple[Tensor, Tensor]], None]
 Join = Callable[[Tensor], Tensor]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class SplitModel(nn.Module, ABC):
@@ -32,9 +35,11 @@ class SplitModel(nn.Module, ABC):
         feature_dim: D.
         projection: p, or None; see ``add_projection``.
         whole: False where processes share the weights out, so that none has all of them outside of a forward.
+        has_features: False where no layer is known that maps features to the logits; ``features`` are the logits then.
     """
 
     projection: nn.Module | None
+    has_features = True
 
     def __init__(self, num_classes: int, feature_dim: int) -> None:
         super().__init__()
@@ -140,18 +145,19 @@ def _keep(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 class AdaptedModel(SplitModel):
-    """Any user's module, kept intact: its final ``nn.Linear`` maps the features to the logits.
+    """Any user's module, kept intact: the input of the layer that makes its logits are the features.
 
     Args:
-        module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K).
+        module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K), or what ``ModelIO`` can pick them out of.
         sample_shape: (C, H, W), for one dry run in evaluation mode.
         num_classes: K of the data; None: as many as the module has.
-        classifier: the name of the final linear layer inside ``module``, such as ``"fc"``; None: found by the
-            dry run.
+        classifier: the name of the layer inside ``module`` that maps features (B, D) to logits, such as ``"fc"``; None: the
+            ``nn.Linear`` whose output the logits are. If there is none, the model has no features (``has_features``).
+        output: which of the module's outputs are the logits, see ``ModelIO``.
         normalize: a layer before the module; None: pixels go in as they are.
 
     ``AdaptedModel.module.state_dict()`` has the module's own keys. Raises UserError if the module fails on
-    that shape, does not return (B, K) logits of the right K, or if no linear layer makes them.
+    that shape, does not return (B, K) logits of the right K, or if ``classifier`` does not get (B, D) features.
 
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> adapted = AdaptedModel(net, sample_shape=(1, 2, 2))
@@ -166,92 +172,151 @@ class AdaptedModel(SplitModel):
         sample_shape: tuple[int, int, int],
         num_classes: int | None = None,
         classifier: str | None = None,
+        output: str | int | None = None,
         normalize: nn.Module | None = None,
     ) -> None:
-        name, linear, logits = _find_classifier(module, sample_shape, classifier)
+        module = unwrapped(module)
+        io = io_of(module, output)
+        name, feature_dim, logits = _find_classifier(module, io, sample_shape, classifier)
         if num_classes is not None and logits.shape[1] != num_classes:
+            final = f"its final layer {name!r}" if name else "it"
             raise UserError(
                 f"{type(module).__name__} returns {logits.shape[1]} logits per image but the data has "
-                f"{num_classes} classes; give its final layer {name!r} {num_classes} outputs"
+                f"{num_classes} classes; give {final} {num_classes} outputs"
             )
-        super().__init__(logits.shape[1], linear.in_features)
+        super().__init__(logits.shape[1], feature_dim)
         self.classifier_name = name
+        self.has_features = name is not None
         self.normalize = nn.Identity() if normalize is None else normalize
         self.module = module
-        linear.register_forward_pre_hook(_keep)
+        self.io = io
+        if name is not None:
+            module.get_submodule(name).register_forward_pre_hook(_keep)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was decided for the user about inputs and outputs."""
+        return self.io.notes
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return h = e(x), (B, D), and g(h), (B, K), from one forward pass; raises ModelError if the module fails."""
+        try:
+            return super().features_and_logits(x)
+        except (KeyboardInterrupt, MemoryError, UserError):
+            raise
+        except BaseException as error:
+            if out_of_memory(error):
+                raise
+            raise failure(self.module, x, error) from error
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         nested = _KEPT.wanted  # an adapted model inside an adapted one: the outer reads, and clears, after it
         _KEPT.wanted = True
         try:
-            logits = self.module(self.normalize(x))
+            picked = self.io.pick(self.module, self.io.answer(self.module, self.normalize(x)), len(x))
             features = _KEPT.features
         finally:
             if not nested:
                 _KEPT.wanted, _KEPT.features = False, None
+        logits = self.io.logits(self.module, picked)
+        if not self.has_features:
+            return logits, logits
         if features is None:
-            raise RuntimeError(
+            raise ModelError(
                 f"the final layer {self.classifier_name!r} did not run in this forward pass; has it been replaced?"
             )
         return features, logits
 
 
 def _find_classifier(
-    module: nn.Module, sample_shape: tuple[int, int, int], classifier: str | None
-) -> tuple[str, nn.Linear, Tensor]:
-    """Run ``module`` once on two images; return its final layer's name, that layer, and the logits."""
-    kind = type(module).__name__
-    layers = dict(module.named_modules())
+    module: nn.Module, io: ModelIO, sample_shape: tuple[int, int, int], classifier: str | None
+) -> tuple[str | None, int, Tensor]:
+    """Run ``module`` once on two images; return the name of the layer that makes the logits, D, and the logits.
+
+    Without such a layer the name is None, and D is the number of logits.
+    """
+    kind, layers = type(module).__name__, dict(module.named_modules())
     if classifier is not None and classifier not in layers:
         linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         raise UserError(f"{kind} has no layer {classifier!r} (classifier); {did_you_mean(classifier, linears)}")
-    if classifier is not None and not isinstance(layers[classifier], nn.Linear):
+    x = torch.zeros(2, *sample_shape, device=next((p.device for p in module.parameters()), None))
+    materialise(module, x)
+    if classifier is not None and isinstance(module, torch.jit.ScriptModule):
         raise UserError(
-            f"layer {classifier!r} of {kind} (classifier) must be an nn.Linear, got {type(layers[classifier]).__name__}"
+            f"classifier: the layers of {kind} cannot be looked at, got {classifier!r}; leave it out, or give the Python module"
         )
-
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    calls: list[tuple[str, nn.Module, Tensor, Any]] = []
+    names = {layer: name for name, layer in layers.items()}
 
     def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(output, Tensor):
-            calls.append((layer, inputs[0], output))
+        if inputs and isinstance(inputs[0], Tensor):
+            calls.append((names[layer], layer, inputs[0], output))
 
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    handles = [layer.register_forward_hook(note) for layer in layers.values() if isinstance(layer, nn.Linear)]
+    looked_at = [layer for name, layer in layers.items() if isinstance(layer, nn.Linear) or name == classifier]
+    handles = [layer.register_forward_hook(note) for layer in looked_at]
     try:
         with seeded(0), attack_mode(module), torch.no_grad():
-            logits = module(torch.rand(2, *sample_shape).to(weight))
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{kind} fails on images of shape {tuple(sample_shape)}: {type(error).__name__}: {reason}"
-        ) from error
+            picked = io.run(module, torch.rand(2, *sample_shape).to(x))
+            logits = io.logits(module, picked)
     finally:
         for handle in handles:
             handle.remove()
-
-    if not isinstance(logits, Tensor):
-        raise UserError(
-            f"{kind} must return a tensor of logits (B, K), got a {type(logits).__name__}; "
-            "wrap it to return logits only"
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
+        io.note(
+            f"{kind} returns probabilities, as after a softmax, where logits belong: let it return the values before that"
         )
-    if logits.ndim != 2 or len(logits) != 2:
-        raise UserError(f"{kind} must return logits (B, K), got shape {tuple(logits.shape)} for 2 images")
-    names = {layer: name for name, layer in layers.items()}
-    for layer, features, output in reversed(calls):
-        chosen = classifier is None or layer is layers[classifier]
-        if chosen and features.ndim == 2 and output.shape == logits.shape and torch.equal(output, logits):
-            assert isinstance(layer, nn.Linear)
-            return classifier or names[layer], layer, logits
     if classifier is not None:
+        seen = [(features, output) for _, layer, features, output in calls if layer is layers[classifier]]
+        if len(seen) == 1 and seen[0][0].dim() == 2 and getattr(seen[0][1], "shape", None) == picked.shape:
+            return classifier, seen[0][0].shape[1], logits
+        got = [f"{tuple(features.shape)} -> {tuple(getattr(output, 'shape', ()))}" for features, output in seen]
         raise UserError(
-            f"the output of layer {classifier!r} (classifier) is not what {kind} returns; "
-            "it must return that layer's raw output, without softmax or scaling"
+            f"layer {classifier!r} of {kind} (classifier) must map features (B, D) to logits, {tuple(picked.shape)}, once in a "
+            f"forward of 2 images, got {', '.join(got) or 'no call'}; {_candidates(module, io, sample_shape)}"
         )
-    raise UserError(
-        f"found no nn.Linear in {kind} whose output is the logits it returns; "
-        "name it (--model.classifier, in Python classifier=...), and return its raw output, without softmax"
-    )
+    for name, _, features, output in reversed(calls):
+        same = isinstance(output, Tensor) and output.shape == picked.shape and torch.equal(output, picked)
+        if same and features.dim() == 2:
+            return name, features.shape[1], logits
+    return None, logits.shape[1], logits
+
+
+def _candidates(module: nn.Module, io: ModelIO, sample_shape: tuple[int, int, int]) -> str:
+    """Return the end of an error that names the layers of ``module`` that could be the classifier."""
+    seen: dict[str, int] = {}
+    shape: Any = None
+    names = {layer: name for name, layer in module.named_modules() if name}
+
+    def note(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        x = inputs[0] if inputs else None
+        if isinstance(x, Tensor) and x.dim() == 2 and len(x) == 2 and getattr(output, "shape", None) == shape:
+            seen[names[layer]] = x.shape[1]
+
+    handles = []
+    try:
+        device = next((p.device for p in module.parameters()), None)
+        with seeded(0), attack_mode(module), torch.no_grad():
+            x = torch.rand(2, *sample_shape).to(device)
+            shape = io.run(module, x).shape
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles = [layer.register_forward_hook(note) for layer in names]
+                io.run(module, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        return "no layer maps features (B, D) to as many outputs: put what does into a module of its own, and name that"
+    choice = ", ".join(f"{name} (D = {size})" for name, size in list(seen.items())[-5:])
+    return f"name the layer that makes them of features (B, D), --model.classifier NAME, one of: {choice}"
+
+
+def require_features(model: SplitModel, sample_shape: tuple[int, int, int], purpose: str) -> None:
+    """Raise UserError if no features of ``model`` are known, naming the layers to choose from; ``purpose`` needs them."""
+    if isinstance(model, AdaptedModel) and not model.has_features:
+        raise UserError(
+            f"{purpose} needs the features, and the logits of {type(model.module).__name__} come from no final nn.Linear; "
+            f"{_candidates(model.module, model.io, sample_shape)}"
+        )
 
 
 def adapt(
@@ -260,13 +325,47 @@ def adapt(
     sample_shape: tuple[int, int, int],
     num_classes: int | None = None,
     classifier: str | None = None,
+    output: str | int | None = None,
 ) -> SplitModel:
     """Return ``module`` as a SplitModel: unchanged if it is one, else as an ``AdaptedModel`` (see there)."""
     if not isinstance(module, SplitModel):
-        return AdaptedModel(module, sample_shape=sample_shape, num_classes=num_classes, classifier=classifier)
+        return AdaptedModel(
+            module, sample_shape=sample_shape, num_classes=num_classes, classifier=classifier, output=output
+        )
     if num_classes is not None and module.num_classes != num_classes:
         raise UserError(f"the model has {module.num_classes} classes but the data has {num_classes}")
     return module
+
+
+def has_features(model: nn.Module) -> bool:
+    """Say whether ``model`` gives features beside its logits."""
+    return isinstance(model, SplitModel) and model.has_features
+
+
+def wrapped(model: nn.Module, output: str | int | None = None) -> nn.Module:
+    """Return ``model`` as something that can be called safely: one of this package as it is, any other as an ``ExternalModel``."""
+    return model if isinstance(model, SplitModel | ExternalModel) else ExternalModel(model, output)
+
+
+def copied(model: AnyModule) -> AnyModule:
+    """Return a deep copy, also of a module that keeps computed tensors as attributes, as ``torch.nn.utils.weight_norm`` does.
+
+    Raises UserError for a model that cannot be copied.
+    """
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    try:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    except Exception as error:
+        kind, reason = type(getattr(model, "module", model)).__name__, (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{kind} cannot be copied, which training needs to measure its cost: {type(error).__name__}: {reason}; keep only "
+            "parameters, buffers and plain values as its attributes"
+        ) from error
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -359,6 +359,10 @@ def _same(func: Callable[..., Tensor], x: Any, **kwargs: Any) -> Any:
     return x
 
 
+def _copy(func: Callable[..., Tensor], x: Any, **kwargs: Any) -> Any:
+    return _Changed(x.memory, x.window, x.row, x.column, x.slot)  # what changes one in place gives it another window
+
+
 def _binary(func: Callable[..., Tensor], x: Any, other: Any, **kwargs: Any) -> Any:
     """Add, subtract, multiply or divide: two windows, or a window and what is the same at all pixels."""
     if isinstance(x, _Changed) and isinstance(other, _Changed):
@@ -538,6 +542,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     functional.max_pool2d: _pool2d,
     functional.pad: _pad,
     Tensor.contiguous: _same,
+    Tensor.clone: _copy,
+    torch.clone: _copy,
     **dict.fromkeys((torch.sigmoid, torch.tanh, functional.gelu, Tensor.sigmoid, Tensor.tanh), _pointwise),
     **dict.fromkeys(
         (

@@ -80,7 +80,8 @@ class AttackPart(_Part):
     In a suite whose attacks follow each other (all but ``pgd``) an attack meets the survivors of those before it, and ``robust``
     and ``flags`` are what is left after it; in ``pgd`` each attack meets all images that are right when clean.
     ``forwards`` and ``backwards`` are passes per evaluated image; ``largest`` is the largest perturbation re-measured
-    in the threat's norm.
+    in the threat's norm. ``lost`` are the indices of images at which the attack met a gradient that is NaN or infinite: nothing is
+    known of them, so they count as broken.
     """
 
     name: str
@@ -93,6 +94,7 @@ class AttackPart(_Part):
     forwards: float
     backwards: float
     largest: float
+    lost: list[int] = Field(default_factory=list)
 
 
 class CurvePoint(_Part):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import signal
@@ -42,7 +41,7 @@ from clead.interfaces import Batch, Splits, StepOutput, Threat
 from clead.methods.base import Step, Views
 from clead.methods.replay import Perturbation
 from clead.models.cost import CostMeter
-from clead.models.split import SplitModel, weights
+from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
 from clead.training.awp import perturbed_weights
 from clead.training.optim import make_optimizer, make_schedule
@@ -123,8 +122,8 @@ def cost_per_image(config: RunConfig, model: SplitModel, images: Batch, memory: 
 
     Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps.
     """
-    probe = copy.deepcopy(model).train()
-    memory = copy.deepcopy(memory)
+    probe = copied(model).train()
+    memory = None if memory is None else copied(memory)
     others = [] if memory is None else [part for part in memory.modules() if isinstance(part, SplitModel)]
     with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
         meters = [stack.enter_context(CostMeter(part)) for part in (probe, *others)]
@@ -313,9 +312,11 @@ def _fit(
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     average: AveragedModel | None = None
     if settings.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        average = AveragedModel(copied(model), multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
     elif settings.swa_start is not None:
-        average = AveragedModel(model, avg_fn=get_swa_avg_fn(), use_buffers=True)  # multi: refuses integer buffers
+        average = AveragedModel(
+            copied(model), avg_fn=get_swa_avg_fn(), use_buffers=True
+        )  # multi: refuses integer buffers
     at = Position()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from clead.config import RunConfig
 from clead.errors import UserError
-from clead.models.split import SplitModel
+from clead.models.split import SplitModel, copied
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _LARGE = 1_000_000
@@ -52,7 +51,7 @@ def sharded(model: SplitModel, processes: int, device: torch.device) -> SplitMod
     """Return a copy of ``model`` whose weights the processes share out; they are gathered block by block where they are used."""
     mesh = init_device_mesh(device.type, (processes,))
     with torch.no_grad():
-        shared = copy.deepcopy(model)
+        shared = copied(model)
         shared.to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
     for block in _blocks(shared):
         fully_shard(block, mesh=mesh)

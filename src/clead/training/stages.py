@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -14,7 +13,7 @@ from clead.checkpoint import RunDir, load_weights, save_weights, write_atomicall
 from clead.config import RunConfig
 from clead.distributed import Processes, local_device, started
 from clead.interfaces import Splits
-from clead.models.split import SplitModel
+from clead.models.split import SplitModel, copied
 from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.trainable import start_from, unfrozen_afterwards
@@ -110,7 +109,7 @@ def _labelled_by(
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
     kept, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
     if processes.first and not kept.exists():
-        trained = copy.deepcopy(model)
+        trained = copied(model)
         start_from(trained, teacher.path, which="last")
         save_weights(kept, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
     processes.wait()

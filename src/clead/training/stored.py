@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clead import __version__
 from clead.attacks.minimal import MinimumNorm, smallest
-from clead.attacks.run import attack_images
+from clead.attacks.run import attack_images, check_finite, finite_images
 from clead.checkpoint import fingerprint
 from clead.config import RunConfig
 from clead.data.base import mixed
@@ -28,6 +28,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.settings import Ratio
+from clead.threats.geometry import per_image
 
 _STREAM = 8  # random starts of stored images, apart from the streams of training
 
@@ -123,6 +124,21 @@ def _known(model: SplitModel, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _attacked(
+    attack: Attack | Search,
+    model: SplitModel,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    *,
+    clip: bool,
+    generator: torch.Generator,
+) -> Tensor:
+    x_adv = _made(attack, model, x, y, threat, clip=clip, generator=generator)
+    check_finite(x_adv, type(attack).__name__)
+    return torch.where(per_image(finite_images(x_adv), x), x_adv, x)  # nothing better is known than the image itself
+
+
+def _made(
     attack: Attack | Search,
     model: SplitModel,
     x: Tensor,

@@ -18,6 +18,11 @@ from clead.weights import load_into, read_weights
 def classifier_of(model: SplitModel) -> nn.Module:
     """Return the linear layer that maps the features to the logits."""
     if isinstance(model, AdaptedModel):
+        if model.classifier_name is None:
+            kind = type(model.module).__name__
+            raise UserError(
+                f"train.trainable classifier: {kind} ends in no nn.Linear; name its layer: --model.classifier NAME"
+            )
         return model.module.get_submodule(model.classifier_name)
     return model.get_submodule("classifier")
 

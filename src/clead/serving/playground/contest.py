@@ -6,7 +6,6 @@ transfers.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from clead.api.opened import evaluated_images
 from clead.api.results import read_record
 from clead.attacks.fmn import FMN
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
+from clead.attacks.run import attack_images, check_finite, finite_images
 from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.base import fingerprint
@@ -30,7 +29,7 @@ from clead.evaluation.minimum_norm import distances
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
-from clead.models.split import SplitModel
+from clead.models.split import SplitModel, copied
 from clead.report.record import Estimate, Record
 from clead.serving.models import Guard, ServedModel
 from clead.serving.playground.choices import (
@@ -138,7 +137,7 @@ def open_contest(
             )
         method = trained.to_dict()["method"]["name"]
         evaluated = (run.path / "results" / "evaluation.json").exists()
-        alone = copy.deepcopy(model.model).requires_grad_(False).eval()
+        alone = copied(model.model).requires_grad_(False).eval()
         device = next((p.device for p in alone.parameters()), torch.device("cpu"))
         record = read_record(run.path) if evaluated else None
         entrants.append(Entrant(model.name, method, alone, model.guard, record, device))
@@ -427,7 +426,8 @@ def attack_leaderboard(
                 entrant, offer.passes(settings.steps), report, place, len(contest.entrants), f"attacking {entrant.name}"
             )
             made = _attack(attack, asked, x[right].to(entrant.device), y[right], threat, settings.seed).cpu()
-            held[right] = torch.tensor([sight.answer for sight in look(entrant, made)]) == y[right]
+            answers = torch.tensor([sight.answer for sight in look(entrant, made)])
+            held[right] = (answers == y[right]) & finite_images(made)
         found.append(
             Standing(
                 entrant.name,
@@ -455,12 +455,8 @@ def _attack(attack: Attack | Search, asked: _Asked, x: Tensor, y: Tensor, threat
     """Return x_adv, verified to be in the threat set."""
     generator = torch.Generator(x.device).manual_seed(seed)
     with exact_float32():
-        x_adv = attack_images(
-            attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, exact=True
-        ).detach()
-    size = float(threat.size(x_adv - x).max())
-    if not size <= threat.eps * (1 + 1e-5) + 1e-6 or x_adv.min() < 0 or x_adv.max() > 1:
-        raise AssertionError(f"{type(attack).__name__} left the threat set: size {size}, eps {threat.eps}")
+        x_adv = attack_images(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, exact=True)
+    check_finite(x_adv, type(attack).__name__)
     return x_adv
 
 
