@@ -250,7 +250,8 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
     It is run in the modes and with the numbers of images that training will use: in evaluation mode, and a copy of it in training
     mode on 2 images and on ``piece``, as many as go forward at once.
     """
-    shape, name = image_shape(splits), config.to_dict()["model"]["name"]
+    shape = image_shape(splits)
+    name = type(model.module).__name__ if isinstance(model, AdaptedModel) else config.to_dict()["model"]["name"]
     device = next((p.device for p in model.parameters()), None)
     for training in config.trainings():
         if layer := getattr(training.method, "contrastive_layer", None):
@@ -278,11 +279,11 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
                     logits = probe(torch.rand(count, *shape).to(device))
                 if logits.shape[1] != model.num_classes:
                     raise UserError(
-                        f"{logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; name the right ones: "
+                        f"model {name} returns {logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; name the right ones: "
                         "--model.output NAME"
                     )
-    except UserError as error:
-        raise UserError(*(f"model {name}: {problem}" for problem in error.problems)) from error
+    except UserError:
+        raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
@@ -293,8 +294,8 @@ def _check_gradient(model: SplitModel, x: Tensor, name: str) -> None:
     gradient = image_gradient(model, x)
     if gradient is None:
         raise UserError(
-            "no gradient reaches the images (it detaches them, or runs under no_grad), and adversarial training attacks along it; "
-            "take that out, or --method.name standard"
+            f"no gradient of {name} reaches the images (it detaches them, or runs under no_grad), and adversarial training attacks "
+            "along it; take that out, or train with --method.name standard"
         )
     if not gradient.any():
         _log.warning(

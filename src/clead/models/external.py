@@ -83,6 +83,9 @@ class ModelIO:
             return output
         return module(x.to(weight))
 
+    def __deepcopy__(self, memo: Any) -> ModelIO:
+        return self  # a copy of the model is called as the model is, and what is said of it is said
+
     def note(self, text: str) -> None:
         """Keep ``text`` for the record, and log it the first time."""
         if text not in self.notes:
@@ -121,7 +124,7 @@ class ModelIO:
             )
         mode = " in train mode" if module.training else ""
         self.note(
-            f"{kind} returns {_listed(tensors)}{mode}: {name!r} is taken for the logits; another one: --model.output"
+            f"{kind} returns {', '.join(tensors)}{mode}: {name!r} is taken for the logits; another one: --model.output NAME"
         )
         return _fitting(module, tensors[name], images)
 
