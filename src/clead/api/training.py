@@ -279,8 +279,8 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
                     logits = probe(torch.rand(count, *shape).to(device))
                 if logits.shape[1] != model.num_classes:
                     raise UserError(
-                        f"model {name} returns {logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; name the right ones: "
-                        "--model.output NAME"
+                        f"model {name} returns {logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; "
+                        "name the right ones: --model.output NAME"
                     )
     except UserError:
         raise
