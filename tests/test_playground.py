@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import time
 import zlib
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from clead.serving.playground import contest as computing
 from clead.serving.playground import pictures
 from clead.serving.playground.choices import OFFERS, AttackSettings, chosen, query, radii, read_query
 from clead.serving.playground.contest import attack_image, attack_leaderboard, declines, open_contest, read_image
-from clead.serving.playground.fence import LARGEST_EVENT, Fence
+from clead.serving.playground.fence import LARGEST_EVENT, Fence, Uploads
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
 
@@ -356,6 +357,77 @@ def test_what_is_sent_is_bounded_and_names_no_address(fenced):
     assert fenced.post(join, content=b" " * (LARGEST_EVENT + 1)).status_code == 413
     assert fenced.post("/playground/gradio_api/upload", content=b"0" * 6000).status_code == 413
     assert fenced.post("/v1/predict", content=b"0" * 6000).status_code == 200
+
+
+def test_refusals_of_the_playground_are_problems(fenced):
+    for answer in (
+        fenced.get("/playground/monitoring"),
+        fenced.post("/playground/gradio_api/queue/join", content=b"{"),
+        fenced.post("/playground/gradio_api/upload", content=b"0" * 6000),
+    ):
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json()["status"] == answer.status_code and answer.json()["detail"]
+
+
+def test_one_file_is_uploaded_at_a_time(fenced):
+    upload = "/playground/gradio_api/upload"
+    assert fenced.post(upload, files=[("files", ("a.png", b"a"))]).status_code == 200
+    assert fenced.post(upload, files=[("files", (f"{i}.png", b"a")) for i in range(2)]).status_code == 422
+    quoted = {"content-type": 'multipart/form-data; boundary="x y"'}
+    assert fenced.post(upload, content=b"--x y\r\n" * 3, headers=quoted).status_code == 422
+
+
+def _stored(folder, number, size):
+    path = folder / f"{number:064x}" / "x.png"
+    path.parent.mkdir()
+    path.write_bytes(bytes(size))
+    return str(path)
+
+
+def test_uploads_have_so_much_room_and_the_oldest_go_first(tmp_path):
+    uploads, paths = Uploads(limit=100, seconds=3600), []
+    for number in range(10):
+        uploads.make_room(30)
+        paths.append(_stored(tmp_path, number, 30))
+        uploads.add(paths[-1], 30)
+        assert sum(file.stat().st_size for file in tmp_path.rglob("*.png")) <= 100
+    assert sorted(map(str, tmp_path.rglob("*.png"))) == paths[-3:] and len(list(tmp_path.iterdir())) == 3
+    uploads.add(paths[-3], 30)  # the same content again: counted once, and young again
+    uploads.make_room(30)
+    assert sorted(map(str, tmp_path.rglob("*.png"))) == [paths[-3], paths[-1]]
+
+
+def test_uploads_go_when_they_are_old_and_a_file_that_is_gone_is_no_error(tmp_path):
+    uploads = Uploads(limit=100, seconds=0.05)
+    for number in range(3):
+        uploads.add(_stored(tmp_path, number, 1), 1)
+    (tmp_path / f"{0:064x}" / "x.png").unlink()
+    time.sleep(0.1)
+    uploads.make_room()
+    assert not uploads.files and not list(tmp_path.rglob("*.png"))
+
+
+def test_what_gradio_makes_of_an_upload_is_counted_and_removed(tmp_path):
+    app, made = FastAPI(), []
+
+    @app.post("/playground/gradio_api/upload")
+    async def stored(request: Request) -> list[str]:
+        made.append(_stored(tmp_path, len(made), len(await request.body())))
+        return [made[-1]]
+
+    app.add_middleware(Fence, path="/playground", files=str(tmp_path), largest_upload=1000)
+    client = TestClient(app)
+    client.get("/playground/")  # builds the middleware
+    fence = app.middleware_stack
+    while not isinstance(fence, Fence):
+        fence = fence.app
+    fence.uploads = Uploads(limit=2000, seconds=3600)
+    for _ in range(6):
+        assert client.post("/playground/gradio_api/upload", files=[("files", ("a.png", bytes(700)))]).status_code == 200
+    assert (
+        sum(file.stat().st_size for file in tmp_path.rglob("*.png")) <= 2000
+        and str(list(fence.uploads.files)[-1]) == made[-1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import uvicorn
 
 import clead
 import clead.cli.serve
 from clead.errors import UserError
+from clead.serving import ServeSettings, create_app
+from clead.serving.hosts import hosts_of
+from clead.serving.models import ServedModel
+from clead.serving.protocol import limited_protocol
+from clead.serving.server import _Server
+
+_SPEC = importlib.util.spec_from_file_location(
+    "faults_serving", Path(__file__).parent.parent / "qa" / "faults_serving.py"
+)
+faults = importlib.util.module_from_spec(_SPEC)
+sys.modules["faults_serving"] = faults
+_SPEC.loader.exec_module(faults)
 
 KEY = "0123456789abcdef"
 OCTETS = {"Content-Type": "application/octet-stream"}
@@ -156,10 +172,159 @@ def test_a_slow_client_does_not_hold_up_another(server):
         assert status == 200 and answer["model"] == "small"
 
 
-def test_no_http_at_all(server):
-    with server.connect() as connection:
-        connection.sendall(b"\x16\x03\x01\x02\x00 hello\r\n\r\n")
-        assert everything(connection).startswith(b"HTTP/1.1 400")
+@pytest.mark.parametrize("fault", [fault for _, fault in faults.FAULTS], ids=[name for name, _ in faults.FAULTS])
+def test_a_hostile_client_gets_a_problem_and_others_are_answered(server, fault):
+    fault(f"http://127.0.0.1:{server.port}")
+
+
+def test_after_all_of_them_the_server_is_whole_and_no_log_line_is_forged(server):
+    status, health = server.request("GET", "/readyz")
+    assert (status, health["status"]) == (200, "ready")
+    rss = next(line for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines() if "VmHWM" in line)
+    assert int(rss.split()[1]) < 2 * 2**20, rss  # KiB: no picture and no array of a few kB filled the memory
+
+
+@contextlib.contextmanager
+def threaded(run, **values):
+    """Serve ``run`` in a thread; give the application, the server and its port."""
+    settings = ServeSettings(threads=1, detector=None, **values)
+    app = create_app([run], settings)
+    app.state.hosts = hosts_of(settings.allowed_hosts, "127.0.0.1", "127.0.0.1")
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(settings, app.state.metrics),
+        ws="none",
+        log_config=None,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    bound = socket.create_server(("127.0.0.1", 0))
+    server, port = _Server(config), bound.getsockname()[1]
+    thread = threading.Thread(target=lambda: server.run(sockets=[bound]))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield app, server, port
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def opened(port, content=b""):
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall(content)
+    return connection
+
+
+GET = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def test_one_address_has_so_many_connections_and_those_too_many_are_told(run):
+    with threaded(run, max_per_client=2, max_connections=4) as (app, server, port), contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(opened(port)) for _ in range(2))
+        while len(server.server_state.connections) < 2:
+            time.sleep(0.01)
+        answer = everything(stack.enter_context(opened(port, GET)))
+        assert answer.startswith(b"HTTP/1.1 429") and b"retry-after: 1" in answer and b"--max-per-client" in answer
+        started = time.monotonic()
+        silent = stack.enter_context(opened(port))
+        with contextlib.suppress(ConnectionResetError):
+            assert everything(silent) == b""
+        assert time.monotonic() - started < 10  # not the 20 seconds of those within the limit
+        first.sendall(GET)
+        assert everything(first).startswith(b"HTTP/1.1 200")
+        assert everything(stack.enter_context(opened(port, GET))).startswith(b"HTTP/1.1 200")  # a place is free again
+        text = app.state.metrics.text()
+    assert b'clead_connections_refused_total{reason="too_many"} 2.0' in text
+    assert b'clead_connections_refused_total{reason="slow_head"} 1.0' in text
+
+
+def test_twice_as_many_connections_as_allowed_are_never_open(run):
+    with threaded(run, max_connections=3) as (_, server, port), contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(opened(port))
+        time.sleep(0.2)
+        assert len(server.server_state.connections) <= 6
+
+
+def test_a_body_that_drips_is_cut_off_before_the_time_for_all(run, monkeypatch):
+    monkeypatch.setattr("clead.serving.reading._GRACE", 0.2)
+    with threaded(run, min_rate=10_000) as (_, _, port), opened(port, head(5000)) as connection:
+        started = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - started < 10:
+                connection.sendall(b"x")
+                connection.settimeout(0.05)
+                with contextlib.suppress(TimeoutError):
+                    answer = connection.recv(65536)
+                    break
+        assert time.monotonic() - started < 10
+        assert answer.startswith(b"HTTP/1.1 408") and b"10000 bytes per second" in answer
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_health_is_answered_while_the_model_works_and_head_has_no_body(run, monkeypatch, method):
+    go, computing, plain = threading.Event(), threading.Event(), ServedModel.answer
+
+    def slow(self, images):
+        computing.set()
+        assert go.wait(60)
+        return plain(self, images)
+
+    monkeypatch.setattr(ServedModel, "answer", slow)
+    with threaded(run) as (_, _, port), opened(port, head(len(body())) + body()) as working:
+        assert computing.wait(60)
+        with opened(port, GET.replace(b"GET", method.encode())) as other:
+            answer, _, content = everything(other).partition(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200") and (content == b"") == (method == "HEAD")
+        go.set()
+        assert working.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_what_is_not_answered_when_the_time_for_stopping_is_over_is_told_so(run, monkeypatch):
+    go, computing = threading.Event(), threading.Event()
+
+    def stuck(self, images):
+        computing.set()
+        assert go.wait(60)
+        raise RuntimeError
+
+    monkeypatch.setattr(ServedModel, "answer", stuck)
+    with threaded(run, drain_seconds=1) as (_, server, port), opened(port, head(len(body())) + body()) as waiting:
+        assert computing.wait(60)
+        server.should_exit = True
+        answer = everything(waiting)
+        assert (
+            answer.startswith(b"HTTP/1.1 503") and b"retry-after: 5" in answer and b"application/problem+json" in answer
+        )
+        go.set()
+
+
+def test_a_start_that_fails_is_no_success(run, monkeypatch):
+    from clead.serving import serve
+
+    def broken(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("clead.serving.batching.Batcher.start", broken)
+    monkeypatch.setattr("clead.serving.server.log_as_json", contextlib.nullcontext)
+    settings = ServeSettings(threads=1, detector=None)
+    with pytest.raises(SystemExit) as caught:
+        serve(lambda: create_app([run], settings), settings, port=0, say=lambda _: None)
+    assert caught.value.code not in (0, None)
+
+
+def test_all_names_are_answered_to_only_where_that_is_said(run, monkeypatch):
+    from clead.serving import serve
+
+    monkeypatch.setattr("clead.serving.server.log_as_json", contextlib.nullcontext)
+    for names, said in ((("*",), True), ((), False)):
+        settings, lines = ServeSettings(threads=1, detector=None, allowed_hosts=names), []
+        monkeypatch.setattr(_Server, "run", lambda self, sockets: None)
+        app = create_app([run], settings)
+        serve(lambda app=app: app, settings, port=0, say=lines.append)
+        assert any("--allowed-hosts *" in line for line in lines) is said and (app.state.hosts is None) is said
 
 
 def test_sigterm_finishes_the_request_in_work_and_tells_new_ones_so(run):
@@ -205,6 +370,30 @@ def test_a_second_server_on_the_run_with_a_key_in_a_file_and_its_log(run, server
     assert KEY not in other.log
 
 
+def test_a_log_that_nobody_reads_holds_up_nothing():
+    from clead.serving.logs import JsonFormatter, _Aside
+
+    reading, writing = os.pipe()
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as stream:
+        handler = _Aside(stream, most=50)
+        handler.setFormatter(JsonFormatter())
+        started = time.monotonic()
+        for _ in range(300):
+            handler.emit(logging.makeLogRecord({"msg": "x" * 2000, "levelno": 20}))  # 600 kB, a pipe takes 64
+        assert time.monotonic() - started < 10
+        with os.fdopen(reading) as reader:
+            lines = []
+            while len(lines) < 50:
+                lines.append(json.loads(reader.readline()))
+            handler.emit(logging.makeLogRecord({"msg": "last", "levelno": 20}))
+            while lines[-1]["message"] != "last":
+                lines.append(json.loads(reader.readline()))
+        dropped = [line["count"] for line in lines if line["message"] == "log lines dropped"]
+        assert len(dropped) == 1 and dropped[0] + len(lines) - 2 == 300
+        handler.emit(logging.makeLogRecord({"msg": "nobody reads any more", "levelno": 20}))
+        handler.finish(10)
+
+
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
     from clead.cli.application import app
 
@@ -221,6 +410,7 @@ def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
         assert f"--port {port} of 127.0.0.1 is in use" in mistake(tmp_path, "--port", port)  # before a run is looked at
     assert "--host 192.0.2.1" in mistake(run, "--host", "192.0.2.1")
     assert "serve.max_batch" in mistake(run, "--max-batch", 0)
+    assert "without http://" in mistake(run, "--allowed-hosts", "https://demo.example.org")
     assert "'tensorrt'" in mistake(run, "--engine", "tensorrt")
     assert "--api-key-file" in mistake(run, "--api-key-file", tmp_path / "nothing")
     assert "is not a run directory" in mistake(tmp_path, "--port", 0)

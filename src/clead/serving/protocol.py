@@ -124,8 +124,13 @@ def limited_protocol(settings: ServeSettings, metrics: Metrics) -> type[asyncio.
             reason = {414: "head_too_large", 431: "head_too_large"}.get(problem.status, "malformed")
             metrics.connections.labels(reason).inc()
             metrics.requests.labels("other", str(problem.status)).inc()
-            if self.cycle is None or self.cycle.response_complete:
+            cycle = self.cycle
+            waits = cycle is not None and not cycle.response_started and not self.pipeline
+            if cycle is None or cycle.response_complete or waits:
                 self.transport.write(raw(problem))
+            if waits:  # for the rest of a body that is broken
+                cycle.disconnected = True
+                cycle.message_event.set()
             self.linger()
 
         def linger(self) -> None:

@@ -65,7 +65,6 @@ def serve(
         app = make()
         shown, taken = bound.getsockname()[:2]
         app.state.hosts = hosts_of(settings.allowed_hosts, host, shown)
-        log_as_json()
         config = uvicorn.Config(
             app,
             http=limited_protocol(settings, app.state.metrics),
@@ -82,8 +81,8 @@ def serve(
             say(
                 "--allowed-hosts *: any name in Host and Origin is answered to, so pages from elsewhere can use this server"
             )
-        log.info("listening", extra={"host": shown, "port": taken, "models": list(app.state.models)})
-        with _stopped_quietly():
+        with log_as_json(), _stopped_quietly():
+            log.info("listening", extra={"host": shown, "port": taken, "models": list(app.state.models)})
             _Server(config).run(sockets=[bound])
     finally:
         bound.close()
