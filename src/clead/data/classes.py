@@ -55,7 +55,7 @@ def number_labels(
 
     >>> labels, names, notes = number_labels([1, 2, 3], [3])
     >>> labels, names, notes[0][:35]
-    ([tensor([0, 1, 2]), tensor([2])], ('1', '2', '3'), 'labels are not 0 … 2 but 1, 2, 3: n')
+    ([tensor([0, 1, 2]), tensor([2])], ('1', '2', '3'), 'labels begin at 1, not at 0, they ')
     """
     arrays = [np.asarray(split) for split in splits]
     filled = [array for array in arrays if array.size]
@@ -70,8 +70,9 @@ def number_labels(
         note = f"no image has the label {_listed(list(map(str, empty)))}" if empty else None
         return list(map(torch.from_numpy, numbers)), names, (note,) if note else ()
     names = tuple(map(str, values.tolist()))
+    kind = f"begin at {names[0]}, not at 0" if values[0] > 0 else f"are not 0 … {len(names) - 1}"
     note = (
-        f"labels are not 0 … {len(names) - 1} but {_listed(names)}: numbered 0 … {len(names) - 1} in ascending order, "
+        f"labels {kind}, they are {_listed(names)}: numbered 0 … {len(names) - 1} in ascending order, "
         f"so class number 0 is {names[0]!r}"
     )
     labels = [np.where(array < 0, array, np.searchsorted(values, array)) for array in numbers]
