@@ -18,6 +18,8 @@ ORDER = [
     *(
         "errors",
         "signature",
+        "output",
+        "atomic_io",
         "registry",
         "settings",
         "interfaces",

@@ -9,13 +9,13 @@ import pickle
 import random
 import shlex
 import shutil
-import tempfile
 
 import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
 import clead
+from clead import atomic_io
 from clead.checkpoint import (
     _MAGIC,
     RunDir,
@@ -69,9 +69,8 @@ def no_space(*args, **kwargs):
 class _FullFile:
     """A temporary file on a full disk: some bytes fit, the rest does not."""
 
-    def __init__(self, *args, **kwargs):
-        self.file = _real_temporary_file(*args, **kwargs)
-        self.name = self.file.name
+    def __init__(self, file):
+        self.file = file
 
     def __enter__(self):
         return self
@@ -84,7 +83,12 @@ class _FullFile:
         no_space()
 
 
-_real_temporary_file = tempfile.NamedTemporaryFile
+_real_temporary = atomic_io._temporary
+
+
+def _full_file(path):
+    temporary, file = _real_temporary(path)
+    return temporary, _FullFile(file)
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace", "write", "mkdir"])
@@ -92,7 +96,7 @@ def test_a_full_disk_leaves_the_old_file(where, tmp_path, monkeypatch):
     path = tmp_path / "folder" / "file"
     write_atomically(path, b"old")
     if where == "write":
-        monkeypatch.setattr(tempfile, "NamedTemporaryFile", _FullFile)
+        monkeypatch.setattr(atomic_io, "_temporary", _full_file)
     else:
         monkeypatch.setattr(os, where, no_space)
     target = tmp_path / "new" / "file" if where == "mkdir" else path
@@ -210,7 +214,7 @@ def test_pickles_are_refused_unread(kind, tmp_path):
 
 def test_missing_and_empty_weights(tmp_path):
     error(lambda: load_weights(tmp_path / "none"), "no weights at")
-    error(lambda: load_weights(tmp_path), "no weights at")
+    error(lambda: load_weights(tmp_path), "must be a file, it is a folder")
     (tmp_path / "empty").write_bytes(b"")
     error(lambda: load_weights(tmp_path / "empty"), "truncated")
 
@@ -315,7 +319,7 @@ def test_log_survives_kill_and_full_disk(tmp_path, monkeypatch):
     error(run.history, "line 2 is damaged")
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()  # stands for a disk that refuses
-    error(lambda: run.log({"step": 1}), "cannot write", "--resume")
+    error(lambda: run.log({"step": 1}), "cannot write", "it is a folder")
 
 
 def states(run, count):
@@ -394,7 +398,7 @@ def test_a_stop_between_the_renames_loses_nothing(stop, how, tmp_path, monkeypat
 def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     states(run, 2)
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", _FullFile)
+    monkeypatch.setattr(atomic_io, "_temporary", _full_file)
     error(lambda: run.save_state({"number": 2}), "No space left on device")
     assert run.load_state()[0]["number"] == 1
     assert names(tmp_path) == ["resume.previous.state", "resume.state"]

@@ -1,6 +1,5 @@
 """Faults, injected: whatever stops a run, what continues afterwards equals what was never stopped."""
 
-import builtins
 import errno
 import io
 import json
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,8 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clead
-from clead import api, cli
-from clead.checkpoint import RunDir, locked
+from clead import api, atomic_io, cli
+from clead.atomic_io import locked
+from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.training.loop import NonFiniteLoss
@@ -100,18 +99,34 @@ def test_the_committed_record_shows_no_difference():
 # ------------------------------------------------------------------------------------------------ the disk
 
 
+class Written:
+    """A file with another ``write``."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
 class Disk:
     """Refuses the k-th thing that is done to it, and all after that: a temporary file opened, written, synchronised, renamed, and
     a line appended."""
 
     def __init__(self, monkeypatch, refuse_at, number):
         self.done, self.refuse_at, self.number = 0, refuse_at, number
-        named, fsync, replace, opened = tempfile.NamedTemporaryFile, os.fsync, os.replace, io.open
+        named, fsync, replace, opened = atomic_io._temporary, os.fsync, os.replace, os.open
         disk = self
 
         def temporary(*args, **keys):
             disk.asked()
-            file = named(*args, **keys)
+            path, file = named(*args, **keys)
             write = file.write
 
             def written(data):
@@ -120,8 +135,7 @@ class Disk:
                     disk.refuse()
                 return write(data)
 
-            file.write = written
-            return file
+            return path, Written(file, written)
 
         def asked_first(real):
             def call(*args, **keys):
@@ -130,16 +144,15 @@ class Disk:
 
             return call
 
-        def open_(path, mode="r", *args, **keys):
-            if "a" in mode and str(path).endswith(".jsonl"):
+        def open_(path, flags, *args, **keys):
+            if flags & os.O_APPEND and str(path).endswith(".jsonl"):
                 disk.asked()
-            return opened(path, mode, *args, **keys)
+            return opened(path, flags, *args, **keys)
 
-        monkeypatch.setattr(tempfile, "NamedTemporaryFile", temporary)
+        monkeypatch.setattr(atomic_io, "_temporary", temporary)
         monkeypatch.setattr(os, "fsync", asked_first(fsync))
         monkeypatch.setattr(os, "replace", asked_first(replace))
-        monkeypatch.setattr(io, "open", open_)
-        monkeypatch.setattr(builtins, "open", open_)
+        monkeypatch.setattr(os, "open", open_)
 
     def full(self, *, count=False):
         self.done += count
@@ -293,7 +306,7 @@ def test_two_trainings_in_one_directory(whole, tmp_path, monkeypatch):
 HOLDER = """
 import sys
 from pathlib import Path
-from clead.checkpoint import locked
+from clead.atomic_io import locked
 with locked(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     sys.stdin.read()

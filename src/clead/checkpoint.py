@@ -22,9 +22,9 @@ import platform
 import re
 import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Collection, Generator, Mapping
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,86 +34,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
+from clead.atomic_io import (
+    append_line,
+    check_inside,
+    open_regular,
+    read_json_lines,
+    read_regular,
+    remove_leftovers,
+    truncate,
+    write_atomically,
+)
 from clead.config import RunConfig, parse_yaml, yaml_text
-from clead.errors import UserError
+from clead.errors import UserError, printable
 from clead.models.file_kinds import is_pickle
 from clead.signature import is_signed, owned, sign
 
 _MAGIC = b"clead-state-1\n"
 _SIGNED = b"\nclead-signature-1 "  # after the payload, with the digest's signature in hex
 _LARGEST_HEADER = 16_000_000  # some 100,000 tensors; the library's own limit is 100 MB
+_LARGEST_STATE = 64 * 2**30
 # Newest first: a kill between the two renames of save_state leaves the newest state under its staging name.
 _STATES = ("resume.next.state", "resume.state", "resume.previous.state")
 
 PROJECTION = "projection.safetensors"
 _WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
 _WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; raises UserError if the disk refuses, and leaves what was there before."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another directory"
-        ) from error
-    except BaseException:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(folder: Path, names: Collection[str]) -> None:
-    """Remove what a kill in the middle of ``write_atomically`` left in ``folder`` of the files called ``names``."""
-    for left in folder.glob(".*"):
-        if left.name.startswith(tuple(f".{name}." for name in names)):
-            left.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, message: str) -> Generator[None, None, None]:
-    """Keep other processes out of ``folder``, which is made if need be, while the block runs.
-
-    The lock goes with the process that holds it, however that ends, and leaves no file. Raises UserError(message) if another
-    process has it. Without locks (Windows, some network file systems) two processes at once are the user's affair.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY) if fcntl is not None else None
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; free some space or choose another directory"
-        ) from error
-    if fcntl is None or handle is None:
-        yield
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(message) from None
-        except OSError:  # no locks on this file system
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -130,13 +75,11 @@ def _checksum(content: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return (weights, metadata as texts) of a safetensors file; raises UserError if it is missing, truncated or a pickle."""
-    if not path.is_file():
-        raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(16)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); mend its permissions") from None
+    except FileNotFoundError:
+        raise UserError(f"no weights at {path}; train first, or give the path of a .safetensors file") from None
     if is_pickle(head):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
     size = int.from_bytes(head[:8], "little")
@@ -199,6 +142,17 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _stored_as_is(payload: bytes) -> bool:
+    """Say whether a state is an archive as PyTorch writes it, without compression, which could make gigabytes of a small file."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    return stored and sum(member.file_size for member in members) <= len(payload)
 
 
 def command() -> str:
@@ -277,6 +231,7 @@ class RunDir:
                 f"one of the runs in it, such as {path / inside[0]}" if inside else "a directory that clead train made"
             )
             raise UserError(f"{path} is not a run directory (no config.yaml in it); give {made}")
+        check_inside(path)
         return RunDir(path)
 
     def weights(self, which: str) -> Path:
@@ -287,7 +242,7 @@ class RunDir:
     @property
     def name(self) -> str:
         """The directory's name."""
-        return self.path.resolve().name
+        return printable(self.path.resolve().name)
 
     def config(self) -> RunConfig:
         """Return the run's complete configuration."""
@@ -299,32 +254,16 @@ class RunDir:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path}/metrics.jsonl: {error.strerror}; free some space, then --resume"
-            ) from error
+        append_line(self.path / "metrics.jsonl", json.dumps(line))
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that a kill or a full disk cut off is left out."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        found = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                found.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError):
-                if number < len(lines):
-                    raise UserError(f"{path} line {number} is damaged; remove that line") from None
-        return found
+        return read_json_lines(self.path / "metrics.jsonl")
 
     def truncate_log(self, size: int) -> None:
         """Cut metrics.jsonl back to ``size`` bytes, so that a resumed run does not log a step twice."""
         # Never longer: a power cut may have lost lines that the state counts, and truncating upwards writes zeros.
-        if self.log_size() > size:
-            os.truncate(self.path / "metrics.jsonl", size)
+        truncate(self.path / "metrics.jsonl", size)
 
     def log_size(self) -> int:
         """Return the size of metrics.jsonl in bytes."""
@@ -362,10 +301,10 @@ class RunDir:
             path = self.path / name
             if not path.exists():
                 continue
-            content = path.read_bytes()
+            content = read_regular(path, _LARGEST_STATE)
             digest, payload = content[len(_MAGIC) : len(_MAGIC) + 32], content[len(_MAGIC) + 32 :]
             payload, signature = _unsigned(payload)
-            if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest:
+            if content.startswith(_MAGIC) and hashlib.sha256(payload).digest() == digest and _stored_as_is(payload):
                 # weights_only: a checksum is no signature, and a pickle could run code; whatever torch.load says then,
                 # the file is of no use.
                 with contextlib.suppress(Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clead.api import compare, evaluate_run, train, write_report
-from clead.checkpoint import write_atomically
+from clead.atomic_io import write_atomically
 from clead.config import load_recipe
 from clead.errors import MissingExtra, UserError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -15,14 +16,14 @@ class UserError(ValueError):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(map(_printable, problems))
+        self.problems = tuple(map(printable, problems))
         super().__init__("\n".join(self.problems))
 
 
-def _printable(text: str) -> str:
-    r"""Return ``text`` on one line.
+def printable(text: str) -> str:
+    r"""Return ``text`` on one line, without codes that command a terminal.
 
-    >>> print(_printable("unknown key 'a\nb\x1b[2J'"))
+    >>> print(printable("unknown key 'a\nb\x1b[2J'"))
     unknown key 'a\nb\x1b[2J'
     """
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
@@ -49,8 +50,34 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(shown) or 'none'}{more}"
 
 
+class NotEnoughMemory(UserError):
+    """Memory was too small; the message names the keys to lower."""
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether a device's memory was too small; PyTorch has a class for this on CUDA, and none on CPU."""
-    return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("out of memory", "can't allocate memory")
+    """Say whether memory was too small; PyTorch has a class for this on CUDA and none on CPU, Python and NumPy have MemoryError."""
+    return isinstance(error, (MemoryError, NotEnoughMemory)) or (
+        isinstance(error, RuntimeError)
+        and any(said in str(error) for said in ("out of memory", "can't allocate memory", "bad_alloc"))
     )
+
+
+@contextmanager
+def memory_of(doing: str, *keys: str) -> Generator[None, None, None]:
+    """Name ``keys``, which decide how much memory the block takes, if there is too little: raises NotEnoughMemory.
+
+    >>> with memory_of("reading the images", "data.limit_train"):
+    ...     raise MemoryError
+    Traceback (most recent call last):
+        ...
+    clead.errors.NotEnoughMemory: not enough memory for reading the images; lower data.limit_train (--data.limit_train N)
+    """
+    try:
+        yield
+    except NotEnoughMemory:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        lower = " or ".join(keys)
+        raise NotEnoughMemory(f"not enough memory for {doing}; lower {lower} (--{keys[0]} N)") from error

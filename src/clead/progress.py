@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import IO, Protocol, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from clead.output import Quiet, tell
 
 _LOG_SECONDS = 30.0
 
@@ -42,8 +44,8 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
     if not show:
         yield lambda advance=1, **status: None
         return
-    console = Console(stderr=True)
-    if console.is_terminal:
+    console = Console(file=cast(IO[str], Quiet(sys.stderr))) if sys.stderr is not None else None
+    if console is not None and console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
@@ -76,7 +78,7 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
         now = time.monotonic()
         if now - last >= _LOG_SECONDS or before < total <= at:
             last = now
-            print(f"{description}: {at:g}/{total:g} in {now - start:.0f} s  {shown}", file=sys.stderr, flush=True)
+            tell(f"{description}: {at:g}/{total:g} in {now - start:.0f} s  {shown}")
 
     yield log
 

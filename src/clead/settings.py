@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -97,6 +98,64 @@ class Ratio(float):
         )
 
 
+class WrittenInt(int):
+    """An integer of a configuration file that remembers how it was written, such as ``010``."""
+
+    text: str
+
+    def __new__(cls, value: int, text: str) -> WrittenInt:
+        """Join a value with its text."""
+        made = super().__new__(cls, value)
+        made.text = text
+        return made
+
+
+class WrittenFloat(float):
+    """A float of a configuration file that remembers how it was written, such as ``1e3``."""
+
+    text: str
+
+    def __new__(cls, value: float, text: str) -> WrittenFloat:
+        """Join a value with its text."""
+        made = super().__new__(cls, value)
+        made.text = text
+        return made
+
+
+def _typed(annotation: Any, value: Any) -> Any:
+    """Return a value from a file as its setting takes it: numbers as text where text is asked for, else without their text."""
+    if isinstance(value, dict):
+        fields = getattr(annotation, "__pydantic_fields__", {})
+        return {key: _typed(fields[key].annotation if key in fields else Any, each) for key, each in value.items()}
+    if isinstance(value, list):
+        inner = [each for each in _alternatives(annotation) if each is not Ellipsis]
+        elements = Union[tuple(inner)] if inner else Any  # noqa: UP007  (of a tuple that is made here)
+        return [_typed(elements, each) for each in value]
+    kinds = _alternatives(annotation)
+    if isinstance(value, (WrittenInt, WrittenFloat)):
+        takes_text = (str in kinds or Path in kinds) and not {int, float} & set(kinds)
+        if takes_text or Ratio in kinds:
+            return value.text
+        return int(value) if isinstance(value, WrittenInt) else float(value)
+    return value
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the types that a union, an annotated type, or the elements of a tuple or list allow."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    inner = get_args(annotation)
+    if not inner or get_origin(annotation) is Literal:
+        return (annotation,)
+    return tuple(kind for each in inner for kind in _alternatives(each))
+
+
+def takes_text(annotation: Any) -> bool:
+    """Say whether a setting is free text, such as a path: then a value is its text, whatever it looks like."""
+    kinds = set(_alternatives(annotation)) - {type(None)}
+    return get_origin(annotation) not in (tuple, list) and bool(kinds) and kinds <= {str, Path}
+
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -109,6 +168,8 @@ def validated(cls: type[T], values: dict[str, Any], path: str = "") -> T:
         ...
     clead.errors.UserError: threat.eps: linf eps must be in [0, 1] because pixels are, got 8; did you mean 8/255?
     """
+    fields = getattr(cls, "__pydantic_fields__", {})
+    values = {key: _typed(fields[key].annotation if key in fields else Any, each) for key, each in values.items()}
     try:
         return cls(**values)
     except ValidationError as error:

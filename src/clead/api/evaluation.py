@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from clead.api.opened import (
     open_run,
     split_facts,
 )
+from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_leftovers, write_atomically
 from clead.attacks.run import check_inputs, logits_of
-from clead.checkpoint import RunDir, fingerprint, remove_leftovers, write_atomically
+from clead.checkpoint import RunDir, fingerprint
 from clead.config import Eval, RunConfig
 from clead.data.base import mixed
 from clead.data.classes import align_classes
@@ -43,6 +44,7 @@ from clead.models.onnx import OnnxModel
 from clead.models.seeding import seeded
 from clead.models.split import adapt, has_features, wrapped
 from clead.models.split import weights as model_weights
+from clead.output import tell
 from clead.report.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
@@ -356,7 +358,7 @@ def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits)
     if weights is not None:
         notes = load_into(made, read_weights(weights))
         for note in notes:
-            print(f"weights: {note}", file=sys.stderr)
+            tell(f"weights: {note}")
     # Attacks on the embedding need to know where it is.
     adapted = adapt(made, sample_shape=image_shape(splits))
     return adapted if has_features(adapted) else wrapped(made), notes
@@ -384,6 +386,8 @@ def _evaluate_into(
     **options: Any,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
+    if folder.is_dir():
+        check_inside(folder, "folder of results", only=result)
     state = folder / f"{result}.state"
     if fresh:
         discard(shard.folder(state) if shard else folders(state)[rank()])
@@ -429,13 +433,14 @@ def _set_aside(folder: Path, result: str, record: Record) -> None:
     """Move a record that ``record`` does not repeat to ``folder/earlier``, with its pictures: it may have taken hours."""
     path = folder / f"{result}.json"
     try:
-        old = Record.model_validate_json(path.read_bytes())
+        old = Record.model_validate_json(read_regular(path, JSON_LIMIT))
     except (OSError, ValueError):  # there is none, or it cannot be read
         return
 
     def what(record: Record) -> list[str]:
         threat = f"{record.threat.norm}-{record.threat.eps_text.replace('/', '_')}"
-        return [record.suite, threat, str(record.data.n), record.data.images[:8], record.model.fingerprint[:8]]
+        parts = [record.suite, threat, str(record.data.n), record.data.images[:8], record.model.fingerprint[:8]]
+        return [re.sub(r"[^\w.+-]+", "_", part)[:60] for part in parts]  # a record from elsewhere may hold paths
 
     if what(old) == what(record):
         return
@@ -444,4 +449,4 @@ def _set_aside(folder: Path, result: str, record: Record) -> None:
         if path.with_suffix(suffix).exists():
             kept.parent.mkdir(exist_ok=True)
             path.with_suffix(suffix).replace(kept)
-    print(f"note: the record before, of another evaluation, is kept as {kept}", file=sys.stderr)
+    tell(f"note: the record before, of another evaluation, is kept as {kept}")

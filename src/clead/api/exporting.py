@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from clead.api.opened import OpenedRun, data_name, open_run
+from clead.atomic_io import JSON_LIMIT, read_regular, remove_tree_inside
 from clead.checkpoint import environment, fingerprint, load_weights, save_weights
 from clead.errors import UserError
 from clead.evaluation.verdicts import pixels
@@ -69,7 +68,7 @@ def export_run(
     from clead.export.onnx import AGREE, difference, to_int8, to_onnx
     from clead.export.remeasured import Remeasured, remeasure
 
-    out = Path(out)
+    out = Path(os.path.realpath(out))  # what a link leads to, which stays
     _check(out, format, precision, images)
     hub = _hub(push_to_hub) if push_to_hub else None
     opened = open_run(path, None, model, data)
@@ -80,7 +79,7 @@ def export_run(
     original, config = opened.model.cpu(), opened.config
     metadata = _metadata(opened, weights)
     file = "model.onnx" if format == "onnx" else "model.safetensors"
-    staged = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    staged = out.with_name(f".clead-export.{os.getpid()}.tmp")
     remeasured: Remeasured | None = None
     differs: float | None = None
     x = pixels(opened.images.images[:_CHECKED])
@@ -182,7 +181,7 @@ def export_run(
             f"cannot write {out}: {error.strerror or error}; free some space or choose another --out"
         ) from error
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        remove_tree_inside(staged)
     if hub is not None:
         result["hub"] = _push(hub, out, push_to_hub or "", private)
     return result
@@ -225,8 +224,8 @@ def _record(opened: OpenedRun) -> tuple[Record | None, list[str]]:
     """Return the evaluation of the very weights, and what must be known of it."""
     path = opened.run.path / "results" / "evaluation.json"
     try:
-        record = Record.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        record = Record.model_validate_json(read_regular(path, JSON_LIMIT))
+    except (OSError, ValueError):
         return None, []
     if record.model.fingerprint != fingerprint(model_weights(opened.model)):
         return None, ["The run's evaluation is of other weights than these, and is left out."]

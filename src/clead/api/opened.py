@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from clead.atomic_io import read_json
 from clead.checkpoint import RunDir, check_weights, load_weights
 from clead.config import RunConfig
 from clead.data.base import mixed
@@ -220,9 +220,9 @@ def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:
     if not path.exists():
         return None
     try:
-        outcome = json.loads(path.read_text())
+        outcome = read_json(path)
         keys = ("epochs", "steps", "seconds", "forward_equivalents")
         costs = {key: outcome[key] for key in keys}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; remove it, or repeat clead train with --resume") from None
     return TrainingPart(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)

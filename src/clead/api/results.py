@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from clead.atomic_io import JSON_LIMIT, check_inside, read_regular
 from clead.checkpoint import RunDir, load_weights
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement
@@ -35,13 +36,14 @@ def read_record(source: str | Path) -> Record:
 def _results(folder: Path) -> Path:
     """Return where a folder has its records: ``results/`` of a run, or itself if ``clead evaluate --model`` made it."""
     if not (folder / "config.yaml").exists() and (folder / "evaluation.json").exists():
+        check_inside(folder, "folder of results", only="evaluation")
         return folder
     return RunDir.open(folder).path / "results"
 
 
 def _read(kind: type[Read], path: Path, what: str) -> Read:
     try:
-        return kind.model_validate_json(path.read_bytes())
+        return kind.model_validate_json(read_regular(path, JSON_LIMIT))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -139,7 +141,7 @@ def _measurements(folder: Path) -> dict[str, Measurement]:
     names = ("distances", "corruptions", "detect", "certify", "probe")
     paths = [path for name in names if (path := folder / f"{name}.json").exists()]
     # An attack within a norm ball leaves a record of clead evaluate under such a name.
-    paths += [path for path in sorted(folder.glob("attack-*.json")) if b'"suite"' not in path.read_bytes()]
+    paths += [path for path in sorted(folder.glob("attack-*.json")) if b'"suite"' not in read_regular(path, JSON_LIMIT)]
     return {path.stem: _read(Measurement, path, "a measurement of clead") for path in paths}
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from clead.api.opened import build, evaluated_images, image_shape, load_model
+from clead.atomic_io import locked, write_atomically
 from clead.attacks import ATTACKS
 from clead.attacks.run import image_gradient
-from clead.checkpoint import RunDir, environment, load_weights, locked, save_weights, write_atomically
+from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
 from clead.distributed import Processes, local_device, started
-from clead.errors import UserError
+from clead.errors import UserError, memory_of
 from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
 from clead.models.modes import attack_mode
@@ -106,7 +107,8 @@ def train(
         processes.wait()
         run = RunDir(path)
         # Leave the caller's global random state, and what of the model is frozen, as they were.
-        with seeded(config.train.seed), unfrozen_afterwards(split_model):
+        memory = memory_of("the training", "data.batch_size", "model.width")
+        with seeded(config.train.seed), unfrozen_afterwards(split_model), memory:
             if config.stages:
                 outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
             else:
@@ -135,7 +137,7 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
     splits = data if data is not None else config.data.load(config.train.seed)
     splits, _ = _as_seen(config, splits, None, show=False)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
-    with seeded(config.train.seed):
+    with seeded(config.train.seed), memory_of("the training", "data.batch_size"):
         return profile_training(config, splits, own if own is not None else build(config, splits))
 
 

@@ -12,7 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from clead.errors import UserError, out_of_memory
+from clead import atomic_io
+from clead.atomic_io import write_output
+from clead.errors import NotEnoughMemory, UserError, out_of_memory, printable
+from clead.output import exit_code, protect_streams
 
 app = typer.Typer(
     name="clead",
@@ -81,14 +84,12 @@ def _with_code(arguments: list[str]) -> list[str]:
 
 def say(text: str) -> None:
     """Print at once, though a pipe reads it."""
-    print(text, flush=True)
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, all of it or nothing."""
-    from clead.checkpoint import write_atomically
-
-    write_atomically(path, json.dumps(content, indent=1).encode())
+    """Write ``content`` as indented JSON, all of it or nothing; through what is no file, such as /dev/stdout."""
+    write_output(path, json.dumps(content, indent=1).encode())
 
 
 class Stopped(Exception):
@@ -106,9 +107,12 @@ def interruptible() -> Generator[None, None, None]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    sinks = protect_streams()
     try:
         _run()
     except SystemExit as end:
+        code = exit_code(end.code if isinstance(end.code, int) else 0, sinks, atomic_io.written > 0)
+        end.code = code if isinstance(end.code, int) or code else end.code
         if (module := sys.modules.get("clead.distributed")) is not None:
             module.leave(end.code if isinstance(end.code, int) else 0)
         raise
@@ -121,7 +125,7 @@ def _run() -> None:
     except UserError as error:
         for problem in error.problems:
             print(f"clead: error: {problem}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, NotEnoughMemory) else 2)
     except (Stopped, KeyboardInterrupt, typer.Abort) as error:
         print(f"clead: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
@@ -142,7 +146,9 @@ def _run() -> None:
             sys.exit(1)
         if out_of_memory(error):
             print(
-                "clead: error: the device is out of memory; lower data.batch_size or eval.batch_size", file=sys.stderr
+                "clead: error: not enough memory; lower data.batch_size, eval.batch_size or data.limit_train "
+                "(such as --data.batch_size 16)",
+                file=sys.stderr,
             )
             sys.exit(1)
         raise

@@ -150,7 +150,7 @@ def _save_images(path: Path, evaluation: Any) -> None:
 
     import numpy as np
 
-    from clead.checkpoint import write_atomically
+    from clead.atomic_io import write_output
 
     parts = evaluation.artifacts
     buffer = io.BytesIO()
@@ -161,5 +161,5 @@ def _save_images(path: Path, evaluation: Any) -> None:
         labels=parts["labels"].numpy(),
         robust=np.array(evaluation.record.robust_flags),
     )
-    write_atomically(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
     say(f"images: {path}")

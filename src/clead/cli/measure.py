@@ -126,9 +126,8 @@ def measure(
     json_file: Path | None,
 ) -> None:
     """Measure runs, print what was found, and keep it. ``keys``: groups and keys that matter, besides data and images."""
-    from rich.console import Console
-
     from clead.config import documented_keys, parse_overrides
+    from clead.output import console
     from clead.report.tables import summary
 
     used = ("data", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *keys)
@@ -145,7 +144,7 @@ def measure(
         with interruptible():
             measurement = work(run, config)
         table, sentence = summary(measurement)
-        Console(width=max(100, Console().width)).print(table)
+        console(width=100).print(table)
         say(about(measurement))
         for note in measurement.notes:
             say(f"note: {note}")

@@ -7,8 +7,9 @@ from typing import Any
 
 def print_record(record: Any) -> None:
     """Print accuracies, intervals, notes and failed checks."""
-    from rich.console import Console
     from rich.table import Table
+
+    from clead.output import console
 
     threat = f"{record.threat.norm} {record.threat.eps_text}"
     table = Table(title=f"{record.run}: {record.data.n} {record.data.split} images, {threat}")
@@ -20,7 +21,7 @@ def print_record(record: Any) -> None:
     if record.transferred is not None:
         table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
     table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
-    Console().print(table)
+    console().print(table)
     print(about(record))
     for note in record.notes:
         print(f"note: {note}")
@@ -69,8 +70,9 @@ def _shown(estimate: Any) -> tuple[str, str]:
 
 def print_comparison(comparison: dict[str, Any]) -> None:
     """Print runs beside each other, and the tests between them."""
-    from rich.console import Console
     from rich.table import Table
+
+    from clead.output import console
 
     rows = comparison["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
@@ -89,7 +91,7 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         table.add_row(
             row["run"], f"{row['clean_accuracy']:.1%}", *cells, f"{row['robust_accuracy']:.1%}", interval, compute
         )
-    Console(width=max(100, Console().width)).print(table)
+    console(width=100).print(table)
     for which in dict.fromkeys(row["images"] for row in rows):
         names = ", ".join(row["run"] for row in rows if row["images"] == which)
         print(f"{names}: {which}")

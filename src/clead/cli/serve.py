@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clead.atomic_io import read_regular
 from clead.cli.application import OPEN, app, interruptible, say
 from clead.errors import MissingExtra, UserError
 
@@ -122,7 +123,7 @@ def _key(file: Path | None) -> str | None:
     if file is None:
         return os.environ.get("CLEAD_API_KEY") or None
     try:
-        key = file.read_text().strip()
+        key = read_regular(file, 10_000).decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--api-key-file {file}: cannot be read as text ({error}); give a file with the key in it"

@@ -85,8 +85,9 @@ def _newest(name: str) -> Path:
 
 
 def _print_profile(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from clead.output import console
 
     step = found["step_ms"]
     table = Table(title=f"A training step on {found['device']}, {found['threads']} threads: {step:.1f} ms")
@@ -97,7 +98,7 @@ def _print_profile(found: dict[str, Any]) -> None:
     table.add_section()
     for name, spent, calls in found["operators"]:
         table.add_row(f"{name} ({calls:.0f} calls)", f"{spent:.1f}", f"{spent / step:.0%}")
-    Console().print(table)
+    console().print(table)
     say(
         f"{found['images_per_second']:.0f} images/s; {found['forward_equivalents']:.1f} forward-equivalents per image, which take "
         f"{found['bound_ms']:.1f} ms at the speed of a plain forward: the step takes {step / found['bound_ms']:.2f} times that\n"

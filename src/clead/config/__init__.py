@@ -9,7 +9,7 @@ from clead.config.recipes import bare_config, load_recipe, read_recipe, recipe_n
 from clead.config.reference import choice_keys, documented_keys, key_reference, rows_of
 from clead.config.run import RunConfig
 from clead.config.stages import Stage
-from clead.config.text import parse_yaml, yaml_text
+from clead.config.text import dump_yaml, parse_yaml, yaml_text
 
 __all__ = [
     "GROUPS",
@@ -25,6 +25,7 @@ __all__ = [
     "key_reference",
     "load_recipe",
     "parse_overrides",
+    "dump_yaml",
     "parse_yaml",
     "read_recipe",
     "recipe_names",

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from clead.config.groups import CHOSEN, DEFAULT_NAME, GROUPS, TUNE
-from clead.config.reference import documented_keys
+from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.text import parse_value
+from clead.config.text import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
 
@@ -38,7 +38,12 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
             )
             problems.append(f"--{key}: unknown option; {hint}")
             continue
-        pairs.append((key.replace("-", "_").split("."), parse_value(value)))
+        if not value:
+            problems.append(f"--{key}: the value is empty; give --{key} VALUE, or null for none")
+            continue
+        path = key.replace("-", "_").split(".")
+        inside = path[2:] if path[0] == "stages" else path
+        pairs.append((path, parse_text(value) if tuple(inside) in text_keys() else parse_value(value)))
     if problems:
         raise UserError(*problems)
     return pairs

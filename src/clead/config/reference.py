@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
 from clead.config.groups import CHOSEN, DEFAULT_NAME, FIXED, GROUPS, plain
 from clead.config.stages import STAGE_GROUPS
+from clead.config.text import dump_yaml
+from clead.settings import takes_text
 
 
 def key_reference() -> str:
@@ -64,6 +65,20 @@ def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
     return rows
 
 
+@functools.cache
+def text_keys() -> frozenset[tuple[str, str]]:
+    """Return (group, key) of every setting that is free text, such as a path."""
+    classes = {group: [cls for _, cls in CHOSEN[group][0].items()] for group in CHOSEN}
+    classes |= {group: [cls] for group, cls in FIXED.items()}
+    return frozenset(
+        (group, key)
+        for group, kinds in classes.items()
+        for cls in kinds
+        for key, field in cls.__pydantic_fields__.items()
+        if takes_text(field.annotation)
+    )
+
+
 def choice_keys() -> dict[str, tuple[str, str | None, list[str]]]:
     """Return group -> (key, default, known names) of every group whose class is chosen by name."""
     return {group: (key, DEFAULT_NAME[group], registry.names()) for group, (registry, key) in CHOSEN.items()}
@@ -93,6 +108,6 @@ def rows_of(cls: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:
         choices = [repr(choice) for choice in _choices(field.annotation)]
         unit = (field.json_schema_extra or {}).get("unit", "")
         allowed = "; ".join(filter(None, [" | ".join(choices), ", ".join(rules), unit]))
-        shown = "required" if field.is_required() else yaml.safe_dump(plain(default), default_flow_style=True)
+        shown = "required" if field.is_required() else dump_yaml(plain(default), default_flow_style=True)
         rows.append((prefix + key, shown.replace("...", "").strip(), allowed, field.description or ""))
     return rows

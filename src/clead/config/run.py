@@ -6,12 +6,11 @@ import dataclasses
 import re
 from typing import Any
 
-import yaml
-
 from clead.attacks.pgd import PGD
 from clead.config.groups import GROUPS, TUNE, Eval, Optim, Train, build, chosen_name, plain, stranger
 from clead.config.rules import joint_problems
 from clead.config.stages import OF_THE_RUN, STAGE_DATA, STAGE_GROUPS, Stage, stage_problems, stage_tree, stages_of
+from clead.config.text import dump_yaml
 from clead.errors import UserError, did_you_mean
 from clead.methods import METHODS
 from clead.models import MODELS
@@ -91,7 +90,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Return the complete configuration as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     @staticmethod
     def from_dict(tree: Any) -> RunConfig:
@@ -101,7 +100,7 @@ class RunConfig:
             raise UserError(f"a recipe must be a mapping of {', '.join(GROUPS)}, got {type(tree).__name__}")
         parts: dict[str, Any] = {}
         if tree.get("name") is not None:
-            parts["name"] = str(tree["name"])
+            parts["name"] = str(getattr(tree["name"], "text", tree["name"]))
             if not re.fullmatch(r"\w[\w .+-]*", parts["name"]):
                 problems.append(f"name: becomes part of a directory's name: letters, digits, '-', got {tree['name']!r}")
         for group in tree:

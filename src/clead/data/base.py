@@ -26,7 +26,7 @@ from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.data.labels import partly_labelled, stratified
 from clead.data.repeats import repeats
 from clead.data.views import Augmentation
-from clead.errors import UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, memory_of, printable
 from clead.interfaces import ImageSet, Splits
 from clead.settings import setting, settings
 
@@ -204,6 +204,7 @@ class InMemoryDataset(ABC):
     def read(self) -> Found:
         """Return the images as they are stored; raises UserError if they cannot be found or understood."""
 
+    @memory_of("reading the images", "data.image_size")
     def load(self, seed: int, *, training: bool = True) -> Splits:
         """Read, check, decode and split; without ``training``, test images alone will do.
 
@@ -215,6 +216,8 @@ class InMemoryDataset(ABC):
                 Everything that can be checked without decoding is checked first.
         """
         found = self.read()
+        # Folders and files name the classes: no name may command a terminal.
+        found = found._replace(classes=tuple(map(printable, found.classes)))
         found, origin = _assign_splits(
             self._grouped(found if self.only is None else with_values(found, self.only)), training
         )

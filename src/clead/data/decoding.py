@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import stat
 import tempfile
 import threading
 import zlib
@@ -326,7 +327,7 @@ def _cache_file(blobs: Sequence[bytes], fit: Fit) -> Path | None:
 def read_cache(path: Path, count: int, remarks: Counter[str] | None = None) -> Tensor | None:
     """Return the remembered images, or None if there are none or they are damaged; their remarks are added."""
     try:
-        if not path.is_file():
+        if not path.is_file() or not _trusted(path):
             return None
         with safe_open(path, "pt") as file:
             images, about = file.get_tensor("images"), (file.metadata() or {}).get("about", "")
@@ -346,7 +347,9 @@ def write_cache(path: Path, images: Tensor, remarks: Counter[str] | None = None)
     """Remember uint8 values of four dimensions; atomically; a folder that cannot be written to is no error."""
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not _trusted(path):
+            return
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         os.close(handle)
         counts = ",".join(str((remarks or {}).get(key, 0)) for key in REMARKS)
@@ -361,3 +364,23 @@ def write_cache(path: Path, images: Tensor, remarks: Counter[str] | None = None)
 def _about(images: Tensor, counts: str) -> str:
     """Return the remarks' counts and a checksum of both."""
     return f"{counts} {zlib.crc32(images.numpy(), zlib.crc32(counts.encode())):08x}"
+
+
+def _trusted(path: Path) -> bool:
+    """Say whether only this user can have written a file of the cache: a checksum does not tell who did."""
+    if not hasattr(os, "geteuid"):
+        return True
+    for each in (path.parent, path):
+        try:
+            about = os.lstat(each) if each == path else os.stat(each)
+        except FileNotFoundError:
+            continue
+        if each == path and not stat.S_ISREG(about.st_mode):
+            log.warning("the cache %s is not used: it is no file", path)
+            return False
+        if about.st_uid != os.geteuid() or about.st_mode & stat.S_IWOTH:
+            log.warning(
+                "the cache %s is not used: another user can write there; set CLEAD_CACHE to a folder of your own", each
+            )
+            return False
+    return True

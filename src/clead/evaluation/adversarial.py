@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clead.checkpoint import write_atomically
+from clead.atomic_io import check_output, write_output
 from clead.errors import MissingExtra, UserError
 from clead.report.record import Record
 
@@ -25,12 +24,7 @@ def ready(path: Path) -> None:
     _pyarrow()
     if path.suffix != ".parquet":
         raise UserError(f"adversarial images are written as Parquet, got {path}; give a name that ends in .parquet")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another file") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"cannot write {path}: it is a directory, or its folder is read-only; choose another file")
+    check_output(path)
 
 
 def save(path: Path, x_adv: Tensor, labels: Tensor, record: Record) -> None:
@@ -76,7 +70,7 @@ def save(path: Path, x_adv: Tensor, labels: Tensor, record: Record) -> None:
     metadata = {_KEY: json.dumps(about).encode(), b"huggingface": json.dumps({"info": {"features": features}}).encode()}
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), buffer)
-    write_atomically(path, buffer.getvalue())
+    write_output(path, buffer.getvalue())
 
 
 def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:

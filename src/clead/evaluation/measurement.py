@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from clead.checkpoint import command, environment, fingerprint, write_atomically
+from clead.errors import memory_of
 from clead.evaluation.attacked import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection
@@ -54,6 +55,7 @@ class Measurement(BaseModel):
     seconds: float
 
 
+@memory_of("the measurement", "eval.batch_size", "eval.images")
 def measure(
     kind: str,
     work: Callable[[State], Result],

@@ -36,7 +36,7 @@ from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
-from clead.errors import UserError, out_of_memory
+from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import masking, processes
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import ALONE, Shard
@@ -116,6 +116,7 @@ class Evaluation:
     adversarial: Tensor | None = None
 
 
+@memory_of("the evaluation", "eval.batch_size")
 def evaluate_model(
     model: nn.Module,
     images: ImageSet,
@@ -519,7 +520,7 @@ def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, show: b
                         job.model, x, y, job.threat, seed=job.settings.seed, source=source, tick=tick
                     )
                     break
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if len(x) < 16 or not out_of_memory(error):
                         raise
                     x, y = x[: len(x) // 2], y[: len(y) // 2]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from clead.checkpoint import fingerprint, load_weights, locked, save_weights, write_atomically
+from clead.atomic_io import check_inside, locked, read_json, remove_tree_inside, write_atomically
+from clead.checkpoint import fingerprint, load_weights, save_weights
 from clead.errors import UserError
 from clead.signature import is_signed, keyless, owned, sign
 
@@ -67,6 +67,9 @@ class State:
         if self.path is None:
             yield self
             return
+        if self.path.is_symlink():
+            raise UserError(f"{self.path} is a link, a state is a folder; remove it, or discard it with --fresh")
+        check_inside(self.path, "state")
         busy = f"{self.path} is in use by another evaluation; wait for it, or give each process its own --shard i/n"
         with locked(self.path, busy):
             header = read_header(self.path)
@@ -149,22 +152,21 @@ class State:
 
 def discard(path: Path) -> None:
     """Remove a state directory: the record holds the result, or nobody wants it."""
-    with contextlib.suppress(OSError):
-        (path / "state.json").unlink()  # first: parts without a header are never taken up again
-    shutil.rmtree(path, ignore_errors=True)
+    if not path.is_symlink():
+        with contextlib.suppress(OSError):
+            (path / "state.json").unlink()  # first: parts without a header are never taken up again
+    remove_tree_inside(path)
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """Return the header of a state directory, or None if there is none."""
-    file = path / "state.json"
-    if not file.exists():
-        return None
+    file, remedy = path / "state.json", "discard the state with --fresh"
     try:
-        header = json.loads(file.read_text())
-        if not isinstance(header, dict):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise UserError(f"{file} is damaged; discard the state with --fresh") from None
+        header = read_json(file, remedy=remedy)
+    except FileNotFoundError:
+        return None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} is damaged (not a JSON object); {remedy}")
     return header
 
 

@@ -78,7 +78,7 @@ def in_pieces(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
             return torch.cat(
                 [function(a, b) for a, b in zip(x.tensor_split(count), y.tensor_split(count), strict=True)]
             )
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
             if size == 1 or not out_of_memory(error):
                 raise
         pieces.limit = size = -(-size // 2)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clead.errors import MissingExtra
+from clead.errors import MissingExtra, printable
 from clead.evaluation.suites import in_words
 from clead.export.remeasured import Remeasured
 from clead.report.record import Estimate, Record
@@ -49,8 +50,9 @@ def card(
         keep_trailing_newline=True,
     )
     environment.filters["shown"] = _shown
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     environment.filters["json"] = _json
+    environment.filters["inert"] = _inert
+    environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return environment.get_template("card.md.jinja").render(
         name=name,
         format=format,
@@ -72,4 +74,14 @@ def _shown(estimate: Estimate) -> str:
 def _json(value: object) -> str:
     import json
 
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False).replace("`", "\\u0060")  # which would end a block of code
+
+
+def _inert(text: object) -> str:
+    r"""Return text that comes from elsewhere as Markdown that shows it.
+
+    >>> print(_inert("<b> [x](y) a|b"))
+    &lt;b> \[x](y) a\|b
+    """
+    shown = printable(str(text)).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([`\[|*])", r"\\\1", shown)

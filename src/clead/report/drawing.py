@@ -7,7 +7,6 @@ with its name, so that several may stand in one page. Text stays text: it can be
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 import warnings
@@ -17,6 +16,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clead.errors import MissingExtra
+from clead.output import csv_text
 from clead.report.record import Estimate
 
 if TYPE_CHECKING:
@@ -85,11 +85,7 @@ class Drawing:
 
     def csv(self) -> str:
         """Return the numbers as CSV; floats are written so that they are read back as they were."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
-        return text.getvalue()
+        return csv_text([self.columns, *self.rows])
 
     def pictures(self) -> dict[str, bytes]:
         """Return the PNG (200 dots per inch) and the SVG, both on white and in the colours of a light page, by suffix."""

@@ -7,8 +7,9 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from clead.checkpoint import write_atomically
+from clead.atomic_io import JSON_LIMIT, read_regular, write_atomically
 from clead.errors import UserError
+from clead.output import csv_text
 from clead.report.drawing import Drawing
 
 INDEX = "index.csv"
@@ -26,7 +27,11 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     index = folder / INDEX
     earlier: list[str] = []
     if index.exists():
-        earlier = [row["figure"] for row in csv.DictReader(io.StringIO(index.read_text("utf-8"))) if row.get("figure")]
+        earlier = [
+            row["figure"]
+            for row in csv.DictReader(io.StringIO(read_regular(index, JSON_LIMIT).decode("utf-8", "replace")))
+            if row.get("figure")
+        ]
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and holds no figures of clead; remove it, or give another name with --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +55,4 @@ def write_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("figure", "shows"))
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    return csv_text([("figure", "shows"), *rows]).encode()

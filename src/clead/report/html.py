@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from clead.checkpoint import write_atomically
+from clead.atomic_io import open_regular, write_output
+from clead.config import dump_yaml
 from clead.errors import MissingExtra, UserError, did_you_mean
 from clead.evaluation.suites import in_words
 from clead.report import words
@@ -76,8 +75,7 @@ def write_report(
     html = template.render(title=title, **context)
     if figures is not None:
         write_figures(list(_drawings(context)), figures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, html.encode())
+    write_output(path, html.encode())
     return path
 
 
@@ -87,8 +85,8 @@ def check_target(path: Path) -> None:
         raise UserError(f"a report is a file whose name ends in .html, got {path}; name it so")
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file")
-    if path.exists():
-        with path.open("rb") as file:
+    if path.is_file():
+        with open_regular(path) as file:
             if GENERATOR.encode() not in file.read(4096):
                 raise UserError(
                     f"{path} is there and is no report of clead; remove it, or give another name with --out"
@@ -206,7 +204,7 @@ def _run(index: int, run: RunResult) -> dict[str, Any]:
         "record": record,
         "threat": words.threat_of(record),
         "method": record.training.method if record.training else str(configured),
-        "yaml": yaml.safe_dump(plain(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
+        "yaml": dump_yaml(plain(run.config)) if run.config else "",
         "attacks": {} if on_survivors(record) else {attack.name: attack for attack in record.attacks},
         "suite": in_words(record),
         "label": words.suite_label(record),

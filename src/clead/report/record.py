@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from clead.errors import printable
 
 SCHEMA_VERSION = 2
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_codes(cls, value: Any) -> Any:
+        """Escape what would command a terminal: a record may come from elsewhere."""
+        if isinstance(value, str):
+            return printable(value)
+        if isinstance(value, list) and value and isinstance(value[0], str):
+            return [printable(each) for each in value]
+        return value
 
 
 class Estimate(_Part):

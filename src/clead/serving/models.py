@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clead.api.opened import evaluated_images, load_model
+from clead.atomic_io import JSON_LIMIT, read_regular
 from clead.checkpoint import RunDir, fingerprint, load_weights
 from clead.config import RunConfig, load_recipe
 from clead.data.base import stratified
@@ -319,7 +320,7 @@ def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> Measure
     """Return what ``results/detect.json`` says of this detector on these very weights, if it does."""
     path = run.path / "results" / "detect.json"
     try:
-        record = Measurement.model_validate_json(path.read_bytes())
+        record = Measurement.model_validate_json(read_regular(path, JSON_LIMIT))
     except (OSError, ValidationError):
         return None
     if not isinstance(record.result, Detection) or record.model.fingerprint != fingerprint(weights(model)):

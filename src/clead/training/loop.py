@@ -742,11 +742,13 @@ def _restore(
 
 @contextlib.contextmanager
 def _signals(alone: bool) -> Generator[Any, None, None]:
-    """Turn Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C stops at once.
+    """Turn Ctrl-C, SIGTERM and a hang-up into a flag that the loop reads between steps; a second Ctrl-C stops at once.
 
     One of several processes leaves SIGTERM as it is: torchrun sends it when another is lost, for which this one would wait.
     """
     numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    if alone and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        numbers = (*numbers, signal.SIGHUP)
     caught: list[int] = []
 
     def remember(number: int, frame: Any) -> None:

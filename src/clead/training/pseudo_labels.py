@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from clead.evaluation.verdicts import exact_float32, pixels
 from clead.interfaces import Splits
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
+from clead.output import tell
 
 PSEUDO_LABELS = "pseudo_labels.safetensors"
 """In the directory of a run or of a stage: the pseudo-labels that it was trained with, and how many of them are right."""
@@ -57,5 +57,5 @@ def with_pseudo_labels(
         raise UserError(f"{kept} is of other images; --resume continues on the same data: restore it, or train anew")
     if show:
         said = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
-        print(f"{said} (by the hidden labels, which training does not see)", file=sys.stderr)
+        tell(f"{said} (by the hidden labels, which training does not see)")
     return dataclasses.replace(splits, train=dataclasses.replace(train, pseudo_labels=tensors["labels"]))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clead.checkpoint import RunDir, load_weights, save_weights, write_atomically
+from clead.atomic_io import read_json, read_regular, remove_tree_inside, write_atomically
+from clead.checkpoint import RunDir, load_weights, save_weights
 from clead.config import RunConfig
 from clead.distributed import Processes, local_device, started
 from clead.interfaces import Splits
@@ -56,7 +57,7 @@ def fit_stages(
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
             begun = processes.share((here.path / "config.yaml").exists())
             if not begun and processes.first:
-                shutil.rmtree(here.path, ignore_errors=True)  # a kill while it was made
+                remove_tree_inside(here.path)  # a kill while it was made
                 RunDir.create(here.path, training)
             if processes.first:
                 here.note_environment()
@@ -90,7 +91,9 @@ def fit_stages(
         if processes.first:
             write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
     for name in ("best", "last") if processes.first else ():
-        write_atomically(run.path / f"{name}.safetensors", (folders[-1].path / f"{name}.safetensors").read_bytes())
+        write_atomically(
+            run.path / f"{name}.safetensors", read_regular(folders[-1].path / f"{name}.safetensors", sys.maxsize)
+        )
     return _sum(outcomes)
 
 
@@ -120,8 +123,8 @@ def _labelled_by(
 def _finished(file: Path) -> Outcome | None:
     """Return what a finished stage reported; None if it has not, or cannot be read: its last checkpoint tells it again."""
     try:
-        return Outcome(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return Outcome(**read_json(file))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -66,7 +66,7 @@ class FileLeases:
         """Lock the file; it stays when the lock is gone."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise UserError(
                 f"cannot write {self._folder}: {error.strerror or error}; free some space or choose another directory"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from optuna.trial import FrozenTrial, TrialState
 
-from clead.checkpoint import write_atomically
-from clead.config import TUNE
-from clead.errors import MissingExtra
+from clead.atomic_io import write_atomically
+from clead.config import TUNE, dump_yaml
+from clead.errors import MissingExtra, printable
+from clead.output import csv_text
 from clead.report.drawing import PALETTE
 from clead.tuning.space import Search
 
@@ -126,15 +125,13 @@ def write_results(path: Path, search: Search, found: Sequence[Result], *, plots:
 
 
 def _csv(search: Search, found: Sequence[Result]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     keys = list(search.distributions)
     columns = ("number", "state", "score", "robust", "clean", "images", "seconds", "attempts", "why")
-    writer.writerow([*columns, *keys])
-    for result in found:
-        own = [getattr(result, column) for column in columns]
-        writer.writerow(["" if value is None else value for value in [*own, *(result.values.get(k) for k in keys)]])
-    return buffer.getvalue()
+    rows = [
+        [*(getattr(result, column) for column in columns), *(result.values.get(key) for key in keys)]
+        for result in found
+    ]
+    return csv_text([[*columns, *keys], *rows])
 
 
 def _recipe(search: Search, best: Result) -> str:
@@ -146,10 +143,10 @@ def _recipe(search: Search, best: Result) -> str:
         "not looked at",
         f"# validation: robust {best.robust:.2%} ({search.settings.suite} suite), clean {best.clean:.2%}, {best.images} images, "
         f"{seeds} seed{'s' * (seeds > 1)}; the best of many is less good than it looks",
-        *(f"# found: {key} {value}" for key, value in best.values.items()),
-        *(f"# trials alone: {key} {value}" for key, value in search.settings.during.items()),
+        *(f"# found: {key} {printable(str(value))}" for key, value in best.values.items()),
+        *(f"# trials alone: {key} {printable(str(value))}" for key, value in search.settings.during.items()),
     ]
-    return "\n".join(head) + "\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return "\n".join(head) + "\n" + dump_yaml(tree)
 
 
 # ------------------------------------------------------------------------------------------------ plots

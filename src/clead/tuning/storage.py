@@ -16,6 +16,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
+from clead.atomic_io import unshare
 from clead.errors import UserError
 from clead.tuning.leases import BothLeases, FileLeases, Leases, TableLeases
 
@@ -75,6 +76,7 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
             out.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.touch()
+            unshare(path)
             backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))
             return JournalStorage(backend), files
         except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from optuna.samplers import TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
+from clead.atomic_io import check_inside, remove_tree_inside
 from clead.checkpoint import RunDir
 from clead.errors import UserError
 from clead.progress import progress
@@ -136,6 +136,7 @@ def _directory(out: str | Path | None, name: str, storage: str | None) -> Path:
     path = Path(out) if out is not None else RunDir.default_path(f"{name}-tune")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not _holds_study(path)):
         raise UserError(f"--out {path} is neither empty nor a study; give a new directory, or that of a study to go on")
+    check_inside(path, "study")
     if storage is not None and (path / JOURNAL).exists():
         raise UserError(
             f"--storage: the study in {path} keeps a journal, got a database; leave it out, or give another --out"
@@ -150,7 +151,7 @@ def _holds_study(path: Path) -> bool:
 
 def _clean(path: Path, new: bool) -> None:
     """Remove what was made before a mistake was found."""
-    shutil.rmtree(path / "locks", ignore_errors=True)
+    remove_tree_inside(path / "locks")
     (path / JOURNAL).unlink(missing_ok=True)
     if new and path.exists():
         path.rmdir()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from clead.api import evaluate_run, read_record, train
+from clead.atomic_io import remove_tree_inside
 from clead.config import RunConfig
-from clead.errors import out_of_memory
+from clead.errors import NotEnoughMemory, out_of_memory
 from clead.evaluation.state import UntrustedState
 from clead.report.record import Record
 from clead.training.loop import NonFiniteLoss
@@ -52,7 +52,7 @@ def run_trial(search: Search, values: Mapping[str, Any], folder: Path, report: R
             found.append(_run_seed(search, values, seed, path, report if seed == 0 else None))
     except NonFiniteLoss as error:
         raise Failed(f"diverged: {error}") from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, NotEnoughMemory) as error:
         if not out_of_memory(error):
             raise
         raise Failed("the device is out of memory") from None
@@ -70,7 +70,7 @@ def _run_seed(search: Search, values: Mapping[str, Any], seed: int, path: Path, 
     if record.exists():
         return read_record(record)
     if not (path / "config.yaml").exists():
-        shutil.rmtree(path, ignore_errors=True)  # of a kill while it was made
+        remove_tree_inside(path)  # of a kill while it was made
     rung = 0
 
     def after_validation(part: float, clean: float, robust: float) -> None:
