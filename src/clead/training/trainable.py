@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 from clead.checkpoint import PROJECTION, RunDir, check_weights, load_weights
 from clead.errors import UserError
 from clead.models.split import AdaptedModel, SplitModel, weights
+from clead.output import tell
 from clead.weights import load_into, read_weights
 
 
@@ -70,7 +70,7 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
             given = read_weights(path)
             model.drop_projection()
             for note in load_into(model, given):
-                print(f"train.start_from: {note}", file=sys.stderr)
+                tell(f"train.start_from: {note}")
     except UserError as error:
         raise UserError(*(f"train.start_from: {problem}" for problem in error.problems)) from None
     if dim is not None and is_run and (path / PROJECTION).exists():
