@@ -55,7 +55,7 @@ def number_labels(
 
     >>> labels, names, notes = number_labels([1, 2, 3], [3])
     >>> labels, names, notes[0][:35]
-    ([tensor([0, 1, 2]), tensor([2])], ('1', '2', '3'), 'labels begin at 1, not at 0, they ')
+    ([tensor([0, 1, 2]), tensor([2])], ('1', '2', '3'), 'labels begin at 1, not at 0, they a')
     """
     arrays = [np.asarray(split) for split in splits]
     filled = [array for array in arrays if array.size]
