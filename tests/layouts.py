@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -482,3 +483,34 @@ def mnist_c(root: Path) -> Path:
             save_npy(folder / f"{part}_images.npy", noise(count, 28, 28, 1, seed=seed))
             save_npy(folder / f"{part}_labels.npy", labels_of(count, 10).astype(np.int64))
     return root
+
+
+# --------------------------------------------------------------------------------------------------- archives
+
+
+@layout(
+    "An archive of any of these",
+    "photos.zip, .tar, .tar.gz, .tgz, .tar.bz2, .tar.xz",
+    sizes=(6, 0, 4),
+    classes=("cat", "dog"),
+    about="Unpacked into a temporary folder, at most 100 times its size or 256 MiB, removed after reading. Links, devices, names "
+    "that lead out and archives in it are refused.",
+)
+def zipped(root: Path) -> Path:
+    folder(root / "photos")
+    path = Path(shutil.make_archive(str(root / "photos"), "zip", root, "photos"))
+    shutil.rmtree(root / "photos")
+    return path
+
+
+@layout(
+    "CIFAR as it is downloaded",
+    "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, cifar-100-…",
+    sizes=(50, 0, 20),
+    classes=TEN,
+)
+def cifar10_tar(root: Path) -> Path:
+    cifar10_python(root)
+    path = Path(shutil.make_archive(str(root / "cifar-10-python"), "gztar", root, "cifar-10-batches-py"))
+    shutil.rmtree(root / "cifar-10-batches-py")
+    return path

@@ -13,8 +13,7 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +43,7 @@ def is_archive(path: Path) -> bool:
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
+def unpacked(path: Path) -> Generator[Path, None, None]:
     """Unpack an archive into a temporary folder, which is removed in the end, also after an error or Ctrl-C.
 
     Raises:
@@ -52,7 +51,9 @@ def unpacked(path: Path) -> Iterator[Path]:
             unpacks to more than images would, or than the disk has room for.
     """
     if path.name.lower().endswith(_OTHERS):
-        raise UserError(f"{path}: only {', '.join((*_ZIP, *_TAR))} are unpacked; unpack it yourself and give the folder")
+        raise UserError(
+            f"{path}: only {', '.join((*_ZIP, *_TAR))} are unpacked; unpack it yourself and give the folder"
+        )
     with tempfile.TemporaryDirectory(prefix="clead-") as temporary:
         folder = Path(temporary)
         _log.info("unpacking %s", path)
@@ -66,8 +67,8 @@ def unpacked(path: Path) -> Iterator[Path]:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({reason}); fetch it again, or set TMPDIR to a folder with "
-                "room, or unpack it yourself and give the folder"
+                f"{path}: cannot be unpacked into {tempfile.gettempdir()} ({reason}); fetch it again, or set TMPDIR to a folder "
+                "with room, or unpack it yourself and give the folder"
             ) from None
         except Exception as error:  # decoders raise whatever a broken file makes them raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
@@ -85,7 +86,8 @@ def _unpack_zip(path: Path, folder: Path) -> None:
         _check_count(path, len(members))
         if total > (free := shutil.disk_usage(folder).free):
             raise UserError(
-                f"{path}: unpacks to {total} bytes, and {tempfile.gettempdir()} has room for {free}; set TMPDIR to a folder with more"
+                f"{path}: unpacks to {total} bytes, and {tempfile.gettempdir()} has room for {free}; set TMPDIR to a folder "
+                "with more"
             )
         for member in members:
             kind = stat.S_IFMT(member.external_attr >> 16)
@@ -107,14 +109,14 @@ def _unpack_tar(path: Path, folder: Path) -> None:
         raw.seek(0)
         opener = next((opener for magic, opener in _OPENERS.items() if first.startswith(magic)), None)
         with opener(raw) if opener else path.open("rb") as content:
-            counted = _Counted(content)
+            counted = _Counted(content, _BETWEEN)
             # Streaming, so that nothing is read ahead of what is counted.
-            with tarfile.open(fileobj=counted, mode="r|", tarinfo=_Header) as archive:  # ty: ignore[no-matching-overload]
+            with tarfile.open(fileobj=counted, mode="r|", tarinfo=_Header) as archive:
                 total = members = 0
                 while True:
                     counted.left = _BETWEEN
                     member = archive.next()
-                    archive.members = []  # else it remembers all
+                    archive.members = []  # ty: ignore[missing-attribute]  # else it remembers all
                     if member is None:
                         return
                     members += 1
@@ -141,7 +143,7 @@ class _Header(tarfile.TarInfo):
         """Return the header in ``buf``; raises _Damaged if it is none."""
         try:
             return super().frombuf(buf, encoding, errors)
-        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):  # ty: ignore[unresolved-attribute]
+        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):  # ty: ignore[missing-attribute]
             raise
         except tarfile.HeaderError as error:
             raise _Damaged(str(error)) from None
@@ -150,8 +152,8 @@ class _Header(tarfile.TarInfo):
 class _Counted(io.RawIOBase):
     """A stream that gives ``left`` more bytes, so that a header cannot ask for more memory than its size is checked for."""
 
-    def __init__(self, content: IO[bytes]) -> None:
-        self.content, self.left = content, 0
+    def __init__(self, content: IO[bytes], left: int) -> None:
+        self.content, self.left = content, left
 
     def read(self, size: int = -1) -> bytes:
         """Return up to ``size`` bytes; raises _Damaged beyond the limit."""
@@ -185,8 +187,8 @@ def _target(path: Path, folder: Path, name: str) -> Path | None:
 def _check_count(path: Path, members: int) -> None:
     if members > (limit := _MEMBERS + path.stat().st_size // _BYTES_EACH):
         raise UserError(
-            f"{path}: more than {limit} files in {path.stat().st_size} bytes are no images (a zip bomb?); unpack it yourself and give "
-            "the folder"
+            f"{path}: more than {limit} files in {path.stat().st_size} bytes are no images (a zip bomb?); unpack it yourself and "
+            "give the folder"
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from clead.data.base import Found, InMemoryDataset, existing
+from clead.data.archives import is_archive, unpacked
+from clead.data.base import Found, InMemoryDataset, existing, split_role
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import describe, is_image, visible_folders
 from clead.errors import UserError
@@ -33,9 +35,11 @@ class Auto(InMemoryDataset):
 def read_any(path: Path, dataset: str | None = None) -> Found:
     """Read a path by its content: of the layouts that lie there, the one of ``dataset``, else the one of lowest rank.
 
-    A note names the other layouts that lie there.
+    A note names the other layouts that lie there. An archive is unpacked into a temporary folder and read from there.
     """
     path = existing(path)
+    if is_archive(path):
+        return _read_archive(path, dataset)
     candidates = [(name, reader) for name, reader in READERS.items() if recognizes(reader, path)]
     candidates.sort(key=lambda item: (dataset is not None and item[1].dataset != dataset, item[1].rank))
     if candidates:
@@ -51,6 +55,30 @@ def read_any(path: Path, dataset: str | None = None) -> Found:
             found = found._replace(notes=(*found.notes, note))
         return found
     raise UserError(_unknown(path))
+
+
+def _read_archive(path: Path, dataset: str | None) -> Found:
+    """Read what an archive holds; a folder that is alone in it is stepped into. Names are told as if it were a folder."""
+    with unpacked(path) as folder:
+        content = folder
+        while content.is_dir() and len(inside := list(content.iterdir())) == 1 and split_role(inside[0].name) is None:
+            content = inside[0]
+        try:
+            if is_archive(content):
+                raise UserError(
+                    f"{content}: an archive in an archive is not unpacked; unpack it yourself and give the folder"
+                )
+            found = read_any(content, dataset)
+        except UserError as error:
+            raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
+        parts = {
+            name: dataclasses.replace(part, names=[each.replace(str(folder), str(path)) for each in part.names])
+            for name in ("train", "val", "test")
+            if (part := getattr(found, name)) is not None
+        }
+        skipped = tuple(each.replace(str(folder), str(path)) for each in found.skipped)
+        notes = tuple(each.replace(str(folder), str(path)) for each in found.notes)
+        return found._replace(**parts, skipped=skipped, notes=notes)
 
 
 def _unknown(path: Path) -> str:
