@@ -234,6 +234,25 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(client, bomb, monk
     refused(client.post("/v1/predict", files=many), 413, "image 2", "together")
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("size", [(20_000_000, 1), (1, 20_000_000), (24_999, 1000), (3, 8_000_000)])
+def test_a_picture_of_extreme_shape_takes_memory_for_its_own_pixels_only(client, app, monkeypatch, size, resize):
+    model = app.state.models["small"]
+    monkeypatch.setattr(model, "fit", model.fit._replace(resize=resize))
+    made, plain = [], Image.Image.resize
+
+    def resized(self, *args, **options):
+        result = plain(self, *args, **options)
+        made.append(result.width * result.height)
+        return result
+
+    monkeypatch.setattr(Image.Image, "resize", resized)
+    body = encoded(np.zeros(size[::-1], bool))
+    assert len(body) < 200_000
+    answer = client.post("/v1/predict", content=body, headers={"content-type": "image/png"})
+    assert answer.status_code == 200 and max(made, default=0) <= 2**24
+
+
 def zipped():
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -1090,11 +1109,15 @@ def test_errors_that_others_make_are_problems_too(run):
 
     app = create_app([run], ServeSettings(threads=1, detector=None))
     app.add_route("/plain", lambda request: PlainTextResponse("secret", 409, {"Retry-After": "3"}))
-    app.add_route("/json", lambda request: JSONResponse({"detail": "x"}, 499))
+    app.add_route("/json", lambda request: JSONResponse({"detail": "the queue is full"}, 499))
+    app.add_route("/odd", lambda request: JSONResponse({"detail": "a\x1b[2J"}, 500))
+    app.add_route("/list", lambda request: JSONResponse([1], 500))
     client = TestClient(app)
     answer = client.get("/plain")
     assert "secret" not in refused(answer, 409) and answer.headers["retry-after"] == "3"
-    refused(client.get("/json"), 499)
+    assert refused(client.get("/json"), 499) == "the queue is full"
+    assert client.head("/json").status_code in (405, 499)
+    assert "2J" not in refused(client.get("/odd"), 500) and refused(client.get("/list"), 500)
     refused(client.get("/static-offline-docs/nothing"), 404)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import time
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -112,24 +114,36 @@ class _Watched:
         self.scope, self.send = scope, send
         self.head = scope["method"] == "HEAD"
         self.status, self.started = 500, False
-        self.replaced = False
+        self.replaced: Message | None = None  # the start of an answer that is made a problem
+        self.done = False
 
     async def __call__(self, message: Message) -> None:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status, self.started = message["status"], True
-            headers = Headers(raw=message.get("headers", []))
-            if self.status >= 400 and not headers.get("content-type", "").startswith(MEDIA_TYPE):
-                self.replaced = True
-                response = answer(
-                    standard(self.status, {k: v for k, v in headers.items() if k in ("allow", "retry-after")})
-                )
-                await self.send({**message, "headers": response.raw_headers})
-                await self.send({"type": "http.response.body", "body": b"" if self.head else bytes(response.body)})
+            kind = Headers(raw=message.get("headers", [])).get("content-type", "")
+            if self.status >= 400 and not kind.startswith(MEDIA_TYPE):
+                self.replaced = message
                 return
         elif message["type"] == "http.response.body":
-            if self.replaced:
+            if self.replaced is not None:
+                await self._replace(self.replaced, message.get("body", b""))
                 return
             if self.head:
                 message = {**message, "body": b""}
         await self.send(message)
+
+    async def _replace(self, start: Message, body: bytes) -> None:
+        """Answer with a problem instead; what a FastAPI application says in one sentence stays."""
+        if self.done:
+            return
+        self.done = True
+        headers = Headers(raw=start.get("headers", []))
+        problem = standard(self.status, {k: v for k, v in headers.items() if k in ("allow", "retry-after")})
+        with suppress(ValueError, TypeError, KeyError):
+            detail = json.loads(body)["detail"] if headers.get("content-type") == "application/json" else None
+            if isinstance(detail, str) and detail.isprintable() and len(detail) <= _LONGEST_LOGGED:
+                problem.detail = detail
+        response = answer(problem)
+        await self.send({**start, "headers": response.raw_headers})
+        await self.send({"type": "http.response.body", "body": b"" if self.head else bytes(response.body)})
