@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 import warnings
@@ -37,7 +38,7 @@ from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import seeded
 from clead.errors import UserError, memory_of, out_of_memory
-from clead.evaluation import masking, processes
+from clead.evaluation import diagnosis, masking, processes
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import ALONE, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
@@ -66,6 +67,8 @@ from clead.report.record import (
 )
 from clead.settings import Ratio, validated
 from clead.threats.geometry import per_image
+
+_log = logging.getLogger("clead")
 
 _MAP_POINTS = 300
 _TRIED = 8  # images that are asked whether a gradient reaches them
@@ -208,7 +211,7 @@ def evaluate_model(
         store = State(mine.folder(state) if state else None, header, trust=trust_state)
         with store.opened():
             store.parts.update(shared)
-            _attack_batches(job, store, mine, subject, show)
+            notes += _attack_batches(job, store, mine, subject, show)
             notes += store.notes
             if shard is not None:
                 return None
@@ -253,8 +256,11 @@ def _header(job: EvaluationPlan, shard: Shard) -> dict[str, Any]:
     }
 
 
-def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, show: bool) -> None:
-    """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished."""
+def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, show: bool) -> list[str]:
+    """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished.
+
+    Returns what the clean images say of a mistake in the order of the classes or in the pixels.
+    """
     batches = [batch for batch in range(job.batches) if shard.has(batch)]
     costs = [1.0, *(named.cost for named in job.attacks)]
     count = sum(job.where(batch).stop - job.where(batch).start for batch in batches)
@@ -274,6 +280,9 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
             )
         for key, (tensors, ids) in clean.items():
             store.put(key, tensors, {"seconds": 0.0, "broken": ids})
+        hints = _hints(job, store, batches, subject)  # before hours of attacks
+        for hint in hints:
+            _log.warning("%s", hint)
         for batch in batches:
             here = job.where(batch)
             size = here.stop - here.start
@@ -299,6 +308,27 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
                     speed=f"{finished / (time.monotonic() - start):.2g} images/s" if finished else "–",
                 )
             finished, right = finished + size, right + int(held.sum())
+    return hints
+
+
+def _hints(job: EvaluationPlan, store: State, batches: Sequence[int], subject: Subject) -> list[str]:
+    """Say which order of the classes, or which pixels, would make a low clean accuracy high; see ``evaluation/diagnosis.py``."""
+    parts = [store.parts[job.key(batch, -1)][0] for batch in batches]
+    if not parts or job.draws > 1 or any("predicted" not in part for part in parts):
+        return []
+    labels = torch.cat([job.images.labels[job.where(batch)] for batch in batches])
+    predicted = torch.cat([part["predicted"] for part in parts])
+    hints = [diagnosis.order_hint(predicted, labels, subject.classes)]
+    if subject.training is None:  # clead train gives pixels as its models want them
+        start = job.where(batches[0]).start
+        x, y = job.inputs(slice(start, start + diagnosis.PIXELS))
+
+        def answer(x: Tensor) -> Tensor:
+            return in_pieces(lambda x, y: logits_of(job.model, x).argmax(1), x, y, job.pieces)
+
+        with global_seed(job.settings.seed):
+            hints.append(diagnosis.pixel_hint(answer, x, y, len(subject.classes)))
+    return [hint for hint in hints if hint is not None]
 
 
 def _from(job: EvaluationPlan, store: State, batch: int, stage: int) -> list[str]:
