@@ -181,7 +181,7 @@ def test_a_class_that_the_list_lacks_is_named(tmp_path):
 def test_names_that_differ_only_in_case_stay_two(tmp_path):
     path = saved(tmp_path / "a.npz", X, Y, classes=np.array(["a", "A", "b"]))
     splits = Npz(path=path, classes="A,b,a").load(0)
-    assert splits.test.labels.tolist() == [[2, 0, 1][y] for y in Y] and not splits.notes
+    assert splits.test.labels.tolist() == [[2, 0, 1][y] for y in Y]
 
 
 def test_the_list_of_names_is_kept_in_the_configuration(tmp_path):
