@@ -349,7 +349,7 @@ def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str,
             what = "gives one logit for two classes" if single else f"returns {logits.shape[1]} logits"
             raise UserError(
                 f"the model {what}, the data has {len(subject.classes)} classes; "
-                "give data of the classes that it was trained for"
+                "give data of the classes that it was trained for, or name all of the model's in their order: --data.classes FILE"
             )
         finite = torch.isfinite(logits).all(1)
         broken = (~finite).nonzero()[:, 0]
