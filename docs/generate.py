@@ -24,6 +24,7 @@ from clead.threats import THREATS
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from layouts import LAYOUTS  # noqa: E402  the samples that tests/test_layouts.py reads
+from model_kinds import KINDS  # noqa: E402  the samples that tests/test_external_models.py tries
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
@@ -47,6 +48,7 @@ def pages() -> dict[str, str]:
         "recipes.md": _recipes(),
         "commands.md": _commands(),
         "layouts.md": _layouts(),
+        "kinds.md": _kinds(),
     }
 
 
@@ -173,6 +175,30 @@ def _layouts() -> str:
         "What `--data.path` reads (with `--data.name auto` or the name of the data set), and what it refuses. A small sample "
         "of each is read by `tests/test_layouts.py`; this table is written from them (`tests/layouts.py`).",
         "\n".join(["| data | files | read as | what else to know |", "|---|---|---|---|", *rows]),
+    ]
+    return _page(parts)
+
+
+def _kinds() -> str:
+    trained = {True: "yes", False: "refused, before anything is written", None: ""}
+    rows = []
+    for kind in KINDS:
+        evaluated = "refused" if kind.refused else "yes"
+        said = f" It says: “…{_cell(kind.says)}…”" if kind.says else ""
+        about = kind.about[0].upper() + kind.about[1:]
+        rows.append(f"| {_cell(kind.name)} | {evaluated} | {trained[kind.trained]} | {_cell(about)}.{said} |")
+    parts = [
+        "# Kinds of models",
+        "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that are not "
+        "of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked out of what "
+        "it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said on stderr and in "
+        "the record's notes. Every row is tried by `tests/test_external_models.py` and written from `tests/model_kinds.py`: where a "
+        "kind is evaluated, the flags are those of the plain module.",
+        "\n".join(["| model | evaluated | trained by PGD-AT | what the program does |", "|---|---|---|---|", *rows]),
+        "Methods that look at features (`clead`, `acl` …) need the layer that maps them to the logits: the final `nn.Linear` is "
+        "found, any other is named by `--model.classifier NAME`. The others train a model without.",
+        "An image at which the gradient of an attack is NaN or infinite counts as not robust, is named in the notes and listed as "
+        "`lost` in the record's attack; all other images go on. In Python, `clead.attacks.NAME` returns NaN for it, and warns.",
     ]
     return _page(parts)
 

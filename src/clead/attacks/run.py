@@ -88,6 +88,8 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
     """Return the gradient of a projection of the logits to ``x``, (B, C, H, W); None if autograd finds no way to the images."""
     model = wrapped(model)
+    if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
+        return None  # autograd goes through their operations, with wrong numbers
     with attack_mode(model), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         logits = model(x)

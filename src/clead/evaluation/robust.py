@@ -7,7 +7,8 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -48,6 +49,7 @@ from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, d
 from clead.evaluation.verdicts import exact_float32, holds, in_pieces, pixels, right_images
 from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
+from clead.models.external import ModelError
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded as global_seed
 from clead.models.split import SplitModel, has_features, weights, wrapped
@@ -272,7 +274,11 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
             if (first := job.key(batch, -1)) in earlier and not clean_agrees(job, batch, store.parts[first]):
                 store.drop(_from(job, store, batch, -1))
         # All clean images first: a mistake in them is not found hours later, and leaves no state.
-        clean = {job.key(b, -1): _clean(job, b, subject) for b in batches if job.key(b, -1) not in store.parts}
+        clean = {}
+        for batch in batches:
+            if job.key(batch, -1) not in store.parts:
+                with _naming(job, batch):
+                    clean[job.key(batch, -1)] = _clean(job, batch, subject)
         broken = [index for _, ids in clean.values() for index in ids]
         if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in clean.values()):
             raise UserError(
@@ -295,7 +301,8 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
                     if not attack_agrees(job, batch, stage, store.parts[key], chosen):
                         store.drop(_from(job, store, batch, stage))
                 if key not in store.parts:
-                    with global_seed(seeded("cpu", job.settings.seed, stage, batch).initial_seed()):
+                    seed = seeded("cpu", job.settings.seed, stage, batch).initial_seed()
+                    with global_seed(seed), _naming(job, batch, named.name):
                         part = _attack(job, store, batch, stage, held)
                     store.put(key, *part)
                 held &= store.parts[key][0]["flags"]
@@ -335,6 +342,16 @@ def _from(job: EvaluationPlan, store: State, batch: int, stage: int) -> list[str
     """Return the finished parts of a batch from ``stage`` on: later attacks ran on what it left."""
     keys = (job.key(batch, later) for later in range(stage, len(job.attacks)))
     return [key for key in keys if key in store.parts]
+
+
+@contextmanager
+def _naming(job: EvaluationPlan, batch: int, attack: str = "") -> Generator[None, None, None]:
+    """Say in an error of the user's model which images it was given."""
+    try:
+        yield
+    except ModelError as error:
+        here, under = job.where(batch), f" under {attack}" if attack else ""
+        raise ModelError(f"{error} (images {here.start} to {here.stop - 1}{under})") from error
 
 
 def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str, Tensor], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -209,7 +210,12 @@ def unwrapped(module: Any) -> nn.Module:
     inner = getattr(module, "_orig_mod", None) if type(module).__name__ == "OptimizedModule" else None
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner = module.module
-    return module if inner is None else unwrapped(inner)
+    if inner is not None:
+        return unwrapped(inner)
+    if any(not is_lazy(value) and value.is_inference() for value in [*module.parameters(), *module.buffers()]):
+        with torch.inference_mode(False):  # no gradient goes through such weights: those of the copy are usual ones
+            return copy.deepcopy(module)
+    return module
 
 
 def materialise(module: nn.Module, x: Tensor) -> None:

@@ -41,6 +41,7 @@ from clead.interfaces import Batch, Splits, StepOutput, Threat
 from clead.methods.base import Step, Views
 from clead.methods.replay import Perturbation
 from clead.models.cost import CostMeter
+from clead.models.external import ModelError
 from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
 from clead.training.awp import perturbed_weights
@@ -406,9 +407,14 @@ def _fit(
                 _generators(device, parts, processes, settings, at.step),
                 strict=True,
             ):
-                found.append(
-                    _forward_backward(config, model, piece, generators, at.step / steps, memory, amp, scaler, processes)
-                )
+                try:
+                    found.append(
+                        _forward_backward(
+                            config, model, piece, generators, at.step / steps, memory, amp, scaler, processes
+                        )
+                    )
+                except ModelError as error:
+                    raise ModelError(f"{error} (batch of step {at.step}; {_last_good(run)})") from error
             loss, metrics = _mean(found)
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
