@@ -183,6 +183,7 @@ def _one_line(problem: Any, cls: type, path: str) -> str:
         owner: Any = cls
         for name in names[:-1]:
             owner = owner.__pydantic_fields__[name].annotation
+            owner = next((each for each in get_args(owner) if hasattr(each, "__pydantic_fields__")), owner)  # X | None
         known = getattr(owner, "__pydantic_fields__", {})
         return f"{key}: unknown key; {did_you_mean(names[-1], known)}"
     if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

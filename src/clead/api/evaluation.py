@@ -13,6 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from clead.api.batches import images_and_labels
+from clead.api.foreign import open_foreign
 from clead.api.opened import (
     data_name,
     data_notes,
@@ -38,18 +39,17 @@ from clead.evaluation.suites import NamedAttack
 from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet, Splits
-from clead.models.custom import make_module
 from clead.models.external import prepare
-from clead.models.onnx import OnnxModel
+from clead.models.model_input import ModelInput
+from clead.models.onnx import is_onnx
 from clead.models.seeding import seeded
-from clead.models.split import adapt, has_features, wrapped
 from clead.models.split import weights as model_weights
+from clead.models.split import wrapped
 from clead.output import tell
 from clead.report.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import device_of
-from clead.weights import load_into, read_weights
 
 
 def evaluate(
@@ -198,6 +198,9 @@ def evaluate_foreign(
     config: RunConfig,
     *,
     weights: str | Path | None = None,
+    output: str | int | None = None,
+    input: ModelInput | str | None = None,
+    classifier: str | None = None,
     out: str | Path,
     attacks: Sequence[NamedAttack] | None = None,
     transfer_from: Sequence[str | Path] = (),
@@ -215,6 +218,9 @@ def evaluate_foreign(
         model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
         config: data, threat and eval settings; ``clead.config.bare_config`` makes one.
         weights: for what the factory makes, what ``clead.weights.read_weights`` reads; None: as it is made.
+        output: name or index of the logits, if the model returns more than that and they are not recognised.
+        input: how it wants its pixels, such as ``"layout=nhwc range=0..255"``, see ``ModelInput``; None: (B, C, H, W) in [0, 1].
+        classifier: name of the layer whose input are the features; None: it is found.
         out: directory of the record and the state.
         attacks: as of ``evaluate_run``, as all that follow.
         transfer_from: runs.
@@ -229,19 +235,27 @@ def evaluate_foreign(
     part = Shard.parse(shard) if shard else None
     splits = config.data.load(config.train.seed, training=False)
     name = model if isinstance(model, str) else type(model).__name__
-    made, notes = _foreign(model, weights, splits)
+    foreign = open_foreign(
+        model,
+        weights=weights,
+        sample_shape=image_shape(splits),
+        num_classes=len(splits.classes),
+        output=output,
+        input=input,
+        classifier=classifier,
+    )
     order_given = getattr(config.data, "classes", None) is not None
-    splits, said = align_classes(splits, _own_classes(made), source=name, order_given=order_given)
+    splits, said = align_classes(splits, foreign.classes, source=name, order_given=order_given)
     splits = dataclasses.replace(splits, notes=(*splits.notes, *said))
     images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     device = device_of(config.train.device)
     sources = _sources(transfer_from, images, len(splits.classes), device)
-    if isinstance(model, str) and weights is None and not name.endswith(".onnx"):
-        notes.append(f"no --weights given: those that {Path(name).name} makes")
+    if isinstance(model, str) and weights is None and not is_onnx(model):
+        foreign.notes.append(f"no --weights given: those that {Path(name).name} makes")
     subject = Subject(
-        name=Path(name).stem if name.endswith(".onnx") else name.rpartition(":")[2],
+        name=Path(name).stem if is_onnx(model) else name.rpartition(":")[2],
         model=Path(name).name,
         weights=Path(weights).name if weights else "given",
         data=data_name(config),
@@ -251,21 +265,21 @@ def evaluate_foreign(
         **split_facts(splits, config.eval.split),
     )
     if splits.origin == "train" and config.eval.split == "test":
-        notes.append(
+        foreign.notes.append(
             f"{subject.name} may have been trained on these images: a figure on training images says nothing of new ones; "
             "put images that it has never seen into test/CLASS"
         )
     return _evaluate_into(
         Path(out),
         result,
-        made.to(device),
+        foreign.model.to(device),
         images,
         config,
         subject,
         part,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
-        notes=[*data_notes(splits), *notes],
+        notes=[*data_notes(splits), *foreign.notes],
         attacks=attacks,
         more=[transfer(name, other) for name, other in sources],
         source=sources[0][1] if sources else None,
@@ -345,29 +359,6 @@ def _sources(
         logits_of(other, pixels(images.images[:1].to(device)))
         found.append((Path(path).resolve().name, other))
     return found
-
-
-def _foreign(model: str | nn.Module, weights: str | Path | None, splits: Splits) -> tuple[nn.Module, list[str]]:
-    """Return the model to evaluate, in eval mode, and what must be said of how it was made."""
-    if isinstance(model, str) and model.endswith(".onnx"):
-        if weights is not None:
-            raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
-        return OnnxModel(model), []
-    made = make_module(model, len(splits.classes)) if isinstance(model, str) else model
-    notes: list[str] = []
-    if weights is not None:
-        notes = load_into(made, read_weights(weights))
-        for note in notes:
-            tell(f"weights: {note}")
-    # Attacks on the embedding need to know where it is.
-    adapted = adapt(made, sample_shape=image_shape(splits))
-    return adapted if has_features(adapted) else wrapped(made), notes
-
-
-def _own_classes(module: nn.Module) -> Sequence[str] | None:
-    """Return the class names that a model brings with it, in the order of its outputs, or None."""
-    classes = getattr(getattr(module, "module", module), "classes", None) or getattr(module, "classes", None)
-    return classes if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes) else None
 
 
 def _evaluate_into(

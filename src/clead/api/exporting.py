@@ -91,7 +91,7 @@ def export_run(
                 "run": opened.run.name,
                 **{key: metadata[key] for key in ("classes", "shape")},
             }
-            about |= {"fingerprint": fingerprint(model_weights(original)), "precision": precision}
+            about |= {"fingerprint": fingerprint(model_weights(original)), "precision": precision, "range": [0, 1]}
             content = to_onnx(original, metadata["shape"], metadata=about)
             differs = difference(content, original, x)
             with torch.inference_mode():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from clead.errors import UserError
+from clead.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from clead.config import RunConfig
@@ -52,6 +52,33 @@ def only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
             problems.append(f"--{key}: changes nothing here, the run is trained already; {hint}")
     if problems:
         raise UserError(*problems)
+
+
+def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take how ``--model`` is called out of the overrides: ``--model.output``, ``--model.input`` and ``--model.classifier``.
+
+    Returns keyword arguments of ``evaluate_foreign``, none without ``--model``, and the other overrides.
+    """
+    from clead.config import parse_overrides
+    from clead.models.model_input import ModelInput, pairs
+
+    if model is None:
+        return {}, overrides
+    options: dict[str, Any] = {}
+    for path, value in parse_overrides(overrides):
+        if path[0] != "model":
+            continue
+        if path[1:] not in (["output"], ["input"], ["classifier"]) and not (path[1] == "input" and len(path) == 3):
+            known = did_you_mean(path[1], ("output", "input", "classifier"))
+            raise UserError(f"--{'.'.join(path)}: says nothing about {model}; {known}")
+        if path[1] == "input":
+            more = pairs(value) if len(path) == 2 else {path[2]: value}
+            options["input"] = {**options.get("input", {}), **more} if isinstance(more, dict) else more
+        else:
+            options[path[1]] = value
+    if "input" in options:
+        options["input"] = ModelInput.parse(options["input"])
+    return options, without(overrides, "--model.")
 
 
 def parts(text: str) -> list[str]:

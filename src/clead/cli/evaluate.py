@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from clead.cli.application import OPEN, Json, TrustState, app, interruptible, say, write_json
-from clead.cli.arguments import changed, only, positional, runs_and_overrides
+from clead.cli.arguments import changed, model_options, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean
 
@@ -25,7 +25,10 @@ def evaluate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path."),
+        typer.Option(
+            help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path. With it: --model.output, "
+            "--model.input, --model.classifier."
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -76,6 +79,7 @@ def evaluate(
         if ["eval", "suite"] in [path for path, _ in parse_overrides(overrides)]:
             raise UserError(f"--eval.suite is what --suite says too, got both, --suite {suite}; give one")
         overrides = [*overrides, "--eval.suite", suite]
+    call, overrides = model_options(model, overrides)
     only(overrides, ("data", "threat", "eval"), "choose a suite with --suite, or use clead attack")
     options: dict[str, Any] = {
         "transfer_from": transfer_from or (),
@@ -119,7 +123,7 @@ def evaluate(
         config = bare_config("evaluation", overrides)
         folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
         with one():
-            done(api.evaluate_foreign(model, config, weights=weights, out=folder, **options), folder, folder)
+            done(api.evaluate_foreign(model, config, weights=weights, out=folder, **call, **options), folder, folder)
     else:
         configs = [changed(run, overrides) for run in runs]
         for run, config in zip(runs, configs, strict=True):

@@ -11,7 +11,7 @@ _HEADS: tuple[tuple[int, bytes, str], ...] = (
         "a Git LFS pointer, the file itself was not downloaded; fetch it with: git lfs pull",
     ),
     (0, b"\x89HDF\r\n", "an HDF5 file (Keras); export the model as ONNX, with tf2onnx"),
-    (4, b"ORTM", "a model in onnxruntime's own format (.ort); give the .onnx file that it was made of"),
+    (4, b"ORTM", "a model in onnxruntime's own format; give it as --model, with a name that ends in .ort"),
     (4, b"TFL3", "a TensorFlow Lite model; export the model as ONNX, with tf2onnx"),
     (0, b"GGUF", "a GGUF file; give the weights as safetensors"),
     (0, b"\x1f\x8b", "packed with gzip; unpack it with: gunzip"),

@@ -177,7 +177,7 @@ class AdaptedModel(SplitModel):
     ) -> None:
         module = unwrapped(module)
         io = io_of(module, output)
-        name, feature_dim, logits = _find_classifier(module, io, sample_shape, classifier)
+        name, feature_dim, logits = _find_classifier(module, io, normalize or nn.Identity(), sample_shape, classifier)
         if num_classes is not None and logits.shape[1] != num_classes:
             final = f"its final layer {name!r}" if name else "it"
             raise UserError(
@@ -229,7 +229,7 @@ class AdaptedModel(SplitModel):
 
 
 def _find_classifier(
-    module: nn.Module, io: ModelIO, sample_shape: tuple[int, int, int], classifier: str | None
+    module: nn.Module, io: ModelIO, normalize: nn.Module, sample_shape: tuple[int, int, int], classifier: str | None
 ) -> tuple[str | None, int, Tensor]:
     """Run ``module`` once on two images; return the name of the layer that makes the logits, D, and the logits.
 
@@ -239,7 +239,7 @@ def _find_classifier(
     if classifier is not None and classifier not in layers:
         linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
         raise UserError(f"{kind} has no layer {classifier!r} (classifier); {did_you_mean(classifier, linears)}")
-    x = torch.zeros(2, *sample_shape, device=next((p.device for p in module.parameters()), None))
+    x = _sample(module, normalize, sample_shape)
     materialise(module, x)
     if classifier is not None and isinstance(module, torch.jit.ScriptModule):
         raise UserError(
@@ -256,7 +256,7 @@ def _find_classifier(
     handles = [layer.register_forward_hook(note) for layer in looked_at]
     try:
         with seeded(0), attack_mode(module), torch.no_grad():
-            picked = io.run(module, torch.rand(2, *sample_shape).to(x))
+            picked = io.run(module, x)
             logits = io.logits(module, picked)
     finally:
         for handle in handles:
@@ -272,7 +272,7 @@ def _find_classifier(
         got = [f"{tuple(features.shape)} -> {tuple(getattr(output, 'shape', ()))}" for features, output in seen]
         raise UserError(
             f"layer {classifier!r} of {kind} (classifier) must map features (B, D) to logits, {tuple(picked.shape)}, once in a "
-            f"forward of 2 images, got {', '.join(got) or 'no call'}; {_candidates(module, io, sample_shape)}"
+            f"forward of 2 images, got {', '.join(got) or 'no call'}; {_candidates(module, io, normalize, sample_shape)}"
         )
     for name, _, features, output in reversed(calls):
         same = isinstance(output, Tensor) and output.shape == picked.shape and torch.equal(output, picked)
@@ -281,7 +281,16 @@ def _find_classifier(
     return None, logits.shape[1], logits
 
 
-def _candidates(module: nn.Module, io: ModelIO, sample_shape: tuple[int, int, int]) -> str:
+def _sample(module: nn.Module, normalize: nn.Module, sample_shape: tuple[int, int, int]) -> Tensor:
+    """Return two random images, the same each time, as ``module`` gets them."""
+    before = next((buffer.device for buffer in normalize.buffers()), None)
+    with seeded(0):
+        x = torch.rand(2, *sample_shape)
+    with torch.no_grad():
+        return normalize(x.to(before)).to(next((p.device for p in module.parameters()), None))
+
+
+def _candidates(module: nn.Module, io: ModelIO, normalize: nn.Module, sample_shape: tuple[int, int, int]) -> str:
     """Return the end of an error that names the layers of ``module`` that could be the classifier."""
     seen: dict[str, int] = {}
     shape: Any = None
@@ -294,9 +303,8 @@ def _candidates(module: nn.Module, io: ModelIO, sample_shape: tuple[int, int, in
 
     handles = []
     try:
-        device = next((p.device for p in module.parameters()), None)
         with seeded(0), attack_mode(module), torch.no_grad():
-            x = torch.rand(2, *sample_shape).to(device)
+            x = _sample(module, normalize, sample_shape)
             shape = io.run(module, x).shape
             if not isinstance(module, torch.jit.ScriptModule):
                 handles = [layer.register_forward_hook(note) for layer in names]
@@ -315,7 +323,7 @@ def require_features(model: SplitModel, sample_shape: tuple[int, int, int], purp
     if isinstance(model, AdaptedModel) and not model.has_features:
         raise UserError(
             f"{purpose} needs the features, and the logits of {type(model.module).__name__} come from no final nn.Linear; "
-            f"{_candidates(model.module, model.io, sample_shape)}"
+            f"{_candidates(model.module, model.io, model.normalize, sample_shape)}"
         )
 
 

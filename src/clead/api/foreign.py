@@ -1,0 +1,105 @@
+"""Models that this program did not train: made from code with weights, or read from an ONNX file, and ready to be evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from clead.errors import UserError
+from clead.models.class_names import class_names
+from clead.models.custom import make_module
+from clead.models.model_input import InputLayer, ModelInput
+from clead.models.onnx import OnnxModel, is_onnx
+from clead.models.split import AdaptedModel, SplitModel, wrapped
+from clead.output import tell
+from clead.weights import load_into, read_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignModel:
+    """A model to evaluate, the names of its classes in the order of its outputs, if it states them, and notes for the record."""
+
+    model: nn.Module
+    classes: Sequence[str] | None
+    notes: list[str]
+
+
+def open_foreign(
+    model: str | nn.Module,
+    *,
+    weights: str | Path | None,
+    sample_shape: tuple[int, int, int],
+    num_classes: int,
+    output: str | int | None = None,
+    input: ModelInput | str | None = None,
+    classifier: str | None = None,
+) -> ForeignModel:
+    """Return the model to evaluate, in eval mode, with what must be said of how it was made.
+
+    Args:
+        model: ``module:factory``, a file that ``OnnxModel`` reads, or a module.
+        weights: for what the factory makes; None: as it is made.
+        sample_shape: (C, H, W) of the images.
+        num_classes: K of the data; a factory is called with as many as the weights name, if they name them.
+        output: which output the logits are; None: it is recognised.
+        input: how pixels are given, see ``ModelInput``; None: as they are.
+        classifier: name of the layer whose input are the features; None: it is found.
+
+    Raises UserError if the model cannot be made, or does not take these images.
+    """
+    given = None if input is None else ModelInput.parse(input)
+    if is_onnx(model):
+        if weights is not None:
+            raise UserError(f"--weights: an ONNX file holds its own, got {weights}; leave it out")
+        if classifier is not None:
+            raise UserError(
+                f"model.classifier: the layers of {model} cannot be looked at, got {classifier!r}; leave it out"
+            )
+        made = OnnxModel(str(model), input=given, output=output, sample_shape=sample_shape, num_classes=num_classes)
+        _say(made.notes)
+        return ForeignModel(made.eval(), made.classes, made.notes)
+    read = None if weights is None else read_weights(weights)
+    if read is not None and read.classes is not None:
+        num_classes = len(read.classes)
+    module = make_module(model, num_classes) if isinstance(model, str) else model
+    notes: list[str] = []
+    if read is not None:
+        notes = load_into(module, read, normalized=given is not None and given.normalizes)
+        _say(notes)
+    layer = None if given is None else InputLayer(given)
+    if layer is not None:
+        notes += layer.notes()
+        _say(layer.notes())
+    classes = (read.classes if read is not None else None) or stated_classes(module)
+    return ForeignModel(_adapted(module, layer, sample_shape, output, classifier).eval(), classes, notes)
+
+
+def _adapted(
+    module: nn.Module,
+    layer: InputLayer | None,
+    sample_shape: tuple[int, int, int],
+    output: str | int | None,
+    classifier: str | None,
+) -> nn.Module:
+    """Return ``module`` as attacks on the embedding need it, if it has features, and with ``layer`` before it."""
+    if isinstance(module, SplitModel) and layer is None:
+        return module
+    adapted = AdaptedModel(module, sample_shape=sample_shape, classifier=classifier, output=output, normalize=layer)
+    return adapted if adapted.has_features or layer is not None else wrapped(module, output)
+
+
+def stated_classes(module: nn.Module) -> Sequence[str] | None:
+    """Return the class names that a module brings with it: ``classes``, or ``config.id2label`` of transformers; else None."""
+    stated: Any = getattr(module, "classes", None)
+    if stated is None:
+        stated = getattr(getattr(module, "config", None), "id2label", None)
+    return class_names(stated)
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        tell(f"model: {note}")
