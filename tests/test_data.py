@@ -395,13 +395,13 @@ def test_parquet_problems(tmp_path, pictures):
 
     labels = [0, 1] * 4
     write_parquet(tmp_path, "train", pictures, labels)
-    one_line_error(lambda: load("parquet", tmp_path), "got no test-*.parquet")
-    write_parquet(tmp_path, "test", pictures, labels, image="picture")
-    one_line_error(lambda: load("parquet", tmp_path), "'img' or 'image'", "got picture, label")
-    write_parquet(tmp_path, "test", pictures, labels, label="class")
-    one_line_error(lambda: load("parquet", tmp_path), "'label' or 'fine_label'", "got img, class")
+    assert DATASETS.get("parquet")(path=tmp_path).read().test.images == []
+    write_parquet(tmp_path, "test", pictures, labels, image="scan")
+    one_line_error(lambda: load("parquet", tmp_path), "'img', 'image'", "got scan, label")
+    write_parquet(tmp_path, "test", pictures, labels, label="kind")
+    one_line_error(lambda: load("parquet", tmp_path), "'label', 'fine_label'", "got img, kind")
     write_parquet(tmp_path, "test", pictures, list("ababcdcd"))
-    one_line_error(lambda: load("parquet", tmp_path), "must be integers, got string")
+    one_line_error(lambda: load("parquet", tmp_path), "'a', 'b', 'c', 'd' without any training image")
     write_parquet(tmp_path, "test", [*pictures[:7], None], labels)
     one_line_error(lambda: load("parquet", tmp_path), "row 7", "no bytes")
     write_parquet(tmp_path, "test", [*pictures[:7], pictures[7][:60]], labels)
@@ -411,7 +411,7 @@ def test_parquet_problems(tmp_path, pictures):
     write_parquet(tmp_path, "test", pictures, labels, names=["x", "y"])
     one_line_error(lambda: load("parquet", tmp_path), "same classes")
     pq.write_table(pa.table({"img": [b"raw"], "label": [0]}), tmp_path / "test-00000-of-00001.parquet")
-    one_line_error(lambda: load("parquet", tmp_path), "struct of bytes and path, got binary")
+    one_line_error(lambda: load("parquet", tmp_path), "row 0: not a readable image")
     (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1 no")
     one_line_error(lambda: load("parquet", tmp_path), "not a readable Parquet file")
 

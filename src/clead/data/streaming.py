@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +39,7 @@ class Shards:
 
     Args:
         files: at least one, in order.
-        column: a struct with ``bytes``.
+        column: a struct with ``bytes``, or bytes.
         buffer: two windows of so many images, to the end of their last row group, are kept encoded: those used last.
 
     Raises UserError for a file that cannot be read or holds no row, MissingExtra without pyarrow.
@@ -116,11 +116,15 @@ class Shards:
             while self._kept and sum(self.groups[kept].rows for kept in self._kept) > room:
                 self._kept.popitem(last=False)
             try:
-                table = self._open(group.file).read_row_group(group.number, columns=[f"{self.column}.bytes"])
+                opened = self._open(group.file)
+                encoded = str(opened.schema_arrow.field(self.column).type).endswith("binary")
+                wanted = self.column if encoded else f"{self.column}.bytes"
+                table = opened.read_row_group(group.number, columns=[wanted])
             except (OSError, self._pyarrow.ArrowException) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{file}: row group {group.number} cannot be read ({reason}); fetch it again") from None
-            column = self._pyarrow.compute.struct_field(table[self.column].combine_chunks(), "bytes")
+            column = table[self.column].combine_chunks()
+            column = column if encoded else self._pyarrow.compute.struct_field(column, "bytes")
             self._kept[number] = column
             return column
 
@@ -158,6 +162,8 @@ class StreamedImages:
         self._ahead = ThreadPoolExecutor(1, "clead-ahead")
         self._next: tuple[Tensor, Future[Tensor]] | None = None
         self._counts: Tensor | None = None
+        self.remarks: Counter[str] = Counter()
+        """What was seen in the images that were decoded so far; see ``decoding.REMARKS``."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -238,12 +244,15 @@ class StreamedImages:
         blobs = self.shards.blobs(numbers)
         size = -(-len(blobs) // self.workers)
 
-        def run(start: int) -> list[np.ndarray]:
-            part = slice(start, start + size)
+        def run(start: int) -> tuple[list[np.ndarray], Counter[str]]:
+            part, seen = slice(start, start + size), Counter()
             pairs = zip(blobs[part], numbers[part], strict=True)
-            return [decode_one(blob, self.shards.name(int(row)), self.fit) for blob, row in pairs]
+            return [decode_one(blob, self.shards.name(int(row)), self.fit, seen) for blob, row in pairs], seen
 
-        arrays = [array for part in self._pool.map(run, range(0, len(blobs), size)) for array in part]
+        arrays = []
+        for some, seen in self._pool.map(run, range(0, len(blobs), size)):
+            arrays += some
+            self.remarks.update(seen)
         return stack(arrays, [])
 
 

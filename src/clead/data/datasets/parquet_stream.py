@@ -6,16 +6,29 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, check, default_names, existing, renumber, say_left_out
+from clead.data.base import Found, InMemoryDataset, Part, Role, check, existing, renumber, say_left_out, say_remarks
+from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS
-from clead.data.datasets.parquet import IMAGE, LABEL, class_names, column_of, label_column, shards_of
+from clead.data.datasets.parquet import (
+    IMAGE,
+    LABEL,
+    ParquetFiles,
+    by_name,
+    choose_column,
+    class_names,
+    label_column,
+    parquet_files,
+)
+from clead.data.datasets.parquet import unread as _skipped
 from clead.data.decoding import Fit, decode
 from clead.data.labels import partly_labelled, stratified
+from clead.data.repeats import repeats
 from clead.data.streaming import Shards, StreamedImages, unreadable
 from clead.errors import UserError
 from clead.interfaces import ImageSet, Splits
@@ -29,9 +42,9 @@ _LIMIT_SEED = 0
 class ParquetStream(InMemoryDataset):
     """Parquet files as for parquet; training images stay on the disk and are decoded batch by batch.
 
-    Labels, validation and test images are in memory: set limit_test and a small val_fraction. The test part is test-*.parquet,
-    else validation-*.parquet. Rows should be written in random order and in row groups of some hundred images: an epoch takes row
-    groups in random order and mixes the images of a window of them.
+    Labels, validation and test images are in memory: set limit_test and a small val_fraction. Without test-*.parquet, test images
+    are those of validation-*.parquet. Rows should be written in random order and in row groups of some hundred images: an epoch
+    takes row groups in random order and mixes the images of a window of them.
 
     Size and channels are those of the first image, unless image_size and channels say otherwise. Validation images are cut from as
     few row groups as have enough of every class.
@@ -61,50 +74,36 @@ class ParquetStream(InMemoryDataset):
             raise UserError(
                 f"data.only: streamed images come without columns, got {self.only!r}; use --data.name parquet"
             )
-        folder = existing(self.path)
-        if not any(folder.glob("*.parquet")) and (folder / "data").is_dir():
-            folder = folder / "data"
-        files = {"train": shards_of(folder, "train")}
-        name = "test" if any(folder.glob("test-*.parquet")) else "validation"
-        files["test"] = shards_of(folder, name)
+        files = parquet_files(existing(self.path))
+        splits, origin, notes = _roles(files)
         fit = None
-        images, labels, names, left_out = {}, {}, {}, []
-        for part, found in files.items():
-            columns = {(column_of(file, IMAGE), column_of(file, LABEL)) for file in found}
-            if len(columns) > 1:
-                raise UserError(
-                    f"{folder}: the {part} files name their columns differently; rewrite them with the same names"
-                )
-            (image, label), *_ = columns
+        images, values, names, left_out = {}, {}, [], []
+        for role, found in splits.items():
+            (image, label), more = _columns(files.folder, role, found)
+            notes += [note for note in more if note not in notes]
             shards = Shards(found, image, self.shuffle_buffer)
             fit = fit or self._fit(shards)
-            labels[part] = torch.cat([label_column(file, label) for file in found])
-            names[part] = [class_names(file, label) for file in found]
+            values[role] = np.concatenate([label_column(file, label) for file in found])
+            names += [class_names(file, label) for file in found]
             rows = torch.arange(shards.rows)
             if self.skip_unreadable:
                 broken = unreadable(shards, fit)
                 left_out += [shards.name(row) for row in rows[broken].tolist()]
-                rows, labels[part] = rows[~broken], labels[part][~broken]
-            images[part] = StreamedImages(
-                shards,
-                rows,
-                fit,
-                buffer=self.shuffle_buffer,
-                workers=self.decode_workers or os.cpu_count() or 1,
-            )
+                rows, values[role] = rows[~broken], values[role][~broken.numpy()]
+            workers = self.decode_workers or os.cpu_count() or 1
+            images[role] = StreamedImages(shards, rows, fit, buffer=self.shuffle_buffer, workers=workers)
         assert fit is not None
         if left_out:
-            say_left_out(left_out, sum(map(len, labels.values())) + len(left_out))
-        classes, notes = _classes(folder, names, labels), ()
-        found = Found(Part([], labels["train"]), Part([], labels["test"]), classes)
+            say_left_out(left_out, sum(map(len, values.values())) + len(left_out))
+        labels, classes, more = _number(files.folder, names, values)
+        parts = {role: Part([], each) for role, each in labels.items()}
+        found = Found(parts["train"], parts["test"], classes, parts.get("val"), notes=(*notes, *more))
         check(found, limit_train=self.limit_train)
+        notes = found.notes
         if self.classes is not None:
             order = renumber(found, self.classes)
-            labels, classes, notes = (
-                {part: order(values) for part, values in labels.items()},
-                order.classes,
-                order.notes,
-            )
+            labels = {role: order(each) for role, each in labels.items()}
+            classes, notes = order.classes, (*notes, *order.notes)
         train = ImageSet(images["train"], labels["train"])
         test = ImageSet(images["test"], labels["test"])
         if self.limit_train is not None and self.limit_train < len(train):
@@ -112,15 +111,25 @@ class ParquetStream(InMemoryDataset):
         if self.limit_test is not None and self.limit_test < len(test):
             test = test.subset(stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0])
         self._check_order(labels["train"].numpy())
-        val, rest = self._validation(train, seed)
+        if "val" in images:
+            val, rest = ImageSet(images["val"], labels["val"]), torch.arange(len(train))
+        else:
+            val, rest = self._validation(train, seed)
         digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit)[:3])).encode())
-        for part in ("train", "test"):
+        for part in ("train", "test") if "val" not in images else ("train", "val", "test"):
             digest.update(images[part].shards.fingerprint.encode())
             digest.update(images[part].rows.numpy() if left_out else b"")
             digest.update(labels[part].numpy())
         digest.update(val.images.rows.numpy())
         train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
-        return Splits(train, _decoded(val), _decoded(test), classes, digest.hexdigest(), tuple(left_out), notes=notes)
+        streamed: tuple[StreamedImages, ...] = (val.images, test.images)
+        val, test = _decoded(val), _decoded(test)
+        remarks = streamed[0].remarks + streamed[1].remarks
+        notes = (*notes, *say_remarks(remarks, self.background), *repeats([val, test]))
+        skipped = _skipped(existing(self.path), {file.resolve() for found in splits.values() for file in found})
+        return Splits(
+            train, val, test, classes, digest.hexdigest(), tuple(left_out), skipped=skipped, notes=notes, origin=origin
+        )
 
     def _fit(self, shards: Shards) -> Fit:
         """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
@@ -177,8 +186,37 @@ def _decoded(image_set: ImageSet) -> ImageSet:
     return dataclasses.replace(image_set, images=torch.cat(list(image_set.images.split(512))))
 
 
-def _classes(folder: Path, names: dict[str, list[list[str] | None]], labels: dict[str, Tensor]) -> tuple[str, ...]:
-    everywhere = [each for part in names.values() for each in part]
-    if any(each != everywhere[0] for each in everywhere):
+def _roles(files: ParquetFiles) -> tuple[dict[Role, list[Path]], Literal["test", "val"], list[str]]:
+    """Return the files of the splits that are used, what the test images are, and notes; UserError without train or test."""
+    splits = dict(files.splits)
+    if files.unsplit or "train" not in splits or len(splits) == 1:
+        there = "files without a split" if files.unsplit else f"only {' and '.join(splits)}"
+        raise UserError(
+            f"{files.folder} must hold train-*.parquet and test-*.parquet (or validation-*.parquet) to be streamed, got "
+            f"{there}; add the others, or use --data.name parquet"
+        )
+    if "test" in splits:
+        return splits, "test", []
+    note = "there is no test split, so the test images are those of the validation split"
+    return {"train": splits["train"], "test": splits["val"]}, "val", [note]
+
+
+def _columns(folder: Path, role: str, files: list[Path]) -> tuple[tuple[str, str], list[str]]:
+    """Return the columns of images and labels of a split's files, and notes; UserError if the files differ."""
+    chosen = [(choose_column(file, IMAGE), choose_column(file, LABEL)) for file in files]
+    if len({(image, label) for (image, _), (label, _) in chosen}) > 1:
+        raise UserError(f"{folder}: the {role} files name their columns differently; rewrite them with the same names")
+    (image, note), (label, other) = chosen[0]
+    return (image, label), [each for each in (note, other) if each is not None]
+
+
+def _number(
+    folder: Path, names: list[list[str] | None], values: dict[Role, np.ndarray]
+) -> tuple[dict[Role, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Return the labels as class numbers, the class names and notes; UserError if the files name different classes."""
+    if any(each != names[0] for each in names):
         raise UserError(f"{folder}: the files name different classes; rewrite them with one list")
-    return tuple(everywhere[0]) if everywhere[0] else default_names(labels["train"], labels["test"])
+    if names[0] is not None:
+        return {role: by_name(folder, each, names[0]) for role, each in values.items()}, tuple(names[0]), ()
+    numbered, classes, notes = number_labels(*values.values())
+    return dict(zip(values, numbered, strict=True)), classes, notes
