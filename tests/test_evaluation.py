@@ -17,6 +17,7 @@ from clead.evaluation.robust import Subject, evaluate_model
 from clead.evaluation.suites import NamedAttack, suite
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import ImageSet
+from clead.models.cost import CostMeter
 from clead.report.record import Record
 from clead.settings import Ratio
 from clead.threats.l1 import L1
@@ -605,3 +606,47 @@ def test_plausible_inputs_are_taken_or_refused_in_one_line():
     record = clead.evaluate(bare, x, y, suite="adaptive", eps=0.02, steps=2, **NO_EXTRAS)
     assert record.attacks and not any("embedding" in attack.name for attack in record.attacks)
     assert any("the attacks on them are left out" in note and "clead.adapt" in note for note in record.notes)
+
+
+# ------------------------------------------------------------------------------------------------ what the quick suite costs
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.1, 0.3])
+@pytest.mark.parametrize("n", [40, 256])
+def test_curve_and_checks_of_the_quick_suite_cost_at_most_half_of_its_attacks(eps, n):
+    images = made()[0].subset(torch.arange(n))
+    model = Threshold()
+    settings = Eval(suite="quick", steps=10, gallery=0)
+    record, whole = metered(model, images, settings, eps)
+    _, attacks = metered(model, images, replace(settings, check_images=0, curve_points=0), eps)
+    assert whole <= 1.5 * attacks
+    assert any(note.startswith("suite quick: the curve is of the first ") for note in record.notes)
+    assert any("--eval.check_images 128" in note for note in record.notes)
+    same = metered(model, images, settings, eps)[0]
+    assert same.robust_flags == record.robust_flags and same.curve == record.curve and same.checks == record.checks
+
+
+def metered(model: nn.Module, images: ImageSet, settings: Eval, eps: float) -> tuple[Record, int]:
+    """Return the record and the passes that it took, forward and backward."""
+    with CostMeter(model) as meter:
+        record = evaluate(images, model=model, settings=settings, threat=Linf(eps=eps)).record
+    return record, meter.forwards + meter.backwards
+
+
+def test_the_flags_of_the_quick_suite_do_not_depend_on_what_follows_and_what_is_asked_for_is_done():
+    images = made()[0]
+    settings = Eval(suite="quick", steps=5, gallery=0)
+    bare = evaluate(images, settings=replace(settings, check_images=0, curve_points=0)).record
+    limited = evaluate(images, settings=settings).record
+    asked = evaluate(images, settings=replace(settings, check_images=50, curve_images=70, curve_steps=3)).record
+    assert bare.robust_flags == limited.robust_flags == asked.robust_flags
+    assert bare.attacks[0].flags == limited.attacks[0].flags
+    assert {point.robust.n for point in asked.curve} == {70} and asked.curve[0].attack == "PGD-3 margin"
+    assert not any("suite quick: the c" in note for note in asked.notes)
+    assert max(point.robust.n for point in limited.curve) < 256
+
+
+def test_other_suites_keep_the_curve_and_the_checks_that_they_had():
+    record = evaluate(made()[0], settings=Eval(suite="pgd", steps=2, curve_points=1, check_images=0)).record
+    assert {point.robust.n for point in record.curve} == {min(256, len(made()[0]))}
+    assert record.curve[0].attack == "PGD-20 margin" and not any("suite quick" in note for note in record.notes)

@@ -148,9 +148,15 @@ class Eval:
         "float32", "what the search computes in; every verdict is in float32, and bfloat16 may find less"
     )
     curve_points: int = setting(6, "radii up to twice eps at which robust accuracy is drawn; 0: no curve", ge=0)
-    curve_images: int = setting(256, "images of the curve", ge=1)
-    curve_steps: int = setting(20, "PGD steps of the curve", ge=1)
-    check_images: int = setting(128, "images for the checks of gradient masking; 0: no checks", ge=0)
+    curve_images: int | None = setting(
+        None, "images of the curve; none: 256, in suite quick as many as the attacks have images and time for", ge=1
+    )
+    curve_steps: int | None = setting(None, "PGD steps of the curve; none: 20, in suite quick 10", ge=1)
+    check_images: int | None = setting(
+        None,
+        "images for the checks of gradient masking; none: 128, in suite quick fewer, as the curve; 0: no checks",
+        ge=0,
+    )
     gallery: int = setting(24, "images kept for the report's gallery", ge=0)
     seed: int = setting(0, "of the attacks' randomness", ge=0, le=_LARGEST_SEED)
 

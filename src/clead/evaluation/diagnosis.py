@@ -191,7 +191,9 @@ def pixel_ranges(x: Tensor) -> list[Pixels]:
     ranges.append(
         Pixels(
             "standardised image by image",
-            lambda x: (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True).clamp_min(1e-3),
+            lambda x: (
+                (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), correction=0, keepdim=True).clamp_min(1e-3)
+            ),
             "put a first layer before it that subtracts each image's mean and divides by its standard deviation",
         )
     )

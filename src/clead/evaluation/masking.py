@@ -100,6 +100,18 @@ def run_checks(
     return parts
 
 
+def cost(*, embedding: bool, source: bool) -> tuple[int, int]:
+    """Return the most passes that the checks take per image, and how many more where it is right when clean.
+
+    Args:
+        embedding: whether the model has an embedding that is attacked, too.
+        source: whether a second model's images are tried.
+    """
+    runs = [10, 50, 50, 200, 50, 50, 20, 20, 20, 20, *([50] if embedding else []), *([50] if source else [])]
+    attacks = sum(2 * steps + 3 for steps in runs)
+    return 32, attacks + 10 + _QUERIES + 2  # forwards of the other checks; ten draws of noise
+
+
 @contextmanager
 def _kept(models: list[nn.Module]) -> Generator[None, None, None]:
     """Give back every buffer, and the random states of Python and NumPy, as they were: a model may change them as it runs."""

@@ -40,6 +40,7 @@ from clead.config import Eval
 from clead.data.loaders import seeded
 from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import diagnosis, masking, processes
+from clead.evaluation.extent import Extent, expected_parts, extent
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import ALONE, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
@@ -53,7 +54,7 @@ from clead.models.external import ModelError
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded as global_seed
 from clead.models.split import SplitModel, has_features, weights, wrapped
-from clead.progress import progress
+from clead.progress import Tick, progress, scaled
 from clead.report.record import (
     AttackPart,
     CheckPart,
@@ -213,17 +214,23 @@ def evaluate_model(
         store = State(mine.folder(state) if state else None, header, trust=trust_state)
         with store.opened():
             store.parts.update(shared)
-            notes += _attack_batches(job, store, mine, subject, show)
-            notes += store.notes
-            if shard is not None:
-                return None
-            if group:
-                parts = group.gather(header, store.parts)
-                if parts is None:  # rank 0 draws what is drawn once
-                    return group.share(None)
-                store.parts.update(parts)
-            curve = _curve(job, store, show) if gradients else []
-            checks = _checks(job, store, source, show) if gradients else []
+            with _progress(job, mine, subject, after=gradients and shard is None, show=show) as (tick, after):
+                notes += _attack_batches(job, store, mine, subject, tick)
+                notes += store.notes
+                if shard is not None:
+                    return None
+                if group:
+                    parts = group.gather(header, store.parts)
+                    if parts is None:  # rank 0 draws what is drawn once
+                        return group.share(None)
+                    store.parts.update(parts)
+                curve, checks = [], []
+                if gradients:
+                    radii = _radii(threat, settings.curve_points)
+                    limits = extent(job, store, len(radii), source=source is not None)
+                    notes += limits.notes if job.draws == 1 else ()
+                    curve = _curve(job, store, radii, limits, scaled(tick, after[0]))
+                    checks = _checks(job, store, source, limits, scaled(tick, after[1]))
             if job.draws > 1:
                 notes.append(
                     "suite rand: no checks of gradient masking, which are for models that answer the same twice"
@@ -258,63 +265,78 @@ def _header(job: EvaluationPlan, shard: Shard) -> dict[str, Any]:
     }
 
 
-def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, show: bool) -> list[str]:
+@contextmanager
+def _progress(
+    job: EvaluationPlan, shard: Shard, subject: Subject, *, after: bool, show: bool
+) -> Generator[tuple[Tick, tuple[float, float]], None, None]:
+    """Yield one bar for attacks, curve and checks, and how much of it the last two take; all of it is the shard's images.
+
+    after: whether curve and checks are made at all.
+    """
+    count = sum(job.where(b).stop - job.where(b).start for b in range(job.batches) if shard.has(b))
+    attacks = len(job.images) * (1.0 + sum(named.cost for named in job.attacks))
+    parts = expected_parts(job, attacks, len(_radii(job.threat, job.settings.curve_points))) if after else (0.0, 0.0)
+    whole = 1 + sum(parts)
+
+    with progress(f"evaluate {subject.name}", count, show=show) as tick:
+        yield scaled(tick, 1 / whole), (parts[0] * count, parts[1] * count)
+
+
+def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, tick: Tick) -> list[str]:
     """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished.
 
     Returns what the clean images say of a mistake in the order of the classes or in the pixels.
     """
     batches = [batch for batch in range(job.batches) if shard.has(batch)]
     costs = [1.0, *(named.cost for named in job.attacks)]
-    count = sum(job.where(batch).stop - job.where(batch).start for batch in batches)
     finished = right = 0
     start = time.monotonic()
-    with progress(f"evaluate {subject.name}", count, show=show) as tick:
-        earlier = frozenset(store.parts)
-        for batch in batches:
-            if (first := job.key(batch, -1)) in earlier and not clean_agrees(job, batch, store.parts[first]):
-                store.drop(_from(job, store, batch, -1))
-        # All clean images first: a mistake in them is not found hours later, and leaves no state.
-        clean = {}
-        for batch in batches:
-            if job.key(batch, -1) not in store.parts:
-                with _naming(job, batch):
-                    clean[job.key(batch, -1)] = _clean(job, batch, subject)
-        broken = [index for _, ids in clean.values() for index in ids]
-        if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in clean.values()):
-            raise UserError(
-                f"logits must be finite, got NaN or infinity for images {_some(broken)}, all there are; {_OVERFLOW}"
+    earlier = frozenset(store.parts)
+    for batch in batches:
+        if (first := job.key(batch, -1)) in earlier and not clean_agrees(job, batch, store.parts[first]):
+            store.drop(_from(job, store, batch, -1))
+    # All clean images first: a mistake in them is not found hours later, and leaves no state.
+    clean = {}
+    for batch in batches:
+        if job.key(batch, -1) not in store.parts:
+            with _naming(job, batch):
+                clean[job.key(batch, -1)] = _clean(job, batch, subject)
+    broken = [index for _, ids in clean.values() for index in ids]
+    if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in clean.values()):
+        raise UserError(
+            f"logits must be finite, got NaN or infinity for images {_some(broken)}, all there are; {_OVERFLOW}"
+        )
+    for key, (tensors, ids) in clean.items():
+        store.put(key, tensors, {"seconds": 0.0, "broken": ids})
+    hints = _hints(job, store, batches, subject)  # before hours of attacks
+    for hint in hints:
+        _log.warning("%s", hint)
+    for batch in batches:
+        here = job.where(batch)
+        size = here.stop - here.start
+        held = store.parts[job.key(batch, -1)][0]["flags"].clone()
+        tick(size * costs[0] / sum(costs), attack="none")
+        for stage, named in enumerate(job.attacks):
+            key = job.key(batch, stage)
+            if key in earlier and key in store.parts:
+                chosen = held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]
+                if not attack_agrees(job, batch, stage, store.parts[key], chosen):
+                    store.drop(_from(job, store, batch, stage))
+            if key not in store.parts:
+                seed = seeded("cpu", job.settings.seed, stage, batch).initial_seed()
+                with global_seed(seed), _naming(job, batch, named.name):
+                    part = _attack(job, store, batch, stage, held)
+                store.put(key, *part)
+            held &= store.parts[key][0]["flags"]
+            left = right + int(held.sum())
+            so_far = estimate([True] * left + [False] * (finished + size - left))
+            tick(
+                size * costs[stage + 1] / sum(costs),
+                robust=f"{so_far.accuracy:.1%} ({so_far.low:.1%} – {so_far.high:.1%})",
+                attack=named.name,
+                speed=f"{finished / (time.monotonic() - start):.2g} images/s" if finished else "–",
             )
-        for key, (tensors, ids) in clean.items():
-            store.put(key, tensors, {"seconds": 0.0, "broken": ids})
-        hints = _hints(job, store, batches, subject)  # before hours of attacks
-        for hint in hints:
-            _log.warning("%s", hint)
-        for batch in batches:
-            here = job.where(batch)
-            size = here.stop - here.start
-            held = store.parts[job.key(batch, -1)][0]["flags"].clone()
-            tick(size * costs[0] / sum(costs), attack="none")
-            for stage, named in enumerate(job.attacks):
-                key = job.key(batch, stage)
-                if key in earlier and key in store.parts:
-                    chosen = held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]
-                    if not attack_agrees(job, batch, stage, store.parts[key], chosen):
-                        store.drop(_from(job, store, batch, stage))
-                if key not in store.parts:
-                    seed = seeded("cpu", job.settings.seed, stage, batch).initial_seed()
-                    with global_seed(seed), _naming(job, batch, named.name):
-                        part = _attack(job, store, batch, stage, held)
-                    store.put(key, *part)
-                held &= store.parts[key][0]["flags"]
-                left = right + int(held.sum())
-                so_far = estimate([True] * left + [False] * (finished + size - left))
-                tick(
-                    size * costs[stage + 1] / sum(costs),
-                    attack=named.name,
-                    robust=f"{so_far.accuracy:.1%} ({so_far.low:.1%} – {so_far.high:.1%})",
-                    speed=f"{finished / (time.monotonic() - start):.2g} images/s" if finished else "–",
-                )
-            finished, right = finished + size, right + int(held.sum())
+        finished, right = finished + size, right + int(held.sum())
     return hints
 
 
@@ -523,56 +545,64 @@ def _ready(job: EvaluationPlan) -> tuple[bool, list[str]]:
     return False, []
 
 
-def _curve(job: EvaluationPlan, store: State, show: bool) -> list[CurvePoint]:
-    """Return robust accuracy at other radii, under PGD on the margin, on the first images."""
-    settings = job.settings
-    radii = _radii(job.threat, settings.curve_points)
-    n = min(settings.curve_images, len(job.images))
+def _curve(job: EvaluationPlan, store: State, radii: Sequence[Ratio], limits: Extent, tick: Tick) -> list[CurvePoint]:
+    """Return robust accuracy at other radii, under PGD on the margin, on the first images; ``tick`` advances by 1 in all."""
+    settings, n = job.settings, limits.curve_images
+    if not n:
+        return []
     clean = torch.cat([store.parts[job.key(batch, -1)][0]["flags"] for batch in range(job.batches)])[:n]
-    pgd = PGD(steps=settings.curve_steps, keep="best")
+    pgd = PGD(steps=limits.curve_steps, keep="best")
     name, points = attack_name(pgd, "margin"), []
-    with progress("curve", n * len(radii), show=show and bool(radii)) as tick:
-        for number, radius in enumerate(radii):
-            key = f"curve-{settings.curve_steps}-{n}-{number:02d}-of-{len(radii):02d}"
-            if key not in store.parts:
-                flags = clean.clone()
-                for batch in range(-(-n // job.batch_size)):
-                    here = slice(batch * job.batch_size, min((batch + 1) * job.batch_size, n))
-                    chosen = clean[here].nonzero()[:, 0]
-                    if len(chosen):
-                        x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
-                        at = replace(cast(Any, job.threat), eps=radius)
-                        generator = seeded(job.device, settings.seed, _CURVE, number, batch)
-                        x_adv = _search(replace(job, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
-                        flags[here.start + chosen] = right_images(job.model, x_adv, y).cpu()
-                    tick(here.stop - here.start, eps=radius.text)
-                store.put(key, {"flags": flags}, {})
-            robust = estimate(store.parts[key][0]["flags"].tolist())
-            points.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=name, robust=robust))
+    for number, radius in enumerate(radii):
+        key = f"curve-{limits.curve_steps}-{n}-{number:02d}-of-{len(radii):02d}"
+        if key not in store.parts:
+            flags = clean.clone()
+            for batch in range(-(-n // job.batch_size)):
+                here = slice(batch * job.batch_size, min((batch + 1) * job.batch_size, n))
+                chosen = clean[here].nonzero()[:, 0]
+                if len(chosen):
+                    x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
+                    at = replace(cast(Any, job.threat), eps=radius)
+                    generator = seeded(job.device, settings.seed, _CURVE, number, batch)
+                    x_adv = _search(replace(job, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
+                    flags[here.start + chosen] = right_images(job.model, x_adv, y).cpu()
+                tick((here.stop - here.start) / (n * len(radii)), curve=radius.text)
+            store.put(key, {"flags": flags}, {})
+        else:
+            tick(1 / len(radii), curve=radius.text)
+        robust = estimate(store.parts[key][0]["flags"].tolist())
+        points.append(CurvePoint(eps=float(radius), eps_text=radius.text, attack=name, robust=robust))
     return points
 
 
-def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, show: bool) -> list[CheckPart]:
-    """Return the checks of gradient masking on the first images."""
-    n = min(job.settings.check_images, len(job.images))
+def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, limits: Extent, tick: Tick) -> list[CheckPart]:
+    """Return the checks of gradient masking on the first images; ``tick`` advances by 1 in all."""
+    n = limits.check_images
     if not n or job.draws > 1:
         return []
     key = f"checks-{n}"
     if key not in store.parts:
         x, y = job.inputs(slice(0, n))
-        with progress("checks", len(masking.CHECKS), show=show) as tick:
-            while True:
-                try:
-                    checks = masking.run_checks(
-                        job.model, x, y, job.threat, seed=job.settings.seed, source=source, tick=tick
-                    )
-                    break
-                except (RuntimeError, MemoryError) as error:
-                    if len(x) < 16 or not out_of_memory(error):
-                        raise
-                    x, y = x[: len(x) // 2], y[: len(y) // 2]
-                    warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
+        while True:
+            try:
+                checks = masking.run_checks(
+                    job.model,
+                    x,
+                    y,
+                    job.threat,
+                    seed=job.settings.seed,
+                    source=source,
+                    tick=scaled(tick, 1 / len(masking.CHECKS)),
+                )
+                break
+            except (RuntimeError, MemoryError) as error:
+                if len(x) < 16 or not out_of_memory(error):
+                    raise
+                x, y = x[: len(x) // 2], y[: len(y) // 2]
+                warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
         store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
+    else:
+        tick(1)
     return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
 
 

@@ -453,10 +453,8 @@ def _fit(
                 at.robust_images = at.sum_steps * batch_images
                 at.sums, at.sum_steps = {}, 0
                 log("train", learning_rate=float(schedule.get_last_lr()[0]), **recent)
-            status = {
-                "loss": loss.item(),
-                **{k: metrics[k].item() for k in ("clean_accuracy", "robust_accuracy") if k in metrics},
-            }
+            status = {k: metrics[k].item() for k in ("robust_accuracy", "clean_accuracy") if k in metrics}
+            status["loss"] = loss.item()
 
             if at.step % every == 0 or at.step == steps:
                 weighed = kept()
@@ -475,7 +473,7 @@ def _fit(
                         else (0.0, 0.0)
                     )
                     log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
-                    validated = {"validation_clean": clean, "validation_robust": robust}
+                    validated = {"validation_robust": robust, "validation_clean": clean}
                     if after_validation is not None and processes.first:
                         after_validation(at.step / steps, clean, robust)
                     if message := _parting(
@@ -503,7 +501,7 @@ def _fit(
                     if processes.first:
                         _save(run, "best", weighed, config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
-            tick(1, **status, **validated)
+            tick(1, **validated, **status)
             if stop or (processes.size == 1 and interrupted()):
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")

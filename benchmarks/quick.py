@@ -1,0 +1,75 @@
+"""What the curve and the checks of gradient masking add to the attacks of suite quick, in passes and in CPU time.
+
+    python benchmarks/quick.py [RUN]          writes benchmarks/quick.json
+
+A digits run (trained for a minute if none is given) on all its test images, and a ResNet-10 of width 8 with random weights on
+random images of CIFAR's size, whose labels are its own answers. ``as before`` is what the suite did when it took 256 images for
+the curve and 128 for the checks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import clead
+from clead.attacks.run import logits_of
+from clead.models.cost import CostMeter
+from clead.models.resnet import ResNet10
+
+BEFORE = {"curve_images": 256, "curve_steps": 20, "check_images": 128}
+NOTHING = {"curve_points": 0, "check_images": 0}
+
+
+def measured(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: str, **settings: Any) -> dict[str, float]:
+    """Return passes and CPU seconds of a quick evaluation, and its robust accuracy."""
+    start = time.process_time()
+    with CostMeter(model) as meter:
+        record = clead.evaluate(model, x, y, suite="quick", eps=eps, gallery=0, **settings)
+    return {
+        "passes": meter.forwards + meter.backwards,
+        "seconds": round(time.process_time() - start, 2),
+        "robust": record.robust_accuracy,
+    }
+
+
+def compared(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: str) -> dict[str, Any]:
+    """Return the three measurements and the ratios to the attacks alone."""
+    measured(model, x[:2], y[:2], eps)  # warm up
+    attacks, now, before = (measured(model, x, y, eps, **settings) for settings in (NOTHING, {}, BEFORE))
+    assert attacks["robust"] == now["robust"] == before["robust"]
+    ratios = {
+        f"{name}: {key}": round(value[key] / attacks[key], 2)
+        for name, value in (("now", now), ("as before", before))
+        for key in ("passes", "seconds")
+    }
+    return {"images": len(x), "attacks": attacks, "now": now, "as before": before, "times the attacks": ratios}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if len(sys.argv) > 1:
+        run = Path(sys.argv[1])
+    else:
+        run = Path(tempfile.mkdtemp()) / "run"
+        clead.train(clead.load_recipe("digits-pgd-at", ["--train.budget", "200"]), out=run, show=False)
+    splits = clead.load_recipe(run / "config.yaml").data.load(0)
+    digits = compared(clead.load(run), splits.test.images, splits.test.labels, "0.15")
+    torch.manual_seed(0)
+    net = ResNet10(width=8).build(3, 10, [0.5] * 3, [0.25] * 3)
+    x = torch.rand(48, 3, 32, 32)
+    resnet = compared(net.eval(), x, logits_of(net, x).argmax(1), "0.5/255")
+    path = Path(__file__).with_suffix(".json")
+    path.write_text(json.dumps({"digits": digits, "ResNet-10, width 8": resnet}, indent=1) + "\n")
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
