@@ -28,8 +28,8 @@ browser:
 	{ echo 'make browser: no Chromium found, and none could be installed; install one, or set CLEAD_BROWSER to its path' >&2; exit 1; }
 
 lint: $(VENV)/.dev
-	$(RUN) -m ruff check src tests benchmarks examples docs/*.py
-	$(RUN) -m ruff format --check src tests benchmarks examples docs/*.py
+	$(RUN) -m ruff check src tests benchmarks qa examples docs/*.py
+	$(RUN) -m ruff format --check src tests benchmarks qa examples docs/*.py
 	$(RUN) -m ty check --python $(VENV) src
 
 $(VENV)/bin/python:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from clead import atomic_io
-from clead.atomic_io import write_output
+from clead.atomic_io import check_output, write_output
 from clead.errors import NotEnoughMemory, UserError, out_of_memory, printable
 from clead.output import exit_code, protect_streams
 
@@ -28,7 +28,18 @@ app = typer.Typer(
 OPEN: Any = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Out = Annotated[Path | None, typer.Option("--out", help="Output directory, new or empty; runs/NAME-TIME by default.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file too.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Return the path; raises UserError, before any work, if nothing can be written there."""
+    if path is not None:
+        check_output(path)
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", callback=_writable, help="Write the result to this JSON file too.")
+]
 TrustState = Annotated[
     bool, typer.Option("--trust-state", help="Continue what another user or another machine has begun.")
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import sys
 import zlib
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
 
+from clead.atomic_io import read_regular
 from clead.errors import UserError
 
 UNPACKED_ABOVE, UNPACKED_RATIO = 2**28, 100
@@ -32,7 +34,7 @@ def check_unpacked(path: Path, size: int) -> None:
 def read_file(path: Path) -> bytes:
     """Return a file's content; raises UserError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path, sys.maxsize)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); mend its permissions or fetch it again") from None
 

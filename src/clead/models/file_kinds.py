@@ -39,8 +39,10 @@ def describe_file(path: Path) -> str | None:
     """Return what ``path`` is, as a noun with what to do about it; None if its first bytes say nothing.
 
     >>> describe_file(Path("/dev/null"))
-    'an empty file; download or copy it again'
+    'no file; give the path of a file'
     """
+    if not path.is_file():  # a FIFO would wait for its writer
+        return "no file; give the path of a file"
     with path.open("rb") as file:
         head = file.read(512)
     if not head:

@@ -34,7 +34,7 @@ from clead.distributed import (
     synchronised,
     told_of_loss,
 )
-from clead.errors import UserError
+from clead.errors import UserError, out_of_memory
 from clead.evaluation.knn import neighbours_accuracy
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import Batch, Splits, StepOutput, Threat
@@ -716,6 +716,40 @@ def _restore(
         return Position()
     if note:
         _log.warning("%s: %s", run.path, note)
+    with _of_this_training(run):
+        return _take_up(state, run, splits, model, average, memory, optimizer, schedule, scaler, processes, restore)
+
+
+@contextlib.contextmanager
+def _of_this_training(run: RunDir) -> Generator[None, None, None]:
+    """Raise UserError if a checkpoint, whole as it is, holds something else than this training's state."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"the checkpoint of {run.path} is not of this training ({type(error).__name__}: {reason}); start the run again "
+            "elsewhere: clead train RECIPE --out DIR"
+        ) from error
+
+
+def _take_up(
+    state: dict[str, Any],
+    run: RunDir,
+    splits: Splits,
+    model: SplitModel,
+    average: Any,
+    memory: Any,
+    optimizer: Any,
+    schedule: Any,
+    scaler: Any,
+    processes: Processes,
+    restore: Callable[[Any, Any, Any, Any], None] | None,
+) -> Position:
     if state["data"] != splits.fingerprint:
         raise UserError(
             f"--resume continues on the same images; the data of {run.path} has changed since; restore it, or train anew"

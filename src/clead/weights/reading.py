@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from clead.atomic_io import open_regular
 from clead.checkpoint import load_weights, read_safetensors
 from clead.errors import UserError, did_you_mean
 from clead.models.class_names import names_in
@@ -90,7 +91,7 @@ def _split_key(path: str | Path) -> tuple[Path, str | None]:
 
 
 def _from_file(path: Path, key: str | None) -> Weights:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(16)
     if is_pickle(head):
         content = _torch_content(path, zipped=head.startswith(b"PK"))

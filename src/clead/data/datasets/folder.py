@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from clead.atomic_io import read_regular
 from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role
 from clead.data.classes import class_order
 from clead.data.datasets import DATASETS, READERS, Reader
@@ -152,7 +154,7 @@ def _read_files(
     for role in ("train", "val", "test"):
         files = [(file, k) for k, name in enumerate(names) for file in sorted(images.get((role, name), ()))]
         try:
-            blobs = [file.read_bytes() for file, _ in files]
+            blobs = [read_regular(file, sys.maxsize) for file, _ in files]
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
             raise UserError(f"{error.filename}: {reason}; mend its permissions or remove it") from None
