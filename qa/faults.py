@@ -339,13 +339,13 @@ def json_made_to_harm(place: Place, case: tuple[str, str]) -> None:
 
 
 @fault(
-    "bounded memory", ["config.yaml", "metrics.jsonl", "results/evaluation.json", "best.safetensors", "resume.state"]
+    "bounded memory", ["config.yaml", "metrics.jsonl", "results/evaluation.json", "last.safetensors", "resume.state"]
 )
 def a_sparse_file_of_a_terabyte(place: Place, name: str) -> None:
     (place.run / name).unlink(missing_ok=True)
     with (place.run / name).open("wb") as file:
         file.truncate(2**40)
-    verb = "resume" if name == "resume.state" else "evaluate" if name == "best.safetensors" else "report"
+    verb = "resume" if name == "resume.state" else "evaluate" if name == "last.safetensors" else "report"
     place.clead(*VERBS[verb], codes=(2,))
 
 
