@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clead.api.data import inspect_data
 from clead.api.evaluation import ShardDone, evaluate, evaluate_foreign, evaluate_run, verify
 from clead.api.exporting import export_run
 from clead.api.measurements import (
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate_foreign",
     "evaluate_run",
     "export_run",
+    "inspect_data",
     "load",
     "probe_run",
     "profile",

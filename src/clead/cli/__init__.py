@@ -9,6 +9,7 @@ from clead.cli.application import main
 __all__ = ["main"]
 
 for _command in (
+    "data",
     "train",
     "tune",
     "evaluate",

@@ -218,8 +218,8 @@ class InMemoryDataset(ABC):
         found = self.read()
         # Folders and files name the classes: no name may command a terminal.
         found = found._replace(classes=tuple(map(printable, found.classes)))
-        found, origin = _assign_splits(
-            self._grouped(found if self.only is None else with_values(found, self.only)), training
+        found, origin = assign_splits(
+            self.grouped(found if self.only is None else with_values(found, self.only)), training
         )
         self._check(found, training)
         order = None if self.classes is None else renumber(found, self.classes)
@@ -265,7 +265,7 @@ class InMemoryDataset(ABC):
         train = partly_labelled(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
         return Splits(train, val, test, classes, digest, unreadable, found.skipped, notes, origin)
 
-    def _grouped(self, found: Found) -> Found:
+    def grouped(self, found: Found) -> Found:
         """Return the data with the group of each image, if ``group_by`` is set."""
         if self.group_by is None:
             return found
@@ -280,6 +280,11 @@ class InMemoryDataset(ABC):
         if single:
             notes.append(f"data.group_by matches {single} names not, and each of these images is a group of its own")
         return found._replace(**parts, notes=(*found.notes, *notes))
+
+    @staticmethod
+    def groups_of(part: Part) -> Sequence[str] | None:
+        """Return the group of each image, as ``grouped`` has found them, or None."""
+        return part.columns.get(_GROUP)
 
     def _check(self, found: Found, training: bool) -> None:
         if training or len(found.train.labels):
@@ -324,7 +329,7 @@ def with_values(found: Found, only: str) -> Found:
     return found._replace(**parts, notes=(*found.notes, note))
 
 
-def _assign_splits(found: Found, training: bool) -> tuple[Found, Literal["test", "val", "train", "all"]]:
+def assign_splits(found: Found, training: bool) -> tuple[Found, Literal["test", "val", "train", "all"]]:
     """Return the data with test images, and what they are: see ``Splits.origin``."""
     if len(found.test.labels) or not (len(found.train.labels) or found.val):
         return found, "test"

@@ -24,11 +24,15 @@ _BLOCK = 2048
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split: arrays (H, W) or (H, W, 3) uint8, their labels, and their file names or nothing."""
+    """Images of one split: arrays (H, W) or (H, W, 3) uint8, their labels, and their file names or nothing.
+
+    ``digests``, of the pixels in full, may be given where ``images`` are shrunken copies.
+    """
 
     images: Sequence[np.ndarray]
     labels: Sequence[int]
     names: Sequence[str] = ()
+    digests: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True)
@@ -93,24 +97,24 @@ def find_duplicates(splits: Mapping[str, Split], *, near: bool = True) -> Duplic
         splits: name -> images; without an empty one.
         near: look for nearly equal images too; raises MissingExtra without imagehash.
     """
-    digests = {name: [_digest(image) for image in split.images] for name, split in splits.items()}
+    digests = {name: list(split.digests) or [digest(image) for image in split.images] for name, split in splits.items()}
     shared: dict[tuple[str, str], int] = {}
     labels: dict[bytes, set[int]] = {}
     for name, split in splits.items():
-        for digest, label in zip(digests[name], split.labels, strict=True):
-            labels.setdefault(digest, set()).add(int(label))
+        for key, label in zip(digests[name], split.labels, strict=True):
+            labels.setdefault(key, set()).add(int(label))
     names = list(splits)
     for i, earlier in enumerate(names):
         known = set(digests[earlier])
         for name in names[i + 1 :]:
-            shared[name, earlier] = sum(digest in known for digest in digests[name])
-    everything = [digest for name in names for digest in digests[name]]
+            shared[name, earlier] = sum(key in known for key in digests[name])
+    everything = [key for name in names for key in digests[name]]
     near_shared, group_by, remaining, pairs = _near(splits, digests) if near else ({}, None, 0, 0)
     return Duplicates(
         shared,
         near_shared,
         {name: len(digests[name]) - len(set(digests[name])) for name in names},
-        sum(len(labels[digest]) > 1 for digest in everything),
+        sum(len(labels[key]) > 1 for key in everything),
         len(labels),
         len(everything),
         group_by,
@@ -119,7 +123,8 @@ def find_duplicates(splits: Mapping[str, Split], *, near: bool = True) -> Duplic
     )
 
 
-def _digest(image: np.ndarray) -> bytes:
+def digest(image: np.ndarray) -> bytes:
+    """Return a digest of an image's shape and pixels."""
     return hashlib.blake2b(image.tobytes(), digest_size=16, key=str(image.shape).encode()).digest()
 
 
@@ -130,7 +135,7 @@ def _near(
     names = list(splits)
     signs = signatures([image for split in splits.values() for image in split.images])
     owner = np.repeat(np.arange(len(names)), [len(split.images) for split in splits.values()])
-    everything = [digest for name in names for digest in digests[name]]
+    everything = [key for name in names for key in digests[name]]
     a, b = near_pairs(*signs)  # a < b, so the split of a is not after that of b
     counts: dict[tuple[str, str], int] = {}
     for i, earlier in enumerate(names):

@@ -1,0 +1,288 @@
+"""What a data set holds, also one that training would refuse: splits, sizes, classes, files left out, duplicates."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from clead.data.base import (
+    Found,
+    InMemoryDataset,
+    Part,
+    assign_splits,
+    check,
+    cut,
+    existing,
+    renumber,
+    say_remarks,
+    with_values,
+)
+from clead.data.datasets import READERS
+from clead.data.datasets.auto import Auto, recognizes
+from clead.data.decoding import Fit, decode_one
+from clead.data.duplicates import Duplicates, Split, digest, find_duplicates
+from clead.errors import MissingExtra, UserError
+
+NEAR = 20_000
+"""Nearly equal images are looked for among so many."""
+_SMALL = 64  # side of the copies that are compared and shown
+_CHUNK = 256
+_SHOWN_CLASSES, _SHOWN_IMAGES = 40, 8
+_CAPTION = 110  # pixels of a contact sheet's column of names
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """What ``inspect_data`` found.
+
+    Args:
+        layout: the layout as which it is read.
+        splits: split -> number of images, as they would be used: ``train``, ``val``, ``test``.
+        origin: where the test images come from, as ``clead.interfaces.Splits.origin``; "" if training cannot have any.
+        classes: name -> split -> number of images, in the order of the class numbers.
+        sizes: ``"WIDTHxHEIGHT"`` -> number of images, the commonest first.
+        channels: ``grey`` and ``colour`` -> number of images.
+        unreadable: one line per image that cannot be decoded.
+        skipped: one line per file that is there and is not read.
+        duplicates: equal and nearly equal images.
+        notes: what must be known of the data, one sentence each.
+        problems: why training would refuse the data; empty if it would not.
+        options: what must be added to ``--data.path`` to train on it.
+    """
+
+    layout: str
+    splits: dict[str, int]
+    origin: str
+    classes: dict[str, dict[str, int]]
+    sizes: dict[str, int]
+    channels: dict[str, int]
+    unreadable: list[str]
+    skipped: list[str]
+    duplicates: Duplicates
+    notes: list[str]
+    problems: list[str]
+    options: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        tree = dataclasses.asdict(self)
+        for key in ("shared", "near_shared"):
+            tree["duplicates"][key] = {
+                " in ".join(pair): count for pair, count in getattr(self.duplicates, key).items()
+            }
+        return tree
+
+
+@dataclasses.dataclass
+class _Looked:
+    """What decoding one split has shown; ``small`` are copies of at most 64 pixels a side."""
+
+    rows: list[int] = dataclasses.field(default_factory=list)
+    small: list[np.ndarray] = dataclasses.field(default_factory=list)
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+
+
+def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
+    """Return what the data set holds, and a contact sheet as PNG.
+
+    Raises:
+        UserError: nothing can be read at all: there is no such path, no known layout, or no image that can be decoded.
+    """
+    found = data.read()
+    found = found if data.only is None else with_values(found, data.only)
+    problems: list[str] = []
+    found, order = _with_classes(data, found, problems)
+    try:
+        found, origin = assign_splits(data.grouped(found), training=True)
+        check(found, limit_train=data.limit_train)
+    except UserError as error:
+        problems += error.problems
+        origin = "test" if len(found.test.labels) else ""
+    if found.val is None and len(found.train.labels) and not problems:
+        found = _with_validation(data, found)
+    parts = {name: part for name in ("train", "val", "test") if (part := getattr(found, name)) and len(part.labels)}
+    sizes: Counter[str] = Counter()
+    channels: Counter[str] = Counter()
+    remarks: Counter[str] = Counter()
+    unreadable: list[str] = []
+    looked = {name: _look(part, data.background, sizes, channels, remarks, unreadable) for name, part in parts.items()}
+    if not sizes:
+        raise UserError(*(unreadable[:5] or ["there is no image; check --data.path"]))
+    duplicates, missing = _duplicates(parts, looked)
+    options = _options(data, sizes, unreadable, problems)
+    notes = [*found.notes, *order, *say_remarks(remarks, data.background), *duplicates.notes(), *missing]
+    report = DataReport(
+        _layout(data),
+        {name: len(part.labels) for name, part in parts.items()},
+        origin,
+        _class_counts(found, parts),
+        dict(sizes.most_common()),
+        dict(channels),
+        unreadable,
+        list(found.skipped),
+        duplicates,
+        notes,
+        problems,
+        options,
+    )
+    return report, _contact_sheet(found.classes, parts, looked)
+
+
+def _layout(data: InMemoryDataset) -> str:
+    """Return the layout that is recognised at a path, or the name of the data set."""
+    if not isinstance(data, Auto):
+        return type(data).__name__.lower()
+    path = existing(data.path)
+    return min((reader.rank, reader.layout) for _, reader in READERS.items() if recognizes(reader, path))[1]
+
+
+def _with_classes(data: InMemoryDataset, found: Found, problems: list[str]) -> tuple[Found, tuple[str, ...]]:
+    """Return the data with labels as ``data.classes`` numbers them."""
+    if data.classes is None:
+        return found, ()
+    try:
+        order = renumber(found, data.classes)
+    except UserError as error:
+        problems += error.problems
+        return found, ()
+    changed = {
+        name: dataclasses.replace(part, labels=order(part.labels))
+        for name in ("train", "val", "test")
+        if (part := getattr(found, name)) is not None
+    }
+    return found._replace(**changed, classes=order.classes), order.notes
+
+
+def _with_validation(data: InMemoryDataset, found: Found) -> Found:
+    """Return the data with the validation images that training with seed 0 would cut."""
+    labels = found.train.labels
+    try:
+        chosen, rest = cut(labels, data.groups_of(found.train), round(data.val_fraction * len(labels)), 0)
+    except UserError:
+        return found
+    note = f"the validation images are cut from the training images (data.val_fraction {data.val_fraction:g}), here with seed 0"
+    return found._replace(train=found.train.subset(rest), val=found.train.subset(chosen), notes=(*found.notes, note))
+
+
+def _look(
+    part: Part,
+    background: str,
+    sizes: Counter[str],
+    channels: Counter[str],
+    remarks: Counter[str],
+    unreadable: list[str],
+) -> _Looked:
+    looked = _Looked()
+    for row, array in enumerate(_arrays(part, background, remarks, unreadable)):
+        if array is None:
+            continue
+        sizes[f"{array.shape[1]}x{array.shape[0]}"] += 1
+        channels["grey" if array.ndim == 2 else "colour"] += 1
+        looked.rows.append(row)
+        looked.digests.append(digest(array))
+        looked.small.append(_shrunken(array))
+    return looked
+
+
+def _arrays(part: Part, background: str, remarks: Counter[str], unreadable: list[str]) -> Iterator[np.ndarray | None]:
+    """Yield the images, (H, W) or (H, W, 3), and None for one that cannot be decoded."""
+    images = part.images
+    if isinstance(images, Tensor):
+        yield from (image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in images)
+        return
+    fit = Fit(background=background)
+
+    def one(row: int) -> np.ndarray | str:
+        try:
+            return decode_one(images[row], part.names[row] if part.names else f"image {row}", fit, remarks)
+        except UserError as error:
+            return str(error)
+
+    Image.init()
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(images), _CHUNK):
+            for result in pool.map(one, range(start, min(start + _CHUNK, len(images)))):
+                if isinstance(result, str):
+                    unreadable.append(result)
+                yield None if isinstance(result, str) else result
+
+
+def _shrunken(array: np.ndarray) -> np.ndarray:
+    if max(array.shape[:2]) <= _SMALL:
+        return np.ascontiguousarray(array)
+    image = Image.fromarray(np.ascontiguousarray(array))
+    return np.asarray(image.resize((min(_SMALL, image.width), min(_SMALL, image.height)), Image.Resampling.BILINEAR))
+
+
+def _duplicates(parts: dict[str, Part], looked: dict[str, _Looked]) -> tuple[Duplicates, list[str]]:
+    said = {"train": "training", "val": "validation", "test": "test"}
+    splits = {}
+    for name, part in parts.items():
+        rows = looked[name].rows
+        names = [part.names[row] for row in rows] if part.names else ()
+        if rows:
+            labels = part.labels[torch.tensor(rows)].tolist()
+            splits[said[name]] = Split(looked[name].small, labels, names, looked[name].digests)
+    total = sum(len(split.images) for split in splits.values())
+    if total > NEAR:
+        note = f"nearly equal images are not looked for: {total} images are more than {NEAR}; use --data.limit_train"
+        return find_duplicates(splits, near=False), [note]
+    try:
+        return find_duplicates(splits), []
+    except MissingExtra as error:
+        return find_duplicates(splits, near=False), [str(error)]
+
+
+def _options(data: InMemoryDataset, sizes: Counter[str], unreadable: list[str], problems: list[str]) -> list[str]:
+    """Return what training needs besides the path; adds to ``problems`` what it would refuse without."""
+    options = []
+    if len(sizes) > 1 and data.image_size is None:
+        side = min(64, *(int(side) for size in sizes for side in size.split("x")))
+        options += ["--data.image_size", str(max(side, 8))]
+        problems.append(f"images have {len(sizes)} sizes; add {' '.join(options)} to resize them all")
+    if unreadable and not data.skip_unreadable:
+        options += ["--data.skip_unreadable", "true"]
+        problems.append(f"{len(unreadable)} images cannot be read; add --data.skip_unreadable true, or replace them")
+    return options
+
+
+def _class_counts(found: Found, parts: dict[str, Part]) -> dict[str, dict[str, int]]:
+    k = len(found.classes)
+    counts = {name: torch.bincount(part.labels.clamp(0, k - 1), minlength=k).tolist() for name, part in parts.items()}
+    return {found.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
+
+
+def _contact_sheet(classes: tuple[str, ...], parts: dict[str, Part], looked: dict[str, _Looked]) -> bytes:
+    """Return a PNG: one line per class with its name and its first images."""
+    by_class: dict[int, list[np.ndarray]] = {}
+    for name, part in parts.items():
+        for row, image in zip(looked[name].rows, looked[name].small, strict=True):
+            shown = by_class.setdefault(int(part.labels[row]), [])
+            if len(shown) < _SHOWN_IMAGES:
+                shown.append(image)
+    labels = [label for label in sorted(by_class) if 0 <= label < len(classes)][:_SHOWN_CLASSES]
+    cell = _SMALL + 4
+    sheet = Image.new("RGB", (_CAPTION + _SHOWN_IMAGES * cell, max(1, len(labels)) * cell), "white")
+    draw = ImageDraw.Draw(sheet)
+    for line, label in enumerate(labels):
+        text = f"{label} {classes[label]}"
+        draw.text(
+            (4, line * cell + cell // 2 - 6), text.encode("latin-1", "replace").decode("latin-1")[:18], fill="black"
+        )
+        for column, array in enumerate(by_class[label]):
+            image = Image.fromarray(array).convert("RGB")
+            factor = max(1, _SMALL // max(image.size))
+            image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+            sheet.paste(image, (_CAPTION + column * cell, line * cell + 2))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
