@@ -29,7 +29,7 @@ def inspect_data(path: str | Path | Any, *, show: str | Path | None = None, **se
         ...
     clead.errors.UserError: data.path must exist, got 'photos'; ...
     """
-    data = path
+    data: Any = path
     if isinstance(path, (str, Path)):
         data = validated(DATASETS.get(settings.pop("name", "auto")), {"path": path, **settings}, "data")
     try:
