@@ -106,22 +106,99 @@ def folder(root: Path) -> Path:
 
 
 @layout(
+    "Your own pictures, splits of other names",
+    "images/Training/CLASS/…/*.jpg, images/valid/CLASS/…/*.jpg",
+    sizes=(6, 4, 0),
+    classes=("9", "10"),
+    about="`train|training`, `val|valid|validation|dev`, `test|testing`, also one folder deeper; class folders at any depth. "
+    "Class folders that are numbers are in the order of numbers. Without test images, the validation images are those of the test.",
+)
+def other_splits(root: Path) -> Path:
+    for split, count in (("Training", 3), ("valid", 2)):
+        for name in ("10", "9"):
+            class_folders(root / "images" / split / name / "2024", count, ("may",), "jpeg")
+    return root
+
+
+@layout(
+    "Your own pictures without splits",
+    "CLASS/*.tif …",
+    sizes=(6, 0, 0),
+    classes=("cat", "dog"),
+    about="To evaluate a model all of them serve; to train one, a fixed fifth is the test.",
+)
+def no_splits(root: Path) -> Path:
+    class_folders(root, 3, kind="tiff")
+    return root
+
+
+@layout("Pictures in no class folder", "train/*.png, test/*.png", refused="lie in no class folder")
+def flat_splits(root: Path) -> Path:
+    class_folders(root, 2, ("train", "test"))
+    return root
+
+
+@layout("The training folder alone is given", "photos/train/CLASS/*.png", refused="give the folder above: --data.path")
+def split_itself(root: Path) -> Path:
+    return folder(root) / "train"
+
+
+def table_of(path: Path, count: int, image: str = "image", label: str = "label", texts: bool = False) -> None:
+    """Write a Parquet file of pictures of cats and dogs."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = {"huggingface": json.dumps({"info": {"features": {label: {"names": ["cat", "dog"]}}}})}
+    images = [{"bytes": encoded(noise(8, 8, 3, seed=row)), "path": None} for row in range(count)]
+    labels = labels_of(count, 2).astype(int)
+    table = pa.table({image: images, label: np.array(["cat", "dog"])[labels].tolist() if texts else labels})
+    pq.write_table(table if texts else table.replace_schema_metadata(info), path)
+
+
+@layout(
     "Hugging Face data sets, as downloaded",
     "data/train-*.parquet, data/test-*.parquet",
     sizes=(6, 0, 4),
     classes=("cat", "dog"),
-    about="The columns are `image` or `img` and `label` or `fine_label`.",
+    about="Images: `image`, `img`, `pixel_values`, `picture`, `photo` …; labels: `label`, `labels`, `fine_label`, `class`, "
+    "`category`, `target` …, integers or text.",
 )
 def parquet(root: Path) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (root / "data").mkdir()
-    info = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"]}}}})}
     for part, count in (("train", 6), ("test", 4)):
-        images = [{"bytes": encoded(noise(8, 8, 3, seed=row)), "path": None} for row in range(count)]
-        table = pa.table({"image": images, "label": labels_of(count, 2).astype(int)})
-        pq.write_table(table.replace_schema_metadata(info), root / f"data/{part}-00000-of-00001.parquet")
+        table_of(root / f"data/{part}-00000-of-00001.parquet", count)
+    return root
+
+
+@layout(
+    "The same, in the folder of a configuration",
+    "plain_text/train-*.parquet, plain_text/validation-*.parquet",
+    sizes=(6, 4, 0),
+    classes=("cat", "dog"),
+    about="Splits as for folders; of several configurations, give the folder of one.",
+)
+def parquet_configuration(root: Path) -> Path:
+    for part, count in (("train", 6), ("validation", 4)):
+        table_of(root / f"plain_text/{part}-00000-of-00001.parquet", count, "img", "labels")
+    return root
+
+
+@layout(
+    "The same, as the hub converts them",
+    "default/train/0000.parquet, default/test/0000.parquet",
+    sizes=(6, 0, 4),
+    classes=("cat", "dog"),
+)
+def parquet_converted(root: Path) -> Path:
+    for part, count in (("train", 6), ("test", 4)):
+        table_of(root / f"default/{part}/0000.parquet", count, "pixel_values", "category", texts=True)
+    return root
+
+
+@layout("Several configurations", "digits/train-*.parquet, letters/train-*.parquet", refused="give the folder of one")
+def parquet_configurations(root: Path) -> Path:
+    for name in ("digits", "letters"):
+        table_of(root / f"{name}/train-00000-of-00001.parquet", 4)
     return root
 
 

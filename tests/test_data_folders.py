@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import clead
 from clead.data.datasets import DATASETS
 from clead.data.datasets.auto import read_any
 from clead.data.files import describe, files_below
@@ -273,8 +274,8 @@ def test_what_is_not_known_is_described(tmp_path):
     [
         ("photos/cat/1.png", picture(0), ["one image", "--data.path {root}/photos"]),
         ("notes.txt", b"some words", ["a text file", "folder of the images"]),
-        ("photos.rar", b"Rar!\x1a", ["the archive", "unpack it"]),
-        ("photos.7z", b"7z\xbc\xaf", ["the archive", "unpack it"]),
+        ("photos.rar", b"Rar!\x1a", ["photos.", "unpack it"]),
+        ("photos.7z", b"7z\xbc\xaf", ["photos.", "unpack it"]),
         ("model.bin", bytes(range(256)), ["another kind"]),
     ],
 )
@@ -296,3 +297,27 @@ def test_an_empty_folder_and_no_file_at_all(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert "neither" in refusal(tmp_path / "pipe")
     assert list(files_below(tmp_path)) == [(tmp_path / "pipe", "is no regular file")]
+
+
+def test_a_training_names_what_it_does_not_read(tmp_path, caplog, monkeypatch):
+    """The first ten files when it begins, all of them in the run."""
+    monkeypatch.chdir(tmp_path)
+    classes_in(tmp_path, "photos/train/cat", "photos/train/dog", "photos/val/cat", "photos/val/dog", count=8)
+    write(tmp_path, *(f"photos/train/cat/{n}.txt" for n in range(12)), content=b"words")
+    overrides = ["--data.name", "auto", "--data.path", "photos", "--data.batch_size", "8", "--train.budget", "1"]
+    overrides += [
+        "--data.val_fraction",
+        "0.25",
+        "--model.name",
+        "small_cnn",
+        "--model.width",
+        "2",
+        "--model.features",
+        "4",
+    ]
+    clead.train(clead.load_recipe("digits-standard", overrides), out="run")
+    assert "12 files are not read: photos/train/cat/0.txt: is no image" in caplog.text
+    assert "photos/train/cat/7.txt" in caplog.text and "photos/train/cat/8.txt" not in caplog.text
+    assert "test images are those of the validation split" in caplog.text
+    lines = (tmp_path / "run/skipped.txt").read_text().splitlines()
+    assert len(lines) == 12 and lines[0] == "photos/train/cat/0.txt: is no image of a format that is read"
