@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 import numpy as np
@@ -357,3 +358,57 @@ def test_what_is_not_clear_is_refused_with_the_line_to_write(x, y, says):
     with pytest.raises(UserError) as caught:
         clead.evaluate(Net(), x, y, eps="2/255", suite="pgd", **QUICK)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+IN_PLACE = {
+    "tensor": lambda net, x: plain(net, x.sub_(0.5).div_(0.25)),
+    "dictionary": lambda net, x: {"logits": plain(net, x.sub_(0.5).div_(0.25))},
+}
+
+
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
+    """The same figures as the module that does neither: certification, corruptions, distances, transformations, checks."""
+    from clead.attacks.spatial import Spatial
+    from clead.evaluation.corruptions import evaluate_corruptions
+    from clead.evaluation.masking import run_checks
+    from clead.evaluation.minimum_norm import evaluate_minimum_norm
+    from clead.evaluation.smoothing import certify
+    from clead.evaluation.unrestricted import evaluate_unrestricted
+    from clead.evaluation.verdicts import right_images
+
+    odd, usual = returning(IN_PLACE[how]), returning(lambda net, x: plain(net, (x - 0.5) / 0.25))
+    data = splits(3).test
+
+    def timeless(result: Any) -> str:
+        return re.sub(r"seconds=[^ ,)]+", "", repr(result))
+
+    measurements = [
+        lambda model: timeless(certify(model, data.subset(torch.arange(2)), sigma=0.1, n=20, n0=10)),
+        lambda model: timeless(evaluate_corruptions(model, data, names=("brightness",), severities=(1,), show=False)),
+        lambda model: evaluate_minimum_norm(model, data, "linf", steps=5).distances,
+        lambda model: timeless(evaluate_unrestricted(model, data, Spatial())),
+        lambda model: [check.numbers for check in run_checks(model, images(6), torch.arange(6) % 3, Linf(eps=0.05))],
+        lambda model: right_images(model, images(6), torch.arange(6) % 3).tolist(),
+    ]
+    for measure in measurements:
+        assert str(measure(odd)) == str(measure(usual))
+
+
+def test_a_model_that_works_in_eval_mode_only_is_checked_all_the_same():
+    def fail(net: nn.Module, x: Tensor) -> Tensor:
+        if net.training:
+            raise RuntimeError("not in train mode")
+        return plain(net, x)
+
+    x = images(8)
+    record = evaluate(returning(fail), x, labels(Net(), x), check_images=8)
+    assert next(check for check in record.checks if check.name == "mode").passed is False
+
+
+@pytest.mark.parametrize("build", [one_logit, cosine, compiled], ids=["one logit", "cosine", "compiled"])
+def test_odd_models_are_exported(build):
+    from clead.export.onnx import difference, to_onnx
+
+    model = adapt(build(), sample_shape=IMAGES).eval()
+    assert difference(to_onnx(model, IMAGES), model, images(8)) < 1e-4

@@ -39,6 +39,7 @@ from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
+from clead.models.split import wrapped
 from clead.progress import progress
 from clead.report.record import Estimate
 
@@ -331,6 +332,7 @@ def evaluate_corruptions(
             f"images to corrupt must be uint8 (N, 1 or 3, H, W) with sides of at least {_SMALLEST} pixels, "
             f"got {pixels.dtype} {tuple(pixels.shape)}"
         )
+    model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     first = pixels[:1].to(device).float() / 255
     check_inputs(first, images.labels[:1].to(device))

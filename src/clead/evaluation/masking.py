@@ -25,6 +25,7 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.evaluation.statistics import mcnemar
 from clead.interfaces import Objective, Threat
 from clead.losses.precision import at_least_float32
+from clead.models.external import ModelError
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 from clead.models.split import has_features, wrapped
@@ -89,7 +90,7 @@ def run_checks(
         logits_of(model, x[:1])  # raises the errors for users
         training = [type(part).__name__ for part in model.modules() if part.training]
         with _kept([model]), seeded(seed):  # batch-norm in train mode changes its statistics
-            given = model(torch.cat([x, x]))[: len(x)] if training else None  # twice: it refuses a single image
+            given = _in_given_mode(model, x) if training else None
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
             probe = _Probe(model, x, y, threat, seed, source, training, given)
             for name, check in _CHECKS.items():
@@ -110,6 +111,14 @@ def cost(*, embedding: bool, source: bool) -> tuple[int, int]:
     runs = [10, 50, 50, 200, 50, 50, 20, 20, 20, 20, *([50] if embedding else []), *([50] if source else [])]
     attacks = sum(2 * steps + 3 for steps in runs)
     return 32, attacks + 10 + _QUERIES + 2  # forwards of the other checks; ten draws of noise
+
+
+def _in_given_mode(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the logits in the mode that the model came in, NaN if it fails in that."""
+    try:
+        return model(torch.cat([x, x]))[: len(x)]  # twice: batch-norm in train mode refuses a single image
+    except ModelError:
+        return x.new_full((len(x), logits_of(model, x[:1]).shape[1]), torch.nan)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from clead.evaluation.state import State
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
+from clead.models.split import wrapped
 from clead.progress import progress
 from clead.report.record import CurvePoint, Estimate
 from clead.settings import Ratio
@@ -170,6 +171,7 @@ def evaluate_minimum_norm(
         raise UserError(f"each attack may be named once, got {', '.join(name for name, _ in chosen)}")
     if steps is not None:
         chosen = [(name, replace(cast(Any, attack), steps=steps)) for name, attack in chosen]
+    model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     parts, sizes = [], []
     title = f"minimum {norm} of {len(images)} images"

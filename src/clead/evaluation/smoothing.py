@@ -19,6 +19,7 @@ from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
+from clead.models.split import wrapped
 from clead.progress import progress
 from clead.report.record import Estimate
 
@@ -128,6 +129,7 @@ def certify(
     grid = [step * sigma / 4 for step in range(1 + math.floor(4 * largest / sigma))] if radii is None else list(radii)
     if not all(0 <= radius < math.inf for radius in grid):
         raise UserError(f"radii must be finite and at least 0, got {grid}")
+    model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     x, y = _pixels(images.images), images.labels
     k = logits_of(model, x[:1].to(device)).shape[1] if len(x) else 1
@@ -214,6 +216,7 @@ def predict(
     """
     _check(sigma, alpha, n=n, batch_size=batch_size)
     check_inputs(x, torch.zeros(len(x), dtype=torch.int64))
+    model = wrapped(model)
     k = logits_of(model, x[:1]).shape[1]
     answers = []
     with exact_float32(), attack_mode(model), torch.no_grad():

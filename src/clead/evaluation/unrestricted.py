@@ -22,6 +22,7 @@ from clead.evaluation.state import State
 from clead.evaluation.verdicts import exact_float32, pixels, right_images
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
+from clead.models.split import wrapped
 from clead.progress import progress
 from clead.settings import Ratio
 
@@ -56,6 +57,7 @@ def evaluate_unrestricted(
     if not len(images) or batch_size < 1:
         raise UserError(f"need at least one image and a batch_size of at least 1, got {len(images)} and {batch_size}")
     name, values = described(attack)
+    model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     first = pixels(images.images[:1].to(device))
     check_inputs(first, images.labels[:1].to(device))

@@ -50,7 +50,7 @@ class ModelIO:
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         """Return the tensor of the logits as the module gives it: (B, K), or (B,) or (B, 1) of one logit for two classes."""
-        return self.pick(module, self.forward(module, x), len(x))
+        return self.pick(module, self.forward(module, x), x.shape[0])
 
     def forward(self, module: nn.Module, x: Tensor) -> Any:
         """Return what the module makes of a copy of ``x``; raises ModelError if it fails."""
@@ -275,7 +275,7 @@ def _tensors(output: Any, prefix: str = "", depth: int = _DEPTH) -> dict[str, Te
 
 
 def _plausible(value: Tensor, images: int) -> bool:
-    return (value.is_floating_point() or value.is_quantized) and value.dim() == 2 and len(value) == images
+    return (value.is_floating_point() or value.is_quantized) and value.dim() == 2 and value.shape[0] == images
 
 
 def _alike(values: list[Tensor]) -> bool:
@@ -287,11 +287,11 @@ def _fitting(module: nn.Module, value: Tensor, images: int) -> Tensor:
     if value.is_quantized:
         value = value.dequantize()
     if value.is_floating_point():
-        if len(value.shape) == 2 and len(value) == images and value.shape[1]:
+        if len(value.shape) == 2 and value.shape[0] == images and value.shape[1]:
             return value
-        if value.dim() > 2 and len(value) == images and value.numel() == images * value.shape[1]:
+        if value.dim() > 2 and value.shape[0] == images and value.shape[2:] == (1,) * (value.dim() - 2):
             return value.flatten(1)  # (B, K, 1, 1), of a convolution
-        if value.dim() == 1 and len(value) == images:
+        if value.dim() == 1 and value.shape[0] == images:
             return value
         if images == 1 and value.dim() < 2:
             return value.reshape(1, -1)  # squeezed
@@ -304,9 +304,9 @@ def _fitting(module: nn.Module, value: Tensor, images: int) -> Tensor:
 def _remedy(value: Tensor, images: int) -> str:
     if not value.is_floating_point():
         return "; return the values before argmax or rounding"
-    if value.dim() == 4 and len(value) == images:
+    if value.dim() == 4 and value.shape[0] == images:
         return "; average over the pixels: z.mean((2, 3))"
-    if value.dim() == 3 and len(value) == images:
+    if value.dim() == 3 and value.shape[0] == images:
         return "; choose the token that classifies (z[:, 0]) or average: z.mean(1)"
     return "; return one row of K logits per image"
 

@@ -213,7 +213,7 @@ class AdaptedModel(SplitModel):
         nested = _KEPT.wanted  # an adapted model inside an adapted one: the outer reads, and clears, after it
         _KEPT.wanted = True
         try:
-            picked = self.io.pick(self.module, self.io.answer(self.module, self.normalize(x)), len(x))
+            picked = self.io.pick(self.module, self.io.answer(self.module, self.normalize(x)), x.shape[0])
             features = _KEPT.features
         finally:
             if not nested:
