@@ -277,3 +277,29 @@ def test_a_large_table_is_read_in_order(tmp_path):
     write(tmp_path / "labels.csv", "\n".join(["id,label,text", *rows]))
     found = read_any(tmp_path)
     assert found.train.labels.tolist() == [k % 3 for k in order]
+
+
+@pytest.mark.parametrize("label_first", [True, False])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_columns_of_pixels_are_refused_with_the_line_that_converts_them(label_first, suffix, tmp_path, monkeypatch):
+    images, labels = noise(6, 8, 8), np.arange(6) % 2
+    pixels = images.reshape(6, 64)
+    rows = np.column_stack([labels, pixels] if label_first else [pixels, labels])
+    names = [f"pixel{k}" for k in range(64)]
+    names = ["label", *names] if label_first else [*names, "label"]
+    if suffix == "csv":
+        path = write(tmp_path / "mnist.csv", "\n".join([",".join(names), *(",".join(map(str, row)) for row in rows)]))
+    else:
+        path = write(
+            tmp_path / "mnist.jsonl", "\n".join(json.dumps(dict(zip(names, row.tolist(), strict=True))) for row in rows)
+        )
+    refused(path, "64 columns of pixel values", "numpy.loadtxt(", "numpy.savez(")
+    if suffix == "csv":
+        with pytest.raises(UserError) as caught:
+            read_any(path)
+        monkeypatch.chdir(tmp_path)
+        exec(str(caught.value).split("convert it in Python: ")[1], {"numpy": np})
+        found = read_any(tmp_path / "images.npz")
+        assert (
+            np.array_equal(found.train.images[:, 0].numpy(), images) and found.train.labels.tolist() == labels.tolist()
+        )

@@ -109,6 +109,28 @@ def _parquet_of(path):
     return load_recipe("digits-standard", ["--data.name", "auto", "--data.path", str(folder)]).data.load(0)
 
 
+def _cifar_python(path):
+    """Pickles as the files of the Python version of CIFAR-10, as torchvision keeps them."""
+    folder = path.parent / f"{path.name}-folder/cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in (*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"):
+        shutil.copy(path, folder / name)
+    return read_any(folder.parent)
+
+
+def _named(*names, read=None):
+    """Pickles as files of these names in a folder; ``read`` is the one that is given as path."""
+
+    def load(path, run):
+        folder = path.parent / f"{path.name}-folder"
+        folder.mkdir()
+        for name in names:
+            shutil.copy(path, folder / name)
+        return read_any(folder / (read or ""))
+
+    return load
+
+
 def _shard(path):
     folder = path.parent / f"{path.name}-folder"
     folder.mkdir()
@@ -179,6 +201,14 @@ LOADERS = {
     "adversarial images": lambda path, run: adversarial.load(path),
     "ONNX": lambda path, run: OnnxModel(path),
     "archive": lambda path, run: _archive(path),
+    "CIFAR of torchvision": lambda path, run: _cifar_python(path),
+    "zip": _named("a.zip", read="a.zip"),
+    "tar": _named("a.tar.gz", read="a.tar.gz"),
+    "npy": _named("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy"),
+    "corrupted images": _named("fog.npy", "labels.npy"),
+    "IDX": _named("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "CSV": _named("labels.csv", read="labels.csv"),
+    "JSON lines": _named("metadata.jsonl", read="metadata.jsonl"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -36,6 +37,7 @@ _LABELS = (
     *("breed", "species", "diagnosis", "y"),
 )
 _SPLITS = ("split", "subset", "set", "partition", "fold")
+_PIXELS = 49  # so many columns of numbers are an image
 _STEMS = ("metadata", "labels", "annotations", "data", "dataset", "index")
 _FOLDERS = ("images", "image", "imgs", "img", "jpg", "jpeg", "png")
 _ENDINGS = (
@@ -123,6 +125,7 @@ def _without_repeats(listed: list[Listed], path: Path) -> tuple[list[Listed], in
 
 def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
     """Return the images that a table lists, notes, and what is skipped."""
+    _refuse_pixels(file)
     table = read_table(file)
     path_column, label_column = _needed(table, file)
     split_column, notes = _split_column(table, file)
@@ -153,6 +156,25 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
     if split_column is None and not all(row.split for row in listed):  # folders of all, or of none
         listed = [row._replace(split=None) for row in listed]
     return listed, [*table.notes, *notes], []
+
+
+def _refuse_pixels(file: Path) -> None:
+    """Raise UserError if the columns are pixels, as in copies of MNIST on Kaggle, before all of them are read."""
+    head = first_rows(file)
+    if head is None or not head.rows or _column(head, _PATHS) is not None:
+        return
+    values = [k for k, cell in enumerate(head.rows[0]) if cell.isdigit() and head.columns[k].lower() not in _LABELS]
+    side = math.isqrt(len(values))
+    if len(values) < _PIXELS:
+        return
+    shape = f"{side}, {side}" if side * side == len(values) else "HEIGHT, WIDTH"
+    label = next((k for k, name in enumerate(head.columns) if name.lower() in _LABELS), 0)
+    first = values[0] if len(values) < len(head.columns) else 1
+    raise UserError(
+        f"{file}: {len(values)} columns of pixel values, where a column of paths belongs; convert it in Python: d = "
+        f"numpy.loadtxt({str(file)!r}, delimiter=',', skiprows=1, dtype=int); numpy.savez('images.npz', "
+        f"x_train=d[:, {first}:{first + len(values)}].reshape(-1, {shape}).astype('uint8'), y_train=d[:, {label}])"
+    )
 
 
 def _needed(table: Table, file: Path) -> tuple[int, int]:
