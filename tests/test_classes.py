@@ -262,3 +262,16 @@ def test_the_users_order_holds_against_a_files_and_the_disagreement_is_named():
     after, notes = align_classes(before, ("b", "a", "c"), order_given=True)
     assert after is before and "class 0 is 'a' in the data and 'b' in the model" in notes[0]
     assert align_classes(before, ("a", "b", "c", "d"), order_given=True) == (before, ())
+
+
+def test_aliases_of_yaml_that_stand_for_gigabytes_are_refused(tmp_path):
+    lines = [
+        "a0: &a0 [x, y]",
+        *(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 30)),
+        "names: [*a29, *a28]",
+    ]
+    (tmp_path / "laughs.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="aliases are not read"):
+        class_list(tmp_path / "laughs.yaml")
+    (tmp_path / "names.yaml").write_text("names: [cat, dog]")
+    assert class_list(tmp_path / "names.yaml") == ("cat", "dog")

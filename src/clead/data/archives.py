@@ -56,7 +56,9 @@ def unpacked(path: Path) -> Generator[Path, None, None]:
         )
     with tempfile.TemporaryDirectory(prefix="clead-") as temporary:
         folder = Path(temporary)
-        _log.warning("unpacking %s into a temporary folder; unpack it once yourself to save the time of each command", path)
+        _log.warning(
+            "unpacking %s into a temporary folder; unpack it once yourself to save the time of each command", path
+        )
         try:
             unpack = _unpack_zip if path.name.lower().endswith(_ZIP) else _unpack_tar
             unpack(path, folder)

@@ -166,11 +166,21 @@ def _file_or_text(value: str | Path) -> Any:
         if path.suffix.lower() == ".json" or text.lstrip()[:1] in ("{", "["):
             return _inside(json.loads(text))
         if path.suffix.lower() in (".yaml", ".yml"):
-            return _inside(yaml.load(text, yaml.BaseLoader))  # noqa: S506  (makes nothing but text, lists and maps)
+            return _inside(yaml.load(text, _Loader))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{_RULE}; got {str(path)!r}, which is not readable ({reason})") from None
     return _lines(text)
+
+
+class _Loader(yaml.BaseLoader):
+    """Makes nothing but text, lists and maps; no aliases, a few lines of which can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node; raises YAMLError at an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
 
 
 def _inside(content: Any) -> Any:
