@@ -1,5 +1,7 @@
 """Images that belong together stay together: data.group_by."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from clead.data.base import Found, Part, no_images
 from clead.data.datasets.folder import Folder
 from clead.data.datasets.npz import Npz
+from clead.data.datasets.parquet import Parquet
 from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.errors import UserError
 
@@ -140,3 +143,25 @@ def test_shared_groups_of_three_splits():
         len(notes) == 3 and "2 of 2 groups of the test images are among the training images too (3 images)" in notes[1]
     )
     assert not shared_groups({"training": ["a"], "test": ["b"]})
+
+
+def test_a_tables_columns_and_file_names_say_the_group(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = []
+    for i in range(60):
+        file = io.BytesIO()
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(file, "PNG")
+        rows.append(
+            {
+                "image": {"bytes": file.getvalue(), "path": f"scene{i // 5}_{i}.png"},
+                "label": (i // 5) % 2,
+                "patient": i // 5,
+            }
+        )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train-00000-of-00001.parquet")
+    for group_by in ("patient", "scene[0-9]+"):
+        splits = Parquet(path=tmp_path, group_by=group_by, val_fraction=0.2).load(0)
+        sets = [{int(v) // 5 for v in part.images[:, 0, 0, 0]} for part in (splits.train, splits.val, splits.test)]
+        assert all(sets) and sum(map(len, sets)) == len(set.union(*sets)) == 12

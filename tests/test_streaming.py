@@ -225,6 +225,7 @@ print(before, used("VmHWM"), sum(file.stat().st_size for file in Path({str(tmp_p
     ("settings", "says"),
     [
         ({"labelled_share": 0.5, "labelled": 0.5}, "come as they lie, got 0.5"),
+        ({"group_by": "patient"}, "cut by row groups, got 'patient'"),
         ({"path": "nowhere"}, "data.path must exist, got 'nowhere'"),
     ],
 )

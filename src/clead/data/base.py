@@ -273,7 +273,8 @@ class InMemoryDataset(ABC):
         for name in ("train", "val", "test"):
             part: Part | None = getattr(found, name)
             if part is not None and len(part.labels):
-                groups, lonely = group_names(self.group_by, part.names, part.columns, root)
+                files = part.columns.get("file", part.names)  # what a table calls its images
+                groups, lonely = group_names(self.group_by, files, part.columns, root)
                 parts[name], single = replace(part, columns={**part.columns, _GROUP: groups}), single + lonely
         said = {"train": "training", "val": "validation", "test": "test"}
         notes = shared_groups({said[name]: part.columns[_GROUP] for name, part in parts.items()})
