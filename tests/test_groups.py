@@ -3,6 +3,8 @@
 import io
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -146,9 +148,6 @@ def test_shared_groups_of_three_splits():
 
 
 def test_a_tables_columns_and_file_names_say_the_group(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
     rows = []
     for i in range(60):
         file = io.BytesIO()

@@ -76,8 +76,8 @@ class ParquetStream(InMemoryDataset):
             )
         if self.group_by is not None:
             raise UserError(
-                f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out and "
-                "write the images of a group into one row group, or use --data.name parquet"
+                f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out "
+                "and write the images of a group into one row group, or use --data.name parquet"
             )
         files = parquet_files(existing(self.path))
         splits, origin, notes = _roles(files)
