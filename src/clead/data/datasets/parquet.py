@@ -14,7 +14,7 @@ import torch
 from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
-from clead.data.files import display, files_below
+from clead.data.files import display, files_below, visible_folders
 from clead.errors import MissingExtra, UserError
 from clead.settings import setting, settings
 
@@ -122,19 +122,13 @@ def parquet_files(path: Path) -> ParquetFiles:
     return ParquetFiles(folder, splits, False)
 
 
-def _parquet_files(path: Path) -> list[Path]:
-    found, folders = [], [path]
-    for _ in range(_DEEPEST):
-        found += [
-            file for folder in folders for file in sorted(folder.glob("*.parquet")) if not file.name.startswith(".")
-        ]
-        folders = [
-            inner
-            for folder in folders
-            for inner in sorted(folder.iterdir())
-            if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith(".")
-        ]
-    return [file for file in found if file.is_file()]
+def _parquet_files(path: Path, deeper: int = _DEEPEST) -> list[Path]:
+    """Return the files below a folder that are not hidden, in no linked folder and not too deep, sorted in every folder."""
+    found = [file for file in sorted(path.glob("*.parquet")) if file.is_file() and not file.name.startswith(".")]
+    for inner in visible_folders(path) if deeper > 1 else ():
+        if not inner.is_symlink():
+            found += _parquet_files(inner, deeper - 1)
+    return found
 
 
 def _role_of(stem: str) -> Role | None:
