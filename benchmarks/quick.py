@@ -59,7 +59,7 @@ def main() -> None:
         run = Path(sys.argv[1])
     else:
         run = Path(tempfile.mkdtemp()) / "run"
-        clead.train(clead.load_recipe("digits-pgd-at", ["--train.budget", "200"]), out=run, show=False)
+        clead.train(clead.load_recipe("digits-pgd-at", ["--train.budget", "100"]), out=run, show=False)
     splits = clead.load_recipe(run / "config.yaml").data.load(0)
     digits = compared(clead.load(run), splits.test.images, splits.test.labels, "0.15")
     torch.manual_seed(0)

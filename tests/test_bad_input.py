@@ -99,7 +99,7 @@ def snapshot(folder):
         ("evaluate nowhere --shard 1/2 --merge", "give --shard or --merge, got --shard 1/2 and --merge"),
         ("evaluate nowhere --frehs", "--frehs: "),
         ("evaluate nowhere --suite", "Option '--suite' requires an argument"),
-        ("evaluate nowhere --out here", "--out goes with --model, got here"),
+        ("evaluate nowhere --out here", "nowhere is not a run directory"),
         ("evaluate a b --save-adversarial x.parquet", "--save-adversarial keeps the images of one run, got 2 runs"),
         ("attack nowhere --objective dlrr", "did you mean 'dlr'"),
         ("compare nowhere", "no run directory or record at nowhere"),

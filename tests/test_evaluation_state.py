@@ -647,3 +647,72 @@ def test_an_evaluation_in_one_of_two_processes_does_not_wait_for_ever(tmp_path):
     )
     assert done.returncode != 0
     assert "but some of them did not begin it within 3 seconds; call it in every process" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ results elsewhere
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+SHORT = ("--eval.steps", "1", "--eval.images", "6", "--eval.curve_points", "0", "--eval.check_images", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        (("evaluate", "--suite", "pgd", *SHORT), {"evaluation.json", "evaluation.safetensors", "report.html"}),
+        (
+            ("attack", "--attack.steps", "1", "--eval.images", "6"),
+            {"attack-pgd-1-ce.json", "attack-pgd-1-ce.safetensors"},
+        ),
+        (("distances", "--eval.images", "4", "--eval.steps", "2"), {"distances.json"}),
+        (("corruptions", "--eval.images", "4", "--severities", "1"), {"corruptions.json"}),
+    ],
+)
+def test_results_go_to_another_folder_and_the_run_is_left_as_it_was(run, tmp_path, monkeypatch, capsys, command, made):
+    before = files(run)
+    monkeypatch.setattr(
+        sys, "argv", ["clead", command[0], str(run), *command[1:], "--out", str(tmp_path / "elsewhere")]
+    )
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out = capsys.readouterr()
+    assert caught.value.code == 0, out.err
+    assert files(run) == before and set(files(tmp_path / "elsewhere")) == made
+    assert f"record: {tmp_path}/elsewhere/" in out.out
+
+
+def test_a_read_only_run_says_that_the_results_need_a_folder(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("clead.api.opened.os.access", lambda path, mode: False)
+    for command in ("evaluate", "distances", "attack"):
+        monkeypatch.setattr(sys, "argv", ["clead", command, str(run)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = capsys.readouterr().err
+        assert (
+            caught.value.code == 2 and "is read-only; add --out DIR for the results" in said and said.count("\n") == 1
+        )
+    monkeypatch.setattr(sys, "argv", ["clead", "evaluate", str(run), str(run), "--out", "x"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--out is the folder of one run's results, got 2 runs" in capsys.readouterr().err
+
+
+def test_a_stopped_evaluation_goes_on_in_the_other_folder(run, tmp_path, monkeypatch):
+    put, calls = State.put, []
+
+    def kill_at(self, key, *part):
+        put(self, key, *part)
+        calls.append(key)
+        if len(calls) == 3:
+            raise Killed
+
+    short = load_recipe(str(run / "config.yaml"), [*SHORT, "--eval.batch_size", "3", "--eval.suite", "pgd"])
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(State, "put", kill_at)
+        api.evaluate_run(run, config=short, out=tmp_path / "elsewhere", show=False)
+    assert (tmp_path / "elsewhere" / "evaluation.state" / "state.json").exists() and not (run / "results").exists()
+    record = api.evaluate_run(run, config=short, out=tmp_path / "elsewhere", show=False).record
+    assert any("continued from a state with 3 finished parts" in note for note in record.notes)

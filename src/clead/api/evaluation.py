@@ -22,6 +22,7 @@ from clead.api.opened import (
     load,
     load_model,
     open_run,
+    results_folder,
     split_facts,
 )
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_leftovers, write_atomically
@@ -131,6 +132,7 @@ def evaluate_run(
     config: RunConfig | None = None,
     model: nn.Module | None = None,
     data: Splits | None = None,
+    out: str | Path | None = None,
     attacks: Sequence[NamedAttack] | None = None,
     transfer_from: Sequence[str | Path] = (),
     result: str = "evaluation",
@@ -150,6 +152,7 @@ def evaluate_run(
         config: the run's configuration with changes (another eps, other data); the run's own if None.
         model: your own module with the architecture that was trained; needed if it was given as an object in Python.
         data: loaded images instead of ``config.data``.
+        out: directory of the record and the state, instead of ``RUN/results``.
         attacks: instead of the suite that ``config.eval`` names; each on all images.
         transfer_from: runs whose adversarial images are tried on this one, after the suite.
         result: file name of the record, without ``.json``.
@@ -164,6 +167,7 @@ def evaluate_run(
         The evaluation, with all its images if ``save_adversarial`` is given.
     """
     part = Shard.parse(shard) if shard else None
+    folder = results_folder(RunDir.open(Path(path)), out)
     opened = open_run(path, config, model, data)
     device = opened.device
     sources = _sources(transfer_from, opened.images, opened.model.num_classes, device)
@@ -172,7 +176,7 @@ def evaluate_run(
         stored = stored_test(opened.run.path / "stored", opened.splits.fingerprint)
     tried = None if stored is None else transferred(opened.model, opened.images, stored, opened.config.threat, device)
     return _evaluate_into(
-        opened.run.path / "results",
+        folder,
         result,
         opened.model,
         opened.images,

@@ -36,12 +36,14 @@ def certify_run(
     n0: int = 100,
     alpha: float = 0.001,
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Certify a run in L2 by randomised smoothing, and leave ``RUN/results/certify.json``.
 
-    A call that was stopped goes on where it was, as do the functions below. ``sigma``, ``n``, ``n0`` and ``alpha`` are those of
-    ``clead.evaluation.smoothing.certify``; the rest is as of ``evaluate_run``.
+    A call that was stopped goes on where it was, as do the functions below. ``out`` is a folder for the file instead.
+    ``sigma``, ``n``, ``n0`` and ``alpha`` are those of ``clead.evaluation.smoothing.certify``; the rest is as of ``evaluate_run``.
     """
     run = open_run(path, config, model, data)
     settings = {"sigma": sigma, "n": n, "n0": n0, "alpha": alpha, "batch_size": run.config.eval.batch_size or 1000}
@@ -49,7 +51,7 @@ def certify_run(
     def work(state: State) -> Result:
         return certify(run.model, run.images, **run.common, **settings, num_classes=run.k, state=state, show=show)
 
-    return run.measure("certify", work, settings, fresh=fresh)
+    return run.measure("certify", work, settings, fresh=fresh, trust_state=trust_state, out=out)
 
 
 def detect_run(
@@ -61,6 +63,8 @@ def detect_run(
     detectors: Sequence[str] = tuple(DETECTORS),
     restarts: int = 3,
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Measure detectors of adversarial images on a run, and leave ``RUN/results/detect.json``.
@@ -101,7 +105,15 @@ def detect_run(
             show=show,
         )
 
-    return run.measure("detect", work, {"detectors": list(detectors), **options}, threat=run.config.threat, fresh=fresh)
+    return run.measure(
+        "detect",
+        work,
+        {"detectors": list(detectors), **options},
+        threat=run.config.threat,
+        fresh=fresh,
+        trust_state=trust_state,
+        out=out,
+    )
 
 
 def corruptions_run(
@@ -113,6 +125,8 @@ def corruptions_run(
     severities: Sequence[int] = SEVERITIES,
     names: Sequence[str] | None = None,
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Measure a run under common corruptions, and leave ``RUN/results/corruptions.json``.
@@ -130,7 +144,7 @@ def corruptions_run(
     def work(state: State) -> Result:
         return evaluate_corruptions(run.model, run.images, **run.common, **settings, state=state, show=show)
 
-    return run.measure("corruptions", work, settings, fresh=fresh)
+    return run.measure("corruptions", work, settings, fresh=fresh, trust_state=trust_state, out=out)
 
 
 def probe_run(
@@ -141,6 +155,8 @@ def probe_run(
     data: Splits | None = None,
     strengths: Sequence[float] = STRENGTHS,
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Fit a linear classifier on a run's frozen features, attack through both, and leave ``RUN/results/probe.json``.
@@ -175,7 +191,9 @@ def probe_run(
             show=show,
         )
 
-    return run.measure("probe", work, {**settings, **fitted}, threat=run.config.threat, fresh=fresh)
+    return run.measure(
+        "probe", work, {**settings, **fitted}, threat=run.config.threat, fresh=fresh, trust_state=trust_state, out=out
+    )
 
 
 def distances_run(
@@ -186,6 +204,8 @@ def distances_run(
     data: Splits | None = None,
     attacks: Sequence[str] = ("fmn",),
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Look for the nearest adversarial image of each image, and leave ``RUN/results/distances.json``.
@@ -206,7 +226,9 @@ def distances_run(
             run.model, run.images, norm, **run.common, **settings, classes=run.k, state=state, show=show
         )
 
-    return run.measure("distances", work, settings, threat=run.config.threat, fresh=fresh)
+    return run.measure(
+        "distances", work, settings, threat=run.config.threat, fresh=fresh, trust_state=trust_state, out=out
+    )
 
 
 def unrestricted_run(
@@ -217,6 +239,8 @@ def unrestricted_run(
     model: nn.Module | None = None,
     data: Splits | None = None,
     fresh: bool = False,
+    trust_state: bool = False,
+    out: str | Path | None = None,
     show: bool = True,
 ) -> Measurement:
     """Attack a run by rotations and shifts or by patches, and leave ``RUN/results/attack-NAME.json``.
@@ -233,4 +257,4 @@ def unrestricted_run(
             run.model, run.images, attack, **run.common, batch_size=batch_size, classes=run.k, state=state, show=show
         )
 
-    return run.measure(f"attack-{name}", work, settings, fresh=fresh)
+    return run.measure(f"attack-{name}", work, settings, fresh=fresh, trust_state=trust_state, out=out)

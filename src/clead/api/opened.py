@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ class OpenedRun:
         *,
         threat: Threat | None = None,
         fresh: bool,
+        trust_state: bool = False,
+        out: str | Path | None = None,
     ) -> Measurement:
         """Return what ``work`` finds, in a record that is kept as ``results/KIND.json`` of the run; see ``measure``."""
         return measure(
@@ -89,8 +92,9 @@ class OpenedRun:
             seed=self.config.eval.seed,
             device=self.device,
             threat=threat,
-            path=self.run.path / "results" / f"{kind}.json",
+            path=results_folder(self.run, out) / f"{kind}.json",
             fresh=fresh,
+            trust_state=trust_state,
             notes=data_notes(self.splits),
         )
 
@@ -147,6 +151,16 @@ def evaluated_images(
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     return images, splits
+
+
+def results_folder(run: RunDir, out: str | Path | None) -> Path:
+    """Return where results go, ``out`` or ``RUN/results``; raises UserError if the run is read-only and there is no ``out``."""
+    if out is not None:
+        return Path(out)
+    folder = run.path / "results"
+    if not os.access(folder if folder.exists() else run.path, os.W_OK):
+        raise UserError(f"{run.path} is read-only; add --out DIR for the results, such as --out evaluations/{run.name}")
+    return folder
 
 
 def split_facts(splits: Splits, split: str) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def _writable(path: Path | None) -> Path | None:
 Json = Annotated[
     Path | None, typer.Option("--json", callback=_writable, help="Write the result to this JSON file too.")
 ]
+ResultsOut = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the results, instead of RUN/results; of one run.")
+]
 TrustState = Annotated[
     bool, typer.Option("--trust-state", help="Continue what another user or another machine has begun.")
 ]

@@ -109,3 +109,9 @@ def changed(run: str, overrides: list[str]) -> RunConfig:
 
     opened = RunDir.open(Path(run))
     return load_recipe(str(opened.path / "config.yaml"), overrides)
+
+
+def one_folder(out: Path | None, runs: list[str]) -> None:
+    """Raise UserError if the results of several runs would go to one folder."""
+    if out is not None and len(runs) > 1:
+        raise UserError(f"--out is the folder of one run's results, got {len(runs)} runs; give them one by one")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, TrustState, app, interruptible, say, write_json
-from clead.cli.arguments import changed, only, runs_and_overrides, without
+from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, interruptible, say, write_json
+from clead.cli.arguments import changed, one_folder, only, runs_and_overrides, without
 from clead.cli.measure import measure
 from clead.cli.printing import print_record
 from clead.errors import UserError, did_you_mean
@@ -34,6 +34,7 @@ def attack(
     ] = None,
     fresh: Fresh = False,
     trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
@@ -78,9 +79,9 @@ def attack(
         keys = ("attack", "eval.batch_size")
 
         def work(run: str, config: RunConfig) -> Any:
-            return api.unrestricted_run(run, unrestricted, config=config, fresh=fresh)
+            return api.unrestricted_run(run, unrestricted, config=config, fresh=fresh, trust_state=trust_state, out=out)
 
-        measure(runs, overrides, keys, work, json_file)
+        measure(runs, overrides, keys, work, json_file, out)
         return
     if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
         raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")
@@ -104,6 +105,7 @@ def attack(
     # Not the run's training attack, whose short steps and last point are weak: PGD as evaluation runs it, then what was given.
     if given.get("name", "pgd") == "pgd":
         overrides = [*_STRONG_PGD, *overrides]
+    one_folder(out, runs)
     configs = [changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
@@ -122,12 +124,13 @@ def attack(
                 result=result,
                 fresh=fresh,
                 trust_state=trust_state,
+                out=out,
             )
         print_record(evaluation.record)
         if foreign is not None:
             settings = (f"{key} {value}" for key, value in foreign.description.items() if key != "name")
             say(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
-        say(f"record: {run}/results/{result}.json")
+        say(f"record: {out or Path(run) / 'results'}/{result}.json")
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
             _save_images(save, evaluation)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from clead.cli.application import OPEN, Json, TrustState, app, interruptible, say, write_json
-from clead.cli.arguments import changed, model_options, only, positional, runs_and_overrides
+from clead.cli.arguments import changed, model_options, one_folder, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean
 
@@ -35,7 +35,8 @@ def evaluate(
         typer.Option(help="Weights of --model: .safetensors, .pth, .pt, a folder; FILE:KEY takes one of several."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the record of --model goes; evaluations/NAME by default.")
+        Path | None,
+        typer.Option(help="Folder for the results; RUN/results, or evaluations/NAME of --model, by default."),
     ] = None,
     transfer_from: Annotated[
         list[str] | None, typer.Option(help="Try the adversarial images of this run too (may be repeated).")
@@ -60,9 +61,11 @@ def evaluate(
 
     if model is None:
         runs, overrides = runs_and_overrides(context.args)
-        for name, value in (("--weights", weights), ("--out", out)):
-            if value is not None:
-                raise UserError(f"{name} goes with --model, got {value} with runs {' '.join(runs)}")
+        if weights is not None:
+            raise UserError(
+                f"--weights goes with --model, got {weights} with runs {' '.join(runs)}; leave it out, a run has its own"
+            )
+        one_folder(out, runs)
     else:
         runs, overrides = positional(context.args)
         if runs:
@@ -128,7 +131,8 @@ def evaluate(
         configs = [changed(run, overrides) for run in runs]
         for run, config in zip(runs, configs, strict=True):
             with one():
-                done(api.evaluate_run(run, config=config, **options), Path(run) / "results", Path(run))
+                evaluation = api.evaluate_run(run, config=config, out=out, **options)
+                done(evaluation, out or Path(run) / "results", out or Path(run))
     if json_file and records:
         content: Any = [json.loads(record.model_dump_json()) for record in records]
         write_json(json_file, content[0] if len(content) == 1 else content)

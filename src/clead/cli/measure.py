@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, app, interruptible, say, write_json
-from clead.cli.arguments import changed, parts, runs_and_overrides, without
+from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, interruptible, say, write_json
+from clead.cli.arguments import changed, one_folder, parts, runs_and_overrides, without
 from clead.cli.printing import about
 from clead.errors import UserError
 
@@ -28,6 +28,8 @@ def certify(
     n0: Annotated[int, typer.Option("--n0", help="Noisy copies per image, which choose the class.")] = 100,
     alpha: Annotated[float, typer.Option(help="Probability, per image, that the certificate is wrong.")] = 0.001,
     fresh: Fresh = False,
+    trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Certify runs in L2 by randomised smoothing: clead certify RUN ... [--sigma 0.25] [--eval.images 500]."""
@@ -39,10 +41,12 @@ def certify(
             say(
                 f"note: {run} was trained with noise σ {trained:g} (data.augment.gaussian), not {sigma:g}: expect small radii"
             )
-        return api.certify_run(run, config=config, sigma=sigma, n=n, n0=n0, alpha=alpha, fresh=fresh)
+        return api.certify_run(
+            run, config=config, sigma=sigma, n=n, n0=n0, alpha=alpha, fresh=fresh, trust_state=trust_state, out=out
+        )
 
     runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("eval.batch_size",), work, json_file)
+    measure(runs, overrides, ("eval.batch_size",), work, json_file, out)
 
 
 @app.command(context_settings=OPEN)
@@ -52,16 +56,20 @@ def detect(
         str, typer.Option(help="Which, with commas: mahalanobis, nearest_neighbours, disagreement.")
     ] = "mahalanobis,nearest_neighbours,disagreement",
     fresh: Fresh = False,
+    trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Attack runs and detectors of attacks together: clead detect RUN ... [--eval.images 300, the default]."""
     from clead import api
 
     def work(run: str, config: RunConfig) -> Any:
-        return api.detect_run(run, config=config, detectors=parts(detectors), fresh=fresh)
+        return api.detect_run(
+            run, config=config, detectors=parts(detectors), fresh=fresh, trust_state=trust_state, out=out
+        )
 
     runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
+    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
 
 
 @app.command(context_settings=OPEN)
@@ -69,6 +77,8 @@ def corruptions(
     context: typer.Context,
     severities: Annotated[str, typer.Option(help="Which of 1 to 5, with commas.")] = "1,2,3,4,5",
     fresh: Fresh = False,
+    trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Measure runs under 15 common corruptions: clead corruptions RUN ... [--severities 1,3,5]."""
@@ -76,10 +86,10 @@ def corruptions(
 
     def work(run: str, config: RunConfig) -> Any:
         levels: list[Any] = [int(part) if part.isdecimal() else part for part in parts(severities)]
-        return api.corruptions_run(run, config=config, severities=levels, fresh=fresh)
+        return api.corruptions_run(run, config=config, severities=levels, fresh=fresh, trust_state=trust_state, out=out)
 
     runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("eval.batch_size",), work, json_file)
+    measure(runs, overrides, ("eval.batch_size",), work, json_file, out)
 
 
 @app.command(context_settings=OPEN)
@@ -89,16 +99,20 @@ def probe(
         str, typer.Option(help="C of the logistic regression, with commas; validation images choose.")
     ] = "0.001,0.01,0.1,1,10",
     fresh: Fresh = False,
+    trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Fit a linear classifier on runs' frozen features, and attack through both: clead probe RUN ... [--data.path OTHER]."""
     from clead import api
 
     def work(run: str, config: RunConfig) -> Any:
-        return api.probe_run(run, config=config, strengths=_numbers(strengths), fresh=fresh)
+        return api.probe_run(
+            run, config=config, strengths=_numbers(strengths), fresh=fresh, trust_state=trust_state, out=out
+        )
 
     runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
+    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
 
 
 @app.command(context_settings=OPEN)
@@ -106,16 +120,20 @@ def distances(
     context: typer.Context,
     attacks: Annotated[str, typer.Option(help="Which, with commas: fmn, deepfool, fab, cw.")] = "fmn",
     fresh: Fresh = False,
+    trust_state: TrustState = False,
+    out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
     """Find how far wrong answers are, robust accuracy at every eps: clead distances RUN ... [--attacks fmn,deepfool]."""
     from clead import api
 
     def work(run: str, config: RunConfig) -> Any:
-        return api.distances_run(run, config=config, attacks=parts(attacks), fresh=fresh)
+        return api.distances_run(
+            run, config=config, attacks=parts(attacks), fresh=fresh, trust_state=trust_state, out=out
+        )
 
     runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file)
+    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
 
 
 def measure(
@@ -124,6 +142,7 @@ def measure(
     keys: tuple[str, ...],
     work: Callable[[str, RunConfig], Any],
     json_file: Path | None,
+    out: Path | None = None,
 ) -> None:
     """Measure runs, print what was found, and keep it. ``keys``: groups and keys that matter, besides data and images."""
     from clead.config import documented_keys, parse_overrides
@@ -138,6 +157,7 @@ def measure(
     useless = [key for key in given if key in known and key not in used and key.split(".")[0] not in used]
     if useless:
         raise UserError(*(f"--{key}: changes nothing here; settings of {', '.join(used)} do" for key in useless))
+    one_folder(out, runs)
     configs = [changed(run, without(overrides, "--attack.")) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
@@ -148,7 +168,7 @@ def measure(
         say(about(measurement))
         for note in measurement.notes:
             say(f"note: {note}")
-        say(f"record: {run}/results/{measurement.kind}.json\n{sentence}")
+        say(f"record: {out or Path(run) / 'results'}/{measurement.kind}.json\n{sentence}")
         contents.append(json.loads(measurement.model_dump_json()))
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)
