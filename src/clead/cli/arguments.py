@@ -72,7 +72,10 @@ def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, An
             known = did_you_mean(path[1], ("output", "input", "classifier"))
             raise UserError(f"--{'.'.join(path)}: says nothing about {model}; {known}")
         if path[1] == "input":
-            more = pairs(value) if len(path) == 2 else {path[2]: value}
+            try:
+                more = pairs(value) if len(path) == 2 else {path[2]: value}
+            except ValueError as error:
+                raise UserError(f"--model.input: {error}") from None
             options["input"] = {**options.get("input", {}), **more} if isinstance(more, dict) else more
         else:
             options[path[1]] = value

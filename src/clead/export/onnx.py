@@ -72,6 +72,11 @@ def to_onnx(
         logger.setLevel(level)
     assert program is not None
     proto = program.model_proto
+    if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise UserError(
+            "the model cannot be written as ONNX for any number of images: its forward makes a Python number of the batch size, "
+            "as len(x) does; write x.shape[0], or take --format safetensors"
+        )
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in (metadata or {}).items()})
     onnx.checker.check_model(proto)
     return proto.SerializeToString()

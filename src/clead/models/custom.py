@@ -11,13 +11,15 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import BeforeValidator
 from torch import nn
 
 from clead.errors import UserError, did_you_mean
 from clead.models import MODELS
 from clead.models.build import first_layer
+from clead.models.model_input import InputLayer, ModelInput, pairs
 from clead.models.split import AdaptedModel, SplitModel
 from clead.settings import setting, settings
 
@@ -41,10 +43,20 @@ class Custom:
     output: str | None = setting(
         None, "name or index of the logits in what the model returns, such as logits or 0; none: recognised"
     )
+    input: Annotated[ModelInput | None, BeforeValidator(pairs)] = setting(
+        None,
+        'how the model takes its pixels, such as "layout=nhwc range=0..255 mean=… std=… size=224 channels=bgr" (each also as '
+        "--model.input.KEY); none: (B, C, H, W) in [0, 1], RGB",
+    )
     normalize: Literal["data", "none"] = setting(
         "none",
         "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
     )
+
+    def __post_init__(self) -> None:
+        """Refuse two normalisations."""
+        if self.input is not None and self.normalize == "data":
+            raise ValueError("normalize: data and input are two ways to say the same, got both; leave out normalize")
 
     def build(
         self,
@@ -73,7 +85,7 @@ class Custom:
             num_classes=num_classes,
             classifier=self.classifier,
             output=self.output,
-            normalize=first_layer(self.normalize, mean, std),
+            normalize=first_layer(self.normalize, mean, std) if self.input is None else InputLayer(self.input),
         )
 
 

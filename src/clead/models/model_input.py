@@ -115,11 +115,16 @@ class ModelInput:
         """Read text such as ``layout=nhwc dtype=uint8 size=224``, or a mapping of the keys; raises UserError on any other."""
         if isinstance(value, ModelInput):
             return value
-        return validated(ModelInput, pairs(value), "model.input")
+        try:
+            return validated(ModelInput, pairs(value), "model.input")
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"model.input: {error}") from None
 
 
 def pairs(value: Any) -> Any:
-    """Return the keys and values of ``key=value`` text between spaces or commas; anything else as it is."""
+    """Return the keys and values of ``key=value`` text between spaces or commas; anything else as it is; raises ValueError."""
     if not isinstance(value, str):
         return value
     given: dict[str, Any] = {}
@@ -129,14 +134,14 @@ def pairs(value: Any) -> Any:
         if equals:
             key = name
             if key in given:
-                raise UserError(f"model.input: {key} is given twice, got {value!r}; give it once")
+                raise ValueError(f"{key} is given twice, got {value!r}; give it once")
             given[key] = text
         elif key is not None and token:
             given[key] = f"{given[key]},{token}" if given[key] else token
         else:
             known = did_you_mean(name, [field.name for field in dataclasses.fields(ModelInput)])
-            raise UserError(
-                f'model.input: {name!r} has no value; write key=value, such as "layout=nhwc size=224"; {known}'
+            raise ValueError(
+                f'{name!r} has no value, got {value!r}; write key=value, such as "layout=nhwc size=224"; {known}'
             )
     return given
 

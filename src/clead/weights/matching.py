@@ -181,10 +181,10 @@ def _mismatch(
         parts.append(f"it lacks {len(missing)} that {kind} has ({first_of(missing)})")
     if extra:
         parts.append(f"it has {len(extra)} that {kind} lacks ({first_of(extra)})")
-    return (
-        f"{source} is of another architecture: {' and '.join(parts)}; {common} names fit; make the model that was trained, "
-        "with the same settings"
-    )
+    remedy = "make the model that was trained, with the same settings"
+    if hasattr(module, "from_pretrained"):  # transformers writes other names than its models have
+        remedy = f"let the factory read them: return {kind}.from_pretrained(FOLDER), without --weights"
+    return f"{source} is of another architecture: {' and '.join(parts)}; {common} names fit; {remedy}"
 
 
 def _check_shapes(source: str, module: nn.Module, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
