@@ -52,7 +52,7 @@ QUICK = (
     *("--eval.check_images", "0", "--eval.gallery", "4", "--train.device", "cpu"),
 )
 PICTURES = (
-    *("--model.width", "4", "--model.features", "8", "--data.batch_size", "8", "--train.epochs", "1"),
+    *("--data.name", "auto", "--model.width", "4", "--data.batch_size", "8", "--train.epochs", "1"),
     *("--train.validate_steps", "1", "--train.device", "cpu", "--data.val_fraction", "0.3"),
 )
 
@@ -188,6 +188,15 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
+def _bind(path: Path) -> None:
+    """Make a socket; its address is its name alone, since it may have 107 bytes."""
+    before = os.getcwd()
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path.name)
+    os.chdir(before)
+
+
 def make_base(base: Path) -> None:
     """Make what every fault starts from."""
     clead.train(clead.load_recipe("digits-standard", TINY), out=base / "run", show=False)
@@ -244,11 +253,7 @@ def a_fifo_in_the_run(place: Place, case: tuple[str, str]) -> None:
 def a_socket_in_the_run(place: Place, name: str) -> None:
     path = place.run / name
     path.unlink(missing_ok=True)
-    before = os.getcwd()
-    os.chdir(path.parent)
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(path.name)
-    os.chdir(before)
+    _bind(path)
     place.clead(*VERBS["evaluate"])
 
 
@@ -286,6 +291,7 @@ def json_where_it_cannot_be(place: Place, target: str) -> None:
     (place.folder / "folder").mkdir()
     (place.folder / "file").write_text("")
     os.mkfifo(place.folder / "fifo without a reader")
+    _bind(place.folder / "socket")
     place.clead("compare", "run", "--json", target)
 
 
@@ -730,11 +736,7 @@ def a_picture_that_is_none(place: Place, kind: str) -> None:
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "socket":
-        before = os.getcwd()
-        os.chdir(path.parent)
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(path.name)
-        os.chdir(before)
+        _bind(path)
     elif kind == "folder":
         path.mkdir()
     elif kind in ("device", "dangling", "loop"):
@@ -805,6 +807,15 @@ def main() -> None:
         base = Path(name) / "base"
         base.mkdir()
         make_base(base)
+        control = Place(Path(name) / "control", base)  # without a fault all of this works
+        control.clead(*VERBS["evaluate"], codes=(0,))
+        control.clead(
+            "train", "cifar10-small-standard", *PICTURES, "--data.path", "photos", "--out", "made", codes=(0,)
+        )
+        npz(control, lambda content: content)
+        control.clead(
+            "train", "cifar10-small-standard", *PICTURES, "--data.path", "data.npz", "--out", "more", codes=(0,)
+        )
         for group in given.group:
             began, done = time.monotonic(), results.setdefault(group, {})
             for number, (_, title, function, case) in enumerate(each for each in FAULTS if each[0] == group):

@@ -414,3 +414,9 @@ def test_python_never_ends_in_a_traceback_for_a_fifo_in_the_place_of_a_recipe(tm
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_very_long_message_keeps_its_remedy():
+    error = UserError(f"data.npz has {', '.join(map(str, range(10_000)))}; rename its keys")
+    assert len(error.problems[0]) == 1200 and error.problems[0].endswith("; rename its keys")
+    assert UserError("short").problems == ("short",)

@@ -83,6 +83,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if is_pickle(head):
         raise UserError(f"{path} is a pickle, which can run code when loaded; save the weights as safetensors instead")
     size = int.from_bytes(head[:8], "little")
+    if size < 2:  # not even "{}"; a sparse file of zeros would be mapped as large as it says it is
+        raise UserError(f"{path} is truncated or not a safetensors file (no header); copy or train it again")
     if _LARGEST_HEADER < size <= path.stat().st_size:  # more than the whole file: truncated, or another kind of file
         raise UserError(
             f"{path}: the header of a safetensors file may have {_LARGEST_HEADER} bytes at most, this one says {size}; it is "

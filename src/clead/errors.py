@@ -12,12 +12,21 @@ class UserError(ValueError):
 
     Args:
         *problems: one or several one-line problems; several are listed together, so that a user mends them at once. What they
-            quote can be from a hostile file: line breaks, and codes that would command a terminal, are shown escaped.
+            quote can be from a hostile file: line breaks, and codes that would command a terminal, are shown escaped; the middle of
+            a very long one is left out.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(map(printable, problems))
+        self.problems = tuple(_shortened(printable(problem)) for problem in problems)
         super().__init__("\n".join(self.problems))
+
+
+_MOST = 1200
+
+
+def _shortened(text: str) -> str:
+    """Return a text without its middle if it is very long: a file may have ten thousand names, and the remedy stands at the end."""
+    return text if len(text) <= _MOST else f"{text[: _MOST - 400]} … {text[-397:]}"
 
 
 def printable(text: str) -> str:
