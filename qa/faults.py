@@ -315,7 +315,7 @@ def the_umask_is_honoured(place: Place, mask: int) -> None:
 
 @fault(
     "file system",
-    ["a\nb", "a\x1b[2Jb", "[bold]x[/nothing]", "-run", "ü 日本", "x" * 200, "$x$ $y", "<b>&", "a|b", "%s {0}"],
+    ["a\nb", "a\x1b[2Jb", "[bold]x[red]", "-run", "ü 日本", "x" * 200, "$x$ $y", "<b>&", "a|b", "%s {0}"],
 )
 def a_run_of_an_odd_name(place: Place, name: str) -> None:
     place.run.rename(place.folder / name)
