@@ -206,8 +206,8 @@ def test_parquet_without_its_columns(fails, here):
 
     (here / "flags").mkdir()
     for part in ("train", "test"):
-        pq.write_table(pa.table({"picture": [b"1"], "label": [0]}), here / "flags" / f"{part}-0.parquet")
-    fails(*folder_arguments("flags"), has="needs a column 'img' or 'image', got picture, label")
+        pq.write_table(pa.table({"flag": [b"1"], "label": [0]}), here / "flags" / f"{part}-0.parquet")
+    fails(*folder_arguments("flags"), has="got flag, label")
 
 
 def test_a_missing_extra_names_its_install_command(fails, monkeypatch):

@@ -288,7 +288,7 @@ class InMemoryDataset(ABC):
         return part.columns.get(_GROUP)
 
     def _check(self, found: Found, training: bool) -> None:
-        if training or len(found.train.labels):
+        if training:
             check(found, limit_train=self.limit_train)
         elif not len(found.test.labels):
             raise UserError("there must be test images, got none; check --data.path")

@@ -146,6 +146,7 @@ READERS.register("cifar_corrupted")(
         lambda path: bool(cifar_files(path)),
         lambda path: read_corrupted(cifar_files(path), repeated=True),
         rank=40,
+        includes=("npy",),
     )
 )
 READERS.register("mnist_corrupted")(
@@ -154,5 +155,6 @@ READERS.register("mnist_corrupted")(
         lambda path: bool(mnist_files(path)),
         lambda path: read_corrupted(mnist_files(path), repeated=False),
         rank=40,
+        includes=("npy",),
     )
 )
