@@ -25,6 +25,7 @@ from clead.threats import THREATS
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from layouts import LAYOUTS  # noqa: E402  the samples that tests/test_layouts.py reads
 from model_kinds import KINDS  # noqa: E402  the samples that tests/test_external_models.py tries
+from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/test_onnx_wild.py
 
 REFERENCE = Path(__file__).parent / "reference"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
@@ -189,18 +190,29 @@ def _kinds() -> str:
         rows.append(f"| {_cell(kind.name)} | {evaluated} | {trained[kind.trained]} | {_cell(about)}.{said} |")
     parts = [
         "# Kinds of models",
-        "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that are not "
-        "of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked out of what "
-        "it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said on stderr and in "
-        "the record's notes. Every row is tried by `tests/test_external_models.py` and written from `tests/model_kinds.py`: where a "
-        "kind is evaluated, the flags are those of the plain module.",
+        "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that "
+        "are not of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked "
+        "out of what it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said "
+        "on stderr and in the record's notes. Every row is tried by `tests/test_external_models.py` and written from "
+        "`tests/model_kinds.py`: where a kind is evaluated, the flags are those of the plain module.",
         "\n".join(["| model | evaluated | trained by PGD-AT | what the program does |", "|---|---|---|---|", *rows]),
+        "ONNX files, which answer queries only (`--suite queries`); tried by `tests/test_onnx_wild.py` and written from "
+        "`tests/onnx_kinds.py`:",
+        _onnx_kinds(),
         "Methods that look at features (`clead`, `acl` …) need the layer that maps them to the logits: the final `nn.Linear` is "
         "found, any other is named by `--model.classifier NAME`. The others train a model without.",
         "An image at which the gradient of an attack is NaN or infinite counts as not robust, is named in the notes and listed as "
         "`lost` in the record's attack; all other images go on. In Python, `clead.attacks.NAME` returns NaN for it, and warns.",
     ]
     return _page(parts)
+
+
+def _onnx_kinds() -> str:
+    rows = [
+        f"| {_cell(kind.name)} | {'refused' if kind.refused else 'yes'} | {_cell(kind.about[0].upper() + kind.about[1:])}. |"
+        for kind in ONNX_KINDS
+    ]
+    return "\n".join(["| file | evaluated | what the program does |", "|---|---|---|", *rows])
 
 
 def _keys(group: str, name: str) -> list[tuple[str, str, str, str]]:

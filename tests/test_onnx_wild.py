@@ -16,62 +16,15 @@ from clead.config import bare_config
 from clead.errors import UserError
 from clead.models.model_input import InputLayer, ModelInput
 from clead.models.onnx import OnnxModel
+from onnx_kinds import ONNX_KINDS, OnnxKind, W, prepared_pixels, write
 
 SHAPE = (3, 8, 8)
-W = np.array([[1, -1], [0, 0], [-1, 1]], np.float32)  # red against blue
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def write(
-    path: str,
-    *,
-    shape: Any = ("n", 3, 8, 8),
-    dtype: str = "FLOAT",
-    nodes: Any = None,
-    outputs: Any = (("logits", "FLOAT", ["n", 2]),),
-    metadata: dict[str, str] | None = None,
-    weights: np.ndarray = W,
-    inputs: Any = (),
-    opset: int = 17,
-    ir: int = 8,
-    axes: Any = (2, 3),
-    **save: Any,
-) -> str:
-    """Write a file whose logits are the mean colour (over ``axes``) times ``weights``."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    def kind(name: str) -> int:
-        return getattr(TensorProto, name)
-
-    if nodes is None:
-        cast = (
-            [("Cast", ["x"], ["f"], {"to": TensorProto.FLOAT})]
-            if dtype != "FLOAT"
-            else [("Identity", ["x"], ["f"], {})]
-        )
-        nodes = [
-            *cast,
-            ("ReduceMean", ["f"], ["p"], {"axes": list(axes), "keepdims": 0}),
-            ("MatMul", ["p", "W"], ["logits"], {}),
-        ]
-    graph = helper.make_graph(
-        [helper.make_node(op, given, made, **extra) for op, given, made, extra in nodes],
-        "g",
-        [helper.make_tensor_value_info(name, kind(t), s) for name, t, s in (("x", dtype, shape), *inputs)],
-        [helper.make_tensor_value_info(name, kind(t), s) for name, t, s in outputs],
-        [numpy_helper.from_array(weights, "W")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir)
-    if metadata:
-        helper.set_model_props(model, metadata)
-    onnx.save(model, path, **save)
-    return path
 
 
 def images(n: int = 5) -> torch.Tensor:
@@ -97,6 +50,17 @@ def refused(path: str, *texts: str, text: str = "", **options: Any) -> None:
     assert "\n" not in str(error.value)
     for each in texts:
         assert each in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("sample", ONNX_KINDS, ids=[sample.name for sample in ONNX_KINDS])
+def test_each_kind_of_file_is_read_right_or_refused_in_one_line(sample: OnnxKind):
+    write("m.onnx", **sample.file)
+    if sample.refused:
+        return refused("m.onnx", sample.says, text=sample.text, output=sample.output)
+    model = opened("m.onnx", sample.text, output=sample.output)
+    x = (images() * 255).round() / 255
+    torch.testing.assert_close(model(x), sample.logits(expected(prepared_pixels(sample, x))), rtol=2e-3, atol=2e-3)
+    assert not sample.says or any(sample.says in note for note in model.notes), model.notes
 
 
 LAYOUTS = {
@@ -418,7 +382,7 @@ def test_what_decides_the_answers_is_in_the_fingerprint():
     [
         ("layuot=nhwc", "model.input.layuot: unknown key; did you mean 'layout'?"),
         ("layout=nwhc", "model.input.layout: input should be 'nchw', 'nhwc' or 'flat', got 'nwhc'"),
-        ("nhwc", "'nhwc' has no value; write key=value"),
+        ("nhwc", "must be pairs key=value, got 'nhwc'; write it"),
         ("mean=a", "must be a number"),
         ("mean=0.5 mean=0.4", "mean is given twice"),
         ("std=0", "std must be above 0, got 0"),

@@ -141,7 +141,7 @@ def pairs(value: Any) -> Any:
         else:
             known = did_you_mean(name, [field.name for field in dataclasses.fields(ModelInput)])
             raise ValueError(
-                f'{name!r} has no value, got {value!r}; write key=value, such as "layout=nhwc size=224"; {known}'
+                f'must be pairs key=value, got {value!r}; write it such as "layout=nhwc size=224"; {known}'
             )
     return given
 
