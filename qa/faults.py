@@ -25,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,11 +36,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from faults_serving import FAULTS as CLIENTS
 from PIL import Image
 
 import clead
 from clead import cli
 from clead.atomic_io import write_atomically
+from clead.checkpoint import load_weights, save_weights
 
 SECONDS = 120.0
 MEMORY = 6 * 2**30  # bytes of address space beyond what importing takes
@@ -80,7 +83,7 @@ class Place:
     """A fault's folder: ``run``, ``photos``, ``outside``."""
 
     def __init__(self, folder: Path, base: Path) -> None:
-        self.folder, self.commands = folder, 0
+        self.folder, self.base, self.commands = folder, base, 0
         shutil.copytree(base, folder)
         self.run, self.photos, self.outside = folder / "run", folder / "photos", folder / "outside"
         self.before = hashes(self.outside)
@@ -725,6 +728,20 @@ def a_study_with_a_link(place: Place, name: str) -> None:
     place.clead("tune", "digits-pgd-at", *TINY, *space, "--out", "study")
 
 
+LINES = ["", "{", "12", "null", "\xff", '["a"]', DEEP, '{"op_code": 99, "worker_id": "a"}', '{"op_code": 4}']
+
+
+@fault("states", LINES)
+def a_damaged_line_of_a_study(place: Place, line: str) -> None:
+    study = place.folder / "study"
+    study.mkdir()
+    (study / "study.journal").write_text(f"{line}\n", encoding="latin-1")
+    space = ("--tune.trials", "1", "--tune.space.optim.lr", "[0.1, 0.2]")
+    _, _, err = place.clead("tune", "digits-pgd-at", *TINY, *space, "--out", "study")
+    place.expect("study.journal line 1 is damaged" in err, f"line 1 is not named: {err[-200:]}")
+    place.expect((study / "study.journal").read_text(encoding="latin-1") == f"{line}\n", "the journal was changed")
+
+
 # ------------------------------------------------------------------------------------------------ data layouts
 
 ODD = ("fifo", "socket", "device", "dangling", "loop", "empty", "text", "half", "folder")
@@ -779,6 +796,85 @@ def code_that_makes_no_model(place: Place, text: str) -> None:
     place.expect(not (place.folder / "made" / "evaluation.json").exists(), "a record was made")
 
 
+TYPES = {
+    "float16": (torch.float16, (0,)),
+    "bfloat16": (torch.bfloat16, (0,)),
+    "float64": (torch.float64, (0,)),
+    "int8": (torch.int8, (2,)),
+    "bool": (torch.bool, (2,)),
+    "complex": (torch.complex64, (2,)),
+    "float8": (torch.float8_e4m3fn, (0, 2)),
+}
+
+
+@fault("models", TYPES)
+def weights_of_another_type(place: Place, case: tuple[torch.dtype, tuple[int, ...]]) -> None:
+    dtype, codes = case
+    for name in ("best", "last"):
+        path = place.run / f"{name}.safetensors"
+        content, metadata = load_weights(path)
+        save_weights(path, {k: v.to(dtype) if v.is_floating_point() else v for k, v in content.items()}, metadata)
+    _, out, err = place.clead(*VERBS["evaluate"], codes=codes)
+    place.expect(str(dtype).removeprefix("torch.") in out + err, f"the type is not said: {out[-200:]}")
+
+
+# ------------------------------------------------------------------------------------------------ serving
+
+SERVER: list[tuple[subprocess.Popen[str], str]] = []
+"""The one server of all hostile clients, and its address, once a fault has asked for it."""
+
+
+def server(run: Path) -> tuple[subprocess.Popen[str], str]:
+    """Return the server and its address; serve ``run`` if there is none."""
+    if not SERVER:
+        command = [
+            sys.executable,
+            "-m",
+            "clead",
+            "serve",
+            str(run),
+            "--port",
+            "0",
+            "--threads",
+            "1",
+            "--read-seconds",
+            "0.4",
+        ]
+        log = (run / "serve.log").open("w")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if "http://" not in line:
+            raise Harm(f"no server: {line!r}, {(run / 'serve.log').read_text()[-300:]}")
+        SERVER.append((process, "http://" + line.split("http://")[1].split(";")[0]))
+    return SERVER[0]
+
+
+@fault("serving", dict(CLIENTS))
+def a_hostile_client(place: Place, client: Callable[[str], None]) -> None:
+    _, address = server(place.base / "run")
+    try:
+        client(address)
+    except (AssertionError, OSError) as error:
+        raise Harm(f"{type(error).__name__}: {error}"[:300]) from None
+
+
+@fault("serving", ["memory", "log", "end"])
+def the_server_after_all_of_them(place: Place, what: str) -> None:
+    process, _ = server(place.base / "run")
+    if what == "memory":
+        status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) for line in status if "VmHWM" in line)
+        place.expect(peak < 2 * 2**20, f"{peak} KiB")
+    elif what == "log":
+        log = (place.base / "run" / "serve.log").read_text()
+        place.expect("Traceback" not in log and "\x1b" not in log, f"in its log: {log[-300:]!r}")
+    else:
+        process.terminate()
+        SERVER.clear()
+        place.expect(process.wait(60) == 0, f"exit code {process.returncode}")
+
+
 # ------------------------------------------------------------------------------------------------ the program
 
 
@@ -803,7 +899,8 @@ def main() -> None:
     record: dict[str, Any] = json.loads(given.out.read_text()) if given.out.exists() else {"faults": {}}
     results: dict[str, dict[str, str]] = record["faults"]
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="clead-faults-") as name:
+    with tempfile.TemporaryDirectory(prefix="clead-faults-") as name, contextlib.ExitStack() as ends:
+        ends.callback(lambda: [process.kill() for process, _ in SERVER])
         base = Path(name) / "base"
         base.mkdir()
         make_base(base)

@@ -6,7 +6,7 @@ Each round has its number as seed and can be had again with ``--first N --rounds
 folder of the run, of the pictures or of a state becomes a link (inside, outside, dangling, in a circle, to a device), a FIFO, a
 socket, a folder or nothing, or its bytes are flipped, cut, repeated or spliced; archives of pictures get such bytes; checkpoints
 keep a right checksum, because it is no signature. Then a random command runs on it. What must hold is what ``qa/faults.py`` checks.
-``benchmarks/fuzz.py`` feeds single readers with what Hypothesis thinks of.
+``qa/fuzz_readers.py`` feeds single readers with what Hypothesis thinks of.
 """
 
 from __future__ import annotations
@@ -76,14 +76,17 @@ def broken(content: bytes, chance: random.Random) -> bytes:
 def harm(place: Place, chance: random.Random) -> str:
     """Change one thing at random, and say what."""
     root = chance.choice([place.run, place.run, place.photos, place.run / "results" / "evaluation.state"])
-    root.mkdir(exist_ok=True)
+    if root.resolve() != place.folder.resolve() / root.relative_to(place.folder) or not root.parent.is_dir():
+        return "nothing"  # a change before this one has led it elsewhere: to the files of this machine, perhaps
+    if not root.exists():
+        root.mkdir()
+    if not root.is_dir():
+        return "nothing"
     known = [path for path in sorted(root.rglob("*")) if not path.is_symlink()]
     new = root / chance.choice(
         ["x.png", "0-0.safetensors", "state.json", "stages", "stored", "resume.next.state", ".x"]
     )
     path = chance.choice([*known, new])
-    if not path.parent.is_dir():
-        return "nothing"
     kind = chance.choice(["link", "link", "fifo", "socket", "folder", "gone", "bytes", "bytes", "bytes", "checksum"])
     if kind in ("bytes", "checksum"):
         if not path.is_file():
@@ -94,7 +97,10 @@ def harm(place: Place, chance: random.Random) -> str:
             content = MAGIC + hashlib.sha256(payload).digest() + payload
         path.write_bytes(content)
         return f"{path.relative_to(place.folder)}: {kind}"
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
     if kind == "link":
         targets = [
             place.outside,

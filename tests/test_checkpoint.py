@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import random
@@ -410,3 +411,59 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     (tmp_path / ".resume.next.state.abc123").write_bytes(b"half a checkpoint")
     run.load_state()
     assert names(tmp_path) == ["resume.state"]
+
+
+# ------------------------------------------------------------------------------------------------ other types
+
+
+QUICK = shlex.split(
+    "--eval.suite pgd --eval.weights best --eval.images 20 --eval.steps 1 --eval.curve_points 0 --eval.check_images 0 "
+    "--eval.gallery 0"
+)
+
+
+def stored_as(path, dtype, only=None):
+    """Write the weights of a file again in another type, with a right checksum."""
+    content, metadata = load_weights(path)
+    chosen = [name for name, tensor in content.items() if tensor.is_floating_point() and only in (None, name)]
+    save_weights(path, {k: v.to(dtype) if k in chosen else v for k, v in content.items()}, metadata)
+    return chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_weights_of_another_type_are_said(dtype, all_of_them, run, caplog):
+    path = run / "best.safetensors"
+    before, name = clead.load(run).state_dict(), str(dtype).removeprefix("torch.")
+    changed = stored_as(path, dtype, None if all_of_them else next(iter(before)))
+    sentence = f"{path}: {len(changed)} tensors are {name}, the model computes with them as float32"
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "clead"):
+        after = clead.load(run).state_dict()
+        record = clead.evaluate_run(run, config=load_recipe(str(run / "config.yaml"), QUICK), show=False).record
+    assert caplog.text.count(sentence) == 2 and sentence in record.notes
+    for key, tensor in before.items():
+        wanted = tensor.to(dtype).to(tensor.dtype) if key in changed else tensor
+        assert after[key].dtype == tensor.dtype and torch.equal(after[key], wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.int64])
+def test_whole_or_complex_numbers_for_real_ones_are_refused(dtype, run):
+    stored_as(run / "best.safetensors", dtype)
+    with pytest.raises(UserError, match=f"best.safetensors: .* holds {str(dtype)[6:]}, the model's is float32"):
+        clead.load(run)
+
+
+def test_weights_of_the_model_s_own_type_say_nothing(run, caplog):
+    with caplog.at_level(logging.WARNING, "clead"):
+        clead.load(run)
+    assert caplog.text == ""
+
+
+def test_weights_of_another_type_that_training_starts_from_are_said(run, tmp_path, capsys):
+    for which in ("best", "last"):
+        stored_as(run / f"{which}.safetensors", torch.float16)
+    given = [*QUICK, "--train.start_from", str(run), "--train.budget", "1"]
+    config = load_recipe(str(run / "config.yaml"), given)
+    clead.train(config, out=tmp_path / "more", show=False)
+    assert "train.start_from: " in (error := capsys.readouterr().err) and "tensors are float16" in error

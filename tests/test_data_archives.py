@@ -1,13 +1,19 @@
 """Archives of data: unpacked within limits, named as if they were folders, and nothing left behind."""
 
+import contextlib
 import io
 import os
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import tarfile
 import tempfile
+import time
 import tracemalloc
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -242,3 +248,95 @@ def test_interrupted_leaves_nothing(stop, tmp_path, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(stop):
             patched.setattr(archives.shutil, "copyfileobj", interrupted)
             read_any(tmp_path / name)
+
+
+# ------------------------------------------------------------------------------------------------ processes that end
+
+UNPACKS = """
+import sys, time
+from pathlib import Path
+from clead.data.archives import unpacked
+with unpacked(Path(sys.argv[1])) as folder:
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def unpacking(path, temporary, *, ignoring=()):
+    """A process that has unpacked ``path`` and goes on; gives it and its folder."""
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignoring]  # inherited
+    process = subprocess.Popen(
+        [sys.executable, "-c", UNPACKS, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    for number, handler in zip(ignoring, before, strict=True):
+        signal.signal(number, handler)
+    try:
+        yield process, type(path)(process.stdout.readline().strip())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def zipped(tmp_path):
+    folder(tmp_path / "photos")
+    return type(tmp_path)(shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path, "photos"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(number, zipped, nothing_stays):
+    with unpacking(zipped, nothing_stays) as (process, folder):
+        assert folder.parent == nothing_stays and folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700
+        process.send_signal(number)
+        assert process.wait(60) == (-2 if number == signal.SIGINT else 128 + number)
+        assert not folder.exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(zipped, nothing_stays):
+    """As with nohup."""
+    with unpacking(zipped, nothing_stays, ignoring=[signal.SIGHUP]) as (process, folder):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert process.poll() is None and folder.is_dir()
+        process.terminate()
+        process.wait(60)
+
+
+def test_handlers_are_put_back_and_other_threads_set_none(zipped):
+    before = signal.getsignal(signal.SIGTERM)
+    with archives.unpacked(zipped):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read_any, zipped).result().classes == ("cat", "dog")
+
+
+def test_what_the_killed_have_left_is_removed_and_what_the_living_have_is_not(zipped, nothing_stays, monkeypatch):
+    with unpacking(zipped, nothing_stays) as (lives, used), unpacking(zipped, nothing_stays) as (dies, left):
+        dies.kill()
+        dies.wait(60)
+        read_any(zipped)
+        assert left.is_dir()  # it is young, and might be about to be locked
+        monkeypatch.setattr(archives, "_YOUNG", -1.0)
+        others = [nothing_stays / name for name in ("clead-unpacked-file", "clead-playground-x", "clead-unpacked-link")]
+        others[0].write_text("a file of that name")
+        others[1].mkdir()
+        others[2].symlink_to(others[1])
+        read_any(zipped)
+        assert not left.exists() and list(used.rglob("*.png")) and [each.exists() for each in others] == [True] * 3
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        lives.kill()
+        lives.wait(60)
+        read_any(zipped)
+        assert used.is_dir()  # another user's
+        monkeypatch.undo()
+        monkeypatch.setattr(tempfile, "tempdir", str(nothing_stays))
+        monkeypatch.setattr(archives, "_YOUNG", -1.0)
+        for each in others:
+            each.rmdir() if each.is_dir() and not each.is_symlink() else each.unlink()
+        read_any(zipped)

@@ -80,8 +80,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "compared"), [("train", 60), ("evaluate", 20), ("tune", 5)])
 def test_a_few_kills(kind, compared, tmp_path):
-    """The long run is ``benchmarks/faults.json``."""
-    script, out = ROOT / "benchmarks" / "faults.py", tmp_path / "faults.json"
+    """The long run is ``qa/kills.json``."""
+    script, out = ROOT / "qa" / "kills.py", tmp_path / "kills.json"
     arguments = [sys.executable, str(script), "--what", kind, "--kills", "2", "--out", str(out), "--short"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -91,7 +91,7 @@ def test_a_few_kills(kind, compared, tmp_path):
 
 
 def test_the_committed_record_shows_no_difference():
-    record = json.loads((ROOT / "benchmarks" / "faults.json").read_text())
+    record = json.loads((ROOT / "qa" / "kills.json").read_text())
     for kind in ("train", "evaluate", "tune"):
         assert record[kind]["kills_while_working"] >= 50 and record[kind]["differences"] == []
 

@@ -254,6 +254,8 @@ def test_a_damaged_line_is_named(line, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     refused(lambda: read_json_lines(path), "metrics.jsonl line 2 is damaged", "remove that line")
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    refused(lambda: read_json_lines(path), "metrics.jsonl line 2 is damaged")  # whole, and yet no object
     path.write_bytes(b'{"step": 1}\n' + line)
     assert read_json_lines(path) == [{"step": 1}]  # as a kill or a full disk leaves it
 

@@ -1,4 +1,4 @@
-"""Broken input of every kind, for a moment; the long run is ``benchmarks/fuzz.json``."""
+"""Broken input of every kind, for a moment; the long run is ``qa/fuzz_readers.json``."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import pytest
 
 from clead.errors import UserError
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+QA = Path(__file__).parent.parent / "qa"
 READERS = ("recipes", "records", "checkpoints", "images", "arrays")
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_hundred_broken_inputs_are_read_or_refused(reader):
-    arguments = [sys.executable, str(BENCHMARKS / "fuzz.py"), "--one", reader, "--seconds", "0.1"]
+    arguments = [sys.executable, str(QA / "fuzz_readers.py"), "--one", reader, "--seconds", "0.1"]
     done = subprocess.run(
         arguments, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -26,7 +26,7 @@ def test_a_hundred_broken_inputs_are_read_or_refused(reader):
 
 
 def test_the_committed_record_found_nothing():
-    record = json.loads((BENCHMARKS / "fuzz.json").read_text())
+    record = json.loads((QA / "fuzz_readers.json").read_text())
     for reader in READERS:
         assert record[reader]["findings"] == [] and record[reader]["seconds"] >= 60
 

@@ -27,7 +27,7 @@ from clead.tuning import tune
 from clead.tuning.leases import BothLeases, FileLeases, TableLeases
 from clead.tuning.results import Result, best_of, front
 from clead.tuning.space import open_search
-from clead.tuning.storage import JOURNAL
+from clead.tuning.storage import JOURNAL, open_storage
 from clead.tuning.trial import Failed, FellBehind
 
 SPACE = ["--tune.space", "{optim.lr: {low: 1e-3, high: 1e-2, log: true}, attack.steps: {low: 2, high: 7}}"]
@@ -428,12 +428,52 @@ def test_half_a_line_in_the_journal_is_cut_off(tmp_path):
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
+DAMAGED_LINES = {
+    "no json": b"{",
+    "empty": b"",
+    "list": b"[1]",
+    "number": b"12",
+    "null": b"null",
+    "bytes": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "digits": b"9" * 10_000,
+    "other key": b'{"op_co":5}',
+    "no worker": b'{"op_code":5}',
+    "operation": b'{"op_code":99,"worker_id":"a"}',
+    "no study": b'{"op_code":4,"worker_id":"a"}',
+    "no direction": b'{"op_code":0,"worker_id":"a","study_name":"b","directions":["up"]}',
+    "a word for an operation": b'{"op_code":"trial","worker_id":"a"}',
+}
+
+
+@pytest.fixture(scope="module")
+def journal_of_a_study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("journal")
+    search(folder / "study", trials=2)
+    return (folder / "study" / JOURNAL).read_bytes()
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+@pytest.mark.parametrize("at", [0, 3, None], ids=["first", "fourth", "last"])
+def test_a_damaged_line_of_the_journal_is_named(line, at, journal_of_a_study, tmp_path):
+    lines = journal_of_a_study.splitlines()
+    number = (len(lines) if at is None else at) + 1
+    lines.insert(number - 1, line)
+    (tmp_path / JOURNAL).write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(UserError) as caught:
+        open_storage(tmp_path, None, "study", 1)
+    (message,) = caught.value.problems
+    assert f"{JOURNAL} line {number} is damaged" in message and "--out" in message and "\n" not in message
+
+
 def test_a_damaged_journal_is_named(tmp_path):
     search(tmp_path / "study", trials=2)
     journal = tmp_path / "study" / JOURNAL
-    journal.write_bytes(journal.read_bytes().replace(b'{"op_code"', b'{"op_co', 1))
-    with pytest.raises(UserError, match="study.journal is damaged"):
+    before = journal.read_bytes().replace(b'{"op_code"', b'{"op_co', 1)
+    journal.write_bytes(before)
+    with pytest.raises(UserError, match="study.journal line 1 is damaged"):
         search(tmp_path / "study", trials=2)
+    assert journal.read_bytes() == before
 
 
 def rows(tmp_path, silence=60.0, study="study"):

@@ -109,16 +109,17 @@ def read_json(path: Path, limit: int = JSON_LIMIT, *, remedy: str = "copy it aga
         raise UserError(f"{path} is damaged ({_json_reason(error)}); {remedy}") from None
 
 
-def read_json_lines(path: Path, limit: int = JSON_LIMIT) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, limit: int = JSON_LIMIT, *, remedy: str = "remove that line") -> list[dict[str, Any]]:
     """Return the objects of a JSON-lines file, none if there is no file.
 
-    A last line that a kill or a full disk cut off is left out; raises UserError naming any other line that is no JSON object.
+    A last line that a kill or a full disk cut off is left out; raises UserError naming any other line that is no JSON object, with
+    what to do about it (``remedy``).
     """
     try:
-        lines = read_regular(path, limit).splitlines()
+        content = read_regular(path, limit)
     except FileNotFoundError:
         return []
-    objects = []
+    lines, objects = content.splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
             value = json.loads(line)
@@ -126,9 +127,9 @@ def read_json_lines(path: Path, limit: int = JSON_LIMIT) -> list[dict[str, Any]]
                 raise ValueError(f"a JSON object is expected, got {type(value).__name__}")
             objects.append(value)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):
+            if number == len(lines) and not content.endswith(b"\n"):
                 break
-            raise UserError(f"{path} line {number} is damaged ({_json_reason(error)}); remove that line") from None
+            raise UserError(f"{path} line {number} is damaged ({_json_reason(error)}); {remedy}") from None
     return objects
 
 

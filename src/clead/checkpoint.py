@@ -24,6 +24,7 @@ import shlex
 import sys
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,8 +118,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return content, metadata
 
 
-def check_weights(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Raise UserError naming the first leaf that differs, with what was expected and found."""
+def check_weights(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> list[str]:
+    """Return what must be said of weights that fit: those of another type than the model's.
+
+    Raises UserError naming the first leaf that differs, with what was expected and found.
+    """
     for name, tensor in expected.items():
         if name not in given:
             raise UserError(
@@ -134,6 +138,29 @@ def check_weights(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], s
         raise UserError(
             f"{source} is of another architecture: {extra[0]} is not in this model; check the model settings"
         )
+    return type_notes(source, expected, given)
+
+
+def type_notes(source: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Say which tensors change their type; raises UserError where whole numbers stand for real ones, as in quantised files."""
+    changed: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
+    for name, tensor in given.items():
+        want = expected[name].dtype
+        if tensor.dtype == want or (not want.is_floating_point and not tensor.dtype.is_floating_point):
+            continue
+        if tensor.dtype.is_floating_point != want.is_floating_point:
+            raise UserError(
+                f"{source}: {name} holds {_type(tensor.dtype)}, the model's is {_type(want)}; give weights that are not quantised"
+            )
+        changed[tensor.dtype, want] += 1
+    return [
+        f"{source}: {count} tensors are {_type(have)}, the model computes with them as {_type(want)}"
+        for (have, want), count in changed.items()
+    ]
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -184,7 +184,7 @@ def evaluate_run(
         opened.subject,
         part,
         tried=tried,
-        notes=data_notes(opened.splits),
+        notes=opened.notes,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,

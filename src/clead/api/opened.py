@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.report.record import TrainingPart
 from clead.training.loop import device_of, mean_std
+
+_log = logging.getLogger("clead")
 
 _NAMED = 10  # of the files left out
 
@@ -59,6 +62,12 @@ class OpenedRun:
     splits: Splits
     subject: Subject
     device: torch.device
+    weight_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of a figure must know of the images and the weights."""
+        return [*data_notes(self.splits), *self.weight_notes]
 
     @property
     def k(self) -> int:
@@ -95,7 +104,7 @@ class OpenedRun:
             path=results_folder(self.run, out) / f"{kind}.json",
             fresh=fresh,
             trust_state=trust_state,
-            notes=data_notes(self.splits),
+            notes=self.notes,
         )
 
 
@@ -114,7 +123,7 @@ def open_run(
     config = config or trained
     if images is not None and config.eval.images is None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=images))
-    loaded = load_model(run, config, config.eval.weights, model)
+    loaded, weight_notes = _loaded(run, config, config.eval.weights, model)
     chosen, splits = evaluated_images(run, config, trained, data, same_classes=same_classes)
     tree = config.to_dict()
     subject = Subject(
@@ -129,7 +138,7 @@ def open_run(
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
-    return OpenedRun(run, config, loaded.to(device), chosen, splits, subject, device)
+    return OpenedRun(run, config, loaded.to(device), chosen, splits, subject, device, tuple(weight_notes))
 
 
 def evaluated_images(
@@ -188,6 +197,11 @@ def shortened(names: Sequence[str]) -> str:
 
 def load_model(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> SplitModel:
     """Return the model of ``run`` with its ``which`` weights, best or last; ``model`` is what was trained, if that was given."""
+    return _loaded(run, config, which, model)[0]
+
+
+def _loaded(run: RunDir, config: RunConfig, which: str, model: nn.Module | None) -> tuple[SplitModel, list[str]]:
+    """Return the model and what must be said of its weights, which is also logged."""
     path = run.weights(which)
     content, metadata = load_weights(path)
     if lacking := [key for key in ("shape", "classes", "mean_std") if key not in metadata]:
@@ -200,9 +214,11 @@ def load_model(run: RunDir, config: RunConfig, which: str, model: nn.Module | No
     else:
         mean, std = metadata["mean_std"]
         built = build_model(config.model, shape[0], k, mean, std, seed=0, sample_shape=shape)
-    check_weights(weights(built), content, str(path))
+    notes = check_weights(weights(built), content, str(path))
+    for note in notes:
+        _log.warning("note: %s", note)
     built.load_state_dict(content)
-    return built.eval()
+    return built.eval(), notes
 
 
 def build(config: RunConfig, splits: Splits) -> SplitModel:

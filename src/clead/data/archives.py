@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import logging
 import lzma
+import os
 import re
 import shutil
+import signal
 import stat
 import tarfile
 import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -21,8 +26,15 @@ from typing import IO, Any
 from clead.data.bounded import check_unpacked
 from clead.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _log = logging.getLogger("clead")
 
+_PREFIX = "clead-unpacked-"
+_YOUNG = 60.0  # seconds
 _ZIP = (".zip",)
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _OTHERS = (".7z", ".rar", ".tar.zst", ".tzst")
@@ -44,7 +56,9 @@ def is_archive(path: Path) -> bool:
 
 @contextmanager
 def unpacked(path: Path) -> Generator[Path, None, None]:
-    """Unpack an archive into a temporary folder, which is removed in the end, also after an error or Ctrl-C.
+    """Unpack an archive into a temporary folder, which is removed in the end, also after an error, Ctrl-C or SIGTERM.
+
+    What a process that was killed has left there is removed by the next one that unpacks.
 
     Raises:
         UserError: it is damaged, encrypted or of another kind; has a link, a device or a name that leads out of the folder; or
@@ -54,8 +68,7 @@ def unpacked(path: Path) -> Generator[Path, None, None]:
         raise UserError(
             f"{path}: only {', '.join((*_ZIP, *_TAR))} are unpacked; unpack it yourself and give the folder"
         )
-    with tempfile.TemporaryDirectory(prefix="clead-") as temporary:
-        folder = Path(temporary)
+    with _ended_by_signals(), _temporary() as folder:
         _log.warning(
             "unpacking %s into a temporary folder; unpack it once yourself to save the time of each command", path
         )
@@ -78,6 +91,58 @@ def unpacked(path: Path) -> Generator[Path, None, None]:
                 f"{path}: a damaged archive ({reason}); fetch it again, or unpack it yourself and give the folder"
             ) from None
         yield folder
+
+
+@contextmanager
+def _temporary() -> Generator[Path, None, None]:
+    """Make a folder that this process holds a lock on, so that others see whether it still lives; remove those of the dead."""
+    _remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as name:
+        handle = None if fcntl is None else os.open(name, os.O_RDONLY)
+        try:
+            if fcntl is not None and handle is not None:
+                with contextlib.suppress(OSError):  # no locks on this file system: no leftovers are removed there
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+
+def _remove_leftovers() -> None:
+    """Remove what killed processes of this user have unpacked: folders that nobody holds a lock on, and that are a minute old."""
+    if fcntl is None:
+        return
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is in use, has just gone, or there are no locks
+            about = folder.lstat()
+            if about.st_uid != os.geteuid() or time.time() - about.st_ctime < _YOUNG:
+                continue  # one that is being made is not locked yet
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _ended_by_signals() -> Generator[None, None, None]:
+    """Let SIGTERM and a hang-up end the block like an error, where they would end the process and leave what is temporary."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names if threading.current_thread() is threading.main_thread()]
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _unpack_zip(path: Path, folder: Path) -> None:

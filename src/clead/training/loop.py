@@ -754,7 +754,8 @@ def _take_up(
         raise UserError(
             f"--resume continues on the same images; the data of {run.path} has changed since; restore it, or train anew"
         )
-    check_weights(model.state_dict(), state["model"], f"{run.path}/resume.state")
+    for note in check_weights(model.state_dict(), state["model"], f"{run.path}/resume.state"):
+        _log.warning("%s", note)
     if restore is None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

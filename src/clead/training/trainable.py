@@ -63,7 +63,8 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
             run = RunDir.open(path)
             file = path / f"{which or run.config().eval.weights}.safetensors"
             content, _ = load_weights(file)
-            check_weights(weights(model), content, str(file))
+            for note in check_weights(weights(model), content, str(file)):
+                tell(f"train.start_from: {note}")
             model.drop_projection()
             model.load_state_dict(content)
         else:

@@ -6,17 +6,18 @@ import fcntl
 import importlib.util
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import optuna
 import sqlalchemy as sql
 import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
-from clead.atomic_io import unshare
+from clead.atomic_io import read_json_lines, unshare
 from clead.errors import UserError
 from clead.tuning.leases import BothLeases, FileLeases, Leases, TableLeases
 
@@ -77,12 +78,11 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
             if not path.exists():
                 path.touch()
             unshare(path)
+            _check_journal(path)
             backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))
             return JournalStorage(backend), files
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}); start the study elsewhere") from None
     shown, full = _url(url)
     for attempt in range(1, _ATTEMPTS + 1):
         try:
@@ -106,6 +106,36 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
                 "password are right"
             ) from None
     raise AssertionError
+
+
+class _Lines(BaseJournalBackend):
+    """A journal in memory, which is read only."""
+
+    def __init__(self, lines: list[dict[str, Any]]) -> None:
+        self.lines, self.taken = lines, 0
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Give the lines from this one on; ``taken`` counts those that were asked for."""
+        for line in self.lines[log_number_from:]:
+            self.taken += 1
+            yield line
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Refuse."""
+        raise NotImplementedError
+
+
+def _check_journal(path: Path) -> None:
+    """Raise UserError naming the first line that is no JSON object, or that Optuna cannot follow."""
+    lines = _Lines(read_json_lines(path, remedy="restore that line, or start the study elsewhere with another --out"))
+    try:
+        JournalStorage(lines)
+    except Exception as error:  # it raises whatever a line that is not its own makes it raise
+        what = type(error).__name__
+        raise UserError(
+            f"{path} line {lines.taken} is damaged (Optuna cannot follow it: {what}: {str(error)[:200]}); restore that line, or "
+            "start the study elsewhere with another --out"
+        ) from None
 
 
 def _url(url: str) -> tuple[str, str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from clead.checkpoint import type_notes
 from clead.errors import UserError
 from clead.weights.reading import Weights, first_of
 
@@ -54,7 +54,7 @@ def load_into(module: nn.Module, weights: Weights, *, normalized: bool = False) 
         raise UserError(_mismatch(source, module, [names.get(name, name) for name in extra], missing, expected, given))
     content = {name: tensor.detach() for name, tensor in given.items() if name in expected}
     _check_shapes(source, module, expected, content)
-    notes += _type_notes(source, expected, content)
+    notes += type_notes(source, expected, content)
     if filled:
         notes.append(
             f"{source} lacks {first_of(filled)}: they are as the model makes them ({_values(expected, filled)})"
@@ -210,28 +210,6 @@ def _check_shapes(source: str, module: nn.Module, expected: Mapping[str, Tensor]
     )
 
 
-def _type_notes(source: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """Say which tensors change their type; raises UserError where whole numbers stand for real ones, as in quantised files."""
-    changed: Counter[tuple[torch.dtype, torch.dtype]] = Counter()
-    for name, tensor in given.items():
-        want = expected[name].dtype
-        if tensor.dtype == want or (not want.is_floating_point and not tensor.dtype.is_floating_point):
-            continue
-        if tensor.dtype.is_floating_point != want.is_floating_point:
-            raise UserError(
-                f"{source}: {name} holds {_type(tensor.dtype)}, the model's is {_type(want)}; give weights that are not quantised"
-            )
-        changed[tensor.dtype, want] += 1
-    return [
-        f"{source}: {count} tensors are {_type(have)}, the model computes with them as {_type(want)}"
-        for (have, want), count in changed.items()
-    ]
-
-
 def _values(expected: Mapping[str, Tensor], names: list[str]) -> str:
     values = sorted({f"{expected[name].flatten()[0].item():g}" for name in names if expected[name].numel()})
     return "starting with " + ", ".join(values[:6]) if values else "empty"
-
-
-def _type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
 """kill -9 at random moments: what is continued afterwards must equal what was never interrupted.
 
-    python benchmarks/faults.py --kills 50 --out benchmarks/faults.json                 (half an hour on 2 cores)
+    python qa/kills.py --kills 50 --out qa/kills.json                 (half an hour on 2 cores)
 
 Each kind of work is done once without a fault. Then it is begun again and again in processes of their own, each killed (SIGKILL)
 and started anew with the same command until it ends by itself: one life. Three of four moments are drawn uniformly from the first
@@ -191,7 +191,7 @@ def _first_write(process: subprocess.Popen, path: Path, before: dict[Path, int])
 
 def _start(command: tuple[str, ...]) -> tuple[subprocess.Popen, Path]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    file = Path(tempfile.gettempdir()) / f"clead-faults-{os.getpid()}.stderr"
+    file = Path(tempfile.gettempdir()) / f"clead-kills-{os.getpid()}.stderr"
     with file.open("w") as error:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error), file
 
@@ -243,7 +243,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     record = json.loads(given.out.read_text()) if given.out.exists() else {}
-    with tempfile.TemporaryDirectory(prefix="clead-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="clead-kills-") as folder:
         for kind in given.what:
             record[kind] = faults(
                 kind, given.kills, given.seed, Path(folder) / kind, SHORT[kind] if given.short else ()

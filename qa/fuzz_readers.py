@@ -1,6 +1,6 @@
 """What comes from elsewhere, broken in all ways that Hypothesis thinks of: it is read, or refused in one line, and nothing else.
 
-    python benchmarks/fuzz.py --seconds 90 --out benchmarks/fuzz.json
+    python qa/fuzz_readers.py --seconds 90 --out qa/fuzz_readers.json
 
 Five readers, each in a process of its own (so that a crash is seen) for so many seconds at least: recipes, records, weights and
 resume states, encoded images, .npz files. Inputs are valid ones with bytes flipped, cut out, repeated and spliced in, or with a
@@ -38,7 +38,7 @@ from clead.data.datasets.npz import read_npz
 from clead.data.decoding import Fit, decode
 from clead.errors import UserError
 
-ROOT = Path(__file__).parent
+RECORDS = Path(__file__).parent.parent / "benchmarks" / "records"
 SLOW = 10.0
 MAGIC = b"clead-state-1\n"
 
@@ -121,7 +121,7 @@ def recipes(folder):
 
 
 def records(folder):
-    found = sorted((ROOT / "records").glob("*.json"), key=lambda path: path.stat().st_size)
+    found = sorted(RECORDS.glob("*.json"), key=lambda path: path.stat().st_size)
     whole = [path.read_text() for path in found if "robust_flags" in path.read_text()][:2]
     file = folder / "record.json"
 
