@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from clead.attacks import pgd
 from clead.errors import UserError
 from clead.evaluation import masking
-from clead.evaluation.masking import CHECKS, few, run_checks
+from clead.evaluation.masking import CHECKS, efforts, few, run_checks
+from clead.models.cost import CostMeter
 from clead.models.normalize import Normalize
 from clead.models.seeding import seeded
 from clead.models.split import adapt
@@ -38,7 +39,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(autouse=True)
 def _fewer_queries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "every_check" not in request.node.name and "cost" not in request.node.name:
+    if not any(word in request.node.name for word in ("every_check", "cost", "fewer_checks")):
         monkeypatch.setattr(masking, "_QUERIES", 100)
 
 
@@ -262,6 +263,58 @@ def test_probabilities_and_saturation_have_their_own_words(robust):
     assert part.numbers["probabilities"] == 1 and "before the softmax" in part.explanation
     part = checks(After(robust, lambda z: 1e4 * z))["logits"]
     assert part.numbers["saturated"] > 0.9 and "temperature" in part.explanation
+
+
+QUICK = efforts(embedding=False, source=False)[1:]  # those with the images that stand after earlier attacks
+
+
+def standing(model: nn.Module, threat: Any = LINF) -> Tensor:
+    x_adv = pgd(model, *TEST, eps=threat.eps, norm=threat.norm, steps=30, objective="margin")
+    return (model(TEST[0]).argmax(1) == TEST[1]) & (model(x_adv).argmax(1) == TEST[1])
+
+
+@pytest.mark.parametrize("effort", QUICK)
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (through(quantised), "smooth"),
+        (up_or_down, "smooth"),
+        (lambda x: Backwards.apply(x, torch.tensor(-1.0)), "smooth"),
+        (lambda x: x + 0.1 * torch.randn_like(x), "deterministic"),
+        (lambda x: x + 0.1 * (x - x.mean(0)), "batch"),
+        (lambda x: x / 255, "normalisation"),
+        (lambda x: x + 0 * x.detach(), None),
+    ],
+)
+def test_fewer_checks_name_a_wrong_input_too_and_cost_what_they_say(robust, effort, change, name):
+    model = Before(change, robust)
+    flags = standing(model)
+    with CostMeter(model) as meter:
+        parts = run_checks(model, *TEST, LINF, only=effort.names, standing=flags)
+    assert [part.name for part in parts] == [check for check in CHECKS if check in effort.names]
+    assert meter.calls <= effort.calls
+    assert meter.forwards + meter.backwards <= len(TEST[0]) * (effort.each + effort.right)
+    bad = {part.name for part in parts if not part.passed}
+    assert name in bad if name else not bad
+
+
+@pytest.mark.parametrize("threat", THREATS)
+def test_fewer_checks_pass_on_a_healthy_model(standard, threat):
+    assert not failed(standard, threat, only=QUICK[0].names, standing=standing(standard, threat))
+
+
+def test_square_finds_what_earlier_attacks_missed(robust):
+    model = Before(lambda x: x + 0.02 * (300 * x).sin(), robust)
+    assert "black box" in failed(model, only=QUICK[0].names, standing=standing(model))
+    blind = Before(lambda x: x.round(), robust)
+    assert {"gradients", "smooth"} <= failed(blind, only=QUICK[-1].names, standing=torch.ones(128, dtype=torch.bool))
+
+
+def test_checks_cost_at_most_what_is_said(robust):
+    effort = efforts(embedding=False, source=False)[0]
+    with CostMeter(robust) as meter:
+        run_checks(robust, *TEST, LINF)
+    assert effort.names == CHECKS and meter.calls <= effort.calls
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d, nn.Dropout])

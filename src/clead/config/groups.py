@@ -147,14 +147,20 @@ class Eval:
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "what the search computes in; every verdict is in float32, and bfloat16 may find less"
     )
-    curve_points: int = setting(6, "radii up to twice eps at which robust accuracy is drawn; 0: no curve", ge=0)
-    curve_images: int | None = setting(
-        None, "images of the curve; none: 256, in suite quick as many as the attacks have images and time for", ge=1
+    curve_points: int = setting(
+        6, "radii up to twice eps with a robust accuracy, in suite quick 6 or fewer if 6; 0: no curve", ge=0
     )
-    curve_steps: int | None = setting(None, "PGD steps of the curve; none: 20, in suite quick 10", ge=1)
+    curve_images: int | None = setting(
+        None,
+        "images of the curve; none: 256, in suite quick (where 256 is none too) as many as are cheap beside the attacks",
+        ge=1,
+    )
+    curve_steps: int | None = setting(
+        None, "PGD steps of the curve; none: 20, in suite quick (where 20 is none too) 10 or 5", ge=1
+    )
     check_images: int | None = setting(
         None,
-        "images for the checks of gradient masking; none: 128, in suite quick fewer, as the curve; 0: no checks",
+        "images for the checks of gradient masking; none: 128, in suite quick (where 128 is none too) what is cheap; 0: no checks",
         ge=0,
     )
     gallery: int = setting(24, "images kept for the report's gallery", ge=0)

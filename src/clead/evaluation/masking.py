@@ -8,9 +8,9 @@ of them: a healthy model passes on a hundred.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -35,7 +35,10 @@ from clead.settings import Ratio
 from clead.threats.geometry import flat, per_image, room
 from clead.threats.linf import Linf
 
-_QUERIES = 500
+_QUERIES, _FEWER_QUERIES = 500, 100
+_BOX_STEPS, _FEWER_BOX_STEPS = 50, 15
+_PLAIN = ("mode", "deterministic", "batch", "logits", "normalisation", "smooth", "gradients")  # attack nothing
+_PLAIN_PASSES = 32
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -61,6 +64,8 @@ def run_checks(
     seed: int = 0,
     source: nn.Module | None = None,
     tick: Tick | None = None,
+    only: Collection[str] | None = None,
+    standing: Tensor | None = None,
 ) -> list[CheckPart]:
     """Look for signs that attacks on ``model`` fail for another reason than its robustness.
 
@@ -75,7 +80,10 @@ def run_checks(
         threat: norm and radius that robustness is claimed for.
         seed: of all the randomness.
         source: a second model of the same classes, whose adversarial images are tried on ``model``.
-        tick: advanced by 1 after each check, ``len(CHECKS)`` times in all.
+        tick: advanced by 1 after each check, as often as there are checks to make.
+        only: the names of the checks to make; None: all.
+        standing: (n,) bool, which images earlier attacks inside the threat left right. The checks noise and black box then take
+            these for what gradients find, instead of attacking themselves, and black box and unbounded are shorter.
 
     Returns:
         The checks in the order of ``CHECKS``, without "black box" where there is neither a black-box attack for this norm nor a
@@ -92,8 +100,10 @@ def run_checks(
         with _kept([model]), seeded(seed):  # batch-norm in train mode changes its statistics
             given = _in_given_mode(model, x) if training else None
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
-            probe = _Probe(model, x, y, threat, seed, source, training, given)
+            probe = _Probe(model, x, y, threat, seed, source, training, given, standing)
             for name, check in _CHECKS.items():
+                if only is not None and name not in only:
+                    continue
                 if part := check(probe):
                     parts.append(part)
                 if tick:
@@ -101,16 +111,47 @@ def run_checks(
     return parts
 
 
-def cost(*, embedding: bool, source: bool) -> tuple[int, int]:
-    """Return the most passes that the checks take per image, and how many more where it is right when clean.
+@dataclass(frozen=True)
+class Effort:
+    """Which checks are made, and what they cost at most.
+
+    ``calls`` of the model, forward and backward, however many images each has; passes per image, ``each``, and ``right`` more
+    where it is right when clean. ``short``: with the images that stand after earlier attacks instead of attacks of its own.
+    """
+
+    names: tuple[str, ...]
+    calls: int
+    each: int
+    right: int
+    short: bool = True
+
+
+def efforts(*, embedding: bool, source: bool) -> list[Effort]:
+    """Return what can be made, from all checks to those that need no attack.
 
     Args:
         embedding: whether the model has an embedding that is attacked, too.
         source: whether a second model's images are tried.
     """
-    runs = [10, 50, 50, 200, 50, 50, 20, 20, 20, 20, *([50] if embedding else []), *([50] if source else [])]
-    attacks = sum(2 * steps + 3 for steps in runs)
-    return 32, attacks + 10 + _QUERIES + 2  # forwards of the other checks; ten draws of noise
+    more = [50] * (embedding + source)
+    runs = [10, 50, 50, 200, _BOX_STEPS, _BOX_STEPS, 20, 20, 20, 20, *more]
+    passes = sum(2 * steps + 3 for steps in runs) + 10 + _QUERIES + 2
+    whole = Effort(
+        CHECKS, _PLAIN_PASSES + passes, _PLAIN_PASSES, passes, short=False
+    )  # each of the passes may be a call
+    attacking = {
+        "noise": 10,
+        "unbounded": 2 * (2 * _FEWER_BOX_STEPS + 3),
+        "black box": _FEWER_QUERIES + 2 + 103 * source,
+        "monotone": 4 * (2 * 20 + 3),
+    }
+    names = list(attacking)
+    shorter = []
+    for count in range(len(names), -1, -1):
+        passes = sum(attacking[name] for name in names[:count])
+        chosen = tuple(name for name in CHECKS if name in (*_PLAIN, *names[:count]))
+        shorter.append(Effort(chosen, _PLAIN_PASSES + passes, _PLAIN_PASSES, passes))
+    return [whole, *shorter]
 
 
 def _in_given_mode(model: nn.Module, x: Tensor) -> Tensor:
@@ -160,6 +201,7 @@ class _Probe:
         source: nn.Module | None,
         training: list[str],
         given: Tensor | None,
+        standing: Tensor | None = None,
     ) -> None:
         self.model, self.x, self.y, self.threat, self.seed, self.source = model, x, y, threat, seed, source
         self.training, self.given = training, given  # the layers that came in train mode, and the logits in that mode
@@ -168,6 +210,7 @@ class _Probe:
         self.flags = _hits(self.logits, y)
         self.right = self.flags.nonzero()[:, 0]
         self.m = len(self.right)
+        self.earlier = None if standing is None else standing[self.right]
         self.lost = 0  # images on which an attack met a gradient that is not finite
         self.standing: dict[str, Tensor] = {}
 
@@ -398,11 +441,12 @@ def _smooth(probe: _Probe) -> CheckPart:
 
 
 def _noise(probe: _Probe) -> CheckPart:
-    standing = torch.ones_like(probe.pgd("margin"))
+    standing = torch.ones_like(probe.pgd("margin") if probe.earlier is None else probe.earlier)
     for _ in range(10 if probe.m else 0):
         noisy = probe.threat.random_start(probe.x[probe.right], generator=probe.generator)
         standing &= _hits(probe.model(noisy), probe.y[probe.right])
-    noise, gradient = int((~standing).sum()), int((~probe.white_box()).sum())
+    broken = ~(probe.white_box() if probe.earlier is None else probe.earlier)
+    noise, gradient = int((~standing).sum()), int(broken.sum())
     enough = noise <= few(probe.m) or 2 * noise <= gradient or gradient >= probe.m - few(probe.m)
     return _part(
         "noise",
@@ -457,7 +501,7 @@ def _agreement(probe: _Probe) -> CheckPart:
 
 
 def _black_box(probe: _Probe) -> CheckPart | None:
-    standing = probe.long()
+    standing = probe.long() if probe.earlier is None else probe.earlier
     tried: dict[str, int] = {}
     if probe.source is not None:
         left = probe.held("cross_entropy", 50, among=standing, source=probe.source)
@@ -468,7 +512,8 @@ def _black_box(probe: _Probe) -> CheckPart | None:
         chosen, broken = probe.right[standing], 0
         if len(chosen):
             x, y = probe.x[chosen], probe.y[chosen]
-            x_adv = square(queries=_QUERIES).search(probe.model, x, y, probe.threat, generator=probe.generator)
+            queries = _QUERIES if probe.earlier is None else _FEWER_QUERIES
+            x_adv = square(queries=queries).search(probe.model, x, y, probe.threat, generator=probe.generator)
             broken = int((~_hits(probe.model(x_adv), y)).sum())
         tried["square"] = broken
     if not tried:
@@ -489,13 +534,14 @@ def _black_box(probe: _Probe) -> CheckPart | None:
 def _unbounded(probe: _Probe) -> CheckPart:
     # From the image itself: an image of noise is misclassified as it is, which would prove nothing about the gradient.
     box = Linf(eps=1.0)
-    left = probe.held("margin", 50, threat=box, random_start=False)
-    left = probe.held("cross_entropy", 50, threat=box, among=left, random_start=False)
+    steps = _BOX_STEPS if probe.earlier is None else _FEWER_BOX_STEPS
+    left = probe.held("margin", steps, threat=box, random_start=False)
+    left = probe.held("cross_entropy", steps, threat=box, among=left, random_start=False)
     count = int(left.sum())
     return _part(
         "unbounded",
         count <= few(probe.m),
-        f"With any image allowed, PGD-50 leaves {count} of {probe.m} right",
+        f"With any image allowed, PGD-{steps} leaves {count} of {probe.m} right",
         "Without a bound nothing stands, as it must be",
         "Without a bound every image can be broken, so the attack fails where success is certain, and its result at eps means "
         "nothing. See the checks of gradients and logits",

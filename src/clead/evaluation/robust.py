@@ -226,8 +226,8 @@ def evaluate_model(
                     store.parts.update(parts)
                 curve, checks = [], []
                 if gradients:
-                    radii = _radii(threat, settings.curve_points)
-                    limits = extent(job, store, len(radii), source=source is not None)
+                    limits = extent(job, store, source=source is not None)
+                    radii = _radii(threat, limits.curve_points)
                     notes += limits.notes if job.draws == 1 else ()
                     curve = _curve(job, store, radii, limits, scaled(tick, after[0]))
                     checks = _checks(job, store, source, limits, scaled(tick, after[1]))
@@ -414,6 +414,7 @@ def _attack(
             "seconds": 0.0,
             "forwards": 0,
             "backwards": 0,
+            "calls": 0,
             "largest": 0.0,
             "lost": [],
         }
@@ -441,6 +442,7 @@ def _attack(
         "seconds": time.monotonic() - start,
         "forwards": meter.forwards,
         "backwards": meter.backwards,
+        "calls": meter.calls,
         "largest": size,
         "lost": lost,
     }
@@ -580,9 +582,11 @@ def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, limits:
     n = limits.check_images
     if not n or job.draws > 1:
         return []
-    key = f"checks-{n}"
+    names = limits.checks.names
+    key = f"checks-{n}" + (f"-{len(names)}" if limits.checks.short else "")
     if key not in store.parts:
         x, y = job.inputs(slice(0, n))
+        standing = _standing(job, store)[:n].to(job.device) if limits.checks.short else None
         while True:
             try:
                 checks = masking.run_checks(
@@ -592,18 +596,31 @@ def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, limits:
                     job.threat,
                     seed=job.settings.seed,
                     source=source,
-                    tick=scaled(tick, 1 / len(masking.CHECKS)),
+                    tick=scaled(tick, 1 / len(names)),
+                    only=names,
+                    standing=standing,
                 )
                 break
             except (RuntimeError, MemoryError) as error:
                 if len(x) < 16 or not out_of_memory(error):
                     raise
                 x, y = x[: len(x) // 2], y[: len(y) // 2]
+                standing = None if standing is None else standing[: len(x)]
                 warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
         store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
     else:
         tick(1)
     return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
+
+
+def _standing(job: EvaluationPlan, store: State) -> Tensor:
+    """Return which images are right when clean and after every attack, (N,)."""
+    return torch.cat(
+        [
+            torch.stack([store.parts[job.key(b, stage)][0]["flags"] for stage in range(-1, len(job.attacks))]).all(0)
+            for b in range(job.batches)
+        ]
+    )
 
 
 def _evaluation(

@@ -27,6 +27,7 @@ class CostMeter:
         forwards: images forwarded.
         input_backwards: images in backwards that went to the inputs only.
         full_backwards: images in backwards that also went to weights.
+        calls: forwards and backwards, however many images each had.
 
     >>> import torch
     >>> net = nn.Linear(2, 2)
@@ -41,6 +42,7 @@ class CostMeter:
         self.forwards = 0
         self.input_backwards = 0
         self.full_backwards = 0
+        self.calls = 0
 
     @property
     def backwards(self) -> int:
@@ -75,6 +77,7 @@ class CostMeter:
     def _observe(self, x: Tensor, outputs: tuple[Tensor, ...]) -> None:
         images = len(x)
         self.forwards += images
+        self.calls += 1
         tracked = [value for value in outputs if value.requires_grad]
         # Of features and logits the logits alone: the encoder is frozen, and the backward ends in the last layer.
         if not tracked or (isinstance(self.model, SplitModel) and not outputs[0].requires_grad):
@@ -82,6 +85,7 @@ class CostMeter:
         full = any(parameter.requires_grad for parameter in self.model.parameters())
 
         def count(gradient: Tensor) -> None:
+            self.calls += 1
             # With create_graph; the double backward's way through the forward is seen when it comes.
             if torch.is_grad_enabled():
                 self.input_backwards += images
