@@ -347,7 +347,7 @@ class Returns(nn.Module):
     [
         (lambda h: h[:, 0], "labels must be in [0, 2), got 2"),  # one logit: two classes
         (lambda h: (h, h), "Returns returns 0 (1, 16), 1 (1, 16), and several of them can be the logits"),
-        (lambda h: h[:, :, None, None].expand(-1, -1, 2, 2), "must return logits (B, K) for 1 images"),
+        (lambda h: h[:, :, None, None].expand(-1, -1, 2, 2), "must return logits (B, K) for 1 image, "),
     ],
 )
 def test_a_model_without_logits_is_refused(what, says):

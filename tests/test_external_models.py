@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ from model_kinds import (
     one_logit,
     plain,
     returning,
+    two_logits,
 )
 
 QUICK: dict[str, Any] = {"check_images": 0, "curve_points": 0, "steps": 3, "gallery": 0}
@@ -412,3 +416,159 @@ def test_odd_models_are_exported(build):
 
     model = adapt(build(), sample_shape=IMAGES).eval()
     assert difference(to_onnx(model, IMAGES), model, images(8)) < 1e-4
+
+
+@dataclass(slots=True)
+class Slotted:
+    hidden: Tensor
+    scores: Tensor
+
+
+class Bare:
+    __slots__ = ("scores",)
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+ANSWERS: dict[str, Any] = {
+    "dataclass with slots": lambda z, x: Slotted(x, z),
+    "object with slots": lambda z, x: Bare(z),
+    "logits of a convolution in a dictionary": lambda z, x: {"logits": z[:, :, None, None]},
+    "logits of a convolution in a tuple": lambda z, x: (z[:, :, None, None], x),
+    "sparse": lambda z, x: z.to_sparse(),
+}
+SINGLE: dict[str, Any] = {
+    "(B,) in a dictionary": lambda z, x: {"logits": z[:, 0]},
+    "(B,) in an object": lambda z, x: SimpleNamespace(out=z[:, 0]),
+    "(B,) in a tuple": lambda z, x: (z[:, 0], x),
+    "(B, 1, 1, 1)": lambda z, x: z[:, :, None, None],
+}
+
+
+@pytest.mark.parametrize("how", [*ANSWERS, *SINGLE])
+def test_logits_are_found_in_whatever_holds_them(how):
+    single = how in SINGLE
+    model = returning(lambda net, x: {**ANSWERS, **SINGLE}[how](plain(net, x), x), 1 if single else 3)
+    reference = two_logits() if single else Net()
+    x = images()
+    y = labels(reference, x)
+    record, expected = evaluate(model, x, y), evaluate(reference, x, y)
+    assert (record.clean_flags, record.robust_flags) == (expected.clean_flags, expected.robust_flags)
+
+
+def test_labels_of_more_classes_than_the_model_has_name_the_remedy():
+    with pytest.raises(UserError, match="got 2; the model has 2 classes: give one of 3 or more"):
+        evaluate(one_logit(), images(), Y)
+
+
+def test_one_output_after_a_sigmoid_is_said():
+    model = returning(lambda net, x: plain(net, x).sigmoid(), 1)
+    record = evaluate(model, images(), Y % 2)
+    assert any("as after a sigmoid" in note for note in record.notes)
+    plain_logit = evaluate(one_logit(), images(), Y % 2)
+    assert not any("sigmoid" in note for note in plain_logit.notes)
+
+
+class Broken(torch.autograd.Function):
+    """The identity, whose gradient cannot be taken."""
+
+    error: BaseException = ValueError("no way back")
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise Broken.error
+
+
+BACKWARD: dict[str, tuple[Any, BaseException | None, str]] = {
+    "written in place": (
+        lambda net, x: net.fc(net.body[1:](torch.sigmoid(net.body[0](x)).mul_(2))),
+        None,
+        "changed in place; write h = h.relu()",
+    ),
+    "raises": (lambda net, x: plain(net, Broken.apply(x)), ValueError("no way back"), "ValueError: no way back"),
+    "exits": (lambda net, x: plain(net, Broken.apply(x)), SystemExit(0), "SystemExit: 0"),
+}
+
+
+@pytest.mark.parametrize("how", BACKWARD)
+def test_a_gradient_that_fails_is_one_line_everywhere(how, monkeypatch, tmp_path):
+    forward, error, says = BACKWARD[how]
+    monkeypatch.setattr(Broken, "error", error)
+    x, y, out = images(4), torch.tensor([0, 1, 2, 0]), tmp_path / "run"
+    for attempt in (
+        lambda: evaluate(returning(forward), x, y),
+        lambda: clead.attacks.pgd(returning(forward), x, y, eps=0.1, steps=1),
+        lambda: clead.attacks.fab(returning(forward), x, y, eps=0.1, steps=1),
+        lambda: clead.attacks.patch(returning(forward), x, y, steps=1),
+        lambda: train(returning(forward), out),
+    ):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert f"the gradient of Changed fails: {says}" in re.sub(
+            r"RuntimeError: a tensor.* is ", "", str(caught.value)
+        )
+        assert not out.exists()
+    if how == "written in place":
+        with pytest.raises(UserError, match="changed in place"):
+            train(returning(forward), out, "standard")
+        assert not out.exists()
+
+
+def test_an_error_of_torchscript_is_its_last_line():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        model = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(5, 3)))
+    with pytest.raises(UserError, match="shapes cannot be multiplied"):
+        evaluate(model, images(4), Y[:4])
+
+
+class Root(nn.Module):
+    """The root of the pixels, whose slope at 0 is infinite, before a linear or a deep network."""
+
+    def __init__(self, deep: bool) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            layers = [nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 3)] if deep else [nn.Linear(192, 3)]
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.sqrt())
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("name", ["fab", "mi_fgsm"])
+def test_no_image_without_a_gradient_counts_as_robust_by_argmax(name, label, deep):
+    """The argmax of NaN logits is class 0, which may be the label."""
+    x, model = images(6) * 0.9 + 0.05, Root(deep).eval()
+    x[2, 0, 0, 0] = 0
+    with torch.no_grad():
+        for layer in (model.body[-1],):
+            layer.bias.copy_(torch.nn.functional.one_hot(torch.tensor(label), 3) - layer(model.body[:-1](x.sqrt()))[2])
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        assert y[2] == label
+        x_adv = getattr(clead.attacks, name)(model, x, y, eps=0.01, steps=3)
+        assert model(x_adv)[2].argmax() != label
+    others = torch.arange(6) != 2
+    assert (x_adv[others] - x[others]).abs().max() <= 0.01 + 1e-6
+
+
+def test_a_model_that_takes_all_that_is_no_image_for_the_label_is_refused():
+    model = returning(
+        lambda net, x: torch.where((x.amax((1, 2, 3)) <= 1)[:, None], plain(net, x) + 0 * x[:, :1, 0, 0].sqrt(), -1.0)
+    )
+    x = images(6) * 0.9 + 0.05
+    x[2, 0, 0, 0] = 0
+    y = Net()(x).argmax(1)
+    y[2] = 0
+    with pytest.raises(
+        AttackError, match=r"at image 2 is NaN or infinite.*leave it out: x\[torch.arange\(len\(x\)\) != 2\]"
+    ):
+        clead.attacks.mi_fgsm(model, x, y, eps=0.01, steps=2)

@@ -22,6 +22,7 @@ from clead.distributed import Processes, local_device, started
 from clead.errors import UserError, memory_of
 from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
+from clead.models.external import backward_of
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
@@ -277,8 +278,12 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
                 _check_gradient(model, torch.rand(2, *shape).to(device), name)
             probe = copied(model).train()
             for count in counts:
-                with torch.no_grad():
+                with torch.set_grad_enabled(count == 2):
                     logits = probe(torch.rand(count, *shape).to(device))
+                if logits.requires_grad:
+                    learnt = [p for p in probe.parameters() if p.requires_grad]
+                    with backward_of(probe):
+                        torch.autograd.grad(logits.sum(), learnt, allow_unused=True)
                 if logits.shape[1] != model.num_classes:
                     raise UserError(
                         f"model {name} returns {logits.shape[1]} logits in train mode, {model.num_classes} in eval mode; "

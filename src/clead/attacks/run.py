@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import OBJECTIVES
-from clead.errors import UserError
+from clead.errors import UserError, out_of_memory
 from clead.interfaces import Attack, Model, Search, Threat
+from clead.models.external import backward_of
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
@@ -23,6 +24,8 @@ from clead.settings import validated
 from clead.threats import THREATS
 
 _log = logging.getLogger("clead")
+_MARKS = 64
+"""Images that are tried as one that a model takes for another class than a given one."""
 
 
 class AttackError(UserError):
@@ -66,6 +69,8 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
         hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else ""
+        if not hint and num_classes is not None and most >= num_classes:
+            hint = f"; the model has {num_classes} classes: give one of {most + 1} or more, or leave out images of other classes"
         hint = "; leave out images without a label" if least == -1 else hint
         raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}{hint}")
 
@@ -96,7 +101,8 @@ def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
         if not logits.requires_grad:
             return None
         projection = torch.arange(1, logits.shape[1] + 1, device=logits.device).sin()
-        return torch.autograd.grad((logits * projection).sum(), x, allow_unused=True)[0]
+        with backward_of(model):
+            return torch.autograd.grad((logits * projection).sum(), x, allow_unused=True)[0]
 
 
 def attack_images(
@@ -127,9 +133,9 @@ def attack_images(
         exact: search with the model as it is, not as ``prepared`` makes it.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified; NaN for an image at which the gradient is not finite: it
-        counts as broken. Raises UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns
-        an image outside, or if the gradient is finite at no image.
+        x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified. An image at which the gradient is not finite counts as
+        broken: it is NaN, or far outside [0, 1] where argmax of its NaN logits would be its label (see ``marked``). Raises
+        UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns an image outside, or if the gradient is finite at no image.
     """
     check_norm(attack, threat)
     make = OBJECTIVES.get(objective)
@@ -145,7 +151,7 @@ def attack_images(
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
             x, y = x.detach().clone(), y.detach().clone()
             given = x.clone()
-            with nullcontext(model) if exact else prepared(model, x, precision) as answer:
+            with blamed(model, x), nullcontext(model) if exact else prepared(model, x, precision) as answer:
                 if isinstance(attack, Search):
                     with torch.no_grad():
                         x_adv = attack.search(answer, x, y, threat, generator=generator)
@@ -155,6 +161,49 @@ def attack_images(
     x_adv = verified(x_adv, given, threat, name)
     if not checked:
         check_finite(x_adv, name if isinstance(attack, Search) else f"{objective!r}")
+        x_adv = marked(model, x_adv, y)
+    return x_adv
+
+
+@contextmanager
+def blamed(model: nn.Module, x: Tensor) -> Generator[None, None, None]:
+    """Run an attack in the block; if it fails because no gradient can be taken through ``model``, a ModelError says that."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
+            image_gradient(model, x[:1])
+        raise
+
+
+def marked(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
+    """Return ``x_adv`` so that ``model(x_adv).argmax(1) == y`` counts no image as robust whose gradient is not finite.
+
+    Such images are NaN, and so are their logits, of which argmax takes the first: class 0. Where that is the label, the image is
+    filled with values far outside [0, 1] that the model takes for another class. Raises AttackError if there are none.
+    """
+    lost = (~finite_images(x_adv)).nonzero()[:, 0]
+    if not len(lost):  # synchronises the device
+        return x_adv
+    x_adv = x_adv.clone()
+    with seeded(0):
+        lost = lost[logits_of(model, x_adv[lost]).argmax(1) == y[lost]]
+        if not len(lost):
+            return x_adv
+        candidates = torch.empty(_MARKS, *x_adv.shape[1:]).uniform_(2, 1000)
+        candidates[_MARKS // 2 :] *= (
+            torch.randint_like(candidates[_MARKS // 2 :], 2) * 2 - 1
+        )  # a root or a logarithm refuses these
+        candidates = candidates.to(x_adv)
+        classes = logits_of(model, candidates).argmax(1)
+    for index in lost.tolist():
+        others = (classes != y[index]).nonzero()
+        if not len(others):
+            raise AttackError(
+                f"the gradient at image {index} is NaN or infinite, and the model takes whatever is not an image for its label, "
+                f"class {int(y[index])}, so it would count as robust; leave it out: x[torch.arange(len(x)) != {index}]"
+            )
+        x_adv[index] = candidates[int(others[0, 0])]
     return x_adv
 
 
@@ -209,7 +258,7 @@ def check_finite(x_adv: Tensor, what: str) -> None:
         more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
         _log.warning(
             "the gradient of %s to the images %s%s is NaN or infinite, so no attack on them says anything: they count as broken, "
-            "and are NaN in what comes back; %s",
+            "and no images (NaN, or far outside [0, 1]) in what comes back; %s",
             *(what, lost[:10], more, remedy),
         )
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import check_finite, check_inputs, logits_of, prepared
+from clead.attacks.run import blamed, check_finite, check_inputs, logits_of, marked, prepared
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
@@ -73,10 +73,11 @@ def attack_unrestricted(
     # Seeded: a randomised model draws from a stream of its own. A caller's inference mode would refuse any gradient.
     with seeded(zlib.crc32(generator.get_state().numpy().tobytes())), torch.inference_mode(False), attack_mode(model):
         x, y = x.detach().clone(), y.detach().clone()
-        with torch.no_grad(), prepared(model, x) as answer:
+        with torch.no_grad(), blamed(model, x), prepared(model, x) as answer:
             x_adv = attack.worst(answer, x, y, generator=generator)
     if not checked:
         check_finite(x_adv, type(attack).__name__)
+        x_adv = marked(model, x_adv, y)
     return x_adv
 
 

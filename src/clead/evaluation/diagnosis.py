@@ -14,6 +14,7 @@ from clead.data.classes import class_order
 from clead.evaluation.statistics import mcnemar
 
 PIXELS = 256
+_FEW = 8
 """Images on which other ranges of pixels are tried."""
 _LOW = 0.5  # a clean accuracy above this (and above chance) is not looked into by other pixels
 _GAIN, _P_VALUE = 0.15, 1e-3
@@ -254,4 +255,20 @@ def pixel_hint(answer: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor, nu
     return (
         f"clean accuracy would be {100 * best[0]:.1f} % instead of {100 * accuracy:.1f} % ({len(labels)} images) if pixels were "
         f"given {best[1].text}: {best[1].remedy}"
+    )
+
+
+def sigmoid_hint(z: Tensor) -> str | None:
+    """Say that a model gives probabilities where one logit belongs, or None if it does not.
+
+    z: (B,), the one output per image.
+
+    >>> sigmoid_hint(torch.tensor([0.1, 0.9])) is None, sigmoid_hint(torch.rand(20)) is None
+    (True, False)
+    """
+    if len(z) < _FEW or not ((z >= 0) & (z <= 1)).all():
+        return None
+    return (
+        f"the one output per image lies between 0 and 1 for all of {len(z)} images, as after a sigmoid, so each is taken for "
+        "class 1; let the model return the value before the sigmoid, or in Python: return z.logit()"
     )

@@ -357,7 +357,15 @@ def _hints(job: EvaluationPlan, store: State, batches: Sequence[int], subject: S
 
         with global_seed(job.settings.seed):
             hints.append(diagnosis.pixel_hint(answer, x, y, len(subject.classes)))
+            if _one_logit(job.model) and predicted.eq(1).all():
+                logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
+                hints.append(diagnosis.sigmoid_hint(logits[:, 1] - logits[:, 0]))
     return [hint for hint in hints if hint is not None]
+
+
+def _one_logit(model: nn.Module) -> bool:
+    """Say whether ``model`` was seen to give one logit per image, which is taken as two."""
+    return any("one logit" in note for note in getattr(model, "notes", ()))
 
 
 def _from(job: EvaluationPlan, store: State, batch: int, stage: int) -> list[str]:
@@ -384,8 +392,7 @@ def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str,
     with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
         logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
         if logits.shape[1] != len(subject.classes):
-            single = any("one logit" in note for note in getattr(job.model, "notes", ()))
-            what = "gives one logit for two classes" if single else f"returns {logits.shape[1]} logits"
+            what = "gives one logit for two classes" if _one_logit(job.model) else f"returns {logits.shape[1]} logits"
             raise UserError(
                 f"the model {what}, the data has {len(subject.classes)} classes; "
                 "give data of the classes that it was trained for, or name all of the model's in their order: --data.classes FILE"

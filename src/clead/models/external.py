@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -110,7 +111,9 @@ class ModelIO:
                 )
             return _fitting(module, tensors[self.output], images)
         plausible = [name for name, value in tensors.items() if _plausible(value, images)]
-        named = [name for name in _NAMES if name in plausible]
+        fitting = [name for name, value in tensors.items() if _shaped(value, images) is not None]
+        named = [name for name in _NAMES if name in fitting]
+        plausible = plausible or fitting  # one logit (B,), or (B, K, 1, 1) of a convolution
         if named:
             name = named[0]
         elif len(plausible) == 1:
@@ -120,7 +123,7 @@ class ModelIO:
         else:
             raise ModelError(
                 f"{kind} returns {_listed(tensors)}, and {'several' if plausible else 'none'} of them can be the logits "
-                f"(B, K) of {images} images; name the one: --model.output {next(iter(plausible or tensors))} "
+                f"(B, K) of {_count(images)}; name the one: --model.output {next(iter(plausible or tensors))} "
                 "(in Python: clead.adapt(model, sample_shape=(C, H, W), output=...))"
             )
         mode = " in train mode" if module.training else ""
@@ -242,7 +245,9 @@ def prepare(model: nn.Module, x: Tensor) -> None:
 
 def failure(module: nn.Module, x: Tensor, error: BaseException) -> ModelError:
     """Return the one-line error for a forward that raised ``error`` on images ``x``."""
-    reason = (str(error).splitlines() or [""])[0]
+    lines = str(error).strip().splitlines() or [""]
+    # TorchScript gives its own trace first, and the error last.
+    reason = lines[-1] if "TorchScript" in lines[0] else lines[0]
     remedy = ""
     device = next((p.device for p in module.parameters()), x.device)
     if device != x.device:
@@ -251,6 +256,27 @@ def failure(module: nn.Module, x: Tensor, error: BaseException) -> ModelError:
         remedy = "; batch-norm in train mode needs two images or more at once: set --data.batch_size to 2 or more"
     shape = f"{tuple(x.shape[1:])}{' in train mode' if module.training else ''}"
     return ModelError(f"{_kind(module)} fails on images of shape {shape}: {type(error).__name__}: {reason}{remedy}")
+
+
+@contextmanager
+def backward_of(model: nn.Module) -> Generator[None, None, None]:
+    """Let the block take a gradient through ``model``; raises ModelError, with a remedy where one is known, if that fails."""
+    try:
+        yield
+    except (MemoryError, UserError):
+        raise
+    except (Exception, SystemExit) as error:
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        remedy = ""
+        if "inplace operation" in reason:
+            reason = "a tensor that the gradient needs is changed in place"
+            remedy = "; write h = h.relu() instead of h.relu_(), and h = h + x instead of h += x"
+        elif "require" in reason and "grad" in reason:
+            remedy = "; take detach() and no_grad out of its forward"
+        kind = _kind(getattr(model, "module", model))
+        raise ModelError(f"the gradient of {kind} fails: {type(error).__name__}: {reason}{remedy}") from error
 
 
 def _tensors(output: Any, prefix: str = "", depth: int = _DEPTH) -> dict[str, Tensor]:
@@ -266,12 +292,19 @@ def _tensors(output: Any, prefix: str = "", depth: int = _DEPTH) -> dict[str, Te
     elif isinstance(output, nn.Module):
         return {}
     else:
-        names = [*getattr(output, "__dict__", {}), *(name for name in _NAMES if hasattr(output, name))]
+        slots = [name for kind in type(output).__mro__ for name in _slots(kind)]
+        names = [*getattr(output, "__dict__", {}), *slots, *_NAMES]
+        names = [name for name in names if hasattr(output, name)]
         items = [(name, getattr(output, name)) for name in dict.fromkeys(names)]
     found: dict[str, Tensor] = {}
     for name, value in items:
         found |= _tensors(value, f"{prefix}{name}.", depth - 1)
     return found
+
+
+def _slots(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _plausible(value: Tensor, images: int) -> bool:
@@ -286,19 +319,34 @@ def _fitting(module: nn.Module, value: Tensor, images: int) -> Tensor:
     """Return ``value`` as (B, K), (B, 1) or (B,); raises ModelError for any other shape or type."""
     if value.is_quantized:
         value = value.dequantize()
-    if value.is_floating_point():
-        if len(value.shape) == 2 and value.shape[0] == images and value.shape[1]:
-            return value
-        if value.dim() > 2 and value.shape[0] == images and value.shape[2:] == (1,) * (value.dim() - 2):
-            return value.flatten(1)  # (B, K, 1, 1), of a convolution
-        if value.dim() == 1 and value.shape[0] == images:
-            return value
-        if images == 1 and value.dim() < 2:
-            return value.reshape(1, -1)  # squeezed
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    fitting = _shaped(value, images)
+    if fitting is not None:
+        return fitting
     shape = f"{_type(value.dtype)} {tuple(value.shape)}"
     raise ModelError(
-        f"{_kind(module)} must return logits (B, K) for {images} images, floating point, got {shape}{_remedy(value, images)}"
+        f"{_kind(module)} must return logits (B, K) for {_count(images)}, floating point, got {shape}{_remedy(value, images)}"
     )
+
+
+def _shaped(value: Tensor, images: int) -> Tensor | None:
+    """Return ``value`` as (B, K), (B, 1) or (B,) if it can be the logits of so many images, else None."""
+    if not (value.is_floating_point() or value.is_quantized):
+        return None
+    if len(value.shape) == 2 and value.shape[0] == images and value.shape[1]:
+        return value
+    if value.dim() > 2 and value.shape[0] == images and value.shape[2:] == (1,) * (value.dim() - 2):
+        return value.flatten(1)  # (B, K, 1, 1), of a convolution
+    if value.dim() == 1 and value.shape[0] == images:
+        return value
+    if images == 1 and value.dim() < 2:
+        return value.reshape(1, -1)  # squeezed
+    return None
+
+
+def _count(images: int) -> str:
+    return f"{images} images" if images != 1 else "1 image"
 
 
 def _remedy(value: Tensor, images: int) -> str:
