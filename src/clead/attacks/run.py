@@ -135,7 +135,8 @@ def attack_images(
     Returns:
         x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified. An image at which the gradient is not finite counts as
         broken: it is NaN, or far outside [0, 1] where argmax of its NaN logits would be its label (see ``marked``). Raises
-        UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns an image outside, or if the gradient is finite at no image.
+        UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns an image outside, or if
+        the gradient is finite at no image.
     """
     check_norm(attack, threat)
     make = OBJECTIVES.get(objective)
