@@ -136,5 +136,5 @@ def test_labels_saved_again_by_numpy_are_read(labels, tmp_path):
 def test_common_names_alone_are_no_cifar100(tmp_path):
     for name in ("train", "test", "meta"):
         write(tmp_path / name, "a text")
-    with pytest.raises(UserError, match="data.path must be"):
+    with pytest.raises(UserError, match="data.path must have a layout"):
         read_any(tmp_path)

@@ -321,3 +321,112 @@ def test_a_training_names_what_it_does_not_read(tmp_path, caplog, monkeypatch):
     assert "test images are those of the validation split" in caplog.text
     lines = (tmp_path / "run/skipped.txt").read_text().splitlines()
     assert len(lines) == 12 and lines[0] == "photos/train/cat/0.txt: is no image of a format that is read"
+
+
+# --------------------------------------------------------------------------- names of splits as data sets have them
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "expected"),
+    [
+        ("train_set", "test_set", (6, 0, 6)),
+        ("seg_train/seg_train", "seg_test/seg_test", (6, 0, 6)),
+        ("ILSVRC2012_img_train", "ILSVRC2012_img_val", (6, 6, 0)),
+        ("Final_Training/Images", "Final_Test/Images", (6, 0, 6)),
+        ("train2017", "val2017", (6, 6, 0)),
+        ("TrainImages", "TestImages", (6, 0, 6)),
+        ("trainval", "test", (6, 0, 6)),
+        ("train", "eval", (6, 6, 0)),
+        ("train", "held-out", (6, 0, 6)),
+        ("Data/CLS-LOC/train", "Data/CLS-LOC/val", (6, 6, 0)),
+    ],
+)
+def test_splits_under_other_names(tmp_path, train, held, expected):
+    found = read_any(classes_in(tmp_path, *(f"{split}/{name}" for split in (train, held) for name in ("cat", "dog"))))
+    assert sizes(found) == expected and found.classes == ("cat", "dog") and not found.unsplit and not found.skipped
+
+
+def test_class_names_that_begin_as_splits_are_classes(tmp_path):
+    found = read_any(classes_in(tmp_path, "train_station/inside", "test_tube/glass", "valley/green"))
+    assert found.classes == ("test_tube", "train_station", "valley") and found.unsplit
+
+
+@pytest.mark.parametrize("name", ["other", "unseen", "batch2", "fold1"])
+def test_a_folder_of_the_same_classes_beside_train_alone_is_refused(tmp_path, name):
+    classes_in(tmp_path, "train/cat", "train/dog", f"{name}/cat", f"{name}/dog")
+    message = refusal(tmp_path, training=False)
+    assert f"{tmp_path / name}: this name says no split" in message and f"rename it to {tmp_path / 'test'}" in message
+    classes_in(tmp_path, "test/cat", "test/dog")  # now it is known what is measured
+    assert DATASETS.get("auto")(path=tmp_path).load(0).origin == "test"
+
+
+@pytest.mark.parametrize("above", ["2750", "101_ObjectCategories", "images", "food/images", "a/b/c"])
+def test_one_folder_around_the_classes_is_stepped_into(tmp_path, above):
+    (tmp_path / "README").write_text("about")
+    found = read_any(classes_in(tmp_path, f"{above}/cat", f"{above}/dog"))
+    assert found.classes == ("cat", "dog") and len(found.skipped) == 1 and "README" in found.skipped[0]
+
+
+def test_images_in_one_folder_have_no_class(tmp_path):
+    classes_in(tmp_path, "jpg")
+    (tmp_path / "imagelabels.mat").write_bytes(b"MATLAB")
+    message = refusal(tmp_path, training=False)
+    assert "all images lie in one folder, jpg" in message and "instead of imagelabels.mat" in message
+    assert "all images lie in one folder, 1 cat" in refusal(classes_in(tmp_path / "b", "1 cat"), training=False)
+    alone = classes_in(tmp_path / "c", "test/cat")
+    assert sizes(read_any(alone)) == (0, 0, 3)  # said to be of one class
+
+
+def test_classes_above_splits_are_refused(tmp_path):
+    classes_in(tmp_path, *(f"{name}/{split}" for name in ("cat", "dog") for split in ("train", "test")))
+    message = refusal(tmp_path, training=False)
+    assert f"{tmp_path / 'cat/test'} to {tmp_path / 'test/cat'}" in message
+
+
+def test_folders_of_the_same_names_in_all_classes_are_said(tmp_path):
+    found = read_any(classes_in(tmp_path, *(f"{area}/{name}" for area in ("art", "photo") for name in ("cat", "dog"))))
+    assert found.classes == ("art", "photo")
+    assert "which all hold folders of the same names (cat, dog)" in found.notes[0]
+
+
+@pytest.mark.parametrize("name", ["train_test_split.txt", "meta/test.txt", "lists/val_list.txt", "TestSplit.lst"])
+def test_a_list_of_a_split_is_not_passed_over(tmp_path, name):
+    classes_in(tmp_path, "images/cat", "images/dog")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("cat/0\n")
+    message = refusal(tmp_path, training=False)
+    assert str(tmp_path / name) in message and "columns path,label,split" in message
+    (tmp_path / name).rename(tmp_path / "images/classes.txt")
+    assert len(read_any(tmp_path).train.labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "pair"),
+    [(("Cat", "Dog"), ("cat", "dog"), ("cat", "Cat")), (("0", "1"), ("00", "01"), ("00", "0"))],
+)
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_names_that_differ_in_writing_only(tmp_path, train, test, pair, split):
+    classes_in(tmp_path, *(f"train/{name}" for name in train), *(f"{split}/{name}" for name in test))
+    assert "{!r} and {!r} differ in writing only: rename one".format(*pair) in refusal(tmp_path)
+    classes_in(tmp_path, *(f"test/{name}" for name in train))
+    if split == "val":
+        assert "validation images have class" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fragment"),
+    [
+        ("train_32x32.mat", "scipy.io.loadmat"),
+        ("train/data-00000-of-00001.arrow", "to_parquet('train.parquet')"),
+        ("cat/0.tga", "save('NAME.png')"),
+        ("cat/0.npy", "numpy.stack"),
+        ("a/b.h5", "h5py.File"),
+        ("training.pt", ".numpy()"),
+    ],
+)
+def test_files_that_are_not_read_are_told_with_their_conversion(tmp_path, name, fragment):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"\0")
+    assert fragment in refusal(tmp_path) and f"*{Path(name).suffix} is not read" in refusal(tmp_path)
+    if "/" not in name:
+        assert fragment in refusal(tmp_path / name)

@@ -198,3 +198,33 @@ def test_streamed_images_as_bytes_and_labels_from_one(tmp_path):
     assert splits.classes == ("1", "2", "3") and any("0 … 2" in note for note in splits.notes)
     assert sorted(splits.test.labels.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
     assert splits.train.images[:].shape == (24, 3, 6, 6)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("eval", (8, 4, 0)), ("holdout", (8, 0, 4)), ("dev", (8, 4, 0))])
+def test_other_names_of_held_out_splits(tmp_path, name, expected):
+    write(tmp_path / "data/train-00000-of-00001.parquet", [0, 1] * 4)
+    write(tmp_path / f"data/{name}-00000-of-00001.parquet", [0, 1] * 2)
+    assert sizes(read_any(tmp_path)) == expected
+
+
+def test_a_file_without_a_split_beside_train_alone_is_refused(tmp_path):
+    write(tmp_path / "train.parquet", [0, 1] * 4)
+    write(tmp_path / "unseen.parquet", [0, 1] * 2)
+    with pytest.raises(UserError, match=r"unseen\.parquet: this name says no split.*rename it to .*test\.parquet"):
+        read_any(tmp_path)
+    write(tmp_path / "test.parquet", [0, 1] * 2)
+    assert sizes(read_any(tmp_path)) == (8, 0, 4)
+
+
+def test_labels_of_bytes_are_text_and_floats_are_told_how_to_become_integers(tmp_path):
+    write(tmp_path / "a/train.parquet", [b"cat", "né".encode()] * 4)
+    assert read_any(tmp_path / "a").classes == ("cat", "né")
+    write(tmp_path / "b/train.parquet", [0.0, 1.0] * 4)
+    with pytest.raises(UserError, match=r"got double; convert it, with pandas: .*astype\(int\)"):
+        read_any(tmp_path / "b")
+
+
+def test_a_test_split_without_labels_alone(tmp_path):
+    write(tmp_path / "data/test-00000-of-00001.parquet", [-1] * 4)
+    with pytest.raises(UserError, match="the test split has no labels .* fetch the train or validation split"):
+        read_any(tmp_path)

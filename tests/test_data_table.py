@@ -38,7 +38,10 @@ def test_kaggle_folder_or_file(tmp_path):
         assert labelled(found.train, found.classes) == CATS
         assert found.train.images[3] == encoded(noise(8, 8, 3, seed=3))
         assert not any("train/CLASS" in note for note in found.notes)
-    assert read_any(tmp_path).skipped == (f"{tmp_path / 'test.csv'}: a table without labels",)
+    assert read_any(tmp_path).skipped == (
+        f"{tmp_path / 'test.csv'}: a table without labels",
+        *(f"{tmp_path / 'test' / name}.png: is in no row of a table" for name in ("p8", "p9")),
+    )
     splits = DATASETS.get("auto")(path=tmp_path, val_fraction=0.3).load(0)
     assert splits.origin == "train" and len(splits.test) == 2
 
@@ -191,8 +194,8 @@ def test_repeated_rows_count_once_and_are_said(tmp_path):
         ("a.csv", "path,label\n" + "x" * 200_000 + ",a\n", ("field larger than field limit",)),
         (
             "a.csv",
-            "path,label,split\np0.png,a,train\np1.png,a,holdout\n",
-            ("must name train, val or test, got 'holdout' in 1 rows",),
+            "path,label,split\np0.png,a,train\np1.png,a,extra\n",
+            ("must name train, val or test, got 'extra' in 1 rows",),
         ),
         ("a.jsonl", '{"path": "p0.png", "label": "a"}\n{"path": "p1.png", \n', ("line 2: not JSON",)),
         ("a.jsonl", '{"path": "p0.png", "label": "a"}\n["p1.png"]\n', ("line 2 must be an object",)),
@@ -303,3 +306,60 @@ def test_columns_of_pixels_are_refused_with_the_line_that_converts_them(label_fi
         assert (
             np.array_equal(found.train.images[:, 0].numpy(), images) and found.train.labels.tolist() == labels.tolist()
         )
+
+
+@pytest.mark.parametrize("name", ["meta.csv", "HAM10000_metadata.csv", "list.tsv", "rows.jsonl"])
+def test_a_table_of_any_name_is_read_where_no_folders_say_the_classes(tmp_path, name):
+    names = pictures(tmp_path / "images", 8)
+    rows = [
+        {"path": f"images/{each}", "label": CATS[each], "split": ("train", "holdout")[k // 4]}
+        for k, each in enumerate(names)
+    ]
+    if name.endswith("jsonl"):
+        text = "\n".join(map(json.dumps, rows))
+    else:
+        text = "\n".join(
+            ("\t" if name.endswith("tsv") else ",").join(row) for row in [rows[0].keys(), *(r.values() for r in rows)]
+        )
+    write(tmp_path / name, text)
+    found = read_any(tmp_path)
+    assert len(found.train.labels) == len(found.test.labels) == 4
+    assert labelled(found.train, found.classes).items() <= CATS.items()
+    folders = tmp_path / "folders"
+    for each in ("cat", "dog"):
+        pictures(folders / each, 2)
+    write(folders / name, (tmp_path / name).read_text())
+    assert len(read_any(folders).train.labels) == 4 and read_any(folders).unsplit
+
+
+def test_labels_in_train_and_images_that_are_in_no_row(tmp_path):
+    names = [each.split(".")[0] for each in pictures(tmp_path / "train", 8)]
+    pictures(tmp_path / "test", 2)
+    write(tmp_path / "labels.csv", "id,breed\n" + "".join(f"{each},{CATS[each]}\n" for each in names))
+    found = read_any(tmp_path)
+    assert len(found.train.labels) == 8 and labelled(found.train, found.classes) == CATS
+    assert [line.split(": ")[1] for line in found.skipped] == ["is in no row of a table"] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("image,cat,dog\np0.png,1,0\np1.png,0,1\n", "d['label'] = d.iloc[:, 1:].idxmax(axis=1)"),
+        ("path,label\n/home/u/p0.png,a\n/home/u/p1.png,b\n", "2 of 2 paths lead out of its folder"),
+        ("path,label\np0.png,1\np1.png,nan\n", "1 rows have no label, the first in line 3"),
+        ("path,label\np0.png,1\np1.png,None\n", "1 rows have no label, the first in line 3"),
+        ("emotion,pixels,Usage\n0,1 2 3 4,Training\n", "numpy.array(row.split(), 'uint8')"),
+        ("path,label\np0.png,a\np1.png,b,c\n", "line 3 must have 2 values"),
+    ],
+)
+def test_the_one_table_of_a_folder_says_what_is_amiss(tmp_path, text, fragment):
+    pictures(tmp_path, 2)
+    write(tmp_path / "anything.csv", text)
+    refused(tmp_path, fragment)
+
+
+def test_an_identifier_that_begins_as_a_split_is_no_folder(tmp_path):
+    for k in range(4):
+        write(tmp_path / f"images/train_{k}.png", encoded(noise(8, 8, 3, seed=k)))
+    write(tmp_path / "labels.csv", "id,label\n" + "".join(f"train_{k},{'ab'[k % 2]}\n" for k in range(4)))
+    assert read_any(tmp_path).unsplit

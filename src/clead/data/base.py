@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.classes import ClassNames, Renumbering, renumbering
+from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
 from clead.data.decoding import REMARKS, Fit, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, find_duplicates
 from clead.data.groups import cut_groups, group_names, shared_groups
@@ -39,15 +39,35 @@ _MOST_CLASSES = 1_000_000
 
 Role = Literal["train", "val", "test"]
 _SPLITS: dict[str, Role] = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("train", "training", "trainval", "trainset", "trainingset"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation", "valset", "validationset"), "val"),
+    **dict.fromkeys(("test", "testing", "holdout", "heldout", "testset"), "test"),
 }
+_ALL_SPLITS = ("set", "sets", "data", "dataset", "images", "image", "imgs", "img", "split")  # what names of splits add
 
 
 def split_role(name: str) -> Role | None:
-    """Return what a split of this name is for, such as "val" for Validation; None if it is no name of a split."""
-    return _SPLITS.get(name.lower())
+    """Return what a split of this name is for; None if it is no name of a split.
+
+    >>> split_role("Validation"), split_role("train_set"), split_role("val2017"), split_role("train_station")
+    ('val', 'train', 'val', None)
+    """
+    return split_words(name)[0] if not split_words(name)[1] else None
+
+
+def split_words(name: str) -> tuple[Role | None, str]:
+    """Return the split that a word of a name says, None if none or several do, and the other words that name no kind of data.
+
+    >>> split_words("seg_train"), split_words("held-out"), split_words("TestImages"), split_words("dogs")
+    (('train', 'seg'), ('test', ''), ('test', ''), (None, 'dogs'))
+    """
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+", name)]
+    if whole := _SPLITS.get("".join(words)):
+        return whole, ""
+    roles = {_SPLITS[word] for word in words if word in _SPLITS}
+    if len(roles) != 1:
+        return None, " ".join(words)
+    return roles.pop(), " ".join(word for word in words if word not in _SPLITS and word not in _ALL_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -452,15 +472,17 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
     check_labels(found)
     problems = []
     counts = np.bincount(train.labels.numpy(), minlength=len(classes))
-    in_test = np.bincount(test.labels.numpy(), minlength=len(classes)) > 0
     if np.count_nonzero(counts) < 2:
         only = classes[int(counts.argmax())]
         raise UserError(f"a classifier needs at least 2 classes with training images, got only {only!r}; add another")
-    if lacking := [classes[k] for k in np.flatnonzero(in_test & (counts == 0))]:
-        problems.append(
-            f"test images have {_listed('class', lacking)} without any training image; add training images "
-            "or remove the class"
-        )
+    for split, part in (("test", test), ("validation", found.val)):
+        labels = np.empty(0, np.int64) if part is None else part.labels.numpy()
+        lacking = np.flatnonzero((np.bincount(labels, minlength=len(classes)) > 0) & (counts == 0))
+        if len(lacking):
+            problems.append(
+                f"{split} images have {_listed('class', [classes[k] for k in lacking])} without any training image; "
+                + _alike(classes[lacking[0]], [classes[k] for k in np.flatnonzero(counts)])
+            )
     if single := [classes[k] for k in np.flatnonzero(counts == 1)]:
         problems.append(
             f"every class needs at least 2 training images (one for validation), got 1 of "
@@ -474,6 +496,16 @@ def check(found: Found, *, limit_train: int | None = None) -> None:
         )
     if problems:
         raise UserError(*problems)
+
+
+def _alike(name: str, known: Sequence[str]) -> str:
+    """Say what to do with a class that training does not know: another name of a known one, or a further class."""
+    (same, _) = match_names([name], [(each,) for each in known])
+    numbers = [each for each in known if re.fullmatch("[0-9]+", each + name) and int(each) == int(name)]
+    if same or numbers:
+        other = known[same[name]] if same else numbers[0]
+        return f"{name!r} and {other!r} differ in writing only: rename one as the other"
+    return "add training images or remove the class"
 
 
 def mixed(image_set: ImageSet) -> ImageSet:

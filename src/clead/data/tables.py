@@ -35,14 +35,14 @@ def read_table(file: Path) -> Table:
     return table._replace(notes=notes)
 
 
-def first_rows(file: Path) -> Table | None:
-    """Return the header and first rows of a CSV, TSV or JSON lines file; None if that is not what its first bytes are."""
+def first_rows(file: Path, lines: int = 3) -> Table | None:
+    """Return the header and first rows, ``lines`` in all, of a CSV, TSV or JSON lines file; None if it is none."""
     with file.open("rb") as opened:
         head = opened.read(_HEAD)
     if len(head) == _HEAD:
         head = head[: head.rfind(b"\n")]  # whole lines
     try:
-        first = "\n".join(_decoded(head, file)[0].splitlines()[:3])
+        first = "\n".join(_decoded(head, file)[0].splitlines()[:lines])
         if file.suffix.lower() in (".csv", ".tsv"):
             return _delimited(first, file)
         return _objects(_json_rows(first, file), file) if file.suffix.lower() != ".json" else None

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from clead.data.archives import is_archive, unpacked
 from clead.data.base import Found, InMemoryDataset, existing, split_role
 from clead.data.datasets import DATASETS, READERS, Reader
-from clead.data.files import describe, is_image, visible_folders
+from clead.data.files import describe, files_below, is_image, visible_folders
 from clead.errors import UserError
 from clead.settings import setting, settings
 
+_CONVERSIONS = {
+    ".mat": "d = scipy.io.loadmat(FILE); numpy.savez('images.npz', x_train=d['X'].transpose(3, 0, 1, 2), y_train=d['y'].ravel()), "
+    "with the names that d.keys() shows",
+    ".arrow": "datasets.load_from_disk(FOLDER)['train'].to_parquet('train.parquet'), and each other split likewise",
+    ".h5": "f = h5py.File(FILE); numpy.savez('images.npz', x_train=f['x'][:], y_train=f['y'][:]), "
+    "with the names that f.keys() shows",
+    ".npy": "numpy.savez('images.npz', x_test=numpy.stack([numpy.load(f) for f in FILES]), y_test=LABELS)",
+    **dict.fromkeys((".pt", ".pth"), "numpy.savez('images.npz', x_test=IMAGES.numpy(), y_test=LABELS.numpy())"),
+    **dict.fromkeys((".pkl", ".pickle"), "numpy.savez('images.npz', x_test=IMAGES, y_test=LABELS)"),
+    **dict.fromkeys(
+        (".tga", ".ico", ".pcx", ".dds", ".psd", ".heic", ".heif", ".svg", ".dcm", ".exr"),
+        "PIL.Image.open(FILE).convert('RGB').save('NAME.png') for each (.heic: with pillow_heif; .svg: with cairosvg)",
+    ),
+}
+"""Endings of files that are not read -> how to come from there to what is, in Python."""
 _ARCHIVES = (
     *(".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar"),
     *(".gz", ".bz2", ".xz", ".zst"),
@@ -88,6 +105,10 @@ def _unknown(path: Path) -> str:
         near = _nearest([entry.suffix.lower() for entry in path.iterdir() if entry.is_file()])
         folders, images = visible_folders(path), any(is_image(entry) for entry in path.iterdir() if entry.is_file())
         remedy = f"a layout that is read is {near}"
+        endings = Counter(file.suffix.lower() for file, _ in itertools.islice(files_below(path), 1000))
+        if others := [ending for ending, _ in endings.most_common() if ending in _CONVERSIONS]:
+            remedy = f"*{others[0]} is not read; convert it in Python: {_CONVERSIONS[others[0]]}"
+            return f"data.path must have a layout that is read, got {str(path)!r}, a folder with {content}; {remedy}"
         if content == "nothing":
             target = path / "train" / "CLASS"
             return f"data.path must hold images, got {str(path)!r}, an empty folder; put the images of each class into {target}"
@@ -108,6 +129,8 @@ def _unknown(path: Path) -> str:
         )
     if path.name.lower().endswith(_ARCHIVES):
         return f"data.path must be unpacked, got the archive {str(path)!r}; unpack it and give the folder"
+    if conversion := _CONVERSIONS.get(path.suffix.lower()):
+        return f"data.path must have a layout that is read, got {str(path)!r}; convert it in Python: {conversion}"
     kind = "a text file" if _is_text(path) else "a file of another kind"
     return (
         f"data.path must have a layout that is read, got {str(path)!r}, {kind}; give the folder of the images, or such a file: "

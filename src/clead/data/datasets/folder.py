@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from clead.atomic_io import read_regular
-from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role
+from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role, split_words
 from clead.data.classes import class_order
 from clead.data.datasets import DATASETS, READERS, Reader
-from clead.data.files import EXTENSIONS, describe, display, files_below, holds_image, visible_folders
+from clead.data.files import EXTENSIONS, describe, display, files_below, holds_image, is_image, visible_folders
+from clead.data.tables import SUFFIXES
 from clead.errors import UserError
 from clead.settings import setting, settings
 
 _WRAPPERS = ("images", "imgs", "image", "img", "data")  # a folder between a split and its classes
 _WORDS = {"train": "training", "val": "validation", "test": "test"}
+_DEEPEST = 5  # folders that hold one folder only
 _NO_CLASS, _NO_SPLIT = "lies in no class folder", "lies in no split folder"
 
 
@@ -44,8 +47,9 @@ def read_folder(root: Path) -> Found:
         UserError: there is no image in a class folder; a training class has none; it is not clear which folder is a split, or the
             folder is itself the training split of a data set.
     """
-    splits, siblings = _splits(root), {}
-    if not splits and (role := split_role(root.resolve().name)):
+    base = _stepped_into(root)
+    splits, siblings = _splits(base), {}
+    if not splits and base == root and (role := split_role(root.resolve().name)):
         siblings = {
             other: folder for other, folder in _splits(root.resolve().parent, deeper=False).items() if other != role
         }
@@ -56,11 +60,13 @@ def read_folder(root: Path) -> Found:
             )
         splits = {role: root} if siblings else {}
     if not splits:
-        return _read_unsplit(root)
+        return _read_unsplit(root, base)
     folders = {role: _class_folders(folder) for role, folder in splits.items()}
     names = class_order(
         folder.name for some in [*folders.values(), *map(_class_folders, siblings.values())] for folder in some
     )
+    if set(splits) == {"train"}:
+        _refuse_unnamed_split(splits["train"], names)
     owners = {folder: (role, folder.name) for role, some in folders.items() for folder in some}
     parts, skipped = _read_files(root, owners, names, splits)
     notes = [
@@ -77,9 +83,26 @@ def read_folder(root: Path) -> Found:
     return Found(parts["train"], parts["test"], tuple(names), val, skipped, tuple(notes))
 
 
-def _read_unsplit(root: Path) -> Found:
-    """Read CLASS/: each folder with an image is a class."""
-    folders = [folder for folder in visible_folders(root) if holds_image(folder)]
+def _stepped_into(root: Path) -> Path:
+    """Return the folder that holds splits or several class folders: ``root``, or the one folder with images in it, and so on."""
+    for _ in range(_DEEPEST):
+        folders = [folder for folder in visible_folders(root) if holds_image(folder)]
+        if len(folders) != 1 or split_role(folders[0].name) or any(map(is_image, _files(root))):
+            break
+        inside = [folder for folder in visible_folders(folders[0]) if holds_image(folder)]
+        if not inside or any(map(is_image, _files(folders[0]))):
+            break
+        root = folders[0]
+    return root
+
+
+def _files(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.is_file()]
+
+
+def _read_unsplit(root: Path, base: Path) -> Found:
+    """Read CLASS/ in ``base``, which is ``root`` or below it: each folder with an image is a class."""
+    folders = [folder for folder in visible_folders(base) if holds_image(folder)]
     if not folders:
         raise UserError(
             f"{root} must hold folders with images, train/CLASS/ and test/CLASS/ or CLASS/, got {describe(root)}; put the images "
@@ -90,19 +113,84 @@ def _read_unsplit(root: Path) -> Found:
             f"{root}: the images in {' and '.join(folder.name for folder in folders)} lie in no class folder, so that their "
             f"classes are unknown; put those of each class into {folders[0] / 'CLASS'}"
         )
+    _refuse_one_class(base, folders)
+    _refuse_split_lists(root, base)
+    notes = _refuse_inner_splits(base, folders)
     names = class_order(folder.name for folder in folders)
     parts, skipped = _read_files(root, {folder: ("train", folder.name) for folder in folders}, names, {})
-    return Found(parts["train"], no_images(), tuple(names), skipped=skipped, unsplit=True)
+    return Found(parts["train"], no_images(), tuple(names), skipped=skipped, notes=notes, unsplit=True)
+
+
+def _refuse_one_class(base: Path, folders: Sequence[Path]) -> None:
+    """Raise UserError if all images lie in one folder, which is then hardly a class."""
+    if len(folders) > 1:
+        return
+    tables = [entry.name for entry in _files(base) if entry.suffix.lower() in (*SUFFIXES, ".txt", ".mat")]
+    table = ", path,label[,split], instead of " + " and ".join(map(display, tables[:3])) if tables else ", path,label"
+    raise UserError(
+        f"{base}: all images lie in one folder, {display(folders[0].name)}, so that their classes are unknown; put those of each "
+        f"class into {base / 'CLASS'}, or write a table {base / 'labels.csv'} with the columns{table.removeprefix(',')} (images of "
+        f"one class alone: {base / 'test' / 'CLASS'})"
+    )
+
+
+def _refuse_inner_splits(base: Path, folders: Sequence[Path]) -> tuple[str, ...]:
+    """Return a note if all class folders hold folders of the same names, which may be the classes; UserError if they are splits."""
+    inside = [{folder.name for folder in visible_folders(each) if holds_image(folder)} for each in folders]
+    common = sorted(set.intersection(*inside))
+    if roles := [name for name in common if split_role(name)]:
+        raise UserError(
+            f"{base}: {_some(folders)} each hold {' and '.join(map(display, roles))}, so that classes lie above splits; move them: "
+            f"{folders[0] / roles[0]} to {base / roles[0] / folders[0].name}, and so on"
+        )
+    if len(common) < 2:
+        return ()
+    names = ", ".join(map(display, common[:5])) + (", …" if len(common) > 5 else "")
+    return (
+        f"the classes are the folders {_some(folders)}, which all hold folders of the same names ({names}); if those are the "
+        f"classes, give one of the folders: --data.path {folders[0]}",
+    )
+
+
+def _refuse_split_lists(root: Path, base: Path) -> None:
+    """Raise UserError if a list is there that is called as splits are: in a folder from ``root`` to ``base``, or one in it."""
+    between = [base, *(folder for folder in base.parents if folder.is_relative_to(root))]
+    places = [*between, *(each for folder in between for each in visible_folders(folder) if not holds_image(each))]
+    files = [entry for place in places for entry in _files(place) if entry.suffix.lower() in (".txt", ".lst", ".list")]
+    if lists := sorted(entry for entry in files if _is_split_list(entry.stem)):
+        raise UserError(
+            f"{lists[0]} has the name of a list of training or test images, which is not read; write a table {base / 'labels.csv'} "
+            "with the columns path,label,split, or remove the list to take all images"
+        )
+
+
+def _is_split_list(stem: str) -> bool:
+    words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", stem).lower())
+    extra = ("list", "lists", "split", "files", "file", "set", "images", "image")
+    return any(map(split_role, words)) and all(split_role(word) or word in extra for word in words)
+
+
+def _refuse_unnamed_split(train: Path, names: Sequence[str]) -> None:
+    """Raise UserError if a folder beside the training split holds folders of its classes, and so must be a split held out."""
+    for entry in visible_folders(train.parent):
+        if entry != train and (same := sorted({each.name for each in _class_folders(entry)} & set(names))):
+            raise UserError(
+                f"{entry}: this name says no split, but the folder holds classes of {train.name} ({', '.join(same[:3])}); "
+                f"rename it to {entry.with_name('test')} or {entry.with_name('val')} if its images are held out, else move it"
+            )
+
+
+def _some(folders: Sequence[Path]) -> str:
+    names = [display(folder.name) for folder in folders]
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
 
 
 def _splits(folder: Path, *, deeper: bool = True) -> dict[Role, Path]:
     """Return the folder of each split in ``folder``, else in the one folder in it that has some."""
-    named = [entry for entry in visible_folders(folder) if split_role(entry.name)]
+    named = _named_splits(folder)
     splits: dict[Role, Path] = {}
     if any(visible_folders(entry) for entry in named) or (named and not any(map(holds_image, visible_folders(folder)))):
-        for entry in named:
-            role = split_role(entry.name)
-            assert role is not None
+        for entry, role in named.items():
             if role in splits:
                 raise UserError(
                     f"{folder}: {splits[role].name} and {entry.name} both hold {_WORDS[role]} images; rename or remove one"
@@ -120,10 +208,23 @@ def _splits(folder: Path, *, deeper: bool = True) -> dict[Role, Path]:
     return inside[0][1] if inside else {}
 
 
+def _named_splits(folder: Path) -> dict[Path, Role]:
+    """Return the folders whose names say a split: test, train_set; or pairs such as seg_train and seg_test."""
+    folders = visible_folders(folder)
+    if named := {entry: role for entry in folders if (role := split_role(entry.name))}:
+        return named
+    groups: dict[str, dict[Path, Role]] = {}
+    for entry in folders:
+        role, rest = split_words(entry.name)
+        if role and visible_folders(entry):
+            groups.setdefault(rest, {})[entry] = role
+    return next((group for group in groups.values() if len(set(group.values())) > 1), {})
+
+
 def _class_folders(split: Path) -> list[Path]:
-    """Return the class folders of a split, which may lie in a folder images/ in it."""
+    """Return the class folders of a split, which may lie in a folder images/ in it, or in one that is called as the split."""
     folders = visible_folders(split)
-    if len(folders) == 1 and folders[0].name.lower() in _WRAPPERS and visible_folders(folders[0]):
+    if len(folders) == 1 and folders[0].name.lower() in (*_WRAPPERS, split.name.lower()):
         return visible_folders(folders[0])
     return folders
 

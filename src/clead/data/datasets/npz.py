@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, existing, no_images
+from clead.data.base import Found, InMemoryDataset, Part, existing, no_images, split_role
 from clead.data.bounded import check_unpacked, read_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.errors import UserError
 from clead.settings import setting, settings
 
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _ROLES = {
     **dict.fromkeys(("x", "image", "images", "img", "imgs", "data"), "images"),
     **dict.fromkeys(("y", "label", "labels", "target", "targets"), "labels"),
@@ -47,11 +46,11 @@ class Npz(InMemoryDataset):
 def key_of(name: str) -> tuple[str, str] | None:
     """Return which split and whether images or labels a name stands for; split "" if it says none; None for another name.
 
-    >>> key_of("x_train"), key_of("Test-Labels"), key_of("images"), key_of("embedding")
-    (('train', 'images'), ('test', 'labels'), ('', 'images'), None)
+    >>> key_of("x_train"), key_of("Test-Labels"), key_of("devY"), key_of("images"), key_of("embedding")
+    (('train', 'images'), ('test', 'labels'), ('val', 'labels'), ('', 'images'), None)
     """
-    words = [word for word in re.split(r"[-_. ]", name.lower()) if word]
-    splits = [_SPLITS[word] for word in words if word in _SPLITS]
+    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W_a-zA-Z]+", name)]
+    splits = [role for word in words if word not in _ROLES and (role := split_role(word))]
     roles = [_ROLES[word] for word in words if word in _ROLES]
     if len(roles) != 1 or len(splits) > 1 or len(words) != len(splits) + 1:
         return None
@@ -251,6 +250,8 @@ def _shape_remedy(shape: tuple[int, ...]) -> str:
     if len(shape) == 2 and shape[1] in sides:
         channels, side = sides[shape[1]]
         return f"give the rows their shape: x.reshape(-1, {channels}, {side}, {side})"
+    if len(shape) == 4 and shape[2] in (1, 3):
+        return "if the images lie along the last axis, as in SVHN's .mat files, transpose it: x.transpose(3, 0, 1, 2)"
     if len(shape) == 4:
         return "transpose it: x.transpose(0, 2, 3, 1), or make the sides of the images other than 1 and 3"
     return "reshape it"

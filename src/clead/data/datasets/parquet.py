@@ -68,6 +68,10 @@ def read_parquet(path: Path) -> Found:
     for role in [role for role, split in read.items() if len(split.labels) and split.is_unlabelled]:
         notes.append(f"the {role} split has no labels (all are -1), so it is not read")
         del read[role]
+    if not read:
+        raise UserError(
+            f"{path}: {notes[-1]}, and there is no other; fetch the train or validation split, or add the labels"
+        )
     names, ordered = _class_names(files.folder, {role: split.names for role, split in read.items()}), True
     if names is None:
         numbered, classes, more = number_labels(*(split.labels for split in read.values()))
@@ -117,6 +121,12 @@ def parquet_files(path: Path) -> ParquetFiles:
     for role in ("train", "val", "test"):
         if files := by_role.get(role):
             splits[role] = _whole(files)
+    if set(splits) == {"train"} and None in by_role:
+        other = by_role[None][0]
+        raise UserError(
+            f"{other}: this name says no split, and beside {splits['train'][0].name} it may hold images that are held out; "
+            f"rename it to {other.with_name('test.parquet')}, or move it elsewhere"
+        )
     if not splits:
         return ParquetFiles(folder, {"train": _whole(by_role[None])}, True)
     return ParquetFiles(folder, splits, False)
@@ -239,12 +249,14 @@ def choose_column(shard: Path, wanted: tuple[str, ...]) -> tuple[str, str | None
     name = candidates[0]
     kind = str(schema.field(name).type)
     is_image = (kind.startswith("struct<") and "bytes: " in kind) or re.fullmatch(_BYTES, kind)
-    is_label = re.fullmatch(f"{_INTEGER}|{_TEXT}", kind)
+    is_label = re.fullmatch(f"{_INTEGER}|{_TEXT}|{_BYTES}", kind)
     if not (is_image if wanted is IMAGE else is_label):
         rule = "a struct of bytes and path, or bytes of image files" if wanted is IMAGE else "integers or text"
-        raise UserError(
-            f"{shard}: the column {name!r} must be {rule}, got {kind[:60]}; rewrite the file in Hugging Face's layout"
-        )
+        remedy = "rewrite the file in Hugging Face's layout"
+        if wanted is LABEL and kind in ("float", "double", "halffloat"):
+            remedy = "convert it, with pandas: d = pandas.read_parquet(FILE); "
+            remedy += f"d[{name!r}] = d[{name!r}].astype(int); d.to_parquet(FILE)"
+        raise UserError(f"{shard}: the column {name!r} must be {rule}, got {kind[:60]}; {remedy}")
     others = candidates[1:]
     note = f"the column {name!r} holds the {what}s, not {' or '.join(map(repr, others))}" if others else None
     return name, note
@@ -256,6 +268,8 @@ def label_column(shard: Path, column: str) -> np.ndarray:
     if values.null_count:
         row = values.is_null().to_pylist().index(True)
         raise UserError(f"{shard} row {row}: the label is empty; fill it in or remove the row")
+    if re.fullmatch(_BYTES, str(values.type)):
+        return np.array([value.decode("utf-8", "replace") for value in values.to_pylist()], dtype=str)
     if re.fullmatch(_TEXT, str(values.type)):
         return np.array(values.to_pylist(), dtype=object).astype(str) if len(values) else np.empty(0, np.int64)
     return (

@@ -14,6 +14,7 @@ from clead.data.base import Found, Part, Role, no_images, split_role
 from clead.data.bounded import read_file
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
+from clead.data.files import display, files_below, holds_image, visible_folders
 from clead.data.tables import SUFFIXES, Table, first_rows, read_table
 from clead.errors import UserError
 
@@ -37,9 +38,11 @@ _LABELS = (
     *("breed", "species", "diagnosis", "y"),
 )
 _SPLITS = ("split", "subset", "set", "partition", "fold")
+_NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0+)?")
 _PIXELS = 49  # so many columns of numbers are an image
 _STEMS = ("metadata", "labels", "annotations", "data", "dataset", "index")
-_FOLDERS = ("images", "image", "imgs", "img", "jpg", "jpeg", "png")
+_FOLDERS = ("images", "image", "imgs", "img", "jpg", "jpeg", "png", "train")
+_NO_LABEL = ("", "nan", "null", "none", "n/a")  # as programs write a missing number
 _ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm", ".pgm"),
     *(".jfif", ".jpe", ".j2k"),
@@ -77,7 +80,19 @@ def read_table_folder(path: Path) -> Found:
     skipped += [f"{file}: a table beside {named[0].name}" for file in files if named and file not in named]
     if path.is_dir():
         skipped += [f"{file}: a table without labels" for file in _unlabelled(path)]
+        skipped += _unlisted(path, {row.file for row in listed})
     return _found(listed, path, notes, skipped)
+
+
+def _unlisted(folder: Path, listed: set[str]) -> list[str]:
+    """Return a line for each image below a folder that no table lists."""
+    images = [file for file, reason in files_below(folder) if reason is None]
+    real = {os.path.realpath(file) for file in listed} if any(str(image) not in listed for image in images) else set()
+    return [
+        f"{display(image)}: is in no row of a table"
+        for image in images
+        if str(image) not in listed and os.path.realpath(image) not in real
+    ]
 
 
 def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str]) -> Found:
@@ -86,7 +101,7 @@ def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str
     if repeated:
         notes.append(f"{repeated} rows of {path} repeat another and count once")
     values = [row.label for row in listed]
-    whole = [re.fullmatch(r"([+-]?[0-9]{1,18})(\.0+)?", value) for value in values]
+    whole = [_NUMBER.fullmatch(value) for value in values]
     numbers = [int(match[1]) for match in whole if match]
     (numbered,), classes, said = number_labels(numbers if len(numbers) == len(values) else values)
     parts: dict[str, Part] = {}
@@ -129,7 +144,10 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
     table = read_table(file)
     path_column, label_column = _needed(table, file)
     split_column, notes = _split_column(table, file)
-    if empty := [line for row, line in zip(table.rows, table.lines, strict=True) if not row[label_column]]:
+    labels = [row[label_column] for row in table.rows]
+    numbers = all(label.lower() in _NO_LABEL or _NUMBER.fullmatch(label) for label in labels)
+    missing = _NO_LABEL if numbers else ("",)  # "nan" is a name among names
+    if empty := [line for label, line in zip(labels, table.lines, strict=True) if label.lower() in missing]:
         raise UserError(
             f"{file}: {len(empty)} rows have no label, the first in line {empty[0]}; fill it in or remove the rows"
         )
@@ -163,6 +181,14 @@ def _refuse_pixels(file: Path) -> None:
     head = first_rows(file)
     if head is None or not head.rows or _column(head, _PATHS) is not None:
         return
+    lower = [name.lower() for name in head.columns]
+    if "pixels" in lower:
+        raise UserError(
+            f"{file}: the column {head.columns[lower.index('pixels')]!r} holds pixel values, where a column of paths "
+            f"belongs; convert it in Python: d = pandas.read_csv({str(file)!r}); "
+            "x = numpy.stack([numpy.array(row.split(), 'uint8') for row in d.pixels]); "
+            "numpy.savez('images.npz', x_train=x.reshape(len(x), HEIGHT, WIDTH), y_train=d.iloc[:, 0])"
+        )
     values = [k for k, cell in enumerate(head.rows[0]) if cell.isdigit() and head.columns[k].lower() not in _LABELS]
     side = math.isqrt(len(values))
     if len(values) < _PIXELS:
@@ -185,8 +211,18 @@ def _needed(table: Table, file: Path) -> tuple[int, int]:
         first = ", ".join(table.columns)[:200]
         missing_header = any(os.path.splitext(cell)[1].lower() in _ENDINGS for cell in table.columns)
         remedy = "begin the file with a line of column names: path,label" if missing_header else "rename a column"
+        if path_column is not None and _is_one_hot(table):
+            remedy = "a column for each class must become one: d['label'] = d.iloc[:, 1:].idxmax(axis=1) in pandas"
         raise UserError(f"{file}: must have a column of {lacking}, got {first}; {remedy}")
     return path_column, label_column
+
+
+def _is_one_hot(table: Table) -> bool:
+    """Say whether every row has a 1 in one of its columns and 0 in others."""
+    return len(table.columns) > 2 and all(
+        sum(cell in ("1", "1.0") for cell in row[1:]) == 1 and all(cell in ("0", "1", "0.0", "1.0") for cell in row[1:])
+        for row in table.rows
+    )
 
 
 def _column(table: Table, wanted: Sequence[str]) -> int | None:
@@ -279,7 +315,8 @@ def _in(base: Path, names: Sequence[str]) -> list[str | None]:
 
 def _role_in(name: str) -> Role | None:
     """Return the split that a path begins with, as in train/cat.png."""
-    return split_role(name.replace("\\", "/").split("/")[0])
+    first, *rest = name.replace("\\", "/").split("/")
+    return split_role(first) if rest else None
 
 
 def _role_of(file: Path) -> Role | None:
@@ -297,8 +334,34 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """Return the tables whose first row leads to an image."""
-    return [file for file in _candidates(folder) if _fits(file)]
+    """Return the tables whose first row leads to an image, those with usual names first.
+
+    Where no class folders lie there, one table that looks as if it should do so is returned, too: its errors say what is amiss.
+    """
+    if files := [file for file in _candidates(folder) if _fits(file)]:
+        return files
+    if _has_class_folders(folder):
+        return []
+    others = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES[:4] and entry.is_file())
+    files = [file for file in others if _fits(file)]
+    return files or ([file for file in others if _seems(file)] if len(others) == 1 else [])
+
+
+def _has_class_folders(folder: Path) -> bool:
+    """Say whether images lie in several folders, or in folders of folders, so that their folders say their classes."""
+    folders = [each for each in visible_folders(folder) if holds_image(each)]
+    deeper = any(holds_image(inner) for each in folders for inner in visible_folders(each))
+    return deeper or (len(folders) > 1 and not all(split_role(each.name) for each in folders))
+
+
+def _seems(file: Path) -> bool:
+    """Say whether a file has a column of paths, or pixels in its columns."""
+    try:
+        _refuse_pixels(file)
+    except UserError:
+        return True
+    table = first_rows(file, 2)  # further ones may be what is damaged
+    return table is not None and _column(table, _PATHS) is not None
 
 
 def _fits(file: Path) -> bool:
