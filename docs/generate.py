@@ -190,10 +190,10 @@ def _kinds() -> str:
         rows.append(f"| {_cell(kind.name)} | {evaluated} | {trained[kind.trained]} | {_cell(about)}.{said} |")
     parts = [
         "# Kinds of models",
-        "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that "
-        "are not of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked "
-        "out of what it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said "
-        "on stderr and in the record's notes. Every row is tried by `tests/test_external_models.py` and written from "
+        "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that are "
+        "not of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked out "
+        "of what it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said on "
+        "stderr and in the record's notes. Every row is tried by `tests/test_external_models.py` and written from "
         "`tests/model_kinds.py`: where a kind is evaluated, the flags are those of the plain module.",
         "\n".join(["| model | evaluated | trained by PGD-AT | what the program does |", "|---|---|---|---|", *rows]),
         "ONNX files, which answer queries only (`--suite queries`); tried by `tests/test_onnx_wild.py` and written from "
