@@ -8,6 +8,7 @@ import csv
 import errno
 import io
 import os
+import re
 import select
 import sys
 from collections.abc import Iterable
@@ -126,11 +127,14 @@ def tell(text: str) -> None:
         print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
+_NUMBER = re.compile(r"-[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # the one thing that begins so and is no formula
+
+
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     r"""Return rows as CSV, in which no text is a formula to a spreadsheet: such cells begin with an apostrophe.
 
-    >>> csv_text([("=1+1", -0.5, "a\x1b"), ("-2", "+x", None)])
-    "'=1+1,-0.5,a\\x1b\n-2,'+x,\n"
+    >>> csv_text([("=1+1", -0.5, "a\x1b"), ("-2", "+1", None)])
+    "'=1+1,-0.5,a\\x1b\n-2,'+1,\n"
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -141,17 +145,9 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return "" if value is None else value
-    if value[:1] in tuple("=+-@\t\r\n＝＋－＠") and value and not _is_number(value):
+    if value[:1] in tuple("=+-@\t\r\n＝＋－＠") and value and not _NUMBER.fullmatch(value):
         value = f"'{value}"
     return printable(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def console(*, width: int | None = None) -> Console:
