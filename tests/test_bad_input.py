@@ -302,7 +302,7 @@ def test_suites_and_their_settings(fails, here, trained):
         ("--eval.images 0", "eval.images"),
         ("--eval.restarts 3", "eval.restarts: unknown key"),
         ("--eval.objectives [dlr]", "eval.objectives: unknown key"),
-        ("--shard 3/2", "--shard must be i/n with 1 ≤ i ≤ n, such as 2/4, got '3/2'"),
+        ("--shard 3/2", "--shard must be i/n with 1 ≤ i ≤ n, got '3/2'; give such as --shard 2/4"),
         ("--shard 0/2", "--shard must be i/n"),
         ("--transfer-from nowhere", "nowhere is not a run directory"),
     ):
@@ -333,7 +333,7 @@ def test_attacks_of_other_libraries(fails, here, trained):
 def test_files_of_adversarial_images(fails, here, trained):
     shutil.copytree(trained, here / "run")
     fails(
-        "attack", "run", "--verify", "x.parquet", has="no file of adversarial images at x.parquet; clead evaluate RUN"
+        "attack", "run", "--verify", "x.parquet", has="no file of adversarial images at x.parquet; run: clead evaluate RUN"
     )
     (here / "x.parquet").write_bytes(b"PAR1 but no more")
     fails("attack", "run", "--verify", "x.parquet", has="x.parquet is not a file of clead evaluate --save-adversarial")

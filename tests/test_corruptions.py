@@ -361,7 +361,7 @@ def test_nan_logits_are_wrong_answers():
     ("change", "says"),
     [
         ({"names": ["fogg"]}, "unknown corruption 'fogg'; did you mean 'fog'"),
-        ({"names": []}, "at least one name"),
+        ({"names": []}, "at least one corruption and one severity"),
         ({"severities": [1, 1]}, "may be named once"),
         ({"severities": [7]}, "a severity must be 1, 2, 3, 4 or 5, got 7"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

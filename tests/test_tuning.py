@@ -562,7 +562,7 @@ def test_a_process_that_lost_its_trial_leaves_it_to_the_other(tmp_path, monkeypa
             "postgresql+psycopg2://me:***@localhost:1/base refuses: connection",
         ),
         ("postgresql://me:hush@localhost:1/base", "refuses"),
-        ("no url", "must be a database's URL, such as postgresql://user:password@host/database, got 'no url'"),
+        ("no url", "must be a database's URL, got 'no url'; give such as --storage postgresql:"),
         ("postgresql:/me:hush@host", "must be a database's URL"),
         ("nobase://localhost/x", "nobase://localhost/x: its driver is not installed"),
         ("mysql://me:hush@localhost/x", "its driver is not installed"),

@@ -46,7 +46,10 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         try:
             return torch.as_tensor(np.ascontiguousarray(value))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{name} must be numbers, got an array of {np.asarray(value).dtype}") from error
+            raise UserError(
+                f"{name} must be numbers, got an array of {np.asarray(value).dtype}; "
+                "give np.asarray(values, dtype=np.float32), or int64 for labels"
+            ) from error
     raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
 
 

@@ -106,7 +106,10 @@ def evaluate(
     else:
         check_inputs(images[:1] / 255, labels[:1])
     if len(images) != len(labels):
-        raise UserError(f"there must be one label per image, got {len(images)} images and {len(labels)} labels")
+        raise UserError(
+            f"there must be one label per image, got {len(images)} images and {len(labels)} labels; "
+            "give labels of shape (N,), in the order of the images"
+        )
     first = pixels(images[:2])
     with seeded(options.seed):
         prepare(model, first)

@@ -202,12 +202,12 @@ def _without_places(tree: dict[str, Any]) -> None:
 
 def _check(out: Path, format: str, precision: str, images: int) -> None:
     if format not in PRECISIONS:
-        raise UserError(f"--format must be {' or '.join(PRECISIONS)}, got {format!r}")
+        raise UserError(f"--format must be {' or '.join(PRECISIONS)}, got {format!r}; give --format onnx")
     if precision not in PRECISIONS[format]:
         others = [f"{name}: {', '.join(values)}" for name, values in PRECISIONS.items()]
-        raise UserError(f"--precision {precision} is not one of --format {format}; there are {'; '.join(others)}")
+        raise UserError(f"--precision {precision} is not one of --format {format}; give one of {'; '.join(others)}")
     if images < 1:
-        raise UserError(f"--images must be at least 1, got {images}")
+        raise UserError(f"--images must be at least 1, got {images}; leave it out for 200")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"--out {out} is not empty; give an empty or new directory")
 
@@ -246,7 +246,7 @@ def _hub(name: str) -> Any:
     except ImportError:
         raise MissingExtra("huggingface_hub", "hub", "--push-to-hub") from None
     if name.count("/") != 1 or not all(name.split("/")):
-        raise UserError(f"--push-to-hub must be USER/NAME, got {name!r}")
+        raise UserError(f"--push-to-hub must be USER/NAME, got {name!r}; give such as --push-to-hub me/my-model")
     if not get_token():
         raise UserError("--push-to-hub needs a token of the hub; run: hf auth login, or set HF_TOKEN")
     return HfApi()

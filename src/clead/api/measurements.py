@@ -79,7 +79,10 @@ def detect_run(
         if name not in DETECTORS:
             raise UserError(f"unknown detector {name!r}; {did_you_mean(name, DETECTORS)}")
     if not detectors or len(set(detectors)) < len(detectors):
-        raise UserError(f"name each detector once, at least one of {', '.join(DETECTORS)}, got {', '.join(detectors)}")
+        raise UserError(
+            f"name each detector once, at least one of {', '.join(DETECTORS)}, got {', '.join(detectors) or 'none'}; "
+            "take out the repeated"
+        )
     run = open_run(path, config, model, data, images=DETECT_IMAGES)
     if run.config.eval.split != "test":
         raise UserError(

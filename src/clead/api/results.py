@@ -29,7 +29,9 @@ def read_record(source: str | Path) -> Record:
         if not path.exists():
             raise UserError(f"{source} has not been evaluated; run: clead evaluate {source}")
     if not path.is_file():
-        raise UserError(f"no run directory or record at {source}")
+        raise UserError(
+            f"no run directory or record at {source}; give the folder that clead train made, or its results/evaluation.json"
+        )
     return _read(Record, path, "a record of clead evaluate")
 
 
@@ -47,7 +49,9 @@ def _read(kind: type[Read], path: Path, what: str) -> Read:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is not {what}: {where or 'file'}: {first['msg']}") from None
+        raise UserError(
+            f"{path} is not {what}: {where or 'file'}: {first['msg']}; repeat clead evaluate, or restore the file"
+        ) from None
 
 
 def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:

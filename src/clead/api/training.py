@@ -293,7 +293,10 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
         raise
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}") from error
+        raise UserError(
+            f"model {name} fails on images of shape {shape}: {type(error).__name__}: {reason}; "
+            "mend its forward for images (B, C, H, W), or set data.image_size and data.channels"
+        ) from error
 
 
 def _check_gradient(model: SplitModel, x: Tensor, name: str) -> None:
@@ -319,7 +322,12 @@ def _same_config(given: RunConfig, stored: RunConfig) -> None:
         if key != "train.device"
     ]
     if differences:
-        raise UserError(*(f"--resume continues the same configuration; {difference}" for difference in differences))
+        raise UserError(
+            *(
+                f"--resume continues the same configuration; {difference}; restore it, or train anew"
+                for difference in differences
+            )
+        )
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:

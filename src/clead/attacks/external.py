@@ -50,6 +50,8 @@ _NO_SEARCH = {
     },
 }
 
+_EXAMPLE = {"torchattacks": "torchattacks:PGD", "foolbox": "foolbox:LinfDeepFoolAttack"}
+
 _OURS = {
     "torchattacks": {"model", "eps", "max_epsilon", "norm", "seed", "n_classes"},
     "foolbox": {"distance", "constraint", "tensorboard"},
@@ -86,7 +88,10 @@ class External:
                 raise UserError(f"{self.name}: unknown setting {key!r}; {did_you_mean(key, known)}")
         absent = [key for key, p in parameters.items() if p.default is p.empty and key not in self.options]
         if absent:
-            raise UserError(f"{self.name} needs a value for {', '.join(absent)}")
+            raise UserError(
+                f"{self.name} needs a value for {', '.join(absent)}; "
+                f"give external({self.name!r}, {', '.join(f'{key}=…' for key in absent)})"
+            )
 
     @property
     def meant_for(self) -> tuple[str, ...] | None:
@@ -146,7 +151,9 @@ class External:
         """
         norms = self.meant_for
         if norms is not None and threat.norm not in norms:
-            raise UserError(f"{self.name} is an attack for {', '.join(norms)}, got {threat.norm}")
+            raise UserError(
+                f"{self.name} is an attack for {', '.join(norms)}, got {threat.norm}; give norm {norms[0]}, or another attack"
+            )
         x_adv = x.clone()
         logits = model(x)
         here = (~fallen(logits, y)).nonzero()[:, 0]
@@ -167,7 +174,9 @@ class External:
                 reason = (str(error).splitlines() or [""])[0]
                 if "does not require grad" in reason:
                     reason = "the model gives no gradient; take one that needs none, such as foolbox:HopSkipJumpAttack"
-                raise UserError(f"{self.name} fails: {type(error).__name__}: {reason}") from error
+                raise UserError(
+                    f"{self.name} fails: {type(error).__name__}: {reason}; change its settings, or choose another attack"
+                ) from error
         found = found.detach().to(x)
         # Rounding may carry a pixel a hair out of the box; anything farther is not ours to mend.
         inside = ((found >= -1e-6) & (found <= 1 + 1e-6)).flatten(1).all(1)
@@ -211,7 +220,10 @@ def _find(name: str) -> tuple[str, Any]:
     """Return the library's name and the class of the attack called ``name``."""
     library, colon, attack = str(name).partition(":")
     if not colon or library not in _INSTALL:
-        raise UserError(f"an external attack is named torchattacks:NAME or foolbox:NAME, got {name!r}")
+        raise UserError(
+            f"an external attack is named torchattacks:NAME or foolbox:NAME, got {name!r}; "
+            "give such as torchattacks:PGD or foolbox:LinfDeepFoolAttack"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -222,7 +234,9 @@ def _find(name: str) -> tuple[str, Any]:
     except ImportError as error:
         raise UserError(f"{name} needs {library}, which is not installed; run: {_INSTALL[library]}") from error
     if attack in _NO_SEARCH[library]:
-        raise UserError(f"{name} cannot be run here: {_NO_SEARCH[library][attack]}")
+        raise UserError(
+            f"{name} cannot be run here: {_NO_SEARCH[library][attack]}; choose another attack, such as {_EXAMPLE[library]}"
+        )
     known = {
         key: cls
         for key, cls in vars(package).items()
@@ -251,7 +265,9 @@ def _made(attack: External, cls: Any, *arguments: Any, **ours: Any) -> Any:
             f"{attack.name} needs {error.name}, which is not installed; run: pip install {error.name}"
         ) from error
     except (TypeError, ValueError) as error:
-        raise UserError(f"{attack.name} refuses its settings {attack.options}: {error}") from error
+        raise UserError(
+            f"{attack.name} refuses its settings {attack.options} ({error}); change or leave out that setting"
+        ) from error
 
 
 def _torchattacks(

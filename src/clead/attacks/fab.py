@@ -69,7 +69,7 @@ class FAB:
         """
         threat: Any = THREATS.get(norm)
         if norm not in self.norms:
-            raise UserError(f"FAB is an attack for {', '.join(self.norms)}, got {norm}")
+            raise UserError(f"FAB is an attack for {', '.join(self.norms)}, got {norm}; give norm {self.norms[0]}")
         found = self._nearest(model, x, y, threat(eps=0), None, generator)
         return _shortened(model, x, y, found)
 

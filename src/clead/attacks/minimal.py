@@ -115,7 +115,9 @@ def made_for(attack: MinimumNorm, norm: str) -> None:
     THREATS.get(norm)
     norms = getattr(attack, "norms", None)
     if norms is not None and norm not in norms:
-        raise UserError(f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {norm}")
+        raise UserError(
+            f"{type(attack).__name__} is an attack for {', '.join(norms)}, got {norm}; give norm {norms[0]}, or another attack"
+        )
 
 
 def call_minimal(

@@ -45,7 +45,8 @@ class Patch:
         side = round(self.size) if self.size >= 1 else max(1, round(math.sqrt(self.size * height * width)))
         if side > min(height, width):
             raise UserError(
-                f"the patch must fit into the image of {height}×{width} pixels, got size {self.size} = a side of {side}"
+                f"the patch must fit into the image of {height}×{width} pixels, got size {self.size} = a side of {side}; "
+                f"give size {min(height, width)} (pixels) at most, or a fraction of the area such as 0.05"
             )
         return side
 

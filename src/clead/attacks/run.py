@@ -38,21 +38,25 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
         if not isinstance(value, Tensor):
             raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
     if x.dim() != 4 or not x.is_floating_point():
-        hint = "; divide by 255" if x.dtype == torch.uint8 else ""
+        hint = "" if x.is_floating_point() else "; give x.float() / 255 for pixels in [0, 255]"
         if x.dim() == 3:
             hint += "; give x[None] for one image (C, H, W), x[:, None] for grey images (N, H, W)"
+        elif x.dim() != 4:
+            hint += "; give x.reshape(-1, C, H, W)"
         raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}{hint}")
     if y.shape != (len(x),) or y.dtype != torch.int64:
-        hint = ""
+        hint = "; give one class number per image"
         if len(y.shape) == 2 and len(y) == len(x):
             hint = "; give y.argmax(1)" if y.shape[1] > 1 else "; give y.squeeze(1)"
         elif y.shape == (len(x),):
             hint = "; give y.long()"
         raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}{hint}")
     if not len(x):
-        raise UserError("there is no image to attack, got a batch of 0")
+        raise UserError("there is no image to attack, got a batch of 0; give x of shape (B, C, H, W) with B at least 1")
     if not torch.isfinite(x).all():  # synchronises the device
-        raise UserError("images must be finite, got NaN or infinity")
+        raise UserError(
+            "images must be finite, got NaN or infinity; mend them, or leave out those with x[x.flatten(1).isfinite().all(1)]"
+        )
     low, high = x.min().item(), x.max().item()
     if low < 0 or high > 1:
         hint = (
@@ -68,8 +72,8 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
     least, most = int(y.min()), int(y.max())
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
-        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else ""
-        if not hint and num_classes is not None and most >= num_classes:
+        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else "; give class numbers from 0 on"
+        if least != 1 and num_classes is not None and most >= num_classes:
             hint = f"; the model has {num_classes} classes: give one of {most + 1} or more, or leave out images of other classes"
         hint = "; leave out images without a label" if least == -1 else hint
         raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}{hint}")
@@ -80,7 +84,10 @@ def check_norm(attack: Attack | Search, threat: Threat) -> None:
     norms = getattr(attack, "norms", None) or getattr(attack, "meant_for", None)
     if norms is not None and threat.norm not in norms:
         name = getattr(attack, "name", None) or type(attack).__name__
-        raise UserError(f"{name} is an attack for {', '.join(norms)}, got {threat.norm}")
+        raise UserError(
+            f"{name} is an attack for {', '.join(norms)}, got {threat.norm}; "
+            f"give --threat.norm {norms[0]}, or another attack"
+        )
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:

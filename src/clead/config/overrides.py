@@ -109,7 +109,7 @@ def _override_stage(tree: dict[str, Any], path: list[str], value: Any) -> None:
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     names = [str(stage.get("name")) for stage in stages]
     if len(path) < 4:
-        raise UserError(f"--{'.'.join(path)}: a setting of a stage is --stages.NAME.group.key VALUE")
+        raise UserError(f"--{'.'.join(path)}: a setting of a stage has four parts; give --stages.NAME.group.key VALUE")
     if not stages:
         raise UserError(f"--{'.'.join(path)}: the recipe has no stages; leave out stages.{path[1]}")
     if path[1] not in names and not (path[1].isdecimal() and 1 <= int(path[1]) <= len(stages)):

@@ -27,7 +27,9 @@ def recipe_text(recipe: str) -> tuple[str, str]:
         try:
             return path.stem, yaml_text(path)
         except UnicodeDecodeError:
-            raise UserError(f"a recipe must be YAML text, got a binary file: {path}") from None
+            raise UserError(
+                f"a recipe must be YAML text, got a binary file: {path}; save it as UTF-8 text, or name a recipe of clead list"
+            ) from None
     raise UserError(f"unknown recipe {recipe!r}, neither shipped nor a file; {did_you_mean(recipe, recipe_names())}")
 
 

@@ -97,7 +97,10 @@ class RunConfig:
         """Validate nested dicts; raises UserError that lists every problem with its full key."""
         problems: list[str] = []
         if not isinstance(tree, dict):
-            raise UserError(f"a recipe must be a mapping of {', '.join(GROUPS)}, got {type(tree).__name__}")
+            raise UserError(
+                f"a recipe must be a mapping of {', '.join(GROUPS)}, got {type(tree).__name__}; "
+                "write such as threat: {eps: 8/255}"
+            )
         parts: dict[str, Any] = {}
         if tree.get("name") is not None:
             parts["name"] = str(getattr(tree["name"], "text", tree["name"]))
@@ -110,7 +113,9 @@ class RunConfig:
             values = {} if tree.get(group) is None else tree[group]
             try:
                 if not isinstance(values, dict):
-                    raise UserError(f"{group}: must be a mapping of keys, got {values!r}")
+                    raise UserError(
+                        f"{group}: must be a mapping of keys, got {values!r}; write {group}: {{key: value}}"
+                    )
                 parts[group] = build(group, {str(key): value for key, value in values.items()})
             except UserError as error:
                 problems.extend(error.problems)

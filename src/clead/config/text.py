@@ -34,7 +34,9 @@ def yaml_text(path: Path) -> str:
     with open_regular(path) as file:
         content = file.read(_LARGEST_YAML + 1)
     if len(content) > _LARGEST_YAML:
-        raise UserError(f"a recipe must be under {_LARGEST_YAML} bytes, got more: {path}")
+        raise UserError(
+            f"a recipe must be under {_LARGEST_YAML} bytes, got more: {path}; give a recipe, or a run's config.yaml"
+        )
     return content.decode()
 
 
@@ -118,7 +120,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise UserError(
-            f"{source} is not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot be parsed'}"
+            f"{source} is not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot be parsed'}; "
+            "mend that line, with one key: value per line"
         ) from None
 
 

@@ -80,7 +80,7 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """
     _, pq = _pyarrow()
     if not path.is_file():
-        raise UserError(f"no file of adversarial images at {path}; clead evaluate RUN --save-adversarial makes one")
+        raise UserError(f"no file of adversarial images at {path}; run: clead evaluate RUN --save-adversarial")
     try:
         table = pq.read_table(path)
         about = json.loads((table.schema.metadata or {})[_KEY])
@@ -91,7 +91,9 @@ def load(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
         about["robust"] = torch.tensor(table["robust"].to_pylist())
     except Exception as error:  # Arrow, Pillow and NumPy raise whatever a broken file makes them raise
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{path} is not a file of clead evaluate --save-adversarial: {reason}") from None
+        raise UserError(
+            f"{path} is not a file of clead evaluate --save-adversarial ({reason}); run that again"
+        ) from None
     return torch.from_numpy(pixels), torch.from_numpy(images), about
 
 

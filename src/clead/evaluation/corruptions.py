@@ -282,7 +282,8 @@ def corrupt(image: Pixels, name: str, severity: int, rng: np.random.Generator) -
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or min(image.shape[:2]) < _SMALLEST:
         raise UserError(
             f"an image to corrupt must be uint8 (H, W, 1 or 3) with sides of at least {_SMALLEST} pixels, "
-            f"got {image.dtype} {image.shape}"
+            f"got {image.dtype} {image.shape}; "
+            "give np.uint8((255 * image).round()) of shape (H, W, C)"
         )
     return CORRUPTIONS[name](image, severity, rng)
 
@@ -319,7 +320,9 @@ def evaluate_corruptions(
     names = list(CORRUPTIONS) if names is None else list(names)
     _check(names, severities)
     if batch_size < 1 or seed < 0:
-        raise UserError(f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}")
+        raise UserError(
+            f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}; leave them out for 256 and 0"
+        )
     pixels = images.images
     if (
         not len(images)
@@ -330,7 +333,7 @@ def evaluate_corruptions(
     ):
         raise UserError(
             f"images to corrupt must be uint8 (N, 1 or 3, H, W) with sides of at least {_SMALLEST} pixels, "
-            f"got {pixels.dtype} {tuple(pixels.shape)}"
+            f"got {pixels.dtype} {tuple(pixels.shape)}; give (255 * images).round().to(torch.uint8)"
         )
     model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -339,7 +342,8 @@ def evaluate_corruptions(
     classes = logits_of(model, first).shape[1]
     if int(images.labels.min()) < 0 or int(images.labels.max()) >= classes:
         raise UserError(
-            f"labels must be in [0, {classes}), got {int(images.labels.min())} … {int(images.labels.max())}"
+            f"labels must be in [0, {classes}), got {int(images.labels.min())} … {int(images.labels.max())}; "
+            "give labels - 1 if they count from 1, or data of the model's classes"
         )
     arrays = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
@@ -391,15 +395,21 @@ def evaluate_corruptions(
 
 def _check(names: Sequence[str], severities: Sequence[Any]) -> None:
     if not names or not severities:
-        raise UserError("there is nothing to corrupt by: give at least one name and one severity")
+        raise UserError(
+            "at least one corruption and one severity are needed, got none; give names=['fog'], severities=[1, 3, 5]"
+        )
     for name in names:
         if name not in CORRUPTIONS:
             raise UserError(f"unknown corruption {name!r}; {did_you_mean(name, CORRUPTIONS)}")
     for severity in severities:
         if severity not in SEVERITIES:
-            raise UserError(f"a severity must be 1, 2, 3, 4 or 5, got {severity!r}")
+            raise UserError(
+                f"a severity must be 1, 2, 3, 4 or 5, got {severity!r}; give whole numbers, such as severities=[1, 3, 5]"
+            )
     if len(set(names)) < len(names) or len(set(severities)) < len(severities):
-        raise UserError(f"each corruption and severity may be named once, got {list(names)} and {list(severities)}")
+        raise UserError(
+            f"each corruption and severity may be named once, got {list(names)} and {list(severities)}; take out the repeated"
+        )
 
 
 def _unit(image: Pixels) -> Values:

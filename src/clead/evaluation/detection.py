@@ -73,7 +73,7 @@ class Mahalanobis:
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < math.inf:
-            raise UserError(f"ridge must be above 0 and finite, got {self.ridge}")
+            raise UserError(f"ridge must be above 0 and finite, got {self.ridge}; give Mahalanobis(ridge=0.01)")
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
         """Keep the mean of each class that occurs, and a W with W Wᵀ = Σ⁻¹, in the precision of ``features``."""
@@ -114,12 +114,15 @@ class NearestNeighbours:
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise UserError(f"k must be at least 1, got {self.k}")
+            raise UserError(f"k must be at least 1, got {self.k}; give NearestNeighbours(k=10)")
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
         """Keep the directions of all features; raises UserError if there are fewer than k."""
         if len(features) < self.k:
-            raise UserError(f"the k-th neighbour needs at least k = {self.k} reference images, got {len(features)}")
+            raise UserError(
+                f"the k-th neighbour needs at least k = {self.k} reference images, got {len(features)}; "
+                f"give more images, or NearestNeighbours(k={len(features)})"
+            )
         self._known = F.normalize(features, dim=1)
 
     def score(self, model: SplitModel, x: Tensor, outputs: Outputs | None = None) -> Tensor:
@@ -151,10 +154,13 @@ class Disagreement:
     def __post_init__(self) -> None:
         if self.shift < 0 or self.draws < 0 or not 0 <= self.noise < math.inf:
             raise UserError(
-                f"shift, draws and noise must be at least 0, got {self.shift}, {self.draws} and {self.noise}"
+                f"shift, draws and noise must be at least 0, got {self.shift}, {self.draws} and {self.noise}; "
+                "give Disagreement(shift=1, draws=2, noise=0.05)"
             )
         if not (self.shift or (self.draws and self.noise) or self.flip):
-            raise UserError("at least one change is needed, got shift, noise or draws 0 and no flip")
+            raise UserError(
+                "at least one change is needed, got shift, noise or draws 0 and no flip; give Disagreement(shift=1)"
+            )
 
     def fit(self, features: Tensor, labels: Tensor) -> None:
         """Do nothing: the image is compared with itself only."""
@@ -330,10 +336,12 @@ def evaluate_detection(
         )
     rates = sorted(set(rates))
     if not rates or not all(0 <= rate < 1 for rate in rates):
-        raise UserError(f"rates must be one or more clean rejection rates in [0, 1), got {rates}")
+        raise UserError(
+            f"rates must be one or more clean rejection rates in [0, 1), got {rates}; give rates=[0.01, 0.05]"
+        )
     for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
         if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")
     if calibration is None:
         first, second = stratified(reference.labels, len(reference) // 2, seed)
         reference, calibration = reference.subset(first), reference.subset(second)
@@ -442,9 +450,14 @@ class _Job:
                 features.append(self.model.features(x[here].to(self.device)))
         known, labels = torch.cat(features), reference.labels.to(self.device)
         if not torch.isfinite(known).all():  # synchronises the device
-            raise UserError("features must be finite, got NaN or infinity for a clean image")
+            raise UserError(
+                "features must be finite, got NaN or infinity for a clean image; look for sqrt, log or division at 0 in the model"
+            )
         if missing := sorted(set(range(self.model.num_classes)) - set(reference.labels.tolist())):
-            raise UserError(f"the reference needs images of every class, got none of class {missing[0]}")
+            raise UserError(
+                f"the reference needs images of every class, got none of class {missing[0]}; "
+                "give more of them (--data.labelled 1), or a model of the classes that there are"
+            )
         for detector in detectors:
             detector.fit(known, labels)
 
@@ -457,7 +470,9 @@ class _Job:
             *((s, f"scores of {d.name}") for d, s in zip(detectors, scores, strict=True)),
         ):
             if not torch.isfinite(values).all():
-                raise UserError(f"{what} must be finite, got NaN or infinity for a clean image")
+                raise UserError(
+                    f"{what} must be finite, got NaN or infinity for a clean image; look for sqrt, log or division at 0"
+                )
         return wrong, margins, scores
 
     def oblivious(

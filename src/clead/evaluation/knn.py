@@ -37,14 +37,22 @@ def knn_accuracy(features: Tensor, labels: Tensor, queries: Tensor, query_labels
     1.0
     """
     if k < 1:
-        raise UserError(f"k must be at least 1 neighbour, got {k}")
+        raise UserError(f"k must be at least 1 neighbour, got {k}; give k=20")
     if features.dim() != 2 or queries.dim() != 2 or features.shape[1] != queries.shape[1]:
-        raise UserError(f"features and queries must be (N, D), got {tuple(features.shape)} and {tuple(queries.shape)}")
+        raise UserError(
+            f"features and queries must be (N, D), got {tuple(features.shape)} and {tuple(queries.shape)}; "
+            "give features.flatten(1), of one model for both"
+        )
     for name, vectors, classes in (("features", features, labels), ("queries", queries, query_labels)):
         if not len(vectors) or classes.shape != (len(vectors),):
-            raise UserError(f"{name} must have one label each, got {len(vectors)} and labels {tuple(classes.shape)}")
+            raise UserError(
+                f"{name} must have one label each, got {len(vectors)} and labels {tuple(classes.shape)}; "
+                "give labels of shape (N,)"
+            )
         if not torch.isfinite(vectors).all():  # synchronises the device
-            raise UserError(f"{name} must be finite, got NaN or infinity")
+            raise UserError(
+                f"{name} must be finite, got NaN or infinity; look for sqrt, log or division at 0 in the model"
+            )
     near, k = F.normalize(features, dim=1), min(k, len(features))
     num_classes = int(labels.max()) + 1
     right = 0

@@ -124,10 +124,11 @@ def evaluate_linear_probe(
     """
     if not len(images) or min(batch_size, steps) < 1:
         raise UserError(
-            f"need at least one image, step and image per batch, got {len(images)} images, {steps} steps, batches of {batch_size}"
+            f"need at least one image, step and image per batch, got {len(images)} images, {steps} steps, batches of {batch_size}; "
+            "give images, steps=20 and batch_size=256"
         )
     if not strengths or min(strengths) <= 0:
-        raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}")
+        raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}; give --strengths 0.1,1,10")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     train = train.known()
     if len(train.labels.unique()) < 2:

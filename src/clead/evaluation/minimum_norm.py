@@ -126,7 +126,10 @@ def curve(distances: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([0.0000, 0.1000, 0.3000]), tensor([0.7500, 0.5000, 0.2500]))
     """
     if not len(distances) or distances.isnan().any() or (distances < 0).any():
-        raise UserError(f"distances must be ≥ 0 and at least one, got {distances.tolist()[:5]}")
+        raise UserError(
+            f"distances must be ≥ 0 and at least one, got {distances.tolist()[:5]}; "
+            "give the norms of the perturbations, torch.inf where none was found"
+        )
     ordered = distances.sort().values
     radii = torch.cat([ordered.new_zeros(1), ordered[ordered.isfinite()]]).unique()
     broken = torch.searchsorted(ordered, radii, right=True)
@@ -165,10 +168,14 @@ def evaluate_minimum_norm(
     Raises UserError for a name of no minimum-norm attack, an attack not made for this norm, or invalid images.
     """
     if not len(images) or not attacks:
-        raise UserError(f"need at least one image and one attack, got {len(images)} and {len(attacks)}")
+        raise UserError(
+            f"need at least one image and one attack, got {len(images)} and {len(attacks)}; give attacks=['fab']"
+        )
     chosen = [_attack(attack, norm) for attack in attacks]
     if len({name for name, _ in chosen}) < len(chosen):
-        raise UserError(f"each attack may be named once, got {', '.join(name for name, _ in chosen)}")
+        raise UserError(
+            f"each attack may be named once, got {', '.join(name for name, _ in chosen)}; take out the repeated"
+        )
     if steps is not None:
         chosen = [(name, replace(cast(Any, attack), steps=steps)) for name, attack in chosen]
     model = wrapped(model)
@@ -224,7 +231,7 @@ def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
     if isinstance(attack, str):
         if attack not in known:
             ATTACKS.get(attack)
-            raise UserError(f"{attack} needs a radius; attacks for the smallest perturbation: {', '.join(known)}")
+            raise UserError(f"{attack} needs a radius; take one for the smallest perturbation: {', '.join(known)}")
         attack = known[attack]()
     made_for(attack, norm)
     return next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__), attack

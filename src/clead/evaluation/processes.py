@@ -41,7 +41,7 @@ class Shard:
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--shard must be i/n with 1 ≤ i ≤ n, such as 2/4, got {text!r}")
+            raise UserError(f"--shard must be i/n with 1 ≤ i ≤ n, got {text!r}; give such as --shard 2/4")
         return Shard(int(match[1]), int(match[2]))
 
     def has(self, batch: int) -> bool:
@@ -98,7 +98,9 @@ def merged(
         found = read_header(folder) or {}
         wanted = {**header, "version": found.get("version"), "shard": found.get("shard")}
         if different := differences(found, wanted):
-            raise UserError(f"--merge: {folder} is of another evaluation: {'; '.join(different)}")
+            raise UserError(
+                f"--merge: {folder} is of another evaluation ({'; '.join(different)}); repeat that shard with the same settings"
+            )
         with State(folder, {**header, "shard": found["shard"]}, trust=trust).opened() as store:
             parts.update(store.parts)
             notes += [f"shard {found['shard']}: {note}" for note in store.notes[1:]]

@@ -172,7 +172,7 @@ def evaluate_model(
     start = time.monotonic()
     model = wrapped(model)
     if not len(images):
-        raise UserError("there is no image to evaluate, got 0")
+        raise UserError("there is no image to evaluate, got 0; give images (N, C, H, W) and labels (N,), N at least 1")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

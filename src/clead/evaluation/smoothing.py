@@ -128,7 +128,7 @@ def certify(
     largest = radius_of(lower_bound(n, n, alpha), sigma)
     grid = [step * sigma / 4 for step in range(1 + math.floor(4 * largest / sigma))] if radii is None else list(radii)
     if not all(0 <= radius < math.inf for radius in grid):
-        raise UserError(f"radii must be finite and at least 0, got {grid}")
+        raise UserError(f"radii must be finite and at least 0, got {grid}; give radii=[0, {sigma}]")
     model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     x, y = _pixels(images.images), images.labels
@@ -238,7 +238,8 @@ def _counts(
         logits = model(image + sigma * noise)
         if not torch.isfinite(logits).all():  # synchronises the device; argmax takes NaN for the largest
             raise UserError(
-                "logits must be finite, got NaN or infinity for a noisy image; pixels are not clipped to [0, 1]"
+                "logits must be finite, got NaN or infinity for a noisy image, whose pixels are "
+                "not clipped to [0, 1]; look for sqrt, log or division at 0 in the model"
             )
         counts += torch.bincount(logits.argmax(1), minlength=k)
     return counts
@@ -246,12 +247,14 @@ def _counts(
 
 def _check(sigma: float, alpha: float, **counts: int) -> None:
     if not 0 < sigma < math.inf:
-        raise UserError(f"sigma must be above 0 and finite, in pixel units of [0, 1], got {sigma}")
+        raise UserError(f"sigma must be above 0 and finite, in pixel units of [0, 1], got {sigma}; give --sigma 0.25")
     if not 0 < alpha < 0.5:
-        raise UserError(f"alpha must be in (0, 0.5), the probability of a wrong certificate, got {alpha}")
+        raise UserError(
+            f"alpha must be in (0, 0.5), the probability of a wrong certificate, got {alpha}; give --alpha 0.001"
+        )
     for name, value in counts.items():
         if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+            raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -39,7 +39,10 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> Paired:
     Paired(only_a=5, only_b=0, p_value=0.0625)
     """
     if len(a) != len(b):
-        raise UserError(f"paired flags must be of the same images, got {len(a)} and {len(b)}")
+        raise UserError(
+            f"paired flags must be of the same images, got {len(a)} and {len(b)}; "
+            "evaluate both with the same data and --eval.images"
+        )
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     different = only_a + only_b

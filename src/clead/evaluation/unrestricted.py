@@ -55,7 +55,10 @@ def evaluate_unrestricted(
     Raises UserError on invalid images, an attack that does not fit them, or logits that are not (B, K).
     """
     if not len(images) or batch_size < 1:
-        raise UserError(f"need at least one image and a batch_size of at least 1, got {len(images)} and {batch_size}")
+        raise UserError(
+            f"need at least one image and a batch_size of at least 1, got {len(images)} and {batch_size}; "
+            "leave batch_size out for 256"
+        )
     name, values = described(attack)
     model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -77,7 +77,10 @@ class Custom:
         module = make_module(self.factory, num_classes)
         if isinstance(module, SplitModel):
             if module.num_classes != num_classes:
-                raise UserError(f"{self.factory} has {module.num_classes} classes but the data has {num_classes}")
+                raise UserError(
+                    f"{self.factory} has {module.num_classes} classes but the data has {num_classes}; "
+                    f"return a model with {num_classes} outputs (the factory may take num_classes)"
+                )
             return module
         return AdaptedModel(
             module,
@@ -108,7 +111,10 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
     """Return what ``package.module:factory`` or ``path/to/file.py:factory`` makes; raises UserError if it does not."""
     source, separator, name = factory.rpartition(":")
     if not (source and separator and name):
-        raise UserError(f"model.name must be 'module:factory' or 'path/to/file.py:factory', got {factory!r}")
+        raise UserError(
+            f"model.name must be 'module:factory' or 'path/to/file.py:factory', got {factory!r}; "
+            "give such as --model.name net.py:make"
+        )
     with _importable(Path.cwd(), Path(source).resolve().parent):
         code = _load(source)
         if not hasattr(code, name):
@@ -122,9 +128,14 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
         try:
             made = make(num_classes=num_classes) if _takes_num_classes(make) else make()
         except (Exception, SystemExit) as error:
-            raise UserError(f"model.name: {factory} raised {_line(error)}") from error
+            raise UserError(
+                f"model.name: {factory} raised {_line(error)}; "
+                "mend it; the factory is called without arguments, or with num_classes"
+            ) from error
     if not isinstance(made, nn.Module):
-        raise UserError(f"model.name: {factory} must return a torch.nn.Module, got {type(made).__name__}")
+        raise UserError(
+            f"model.name: {factory} must return a torch.nn.Module, got {type(made).__name__}; end it with return model"
+        )
     return made
 
 
@@ -139,11 +150,11 @@ def _load(source: str) -> ModuleType:
             if error.name is not None and f"{source}.".startswith(f"{error.name}."):
                 raise UserError(
                     f"model.name: no module {source!r} here or installed; "
-                    "a file is named with its .py, such as 'nets/mine.py:Net'"
+                    "give a file with its .py, such as 'nets/mine.py:Net'"
                 ) from error
-            raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
+            raise _not_imported(source, error) from error
         except (Exception, SystemExit) as error:
-            raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
+            raise _not_imported(source, error) from error
     if not path.is_file():
         near = [str(other) for other in path.parent.glob("*.py")]
         remedy = did_you_mean(source, near) if near else f"give its path from {Path.cwd()}"
@@ -158,7 +169,7 @@ def _load(source: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UserError(f"model.name: importing {source} raised {_line(error)}") from error
+        raise _not_imported(source, error) from error
     return module
 
 
@@ -179,6 +190,11 @@ def _takes_num_classes(factory: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _not_imported(source: str, error: BaseException) -> UserError:
+    line = f"python {source}" if source.endswith(".py") else f"python -c 'import {source}'"
+    return UserError(f"model.name: importing {source} raised {_line(error)}; mend it until this runs: {line}")
 
 
 def _line(error: BaseException) -> str:

@@ -96,7 +96,7 @@ class ModelInput:
                 "leave out range"
             )
         if self.std is not None and min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, got {min(self.std)}")
+            raise ValueError(f"std must be above 0, got {min(self.std)}; give std=0.5, for example")
 
     @property
     def normalizes(self) -> bool:

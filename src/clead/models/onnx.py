@@ -100,7 +100,8 @@ class OnnxModel(nn.Module):
             (answer,) = self.session.run([self.output_name], {self.input_name: padded.contiguous().numpy()})
         except Exception as error:  # onnxruntime has a dozen kinds
             raise UserError(
-                f"{self.path} fails on images {tuple(padded.shape)} {padded.dtype}: {_reason(error)}"
+                f"{self.path} fails on images {tuple(padded.shape)} {padded.dtype}: {_reason(error)}; "
+                'give --data.image_size, or --model.input "size=…", of the size that it takes'
             ) from None
         logits = torch.from_numpy(answer)
         logits = logits.float() if logits.dtype == torch.float16 else logits
@@ -114,7 +115,10 @@ class OnnxModel(nn.Module):
         try:
             if len(self.forward(x)) == 2:
                 return
-            error = UserError(f"{self.path} does not return one row per image, {self.output_name!r} has another shape")
+            error = UserError(
+                f"{self.path} does not return one row per image, {self.output_name!r} has another shape; "
+                "name the logits (B, K): --model.output NAME"
+            )
         except UserError as failure:
             error = failure
         if self.fixed_batch is None:
@@ -274,7 +278,9 @@ def _session(path: Path) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime has a dozen kinds
         kind = None if path.suffix == ".ort" else describe_file(path)
-        raise UserError(f"{path} is not an ONNX model: {kind or _reason(error)}") from None
+        raise UserError(
+            f"{path} is not an ONNX model: {kind or _reason(error)}; export it again with torch.onnx.export"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

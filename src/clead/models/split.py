@@ -341,7 +341,9 @@ def adapt(
             module, sample_shape=sample_shape, num_classes=num_classes, classifier=classifier, output=output
         )
     if num_classes is not None and module.num_classes != num_classes:
-        raise UserError(f"the model has {module.num_classes} classes but the data has {num_classes}")
+        raise UserError(
+            f"the model has {module.num_classes} classes but the data has {num_classes}; give its last layer {num_classes} outputs"
+        )
     return module
 
 

@@ -151,7 +151,7 @@ def open_search(recipe: str, overrides: Sequence[str] = ()) -> Search:
     config = load_recipe(recipe, kept)
     tree = parse_yaml(recipe_text(recipe)[1], recipe).get(TUNE)
     if tree is not None and not isinstance(tree, dict):
-        raise UserError(f"{TUNE}: must be a mapping of keys, got {tree!r:.60}")
+        raise UserError(f"{TUNE}: must be a mapping of keys, got {tree!r:.60}; write {TUNE}: {{trials: 20}}")
     group = {str(key): value for key, value in (tree or {}).items()}
     for nested in ("space", "during"):
         if isinstance(group.get(nested), dict):
@@ -214,7 +214,9 @@ def _searchable(key: str, config: RunConfig) -> None:
     path = key.split(".")
     if path[0] == "stages":
         if len(path) < 4:
-            raise UserError(f"{TUNE}.space.{key}: a setting of a stage is stages.NAME.group.key")
+            raise UserError(
+                f"{TUNE}.space.{key}: a setting of a stage is stages.NAME.group.key; give such as stages.NAME.optim.lr"
+            )
         path = path[2:]
     if path[0] not in GROUPS:
         raise UserError(f"{TUNE}.space.{key}: unknown group {path[0]!r}; {did_you_mean(path[0], GROUPS)}")
@@ -246,10 +248,12 @@ def _distribution(key: str, values: Any, kinds: Sequence[type]) -> BaseDistribut
             )
         return CategoricalDistribution(values)
     if not isinstance(values, dict):
-        raise UserError(f"{where}: give {{low: …, high: …}} or a list of choices, got {values!r:.60}")
+        raise UserError(
+            f"{where}: must be a range or a list, got {values!r:.60}; give {{low: …, high: …}} or a list of choices"
+        )
     span = validated(Range, {str(name): value for name, value in values.items()}, where)
     if span.low >= span.high:
-        raise UserError(f"{where}: low must be below high, got {span.low} and {span.high}")
+        raise UserError(f"{where}: low must be below high, got {span.low} and {span.high}; give the smaller one as low")
     if span.log and span.low <= 0:
         raise UserError(f"{where}: a logarithm needs low above 0, got {span.low}; raise it, or leave log out")
     if span.log and span.step is not None:
@@ -261,7 +265,9 @@ def _distribution(key: str, values: Any, kinds: Sequence[type]) -> BaseDistribut
         raise UserError(f"{where}: steps of {span.step} do not lead from {span.low} to {span.high}; change one of them")
     if whole:
         if not all(float(part).is_integer() for part in (span.low, span.high, span.step or 1)):
-            raise UserError(f"{where}: is a whole number, so are low, high and step, got {values!r:.60}")
+            raise UserError(
+                f"{where}: is a whole number, so are low, high and step, got {values!r:.60}; give such as {{low: 1, high: 10}}"
+            )
         return IntDistribution(int(span.low), int(span.high), log=span.log, step=int(span.step or 1))
     step = None if span.step is None else float(span.step)
     return FloatDistribution(float(span.low), float(span.high), log=span.log, step=step)

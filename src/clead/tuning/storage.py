@@ -144,7 +144,8 @@ def _url(url: str) -> tuple[str, str]:
         parsed = sql.make_url(url)
     except sqlalchemy.exc.ArgumentError:
         raise UserError(
-            f"--storage: must be a database's URL, such as postgresql://user:password@host/database, got {_hidden(url)}"
+            f"--storage: must be a database's URL, got {_hidden(url)}; "
+            "give such as --storage postgresql://user:password@host/database"
         ) from None
     if parsed.drivername == "postgresql":
         driver = next((name for name in ("psycopg", "psycopg2") if importlib.util.find_spec(name)), "psycopg2")
