@@ -304,7 +304,7 @@ def test_an_exported_file_is_evaluated_as_any_models(run, tmp_path, call, monkey
         (("--precision", "int4"), "--precision int4 is not one of --format onnx"),
         (
             ("--format", "safetensors", "--precision", "int8"),
-            "there are onnx: float32, int8; safetensors: float32, bfloat16",
+            "give one of onnx: float32, int8; safetensors: float32, bfloat16",
         ),
         (("--images", "0"), "--images must be at least 1, got 0"),
         (("--push-to-hub", "nobody"), "--push-to-hub must be USER/NAME, got 'nobody'"),
