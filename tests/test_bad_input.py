@@ -333,7 +333,11 @@ def test_attacks_of_other_libraries(fails, here, trained):
 def test_files_of_adversarial_images(fails, here, trained):
     shutil.copytree(trained, here / "run")
     fails(
-        "attack", "run", "--verify", "x.parquet", has="no file of adversarial images at x.parquet; run: clead evaluate RUN"
+        "attack",
+        "run",
+        "--verify",
+        "x.parquet",
+        has="no file of adversarial images at x.parquet; run: clead evaluate RUN",
     )
     (here / "x.parquet").write_bytes(b"PAR1 but no more")
     fails("attack", "run", "--verify", "x.parquet", has="x.parquet is not a file of clead evaluate --save-adversarial")

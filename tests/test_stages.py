@@ -484,7 +484,10 @@ def test_wrong_stages_are_one_line(change, said):
         ),
         ("--stages.4.train.epochs 2", "--stages.4.train.epochs: no stage '4'"),
         ("--stages.0.train.epochs 2", "--stages.0.train.epochs: no stage '0'"),
-        ("--stages.head.epochs 2", "--stages.head.epochs: a setting of a stage has four parts; give --stages.NAME.group.key VALUE"),
+        (
+            "--stages.head.epochs 2",
+            "--stages.head.epochs: a setting of a stage has four parts; give --stages.NAME.group.key VALUE",
+        ),
         ("--stages.head.train.epoch 2", "stages.head.train.epoch: unknown key; did you mean 'epochs'"),
         ("--stages.head.eval.images 2", "stages.head.eval: belongs to the whole run"),
     ],

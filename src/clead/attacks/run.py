@@ -72,9 +72,10 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
     least, most = int(y.min()), int(y.max())
     if least < 0 or (num_classes is not None and most >= num_classes):
         bound = "K" if num_classes is None else str(num_classes)
-        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else "; give class numbers from 0 on"
-        if least != 1 and num_classes is not None and most >= num_classes:
+        hint = "; give class numbers from 0 on"
+        if num_classes is not None and most >= num_classes:
             hint = f"; the model has {num_classes} classes: give one of {most + 1} or more, or leave out images of other classes"
+        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else hint
         hint = "; leave out images without a label" if least == -1 else hint
         raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}{hint}")
 
