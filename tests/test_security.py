@@ -285,12 +285,11 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
     "text, said",
     [
         (LAUGHS, "aliases are not supported"),
-        ("data: !!python/object/apply:os.system ['false']", "could not determine a constructor"),
-        ("data: !!python/name:os.system", "could not determine a constructor"),
-        ("data: !!python/module:os", "could not determine a constructor"),
+        ("data: !!python/object/apply:os.system ['false']", "tags are not supported"),
+        ("data: !!python/name:os.system", "tags are not supported"),
+        ("data: !!python/module:os", "tags are not supported"),
         ("[" * 50_000, "not valid YAML"),
         ("{a: " * 50_000, "not valid YAML"),
-        ("a: 1" + ":10" * 500 + ".5", "not valid YAML"),  # base 60, beyond what a float can hold
         ("a: " + "9" * 90_000, "not valid YAML"),
         ("a: 1\n" * 300_000, "must be under"),
     ],
@@ -305,7 +304,7 @@ def test_yaml_that_was_made_to_harm(text, said, tmp_path, run):
 
 def test_a_recipe_without_end_is_not_read(tmp_path):
     """Such as a device or a pipe, whose size on disk is 0."""
-    with pytest.raises(UserError, match="must be under"):
+    with pytest.raises(UserError, match="must be a file, it is a device"):
         clead.config.yaml_text(Path("/dev/zero"))
 
 
