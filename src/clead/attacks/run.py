@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clead.attacks import OBJECTIVES
 from clead.errors import UserError, out_of_memory
 from clead.interfaces import Attack, Model, Search, Threat
-from clead.models.external import backward_of
+from clead.models.external import ModelError, backward_of
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import seeded
@@ -308,8 +308,10 @@ def _takes_channels_last(model: nn.Module, image: Tensor) -> bool:
             logits = model(x)
             if logits.requires_grad:
                 torch.autograd.grad(logits.sum(), x)
-    except RuntimeError:
-        return False
+    except RuntimeError as error:
+        if isinstance(error.__cause__, RuntimeError) or not isinstance(error, ModelError):
+            return False
+        raise  # a forward that fails for another reason than the layout
     return True
 
 
