@@ -376,7 +376,8 @@ def test_too_little_memory_is_one_line(command, monkeypatch):
     code, _, err = command("train", "digits-standard", "--out", "run")
     assert (code, err) == (
         1,
-        "clead: error: not enough memory; lower data.batch_size, eval.batch_size or data.limit_train (such as --data.batch_size 16)\n",
+        "clead: error: not enough memory; lower data.batch_size, eval.batch_size or data.limit_train "
+        "(such as --data.batch_size 16)\n",
     )
 
 
