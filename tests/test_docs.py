@@ -29,6 +29,7 @@ import pytest
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+import torch
 from torch import nn
 
 import clead
@@ -164,6 +165,7 @@ def prepared(page: str, trained: Path) -> None:
     classes = 2 if "photos" in text else 10
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, classes))
     save_file(net.state_dict(), "net.safetensors")
+    torch.save(net.state_dict(), "net.pth")
     Path("my_models.py").write_text(
         "from torch import nn\n\ndef make_net():\n"
         f"    return nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, {classes}))\n"

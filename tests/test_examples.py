@@ -126,4 +126,4 @@ def test_somebody_elses_model_with_its_weights(example, photos):
         100.0,
         20,
     )  # grey levels 200 and 30 are further than 8 from where the answer changes
-    assert len(checks) > 10
+    assert len(checks) > 5  # as many as suite quick has the passes for

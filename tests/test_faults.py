@@ -46,7 +46,9 @@ def train(out, *overrides, **keys):
 def lasting(value):
     if isinstance(value, dict):
         return {key: lasting(part) for key, part in value.items() if key not in TIMES}
-    return [lasting(part) for part in value] if isinstance(value, list) else value
+    if isinstance(value, list):  # a record says that its evaluation was continued, and from when
+        return [lasting(part) for part in value if not str(part).startswith("continued from a state with ")]
+    return value
 
 
 def content(folder):

@@ -338,7 +338,7 @@ def test_the_state_of_another_measurement_is_refused(name, change, says, run, co
         (("corruptions", "--severities", "1,6"), "a severity must be 1, 2, 3, 4 or 5, got 6"),
         (("corruptions", "--severities", "1,high"), "a severity must be 1, 2, 3, 4 or 5, got 'high'"),
         (("corruptions", "--severities", "2,2"), "may be named once"),
-        (("corruptions", "--severities", ""), "there is nothing to corrupt by"),
+        (("corruptions", "--severities", ""), "at least one corruption and one severity are needed"),
         (("distances", "--attacks", "fnm"), "unknown attack 'fnm'; did you mean 'fmn'"),
         (("distances", "--attacks", "pgd"), "pgd needs a radius"),
         (("distances", "--attacks", "deepfool", "--threat.norm", "l1"), "is an attack for linf, l2, got l1"),

@@ -579,7 +579,7 @@ def test_the_stored_curve_is_thinned_but_exact():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"attacks": ["pgd"]}, "pgd needs a radius; attacks for the smallest perturbation: cw, deepfool, f"),
+        ({"attacks": ["pgd"]}, "pgd needs a radius; take one for the smallest perturbation: cw, deepfool, f"),
         ({"attacks": ["fnm"]}, "unknown attack 'fnm'; did you mean 'fmn'"),
         ({"attacks": ["cw"]}, "CW is an attack for l2, got linf"),
         ({"attacks": []}, "need at least one image and one attack, got 4 and 0"),

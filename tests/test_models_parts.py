@@ -387,7 +387,7 @@ def test_custom_model_is_imported_and_adapted(folder: Path, factory: str) -> Non
         ("nets/mine_of_test.py:Nat", "has no 'Nat'; did you mean 'Net'"),
         ("nets/mine_of_test.py:wrong", "must return a torch.nn.Module, got int"),
         ("nets/mine_of_test.py:made", "is a Net; give a function or class"),
-        ("nets/mine_of_test.py:broken", "raised RuntimeError: no weights$"),
+        ("nets/mine_of_test.py:broken", "raised RuntimeError: no weights"),
         ("nets/mine_of_test.py:split", "has 5 classes but the data has 3"),
     ],
 )

@@ -130,14 +130,15 @@ def test_a_sink_drops_what_the_system_refuses_and_remembers_why():
 def test_a_sink_waits_for_a_slow_reader_of_a_pipe_that_does_not_block():
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    read = []
-    thread = threading.Thread(target=lambda: read.append(os.fdopen(reading, "rb").read()))
+    read, pipe = [], os.fdopen(reading, "rb")
+    thread = threading.Thread(target=lambda: read.append(pipe.read()))
     stream = io.BufferedWriter(Sink(writing))
     threading.Timer(0.3, thread.start).start()
     stream.write(b"x" * 300_000)
     stream.flush()
     os.close(writing)
     thread.join(10)
+    pipe.close()
     assert read == [b"x" * 300_000] and stream.raw.error is None
 
 
@@ -250,15 +251,15 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
 
     for where, key in (
         ("clead.api.training.fit", "data.batch_size"),
-        ("clead.api.training._dry_run", "data.batch_size"),
+        ("clead.api.training._check_model", "data.batch_size"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, short)
-            patch.setattr(sys, "argv", ["clead", "train", "digits-standard", *TINY, "--out", str(tmp_path / "run")])
+            patch.setattr(sys, "argv", ["clead", "train", "digits-standard", *TINY, "--out", str(tmp_path / where)])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clead:")]
-        assert ended.value.code == 1 and len(lines) == 1 and key in lines[0]
+        assert ended.value.code == 1 and len(lines) == 1 and key in lines[0], (where, ended.value.code, lines)
 
 
 def test_what_was_written_is_counted(tmp_path):

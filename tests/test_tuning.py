@@ -81,7 +81,7 @@ def outcomes(study):
         ("{optim.name: [sgd, adam]}", "optim.name: input should be 'sgd' or 'adamw', got 'adam'"),
         ("{optim.name: [sgd, sgd]}", "choices are different numbers, words"),
         ("{optim.milestones: [[0.5], [0.6]]}", "choices are different numbers, words"),
-        ("{optim.lr: 0.1}", "give {low: …, high: …} or a list of choices, got 0.1"),
+        ("{optim.lr: 0.1}", "must be a range or a list, got 0.1; give {low: …, high: …}"),
         ("{method.name: [clead, trades]}", "another method has other keys; search each by itself, with --method.name"),
         ("{stages.first: [1]}", "a setting of a stage is stages.NAME.group.key"),
         ("{eval.steps: [1, 2]}", "every trial must be measured alike"),
