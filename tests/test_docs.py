@@ -26,10 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-import torch
 from torch import nn
 
 import clead
