@@ -252,8 +252,8 @@ def evaluate_foreign(
         classifier=classifier,
     )
     order_given = getattr(config.data, "classes", None) is not None
-    splits, said = align_classes(splits, foreign.classes, source=name, order_given=order_given)
-    splits = dataclasses.replace(splits, notes=(*splits.notes, *said))
+    splits, class_notes = align_classes(splits, foreign.classes, source=name, order_given=order_given)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *class_notes))
     images = mixed(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
