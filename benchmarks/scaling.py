@@ -63,7 +63,7 @@ def worker(folder, steps):
         }
         result = {"seconds": float(statistics.median(spent)), "sent": sent if size > 1 else {}}
         (Path(folder) / "result.json").write_text(json.dumps(result))
-    distributed.leave(0)
+    distributed.exit_process(0)
 
 
 def messages(folder):

@@ -24,4 +24,4 @@ def main(out: Path, cases: dict[str, list[str]]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
-    distributed.leave(0)
+    distributed.exit_process(0)

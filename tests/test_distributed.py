@@ -114,7 +114,7 @@ from clead import distributed
 from clead.api.opened import build
 from clead.config import load_recipe
 from clead.training.sharding import gather, sharded
-processes = distributed.started(torch.device("cpu"))
+processes = distributed.init_world(torch.device("cpu"))
 config = load_recipe("digits-trades", ["--model.name", "resnet8", "--model.width", "8"])
 model = build(config, config.data.load(0))
 whole = sum(part.numel() for part in model.parameters())
@@ -125,10 +125,10 @@ before = {name: part.clone() for name, part in model.state_dict().items()}
 for part in model.parameters():
     part.data.zero_()
 gather(shared, model)
-if processes.first:
+if processes.is_main:
     assert all(torch.equal(part, before[name]) for name, part in model.state_dict().items())
     print("shared out", flush=True)
-distributed.leave(0)
+distributed.exit_process(0)
 """)
     done = torchrun(2, str(tmp_path / "shares.py"))
     assert done.returncode == 0 and "shared out" in done.stdout, done.stderr[-3000:]
@@ -329,7 +329,7 @@ d.connect("gloo", datetime.timedelta(seconds=60))
 numbers = torch.tensor([float(os.environ["RANK"]) + 1])
 torch.distributed.all_reduce(numbers)
 print(numbers.item())
-d.leave(0)
+d.exit_process(0)
 """
     settings = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes = [
@@ -348,7 +348,7 @@ def test_a_missing_master_is_told(tmp_path):
     code = """
 import datetime, clead.distributed as d, torch
 d._MEETING = datetime.timedelta(seconds=2)
-d.started(torch.device("cpu"))
+d.init_world(torch.device("cpu"))
 """
     settings = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **settings})
@@ -361,7 +361,7 @@ def test_joining_keeps_views_apart_and_its_backward_is_that_of_the_whole_batch(m
     parts = [torch.randn(views * images, width, dtype=torch.float64) for _ in range(size)]
     monkeypatch.setattr(distributed, "_gathered", lambda values, count: torch.stack([values, parts[1]]))
     own = parts[0].clone().requires_grad_()
-    joined = distributed.Processes(0, size).join(own, images)
+    joined = distributed.World(0, size).gather_with_grad(own, images)
     expected = [part[view * images : (view + 1) * images] for view in range(views) for part in parts]
     assert torch.equal(joined, torch.cat(expected))
     weight = torch.randn(len(joined), width, dtype=torch.float64)

@@ -42,7 +42,7 @@ class LostWorker(RuntimeError):
 
 
 @contextmanager
-def told_of_loss(where: str) -> Generator[None, None, None]:
+def raise_on_lost_worker(where: str) -> Generator[None, None, None]:
     """Turn what gloo or NCCL say when a process is gone into LostWorker, which names ``where`` to go on."""
     try:
         yield
@@ -59,7 +59,7 @@ def told_of_loss(where: str) -> Generator[None, None, None]:
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """The processes of one training, numbered from 0; number 0 writes, logs and validates.
 
     Attributes:
@@ -68,19 +68,19 @@ class Processes:
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def own(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """Return which of ``count`` things, a multiple of ``size``, are this process's."""
-        each = count // self.size
+        each = count // self.world_size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def join(self, outputs: Tensor, images: int) -> Tensor:
+    def gather_with_grad(self, outputs: Tensor, images: int) -> Tensor:
         """Return what all processes have: (V·b, …) of V stacked views of b images become (V·b·size, …), view by view.
 
         The backward keeps this process's rows, times ``size``: averaging gradients over processes then gives the gradient of the
@@ -90,21 +90,21 @@ class Processes:
             outputs: of this process.
             images: b.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return outputs
         _count("join", outputs)
-        return cast(Tensor, _Join.apply(outputs, self.rank, self.size, images))
+        return cast(Tensor, _GatherWithGrad.apply(outputs, self.rank, self.world_size, images))
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Return the rows of all processes, in their order, without gradient."""
-        if self.size == 1:
+        if self.world_size == 1:
             return values
         _count("gather", values)
-        return _gathered(values.detach(), self.size).flatten(0, 1)
+        return _gathered(values.detach(), self.world_size).flatten(0, 1)
 
-    def average(self, gradients: Sequence[Tensor | None], flags: Sequence[bool] = ()) -> list[bool]:
+    def all_reduce_mean(self, gradients: Sequence[Tensor | None], flags: Sequence[bool] = ()) -> list[bool]:
         """Average tensors over all processes in place; return which of ``flags`` is set on any process."""
-        if self.size == 1:
+        if self.world_size == 1:
             return list(flags)
         tensors = [gradient for gradient in gradients if gradient is not None]
         told = torch.tensor([float(flag) for flag in flags], device=tensors[0].device if tensors else None)
@@ -114,23 +114,23 @@ class Processes:
         dist.all_reduce(flat)
         start = len(told)
         for tensor in tensors:
-            tensor.copy_((flat[start : start + tensor.numel()] / self.size).view_as(tensor))
+            tensor.copy_((flat[start : start + tensor.numel()] / self.world_size).view_as(tensor))
             start += tensor.numel()
         return [bool(value) for value in flat[: len(told)].tolist()]
 
-    def share(self, result: T) -> T:
+    def broadcast(self, result: T) -> T:
         """Return process 0's ``result`` on every process."""
-        if self.size == 1:
+        if self.world_size == 1:
             return result
         box = [result]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def agree(self, about: dict[str, str]) -> None:
+    def check_same(self, about: dict[str, str]) -> None:
         """Raise UserError on every process, naming what differs and where, unless all have the same ``about``."""
-        if self.size == 1:
+        if self.world_size == 1:
             return
-        everything: list[Any] = [None] * self.size
+        everything: list[Any] = [None] * self.world_size
         dist.all_gather_object(everything, about)
         for number, other in enumerate(everything):
             if wrong := [key for key in about if other.get(key) != everything[0].get(key)]:
@@ -140,13 +140,13 @@ class Processes:
                     f"{_short(everything[0].get(key))}; give all processes the same recipe, data and versions"
                 )
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until all processes are here."""
-        if self.size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = World()
 TRAFFIC: Counter[str] = Counter()
 """Bytes that this process has given into collectives: outputs joined, labels and keys and statistics gathered, gradients and
 the backward's statistics summed; and the number of ``calls``."""
@@ -157,14 +157,14 @@ def _count(kind: str, tensor: Tensor) -> None:
     TRAFFIC["calls"] += 1
 
 
-def started(device: torch.device) -> Processes:
-    """Return the processes that ``torchrun`` started, connected; ``ALONE`` for a single one.
+def init_world(device: torch.device) -> World:
+    """Return the processes that ``torchrun`` started, connected; ``SINGLE_PROCESS`` for a single one.
 
     Raises UserError if there is no master, or the others do not come within five minutes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size < 2 or not dist.is_available():
-        return ALONE
+        return SINGLE_PROCESS
     if not dist.is_initialized():
         try:
             connect("nccl" if device.type == "cuda" else "gloo", _MEETING)
@@ -176,8 +176,8 @@ def started(device: torch.device) -> Processes:
                 f"the {size} processes of this training do not find each other at {where} ({reason}); start them with torchrun"
             ) from None
         dist.distributed_c10d._set_pg_timeout(_PATIENCE)
-        atexit.register(_leave)
-    return Processes(dist.get_rank(), dist.get_world_size())
+        atexit.register(_destroy_group)
+    return World(dist.get_rank(), dist.get_world_size())
 
 
 def connect(backend: str, timeout: timedelta) -> None:
@@ -213,7 +213,7 @@ def _live_port(agent: dist.TCPStore, host: str, timeout: timedelta) -> int:
             time.sleep(0.1)
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process with ``code`` if it is one of several; else return.
 
     With torch 2.13 one of thirty processes that had been in a group aborted after Python's own end, in the library's clean-up
@@ -226,7 +226,7 @@ def leave(code: int) -> None:
         os._exit(code)
 
 
-def _leave() -> None:
+def _destroy_group() -> None:
     """Part from the others: threads of a group that is still there abort a process that ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -240,7 +240,7 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
-class _Join(torch.autograd.Function):
+class _GatherWithGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, outputs: Tensor, rank: int, size: int, images: int) -> Tensor:
         ctx.rank, ctx.size, ctx.images = rank, size, images
@@ -412,11 +412,9 @@ class Parted:
         return torch.stack(drawn, 1).flatten(0, 2)
 
 
-def average_gradients(
-    processes: Processes, parameters: Iterable[nn.Parameter], flags: Sequence[bool] = ()
-) -> list[bool]:
-    """Average the gradients of ``parameters`` over all processes, in place; see ``Processes.average``."""
-    return processes.average([parameter.grad for parameter in parameters], flags)
+def average_gradients(processes: World, parameters: Iterable[nn.Parameter], flags: Sequence[bool] = ()) -> list[bool]:
+    """Average the gradients of ``parameters`` over all processes, in place; see ``World.all_reduce_mean``."""
+    return processes.all_reduce_mean([parameter.grad for parameter in parameters], flags)
 
 
 def _short(value: object) -> str:

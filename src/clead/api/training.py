@@ -18,7 +18,7 @@ from clead.attacks.run import image_gradient
 from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
-from clead.distributed import Processes, local_device, started
+from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
@@ -69,9 +69,9 @@ def train(
     Returns:
         The run. Raises UserError for a mistake of the user, NonFiniteLoss if training diverges.
     """
-    processes = started(local_device(device_of(config.train.device)))
-    path = processes.share(Path(out) if out is not None else RunDir.default_path(config.name))
-    continuing = processes.share(resume and (path / "config.yaml").exists())
+    processes = init_world(local_device(device_of(config.train.device)))
+    path = processes.broadcast(Path(out) if out is not None else RunDir.default_path(config.name))
+    continuing = processes.broadcast(resume and (path / "config.yaml").exists())
     config = _with_parts(config, path if continuing else None, processes)
     if continuing:
         _same_config(config, RunDir.open(path).config())
@@ -80,12 +80,12 @@ def train(
     device_of(config.train.device)
     _check_starts(config)
     splits = data if data is not None else config.data.load(config.train.seed)
-    if show and processes.first:
+    if show and processes.is_main:
         say_skipped(splits.skipped)
         for note in splits.notes:
             _log.warning("%s", note)
-    processes.agree({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
-    show = show and processes.first
+    processes.check_same({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
+    show = show and processes.is_main
     splits, new_labels = _as_seen(config, splits, path, show=show)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else build(config, splits)
@@ -96,8 +96,8 @@ def train(
         dim = first.embedding_dim if first.uses_embedding else None
         start_from(split_model, Path(config.train.start_from), dim=dim)
     taken = f"{path} is in use by another training; wait for it, or give another --out"
-    with locked(path, taken) if processes.first else nullcontext():
-        if processes.first:
+    with locked(path, taken) if processes.is_main else nullcontext():
+        if processes.is_main:
             run = RunDir(path) if continuing else RunDir.create(path, config)
             run.note_environment()
             for name, lines in (("unreadable.txt", splits.unreadable), ("skipped.txt", splits.skipped)):
@@ -105,7 +105,7 @@ def train(
                     write_atomically(path / name, "".join(f"{line}\n" for line in lines).encode())
             if new_labels is not None:
                 save_weights(path / PSEUDO_LABELS, *new_labels)
-        processes.wait()
+        processes.barrier()
         run = RunDir(path)
         # Leave the caller's global random state, and what of the model is frozen, as they were.
         memory = memory_of("the training", "data.batch_size", "model.width")
@@ -116,9 +116,9 @@ def train(
                 outcome = fit(
                     config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
                 )
-        if processes.first:
+        if processes.is_main:
             write_outcome(path, outcome)
-        processes.wait()
+        processes.barrier()
     split_model.drop_projection()
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)
@@ -147,7 +147,7 @@ def _versions() -> dict[str, str]:
     return {f"version of {name}": version for name, version in environment().items() if name in ("clead", "torch")}
 
 
-def _with_parts(config: RunConfig, path: Path | None, processes: Processes) -> RunConfig:
+def _with_parts(config: RunConfig, path: Path | None, processes: World) -> RunConfig:
     """Return the configuration with the parts that batches are drawn in, those of the run in ``path`` if it is continued.
 
     So a run goes on with the same images and perturbations on another number of processes.
@@ -155,7 +155,7 @@ def _with_parts(config: RunConfig, path: Path | None, processes: Processes) -> R
     parts = config.train.parts
     if parts is None and path is not None:
         parts = RunDir.open(path).config().train.parts
-    if parts is None and (here := processes.size * config.train.accumulate) > 1:
+    if parts is None and (here := processes.world_size * config.train.accumulate) > 1:
         parts = here
     return dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
 

@@ -128,7 +128,7 @@ def main() -> None:
         code = exit_code(end.code if isinstance(end.code, int) else 0, sinks, atomic_io.written > 0)
         end.code = code if isinstance(end.code, int) or code else end.code
         if (module := sys.modules.get("clead.distributed")) is not None:
-            module.leave(end.code if isinstance(end.code, int) else 0)
+            module.exit_process(end.code if isinstance(end.code, int) else 0)
         raise
 
 

@@ -53,7 +53,7 @@ class Shard:
         return state if self.count == 1 else state.with_name(f"{state.name}.shard-{self.index}-of-{self.count}")
 
 
-ALONE = Shard(1, 1)
+SINGLE_SHARD = Shard(1, 1)
 
 
 def shards(state: Path) -> list[Path]:
@@ -119,7 +119,7 @@ class Group:
     """The processes of one distributed run."""
 
     rank: int
-    size: int
+    world_size: int
     handle: Any
 
     def gather(self, header: dict[str, Any], parts: dict[str, Part]) -> dict[str, Part] | None:
@@ -128,7 +128,7 @@ class Group:
         Raises UserError on every process, naming what differs, if they evaluate different things.
         """
         own = {key: value for key, value in header.items() if key != "shard"}
-        headers: list[Any] = [None] * self.size
+        headers: list[Any] = [None] * self.world_size
         dist.all_gather_object(headers, own, group=self.handle)
         for other, found in enumerate(headers):
             if different := differences(headers[0], found):
@@ -136,11 +136,11 @@ class Group:
                     f"process {other} evaluates something else than process 0: {'; '.join(different)}; "
                     "give all processes the same model, images and settings"
                 )
-        everything: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        everything: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(parts, everything, dst=0, group=self.handle)
         return {key: part for one in everything for key, part in one.items()} if everything is not None else None
 
-    def share(self, result: T) -> T:
+    def broadcast(self, result: T) -> T:
         """Return rank 0's result on every process."""
         box = [result]
         dist.broadcast_object_list(box, src=0, group=self.handle)

@@ -42,7 +42,7 @@ from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import diagnosis, masking, processes
 from clead.evaluation.extent import Extent, expected_parts, extent
 from clead.evaluation.plan import EvaluationPlan
-from clead.evaluation.processes import ALONE, Shard
+from clead.evaluation.processes import SINGLE_SHARD, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
 from clead.evaluation.state import Part, State
 from clead.evaluation.statistics import estimate
@@ -202,7 +202,7 @@ def evaluate_model(
         gradients, seen = _ready(job)  # all that can be wrong is said before there is a state
         notes += seen
         group = processes.group() if shard is None and not merge else None
-        mine = shard or (Shard(group.rank + 1, group.size) if group else ALONE)
+        mine = shard or (Shard(group.rank + 1, group.world_size) if group else SINGLE_SHARD)
         header = _header(job, mine)
         if settings.precision != "float32":
             notes.append(f"{LOWER_PRECISION} {settings.precision} and may find less; verdicts are in float32")
@@ -222,7 +222,7 @@ def evaluate_model(
                 if group:
                     parts = group.gather(header, store.parts)
                     if parts is None:  # rank 0 draws what is drawn once
-                        return group.share(None)
+                        return group.broadcast(None)
                     store.parts.update(parts)
                 curve, checks = [], []
                 if gradients:
@@ -241,7 +241,7 @@ def evaluate_model(
             if not gradients:
                 notes.append("the model has no gradient: no curve and no checks of gradient masking")
             evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
-    return group.share(evaluation) if group else evaluation
+    return group.broadcast(evaluation) if group else evaluation
 
 
 def _header(job: EvaluationPlan, shard: Shard) -> dict[str, Any]:

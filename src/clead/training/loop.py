@@ -25,14 +25,14 @@ from clead.data.base import mixed
 from clead.data.labels import for_method
 from clead.data.loaders import Loader, seeded
 from clead.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     Parted,
-    Processes,
+    World,
     average_gradients,
+    init_world,
     local_device,
-    started,
+    raise_on_lost_worker,
     synchronised,
-    told_of_loss,
 )
 from clead.errors import UserError, out_of_memory
 from clead.evaluation.knn import neighbours_accuracy
@@ -143,15 +143,15 @@ def _forward_backward(
     memory: nn.Module | None,
     amp: contextlib.AbstractContextManager[Any],
     scaler: torch.amp.GradScaler,
-    processes: Processes = ALONE,
+    processes: World = SINGLE_PROCESS,
 ) -> StepOutput:
     """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken.
 
     generators: one for each part of the batch. The gradient of one of several ``processes`` is to be averaged with theirs.
     """
-    size, alone = len(batch.labels), processes.size == 1
+    size, alone = len(batch.labels), processes.world_size == 1
     threat = config.threat if len(generators) == 1 else cast(Threat, Parted(config.threat, generators, size))
-    gather = None if alone else processes.gather
+    gather = None if alone else processes.all_gather
     step = Step(threat, config.attack, generators[0], progress, memory, len(generators), gather)
     with record_function("views"), amp:
         views = config.method.views(model, batch, step)
@@ -159,12 +159,12 @@ def _forward_backward(
         views = Views(views.images, _of_all(views.batch, processes), views.batch)
 
     def output() -> StepOutput:
-        join = None if alone else lambda outputs: processes.join(outputs, size)
+        join = None if alone else lambda outputs: processes.gather_with_grad(outputs, size)
         with record_function("loss"), amp, model.joined(join):
             return config.method.loss(model, views, step)
 
     kept = [(part, part.clone()) for part in memory.buffers()] if config.train.awp and memory is not None else []
-    average = None if alone else processes.average
+    average = None if alone else processes.all_reduce_mean
     with perturbed_weights(model, lambda: scaler.scale(output().loss), config.train.awp, average):
         for part, before in kept:  # the ascent leaves the memory's buffers as they are, as it does the model's
             part.copy_(before)
@@ -174,11 +174,11 @@ def _forward_backward(
     return found
 
 
-def _of_all(batch: Batch, processes: Processes) -> Batch:
+def _of_all(batch: Batch, processes: World) -> Batch:
     """Return the batch with what belongs to the labels, of all processes; the images stay those of this one."""
     names = ("labels", "index", "soft_labels", "labelled")
     return batch._replace(
-        **{name: processes.gather(part) for name in names if (part := getattr(batch, name)) is not None}
+        **{name: processes.all_gather(part) for name in names if (part := getattr(batch, name)) is not None}
     )
 
 
@@ -211,10 +211,10 @@ def fit(
     """
     settings = config.train
     device = local_device(device_of(settings.device))
-    processes = started(device)
+    processes = init_world(device)
     with (
-        told_of_loss(str(run.path)) if processes.size > 1 else contextlib.nullcontext(),
-        synchronised(model) if processes.size > 1 and settings.sync_batch_norm else contextlib.nullcontext(),
+        raise_on_lost_worker(str(run.path)) if processes.world_size > 1 else contextlib.nullcontext(),
+        synchronised(model) if processes.world_size > 1 and settings.sync_batch_norm else contextlib.nullcontext(),
     ):
         return _fit(
             config,
@@ -224,7 +224,7 @@ def fit(
             device=device,
             processes=processes,
             resume=resume,
-            show=show and processes.first,
+            show=show and processes.is_main,
             after_step=after_step,
             after_validation=after_validation,
             stored=stored,
@@ -238,7 +238,7 @@ def _fit(
     run: RunDir,
     *,
     device: torch.device,
-    processes: Processes,
+    processes: World,
     resume: bool,
     show: bool,
     after_step: Callable[[], None] | None,
@@ -246,7 +246,7 @@ def _fit(
     stored: Path | None,
 ) -> Outcome:
     settings = config.train
-    parts = settings.parts or processes.size * settings.accumulate
+    parts = settings.parts or processes.world_size * settings.accumulate
     batch_images = min(config.data.batch_size, len(splits.train))
     _check_parts(config, parts, processes, batch_images)
     layout = torch.channels_last if settings.channels_last else torch.contiguous_format
@@ -257,12 +257,14 @@ def _fit(
     if config.method.uses_stored:
         folder = run.path / "stored" if stored is None else stored
         try:
-            for turn in range(processes.size):  # the first one makes them, the others find them made, one after another
+            for turn in range(
+                processes.world_size
+            ):  # the first one makes them, the others find them made, one after another
                 if turn == processes.rank:
                     kept_images, prior, prior_seconds = store_images(
                         config, splits, model, folder, device=device, show=show
                     )
-                processes.wait()
+                processes.barrier()
         except KeyboardInterrupt:
             raise Interrupted(f"stopped while images were stored; continue with --resume --out {run.path}") from None
     if settings.trainable == "classifier":
@@ -280,7 +282,7 @@ def _fit(
         stored=kept_images,
         parts=parts,
         rank=processes.rank,
-        size=processes.size,
+        size=processes.world_size,
     )
     memory = config.method.memory(
         model, images=len(splits.train), num_classes=len(splits.classes), shape=tuple(splits.train.images.shape[1:])
@@ -293,9 +295,9 @@ def _fit(
         from clead.training import sharding  # takes a second to import
 
         sharding.check(config, memory)
-    if shard := settings.shard and processes.size > 1:
-        model = sharding.sharded(deployed, processes.size, device)
-        deployed.to("cpu" if not processes.first else device)
+    if shard := settings.shard and processes.world_size > 1:
+        model = sharding.sharded(deployed, processes.world_size, device)
+        deployed.to("cpu" if not processes.is_main else device)
     per_epoch = loader.steps_per_epoch
     epochs = settings.epochs if settings.epochs is not None else (settings.budget or 0) / cost
     images_seen = epochs * (per_epoch * batch_images if settings.epochs is not None else len(splits.train))
@@ -345,8 +347,8 @@ def _fit(
             )
         remembered = memory.state_dict() if memory is not None else None
         if isinstance(memory, Perturbation):  # each process has those of its own images
-            remembered = {name: processes.gather(part) for name, part in memory.state_dict().items()}
-        if not processes.first:
+            remembered = {name: processes.all_gather(part) for name, part in memory.state_dict().items()}
+        if not processes.is_main:
             return
         state = {
             "model": of_model,
@@ -376,8 +378,8 @@ def _fit(
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
     with (
-        _signals(processes.size == 1) as interrupted,
-        tensorboard(run.path / "tensorboard", at.step) if processes.first else contextlib.nullcontext() as draw,
+        _signals(processes.world_size == 1) as interrupted,
+        tensorboard(run.path / "tensorboard", at.step) if processes.is_main else contextlib.nullcontext() as draw,
         progress(f"train {config.name}", steps, done=at.step, show=show) as tick,
     ):
 
@@ -424,7 +426,7 @@ def _fit(
                         part.grad /= len(found)
             late = time.monotonic() - last_save >= settings.checkpoint_seconds
             own = [part for part in learnt if not hasattr(part, "to_local")]  # the others are averaged already
-            stop, late = average_gradients(processes, own, [bool(interrupted()), late and processes.first])
+            stop, late = average_gradients(processes, own, [bool(interrupted()), late and processes.is_main])
             # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
             if not scaler.is_enabled() and (broken := _bad_gradient(model, learnt)):
                 raise NonFiniteLoss(
@@ -459,7 +461,7 @@ def _fit(
             if at.step % every == 0 or at.step == steps:
                 weighed = kept()
                 if config.method.uses_classifier:
-                    clean, robust = processes.share(
+                    clean, robust = processes.broadcast(
                         accuracy_under_attack(
                             weighed,
                             validation,
@@ -469,26 +471,26 @@ def _fit(
                             seed=settings.seed,
                             device=device,
                         )
-                        if processes.first
+                        if processes.is_main
                         else (0.0, 0.0)
                     )
                     log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(validation))
                     validated = {"validation_robust": robust, "validation_clean": clean}
-                    if after_validation is not None and processes.first:
+                    if after_validation is not None and processes.is_main:
                         after_validation(at.step / steps, clean, robust)
                     if message := _parting(
                         at, robust, len(validation), batch_images, model, weighed, splits, config, device, processes
                     ):
                         log("warning", message=message)
-                        if processes.first:
+                        if processes.is_main:
                             _log.warning(message)
                     # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained
                     # weights win.
                     score = robust if config.method.uses_attack else clean
                 else:
-                    score = processes.share(
+                    score = processes.broadcast(
                         neighbours_accuracy(weighed, splits.train.known(), validation, device=device)
-                        if processes.first
+                        if processes.is_main
                         else 0.0
                     )
                     log("validation", knn_accuracy=score, images=len(validation))
@@ -498,11 +500,11 @@ def _fit(
                     at.validations_since_best = 0
                 if score >= at.best:  # of equals the later one, which has learnt longer
                     at.best, at.best_step = score, at.step
-                    if processes.first:
+                    if processes.is_main:
                         _save(run, "best", weighed, config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
             tick(1, **validated, **status)
-            if stop or (processes.size == 1 and interrupted()):
+            if stop or (processes.world_size == 1 and interrupted()):
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
             if late and at.step < steps and not at.stopped_early:
@@ -511,11 +513,11 @@ def _fit(
     save()  # first: it refuses weights that are not finite
     final = kept()
     deployed.to(device)
-    if processes.first:
+    if processes.is_main:
         _save(run, "last", final, config, splits, at, cost)
         if (head := final.projection) is not None:  # not deployed, but a training that starts from here takes it up
             save_weights(run.path / PROJECTION, head.state_dict(), {})
-    processes.wait()
+    processes.barrier()
     return Outcome(
         steps=at.step,
         epochs=at.step / per_epoch,
@@ -528,17 +530,17 @@ def _fit(
     )
 
 
-def _check_parts(config: RunConfig, parts: int, processes: Processes, batch_images: int) -> None:
+def _check_parts(config: RunConfig, parts: int, processes: World, batch_images: int) -> None:
     """Raise UserError unless a batch can be shared out."""
     settings = config.train
-    if parts % (processes.size * settings.accumulate):
+    if parts % (processes.world_size * settings.accumulate):
         raise UserError(
-            f"train.parts must be a multiple of processes × train.accumulate, {processes.size} × {settings.accumulate}, got "
+            f"train.parts must be a multiple of processes × train.accumulate, {processes.world_size} × {settings.accumulate}, got "
             f"{parts}; start another number of processes"
         )
     if batch_images % parts:
         raise UserError(
-            f"a batch of {batch_images} images cannot be shared out to {parts} equal parts ({processes.size} processes, "
+            f"a batch of {batch_images} images cannot be shared out to {parts} equal parts ({processes.world_size} processes, "
             f"train.accumulate {settings.accumulate}); set --data.batch_size to a multiple of {parts}"
         )
     if parts > 1 and config.data.labelled_share is not None and batch_images // parts < 2:
@@ -553,12 +555,12 @@ def _check_parts(config: RunConfig, parts: int, processes: Processes, batch_imag
 
 
 def _generators(
-    device: torch.device, parts: int, processes: Processes, settings: Train, step: int
+    device: torch.device, parts: int, processes: World, settings: Train, step: int
 ) -> list[list[torch.Generator]]:
     """Return where random starts are drawn from in a step, for each piece of a batch a generator per part."""
     if parts == 1:
         return [[seeded(device, settings.seed, step, _PERTURBATION)]]
-    here = parts // processes.size
+    here = parts // processes.world_size
     own = [
         seeded(device, settings.seed, step, _PERTURBATION, part)
         for part in range(processes.rank * here, (processes.rank + 1) * here)
@@ -606,7 +608,7 @@ def _parting(
     splits: Splits,
     config: RunConfig,
     device: torch.device,
-    processes: Processes,
+    processes: World,
 ) -> str:
     """Return what to say if robust accuracy on training batches and on n validation images part; once for each cause."""
     training, images = at.robust_training, at.robust_images
@@ -621,7 +623,7 @@ def _parting(
     if not lost and at.partings & (at.partings - 1):  # measured at the 1st, 2nd, 4th, 8th … time
         return ""
     cause = Cause("", "the model is spread over processes, so the cause was not measured", {})
-    if processes.size == 1 and not config.train.shard:
+    if processes.world_size == 1 and not config.train.shard:
         cause = cause_of(model, weighed, splits.train, config, device, training, robust)
     if cause.kind in at.warned and not lost:
         return ""
@@ -706,12 +708,12 @@ def _restore(
     optimizer: Any,
     schedule: Any,
     scaler: Any,
-    processes: Processes,
+    processes: World,
     restore: Callable[[Any, Any, Any, Any], None] | None,
 ) -> Position:
     state, note = run.load_state()
     if state is None:
-        if processes.first:
+        if processes.is_main:
             run.truncate_log(0)  # stopped before its first checkpoint: everything is done again
         return Position()
     if note:
@@ -747,7 +749,7 @@ def _take_up(
     optimizer: Any,
     schedule: Any,
     scaler: Any,
-    processes: Processes,
+    processes: World,
     restore: Callable[[Any, Any, Any, Any], None] | None,
 ) -> Position:
     if state["data"] != splits.fingerprint:
@@ -766,7 +768,7 @@ def _take_up(
     if memory is not None:
         remembered = state["memory"]
         if isinstance(memory, Perturbation):
-            remembered = {name: part[processes.own(len(part))] for name, part in remembered.items()}
+            remembered = {name: part[processes.local_slice(len(part))] for name, part in remembered.items()}
         memory.load_state_dict(remembered)
     schedule.load_state_dict(state["schedule"])
     scaler.load_state_dict(state["scaler"])
@@ -774,7 +776,7 @@ def _take_up(
     # train.device may change on resume: as many generators as there are here.
     for index, rng in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(rng, index)
-    if processes.first:
+    if processes.is_main:
         run.truncate_log(state["log_size"])
     return Position(**state["position"])
 

@@ -12,7 +12,7 @@ from typing import Any
 from clead.atomic_io import read_json, read_regular, remove_tree_inside, write_atomically
 from clead.checkpoint import RunDir, load_weights, save_weights
 from clead.config import RunConfig
-from clead.distributed import Processes, local_device, started
+from clead.distributed import World, init_world, local_device
 from clead.interfaces import Splits
 from clead.models.split import SplitModel, copied
 from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
@@ -47,19 +47,19 @@ def fit_stages(
     ]
     by_name = {stage.name: folder for stage, folder in zip(config.stages, folders, strict=True)}
     outcomes: list[Outcome] = []
-    processes = started(local_device(device_of(config.train.device)))
+    processes = init_world(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
-        outcome = processes.share(_finished(here.path / "outcome.json"))
+        outcome = processes.broadcast(_finished(here.path / "outcome.json"))
         if outcome is None:
             source = training.data.pseudo_labels_from
             if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
-            begun = processes.share((here.path / "config.yaml").exists())
-            if not begun and processes.first:
+            begun = processes.broadcast((here.path / "config.yaml").exists())
+            if not begun and processes.is_main:
                 remove_tree_inside(here.path)  # a kill while it was made
                 RunDir.create(here.path, training)
-            if processes.first:
+            if processes.is_main:
                 here.note_environment()
             seen = splits
             if source != config.data.pseudo_labels_from:
@@ -83,14 +83,14 @@ def fit_stages(
             except Interrupted as error:
                 where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
                 raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
-            if processes.first:
+            if processes.is_main:
                 write_outcome(here.path, outcome)
-            outcome = processes.share(outcome)
+            outcome = processes.broadcast(outcome)
         outcomes.append(outcome)
         finished = zip(config.stages, folders, outcomes, strict=False)
-        if processes.first:
+        if processes.is_main:
             write_metrics(run, [(each.name, folder, outcome) for each, folder, outcome in finished])
-    for name in ("best", "last") if processes.first else ():
+    for name in ("best", "last") if processes.is_main else ():
         write_atomically(
             run.path / f"{name}.safetensors", read_regular(folders[-1].path / f"{name}.safetensors", sys.maxsize)
         )
@@ -103,7 +103,7 @@ def _labelled_by(
     model: SplitModel,
     here: RunDir,
     training: RunConfig,
-    processes: Processes,
+    processes: World,
     *,
     show: bool,
 ) -> Splits:
@@ -111,13 +111,13 @@ def _labelled_by(
     if teacher is None:
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
     kept, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
-    if processes.first and not kept.exists():
+    if processes.is_main and not kept.exists():
         trained = copied(model)
         start_from(trained, teacher.path, which="last")
         save_weights(kept, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
-    processes.wait()
+    processes.barrier()
     found = load_weights(kept)
-    return with_pseudo_labels(splits, *found, source=f"stage {source}", kept=kept, show=show and processes.first)
+    return with_pseudo_labels(splits, *found, source=f"stage {source}", kept=kept, show=show and processes.is_main)
 
 
 def _finished(file: Path) -> Outcome | None:
