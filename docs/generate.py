@@ -1,4 +1,4 @@
-"""Write the pages of docs/reference/ from the registries, docstrings, recipes and commands, so that they cannot drift.
+"""Write the pages of docs/reference/, and the list of rooms in CONTRIBUTING.md, from the program itself, so that they cannot drift.
 
 python docs/generate.py            # after a change; tests/test_docs.py fails while the pages are not what this would write
 """
@@ -26,8 +26,10 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from layouts import LAYOUTS  # noqa: E402  the samples that tests/test_layouts.py reads
 from model_kinds import KINDS  # noqa: E402  the samples that tests/test_external_models.py tries
 from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/test_onnx_wild.py
+from rooms import ROOMS  # noqa: E402  the order that tests/test_architecture.py holds
 
 REFERENCE = Path(__file__).parent / "reference"
+CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
 _REGISTRIES = {"data": DATASETS, "model": MODELS, "threat": THREATS}
 _GROUPS = {
@@ -51,6 +53,18 @@ def pages() -> dict[str, str]:
         "layouts.md": _layouts(),
         "kinds.md": _kinds(),
     }
+
+
+def contributing() -> str:
+    """Return the text of CONTRIBUTING.md with its list of rooms, between the two markers, written anew."""
+    begin, end = "<!-- rooms: written by docs/generate.py from tests/rooms.py -->", "<!-- end of rooms -->"
+    before, _, rest = CONTRIBUTING.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    if not after:
+        raise SystemExit(f"{CONTRIBUTING} lacks the line {begin!r} or {end!r}")
+    rows = [f"| `{name}` | {_cell(about)} |" for name, about in ROOMS.items()]
+    table = "\n".join(["| room | what it does |", "|---|---|", *rows])
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 def _attacks() -> str:
@@ -265,3 +279,4 @@ if __name__ == "__main__":
     for page, text in pages().items():
         (REFERENCE / page).write_text(text)
         print(f"{REFERENCE / page}: {len(text.splitlines())} lines")
+    CONTRIBUTING.write_text(contributing())

@@ -1,4 +1,4 @@
-"""The order of the rooms (docs: architecture): parsed from the imports, so that it cannot drift."""
+"""The order of the rooms (tests/rooms.py): parsed from the imports, so that it cannot drift."""
 
 from __future__ import annotations
 
@@ -8,32 +8,12 @@ import inspect
 from pathlib import Path
 
 import pytest
+from rooms import ROOMS
 
 import clead
 
 ROOT = Path(clead.__file__).parent
-# A room may import itself and the rooms before it. report.record is the schema that evaluation fills; the other files of report
-# draw it, and api hands it to them.
-ORDER = [
-    *(
-        "errors",
-        "signature",
-        "output",
-        "atomic_io",
-        "registry",
-        "settings",
-        "interfaces",
-        "distributed",
-        "progress",
-        "threats",
-        "losses",
-        "models",
-        "attacks",
-        "methods",
-    ),
-    *("data", "config", "checkpoint", "weights", "report.record", "evaluation", "training", "report"),
-    *("export", "api", "tuning", "serving", "demo", "cli"),
-]
+ORDER = list(ROOMS)
 TORCH_ONLY = "interfaces"
 EXEMPT = {"__init__", "__main__"}
 FILES = sorted(path for path in ROOT.rglob("*.py"))
@@ -78,6 +58,11 @@ def test_rooms_import_only_what_comes_before_them(path):
     for line, target in imports(path):
         before = ORDER[: ORDER.index(room(module)) + 1]
         assert room(target) in before, f"{path.name}:{line}: {module} imports {target}, which comes after it"
+
+
+def test_every_room_exists():
+    modules = {dotted(path) for path in FILES}
+    assert [name for name in ROOMS if name not in modules] == []
 
 
 def test_interfaces_need_torch_only():

@@ -394,6 +394,14 @@ def test_make_targets_that_pages_name_exist():
     assert named and {command.split()[1] for command in named} <= set(targets)
 
 
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phony = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.M)
+    assert [line.split()[1] for line in printed.splitlines()] == phony[0].split()
+    assert all(len(line.split()) > 3 for line in printed.splitlines())
+
+
 def test_extras_that_pages_name_exist():
     text = (ROOT / "pyproject.toml").read_text()
     extras = set(re.findall(r"^(\w+) = \[", text[text.index("[project.optional-dependencies]") :], flags=re.M))
@@ -403,11 +411,13 @@ def test_extras_that_pages_name_exist():
 
 def test_generated_pages_are_up_to_date():
     """In a process of its own: other tests register attacks that are not shipped."""
-    code = "import json, generate; print(json.dumps(generate.pages()))"
+    code = "import json, generate; print(json.dumps([generate.pages(), generate.contributing()]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "docs")}
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    for name, text in json.loads(made.stdout.splitlines()[-1]).items():
+    pages, contributing = json.loads(made.stdout.splitlines()[-1])
+    for name, text in pages.items():
         assert (ROOT / "docs" / "reference" / name).read_text() == text, f"{name} is old; run: python docs/generate.py"
+    assert (ROOT / "CONTRIBUTING.md").read_text() == contributing, "the rooms are old; run: python docs/generate.py"
 
 
 def test_every_page_is_in_the_navigation():

@@ -1,0 +1,36 @@
+"""The rooms of ``src/clead``, in order: a room may import itself and the rooms before it.
+
+``tests/test_architecture.py`` checks the imports against this order; ``docs/generate.py`` writes it into CONTRIBUTING.md.
+"""
+
+ROOMS = {
+    "errors": "`UserError`: what the user gave, the rule, the remedy, on one line",
+    "signature": "signs files with a key of the user, and checks the signature",
+    "output": "standard output and error that cannot stop work",
+    "atomic_io": "reads and writes every file; a file is written whole or not at all",
+    "registry": "name → class; a folder is searched, so there is no list to edit",
+    "settings": "frozen settings: type, default, unit, range and documentation of a key in one place",
+    "interfaces": "batches, step outputs, and the protocols of threats, attacks, methods and datasets",
+    "distributed": "several processes that train one model",
+    "progress": "a progress bar on a terminal, a line now and then in a log",
+    "threats": "what an attacker may change: random start, gradient step, exact projection",
+    "losses": "pure functions of tensors",
+    "models": "networks: pixels in [0, 1] go in, logits come out; normalisation is the first layer",
+    "attacks": "an attack maximises an objective inside a threat set",
+    "methods": "a method turns a batch into a loss",
+    "data": "reads datasets, decodes images, puts batches on the device, augments each image",
+    "config": "the configuration of a run: one frozen tree, YAML in and out",
+    "checkpoint": "the run directory",
+    "weights": "weights from elsewhere: read without running code, matched by name",
+    "report.record": "the schema of a record; the other files of `report` draw it",
+    "evaluation": "clean and robust accuracy, the worst case per image, intervals, paired tests, masking checks",
+    "training": "the only place that calls backward and steps the optimiser",
+    "report": "draws records: one self-contained HTML page, and its figures",
+    "export": "models as files for others: ONNX, safetensors, a model card",
+    "api": "what users call from Python",
+    "tuning": "the search for a recipe: trials on validation images, shared by processes",
+    "serving": "the HTTP server and the playground",
+    "demo": "`make demo`",
+    "cli": "the command line, one file per command",
+}
+"""Room → what it does, in one line. A room is a folder or file of ``src/clead``; one with a dot is a file of a folder."""
