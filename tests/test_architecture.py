@@ -8,9 +8,9 @@ import inspect
 from pathlib import Path
 
 import pytest
-from rooms import ROOMS
 
 import clead
+from rooms import ROOMS
 
 ROOT = Path(clead.__file__).parent
 ORDER = list(ROOMS)
