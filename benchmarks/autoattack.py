@@ -27,9 +27,9 @@ from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
 from clead.data.base import mixed
 from clead.evaluation import robust
-from clead.evaluation.robust import Subject, evaluate_model
+from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import suite
-from clead.evaluation.verdicts import pixels
+from clead.evaluation.verdicts import to_float
 from clead.interfaces import ImageSet
 from clead.models.cost import CostMeter
 from clead.threats import THREATS
@@ -80,9 +80,11 @@ def ours(model, images, labels, norm, eps, block, seed):
     try:
         start = time.process_time()
         settings = Eval(curve_points=0, check_images=0, gallery=0, batch_size=block, seed=seed)
-        subject = Subject("model", "model", "best", "data", "test", "", tuple(map(str, range(model.num_classes))))
+        target = EvaluationTarget(
+            "model", "model", "best", "data", "test", "", tuple(map(str, range(model.num_classes)))
+        )
         record = evaluate_model(
-            model, ImageSet(images, labels), THREATS.get(norm)(eps=eps), settings, subject, show=False
+            model, ImageSet(images, labels), THREATS.get(norm)(eps=eps), settings, target, show=False
         ).record
         seconds["all"] = time.process_time() - start
     finally:
@@ -95,7 +97,7 @@ def ours(model, images, labels, norm, eps, block, seed):
 def by_pyautoattack(model, images, labels, norm, eps, block, seed):
     from pyautoattack import AutoAttack
 
-    x, y = pixels(images), labels
+    x, y = to_float(images), labels
     adversary = AutoAttack(model, norm=NORMS[norm], eps=clead_eps(eps), version="standard", seed=seed)
     adversary.verbose = False
     if model.num_classes <= 9:  # it refuses more targets than there are
@@ -122,7 +124,7 @@ def by_pyautoattack(model, images, labels, norm, eps, block, seed):
 def by_torchattacks(model, images, labels, norm, eps, block, seed):
     import torchattacks
 
-    x, y = pixels(images), labels
+    x, y = to_float(images), labels
     begin = time.process_time()
     clean = right(model, x, y)
     held = clean.clone()

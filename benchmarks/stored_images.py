@@ -32,7 +32,7 @@ def main() -> None:
     from clead.checkpoint import RunDir, write_atomically
     from clead.evaluation.state import read_header
     from clead.evaluation.transfer import stored_test, transferred
-    from clead.evaluation.verdicts import pixels
+    from clead.evaluation.verdicts import to_float
 
     torch.set_num_threads(1)
     folder = arguments.stored / "stored"
@@ -54,7 +54,7 @@ def main() -> None:
         threat = run.config.threat
         found = transferred(run.model, images, stored, threat, torch.device("cpu"))
         n = found.robust.n
-        change = (stored.x_adv[:n] - pixels(images.images[:n])).flatten(1)
+        change = (stored.x_adv[:n] - to_float(images.images[:n])).flatten(1)
         largest = change.abs().amax(1)
         about = {"recipe": run.config.name, "stored_by": arguments.stored.name, "model": path.name}
         about["data"] = run.config.to_dict()["data"]["name"]

@@ -17,7 +17,7 @@ from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
 from clead.errors import UserError
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.interfaces import Batch, ImageSet
 from clead.methods.clead_published import CLeadPublished
 from clead.models.build import build_model
@@ -232,7 +232,7 @@ def test_what_storing_costs_is_counted(tmp_path):
 
 def test_a_kill_between_parts_loses_none(tmp_path, monkeypatch):
     whole = fit(tmp_path / "whole")
-    real, kept = State.put, []
+    real, kept = ResumableResults.save, []
 
     class Killed(BaseException):
         pass
@@ -242,14 +242,14 @@ def test_a_kill_between_parts_loses_none(tmp_path, monkeypatch):
         kept.append(key)
         raise Killed
 
-    monkeypatch.setattr(State, "put", put)
+    monkeypatch.setattr(ResumableResults, "save", put)
     for resume in (False, True):
         with pytest.raises(Killed):
             fit(tmp_path / "killed", resume=resume)
     assert kept == ["train-000000", "train-000001"]
     first = tmp_path / "killed" / "stored" / "train-000000.safetensors"
     before = first.stat().st_mtime_ns
-    monkeypatch.setattr(State, "put", real)
+    monkeypatch.setattr(ResumableResults, "save", real)
     again = fit(tmp_path / "killed", resume=True)
     assert first.stat().st_mtime_ns == before
     assert same(weights(whole.path), weights(again.path)) and same(
@@ -262,13 +262,13 @@ def test_a_kill_between_parts_loses_none(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_while_images_are_stored_says_how_to_go_on(tmp_path, monkeypatch):
-    real = State.put
+    real = ResumableResults.save
 
     def put(self, key, tensors, data):
         real(self, key, tensors, data)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(State, "put", put)
+    monkeypatch.setattr(ResumableResults, "save", put)
     with pytest.raises(
         Interrupted, match=f"stopped while images were stored; continue with --resume --out {tmp_path}/run"
     ):

@@ -26,7 +26,7 @@ from clead.config import (
 from clead.data.datasets import DATASETS
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
-from clead.evaluation.suites import MEANING, SuiteName, suite
+from clead.evaluation.suites import SUITE_TITLES, SuiteName, suite
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.threats import THREATS
@@ -406,7 +406,7 @@ def test_shared_keys_are_printed_once():
 def test_every_suite_can_be_named_and_made(name):
     assert RunConfig.from_dict(tree(eval={"suite": name})).eval.suite == name
     attacks, _ = suite(name, "linf", 10, steps=1)
-    assert attacks and MEANING[name]
+    assert attacks and SUITE_TITLES[name]
 
 
 def test_suites_are_those_of_the_evaluation():

@@ -13,7 +13,7 @@ import clead
 from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
-from clead.evaluation.robust import Subject, evaluate_model
+from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import NamedAttack, suite
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import ImageSet
@@ -27,7 +27,7 @@ from clead.threats.linf import Linf
 EPS = 20 / 255
 NO_EXTRAS: dict[str, Any] = {"curve_points": 0, "check_images": 0}
 CLASSES = ("dark", "bright", "never")
-SUBJECT = Subject(
+SUBJECT = EvaluationTarget(
     name="run", model="Threshold", weights="best", data="made", split="test", data_fingerprint="d", classes=CLASSES
 )
 QUICK = Eval(suite="pgd", steps=5, batch_size=7, curve_points=0, check_images=0)

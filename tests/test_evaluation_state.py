@@ -22,8 +22,8 @@ from clead.cli import main
 from clead.config import Eval, load_recipe
 from clead.errors import UserError
 from clead.evaluation.processes import Shard
-from clead.evaluation.robust import Subject, evaluate_model
-from clead.evaluation.state import State, UntrustedState
+from clead.evaluation.robust import EvaluationTarget, evaluate_model
+from clead.evaluation.state import ResumableResults, UntrustedState
 from clead.interfaces import ImageSet
 from clead.signature import is_signed, keyless, sign
 from clead.threats import THREATS
@@ -86,7 +86,7 @@ def parts(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("after", [0, 1, 4, 9, 14, 16, 17])
 def test_resume_equals_uninterrupted_run_and_repeats_nothing(run, alone, after, monkeypatch):
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def kill_at(count):
         def counted(self, key, *part):
@@ -98,11 +98,11 @@ def test_resume_equals_uninterrupted_run_and_repeats_nothing(run, alone, after, 
         return counted
 
     if after:
-        monkeypatch.setattr(State, "put", kill_at(after))
+        monkeypatch.setattr(ResumableResults, "save", kill_at(after))
         with pytest.raises(Killed):
             evaluated(run)
         assert len(parts(run)) == after
-    monkeypatch.setattr(State, "put", kill_at(-1))
+    monkeypatch.setattr(ResumableResults, "save", kill_at(-1))
     assert evaluated(run) == alone
     assert len(calls) == len(set(calls)) == 3 * 5 + 2 + 1  # batches × (clean and four attacks), two radii, the checks
     assert not (run / "results" / "evaluation.state").exists()
@@ -150,10 +150,10 @@ def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypat
         put(self, key, *part)
         raise Killed
 
-    put = State.put
+    put = ResumableResults.save
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", killed)
+        patch.setattr(ResumableResults, "save", killed)
         evaluated(run)
     weights = run / "last.safetensors"
     if "last" in change:
@@ -182,9 +182,9 @@ def small(state: Path | None, **options: Any) -> dict[str, Any]:
     y = net(x).argmax(1)
     y[::7] = (y[::7] + 1) % 3  # some are wrong when clean
     settings = Eval(steps=2, batch_size=8, curve_points=0, check_images=0)
-    subject = Subject("small", "Linear", "given", "given", "test", "given", ("a", "b", "c"))
+    target = EvaluationTarget("small", "Linear", "given", "given", "test", "given", ("a", "b", "c"))
     threat = THREATS.get("linf")(eps=0.03)
-    found = evaluate_model(net, ImageSet(x, y), threat, settings, subject, state=state, show=False, **options)
+    found = evaluate_model(net, ImageSet(x, y), threat, settings, target, state=state, show=False, **options)
     assert found is not None
     return json.loads(found.record.model_dump_json())
 
@@ -199,7 +199,7 @@ def small_alone() -> dict[str, Any]:
 @pytest.fixture
 def state(tmp_path, monkeypatch) -> Path:
     """The state of an evaluation that was stopped after 16 of its 20 parts."""
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def kill_at(self, key, *part):
         put(self, key, *part)
@@ -208,12 +208,12 @@ def state(tmp_path, monkeypatch) -> Path:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", kill_at)
+        patch.setattr(ResumableResults, "save", kill_at)
         small(tmp_path / "state")
     return tmp_path / "state"
 
 
-def rewrite(file: Path, change, *, signed_by: State | None = None) -> bool:
+def rewrite(file: Path, change, *, signed_by: ResumableResults | None = None) -> bool:
     """Change a part and make its checksum right again, as a forger would, and its signature too where ``signed_by`` is given."""
     tensors, data = load_weights(file)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -269,7 +269,10 @@ def test_a_part_of_another_place_or_evaluation_is_no_part_of_this_one(state):
     second.write_bytes(kept)
     header = {**json.loads((state / "state.json").read_text()), "seed": 1}
     (state / "state.json").write_text(json.dumps(header))
-    with pytest.raises(UntrustedState, match=r"16 of them were not made by you"), State(state, header).opened():
+    with (
+        pytest.raises(UntrustedState, match=r"16 of them were not made by you"),
+        ResumableResults(state, header).opened(),
+    ):
         pass
 
 
@@ -296,8 +299,10 @@ def test_a_state_that_was_moved_by_its_user_goes_on(state, small_alone, monkeypa
     moved = tmp_path / "elsewhere"
     state.rename(moved)
     calls: list[str] = []
-    put = State.put
-    monkeypatch.setattr(State, "put", lambda self, key, *part: (calls.append(key), put(self, key, *part))[1])
+    put = ResumableResults.save
+    monkeypatch.setattr(
+        ResumableResults, "save", lambda self, key, *part: (calls.append(key), put(self, key, *part))[1]
+    )
     record = small(moved)
     assert sum(note.startswith("continued from a state with 16") for note in record["notes"]) == 1
     assert comparable(record) == small_alone
@@ -308,7 +313,7 @@ def test_a_state_that_was_moved_by_its_user_goes_on(state, small_alone, monkeypa
 @pytest.mark.parametrize("stage", ["00", "01", "02"])
 def test_parts_that_the_model_contradicts_are_computed_again(state, small_alone, name, stage, caplog):
     """Signed by the user's own key: what can be seen again is seen again all the same."""
-    own = State(None, json.loads((state / "state.json").read_text()))
+    own = ResumableResults(None, json.loads((state / "state.json").read_text()))
     changed = rewrite(state / f"000000-{stage}.safetensors", FORGERIES[name], signed_by=own)
     record = small(state)
     again = [note for note in record["notes"] if "do not agree with the model, computed again: 000000-" in note]
@@ -342,7 +347,7 @@ def test_shards_of_other_machines_are_merged_only_if_asked(small_alone, monkeypa
 def test_the_command_line_refuses_a_forged_state(run, monkeypatch, capsys):
     quick = ("--suite", "quick", "--eval.steps", "1", "--eval.images", "10", "--eval.batch_size", "5")
     arguments = ["clead", "evaluate", str(run), *quick, "--eval.curve_points", "0", "--eval.check_images", "0"]
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def kill_at(self, key, *part):
         put(self, key, *part)
@@ -351,7 +356,7 @@ def test_the_command_line_refuses_a_forged_state(run, monkeypatch, capsys):
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", kill_at)
+        patch.setattr(ResumableResults, "save", kill_at)
         patch.setattr(sys, "argv", arguments)
         main()
     for file in (run / "results" / "evaluation.state").glob("*.safetensors"):
@@ -371,14 +376,14 @@ def test_other_measurements_do_not_continue_a_forged_state(run, monkeypatch):
     options: dict[str, Any] = {"severities": (1,), "names": ("contrast", "fog"), "show": False}
     options["config"] = config(run, "--eval.images", "10")
     whole = api.corruptions_run(run, **options)
-    put = State.put
+    put = ResumableResults.save
 
     def killed(self, key, *part):
         put(self, key, *part)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", killed)
+        patch.setattr(ResumableResults, "save", killed)
         api.corruptions_run(run, **options)
     (file,) = (run / "results" / "corruptions.state").glob("*.safetensors")
     rewrite(file, all_robust)
@@ -409,8 +414,8 @@ def test_without_a_place_for_the_key_a_state_ends_with_its_process(tmp_path, mon
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert is_signed("text", sign("text")) and "cannot be kept" in keyless()
-    with State(tmp_path / "state", {"a": 1}).opened() as state:
-        state.put("part", {}, {})
+    with ResumableResults(tmp_path / "state", {"a": 1}).opened() as state:
+        state.save("part", {}, {})
     assert "is continued after a stop only with --trust-state" in caplog.text
 
 
@@ -427,17 +432,17 @@ def test_a_key_that_others_can_read_is_refused(tmp_path, monkeypatch, mode, cont
 
 
 def test_two_processes_on_one_state_are_refused(run):
-    state = State(run / "state", {"a": 1})
+    state = ResumableResults(run / "state", {"a": 1})
     with (
         state.opened(),
         pytest.raises(UserError, match="is in use by another evaluation"),
-        State(run / "state", {"a": 1}).opened(),
+        ResumableResults(run / "state", {"a": 1}).opened(),
     ):
         pass
 
 
 def test_a_full_disk_keeps_what_was_finished(run, alone, monkeypatch):
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def full(self, key, *part):
         calls.append(key)
@@ -446,7 +451,7 @@ def test_a_full_disk_keeps_what_was_finished(run, alone, monkeypatch):
         put(self, key, *part)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr(State, "put", full)
+        patch.setattr(ResumableResults, "save", full)
         evaluated(run)
     assert len(parts(run)) == 5 and not (run / "results" / "evaluation.json").exists()
     assert evaluated(run) == alone
@@ -549,7 +554,7 @@ def test_in_python_the_state_is_a_directory_that_goes_away(tmp_path, monkeypatch
     y = net(x).argmax(1)
     settings: dict[str, Any] = {"steps": 2, "batch_size": 8, "curve_points": 0, "check_images": 0, "eps": 0.02}
     whole = clead.evaluate(net, x, y, **settings)
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def killed(self, key, *part):
         put(self, key, *part)
@@ -558,7 +563,7 @@ def test_in_python_the_state_is_a_directory_that_goes_away(tmp_path, monkeypatch
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", killed)
+        patch.setattr(ResumableResults, "save", killed)
         clead.evaluate(net, x, y, state=tmp_path / "state", **settings)
     assert (tmp_path / "state" / "state.json").exists()
     with pytest.raises(UserError, match="another evaluation"):
@@ -701,7 +706,7 @@ def test_a_read_only_run_says_that_the_results_need_a_folder(run, tmp_path, monk
 
 
 def test_a_stopped_evaluation_goes_on_in_the_other_folder(run, tmp_path, monkeypatch):
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
 
     def kill_at(self, key, *part):
         put(self, key, *part)
@@ -711,7 +716,7 @@ def test_a_stopped_evaluation_goes_on_in_the_other_folder(run, tmp_path, monkeyp
 
     short = load_recipe(str(run / "config.yaml"), [*SHORT, "--eval.batch_size", "3", "--eval.suite", "pgd"])
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", kill_at)
+        patch.setattr(ResumableResults, "save", kill_at)
         api.evaluate_run(run, config=short, out=tmp_path / "elsewhere", show=False)
     assert (tmp_path / "elsewhere" / "evaluation.state" / "state.json").exists() and not (run / "results").exists()
     record = api.evaluate_run(run, config=short, out=tmp_path / "elsewhere", show=False).record

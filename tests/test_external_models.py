@@ -379,7 +379,7 @@ def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
     from clead.evaluation.minimum_norm import evaluate_minimum_norm
     from clead.evaluation.smoothing import certify
     from clead.evaluation.unrestricted import evaluate_unrestricted
-    from clead.evaluation.verdicts import right_images
+    from clead.evaluation.verdicts import correct_mask
 
     odd, usual = returning(IN_PLACE[how]), returning(lambda net, x: plain(net, (x - 0.5) / 0.25))
     data = splits(3).test
@@ -393,7 +393,7 @@ def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
         lambda model: evaluate_minimum_norm(model, data, "linf", steps=5).distances,
         lambda model: timeless(evaluate_unrestricted(model, data, Spatial())),
         lambda model: [check.numbers for check in run_checks(model, images(6), torch.arange(6) % 3, Linf(eps=0.05))],
-        lambda model: right_images(model, images(6), torch.arange(6) % 3).tolist(),
+        lambda model: correct_mask(model, images(6), torch.arange(6) % 3).tolist(),
     ]
     for measure in measurements:
         assert str(measure(odd)) == str(measure(usual))

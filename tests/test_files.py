@@ -31,7 +31,7 @@ from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.decoding import read_cache, write_cache
 from clead.errors import UserError
-from clead.evaluation.state import State, discard
+from clead.evaluation.state import ResumableResults, discard
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --train.epochs 1
 --train.validate_steps 1 --train.device cpu --eval.images 20 --eval.suite pgd --eval.steps 2 --eval.curve_points 0
@@ -171,14 +171,14 @@ def test_the_state_of_an_evaluation_is_never_another_folder(tmp_path, outside):
     (tmp_path / "evaluation.state").symlink_to(outside)
 
     def opened():
-        with State(tmp_path / "evaluation.state", {}).opened():
+        with ResumableResults(tmp_path / "evaluation.state", {}).opened():
             pass
 
     refused(opened, "is a link", "--fresh")
     discard(tmp_path / "evaluation.state")
     assert not (tmp_path / "evaluation.state").is_symlink() and hashes(outside) == before
-    with State(tmp_path / "evaluation.state", {}).opened() as state:
-        state.put("0-0", {}, {})
+    with ResumableResults(tmp_path / "evaluation.state", {}).opened() as state:
+        state.save("0-0", {}, {})
     (tmp_path / "evaluation.state" / "0-1.safetensors").symlink_to(outside / "inner" / "0-0.safetensors")
     refused(opened, "is a link to", "outside the state")
 

@@ -18,7 +18,7 @@ from clead.errors import UserError
 from clead.evaluation import linear_probe
 from clead.evaluation.linear_probe import evaluate_linear_probe, fit_linear
 from clead.evaluation.measurement import Measurement
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.models.split import AdaptedModel
 from clead.threats.linf import Linf
@@ -132,7 +132,7 @@ def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
     train, validation, test = bright(40, 1), bright(20, 2), bright(30, 3)
     options = {"num_classes": 2, "steps": 3, "strengths": [1.0], "batch_size": 10, "show": False}
     whole = evaluate_linear_probe(encoder(), train, validation, test, Linf(eps=0.03), **options)
-    put, count = State.put, 0
+    put, count = ResumableResults.save, 0
 
     def stop(self, *arguments):
         nonlocal count
@@ -142,13 +142,13 @@ def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(State, "put", stop)
+        patch.setattr(ResumableResults, "save", stop)
         evaluate_linear_probe(
-            encoder(), train, validation, test, Linf(eps=0.03), **options, state=State(tmp_path / "s", {})
+            encoder(), train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {})
         )
     monkeypatch.setattr(linear_probe, "_chosen", None)  # the classifier is there
     again = evaluate_linear_probe(
-        encoder(), train, validation, test, Linf(eps=0.03), **options, state=State(tmp_path / "s", {})
+        encoder(), train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {})
     )
     assert again.model_dump(exclude={"seconds"}) == whole.model_dump(exclude={"seconds"})
 

@@ -23,7 +23,7 @@ from clead.evaluation.detection import Mahalanobis, evaluate_detection
 from clead.evaluation.measurement import Measurement
 from clead.evaluation.minimum_norm import evaluate_minimum_norm
 from clead.evaluation.smoothing import certify
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.unrestricted import evaluate_unrestricted
 from clead.interfaces import ImageSet
 from clead.threats.linf import Linf
@@ -225,7 +225,7 @@ def test_lists_and_help(command):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_resume_equals_uninterrupted_run_and_repeats_nothing(name, run, alone, command, monkeypatch):
-    put, calls = State.put, []
+    put, calls = ResumableResults.save, []
     pieces = PIECES[name]
 
     def kill_at(count):
@@ -239,11 +239,11 @@ def test_resume_equals_uninterrupted_run_and_repeats_nothing(name, run, alone, c
 
     state = run / "results" / f"{name}.state"
     for after in (1, max(2, pieces // 4 + 1)):
-        monkeypatch.setattr(State, "put", kill_at(after))
+        monkeypatch.setattr(ResumableResults, "save", kill_at(after))
         with pytest.raises(Killed):
             command(*words(name, run))
         assert list(state.glob("*.safetensors")) and not (run / "results" / f"{name}.json").exists()
-    monkeypatch.setattr(State, "put", kill_at(-1))
+    monkeypatch.setattr(ResumableResults, "save", kill_at(-1))
     code, _, err = command(*words(name, run))
     assert code == 0, err
     resumed = json.loads((run / "results" / f"{name}.json").read_text())
@@ -260,14 +260,14 @@ def test_a_detector_is_attacked_on_from_where_it_was_left(after, trained, tmp_pa
     images = splits.test.subset(torch.arange(30))
     model = api.load(trained)
 
-    def look(state: State) -> dict[str, Any]:
+    def look(state: ResumableResults) -> dict[str, Any]:
         values: dict[str, Any] = {"steps": 3, "restarts": 1, "batch_size": 20, "show": False}
         around = Linf(eps=0.08)
         evaluate_detection(model, splits.train, images, around, detectors=[Mahalanobis()], state=state, **values)
         return {key: tensors for key, (tensors, _) in state.parts.items()}
 
-    whole = look(State(None, {}))
-    put, calls = State.put, []
+    whole = look(ResumableResults(None, {}))
+    put, calls = ResumableResults.save, []
 
     def killed(self, key, *part):
         put(self, key, *part)
@@ -276,9 +276,9 @@ def test_a_detector_is_attacked_on_from_where_it_was_left(after, trained, tmp_pa
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", killed)
-        look(State(tmp_path / "state", {}))
-    resumed = look(State(tmp_path / "state", {}))
+        patch.setattr(ResumableResults, "save", killed)
+        look(ResumableResults(tmp_path / "state", {}))
+    resumed = look(ResumableResults(tmp_path / "state", {}))
     assert resumed.keys() == whole.keys()
     for key, tensors in whole.items():
         assert all(torch.equal(resumed[key][name], tensor) for name, tensor in tensors.items()), key
@@ -299,14 +299,14 @@ def test_a_detector_is_attacked_on_from_where_it_was_left(after, trained, tmp_pa
     ],
 )
 def test_the_state_of_another_measurement_is_refused(name, change, says, run, command, monkeypatch):
-    put = State.put
+    put = ResumableResults.save
 
     def killed(self, *part):
         put(self, *part)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(State, "put", killed)
+        patch.setattr(ResumableResults, "save", killed)
         command(*words(name, run))
     code, _, err = command(*words(name, run, *change))
     assert code == 2 and err.count("\n") == 1 and says in err and "--fresh" in err

@@ -22,8 +22,8 @@ from clead.cli.application import app
 from clead.config import Eval
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.measurement import Measurement
-from clead.evaluation.robust import Subject, evaluate_model
-from clead.evaluation.suites import MEANING
+from clead.evaluation.robust import EvaluationTarget, evaluate_model
+from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
 from clead.report.drawing import PALETTE
 from clead.report.html import RunResult, write_report
@@ -292,7 +292,7 @@ def changed(record, **update):
     return Record.model_validate(record.model_dump() | update)
 
 
-@pytest.mark.parametrize("suite", [*MEANING, "none"])
+@pytest.mark.parametrize("suite", [*SUITE_TITLES, "none"])
 def test_the_verdict_names_the_suite(tmp_path, suite):
     record = fake_record(suite=suite)
     html, _ = write(tmp_path, RunResult("a", record if suite != "none" else changed(record, attacks=[])))
@@ -304,7 +304,7 @@ def test_the_verdict_names_the_suite(tmp_path, suite):
         "pgd": "FGSM CE, PGD-50 CE and PGD-50 margin, not AutoAttack,",
         "attacks": "APGD-CE, APGD-T, FAB-T and Square, not AutoAttack,",
         "none": "no attack,",
-    }.get(suite, MEANING.get(suite, "") + ",")
+    }.get(suite, SUITE_TITLES.get(suite, "") + ",")
     assert sentence.startswith(f"under {words} a still classifies 54")
     full = suite in ("standard", "plus", "rand", "adaptive")
     assert full == ("settings are those of AutoAttack" in verdict) == ("was not run as its protocol" not in verdict)
@@ -876,13 +876,13 @@ def test_predictions_are_the_answers_to_the_images_that_were_counted(suite):
     with torch.no_grad():
         y[:30] = net(x[:30]).argmax(1)
     threat = THREATS.get("linf")(eps=0.08)
-    subject = Subject("net", "net", "given", "given", "test", "given", tuple("abcde"))
+    target = EvaluationTarget("net", "net", "given", "given", "test", "given", tuple("abcde"))
     evaluation = evaluate_model(
         net,
         ImageSet(x, y),
         threat,
         Eval(suite=suite, steps=10, check_images=0, batch_size=16, curve_points=0),
-        subject,
+        target,
         keep_adversarial=True,
         show=False,
     )

@@ -31,7 +31,7 @@ from clead.data.datasets.cifar import ARCHIVES, read_archive
 from clead.data.decoding import Fit, decode
 from clead.errors import UserError
 from clead.evaluation import adversarial
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.models import custom
 from clead.models.onnx import OnnxModel
 from clead.weights import read_weights
@@ -157,10 +157,10 @@ def _resume(run):
 
 
 def _state(run):
-    with State(run / "state", {"a": 1}).opened():
+    with ResumableResults(run / "state", {"a": 1}).opened():
         pass
     (run / "part").rename(run / "state" / "part.safetensors")
-    with State(run / "state", {"a": 1}).opened() as state:
+    with ResumableResults(run / "state", {"a": 1}).opened() as state:
         assert not state.parts
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from clead.api.batches import images_and_labels
-from clead.api.foreign import open_foreign
+from clead.api.foreign import load_external_model
 from clead.api.opened import (
     data_name,
     data_notes,
@@ -34,11 +34,11 @@ from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation import adversarial
 from clead.evaluation.processes import Shard, folders, rank, shards
-from clead.evaluation.robust import Evaluation, Subject, digest, evaluate_model
+from clead.evaluation.robust import Evaluation, EvaluationTarget, digest, evaluate_model
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.transfer import stored_test, transfer, transferred
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Splits
 from clead.models.external import prepare
 from clead.models.model_input import ModelInput
@@ -110,7 +110,7 @@ def evaluate(
             f"there must be one label per image, got {len(images)} images and {len(labels)} labels; "
             "give labels of shape (N,), in the order of the images"
         )
-    first = pixels(images[:2])
+    first = to_float(images[:2])
     with seeded(options.seed):
         prepare(model, first)
     if classes is None:
@@ -119,9 +119,9 @@ def evaluate(
     chosen = ImageSet(images.cpu(), labels.cpu())
     if options.images is not None:
         chosen = chosen.subset(torch.arange(min(options.images, len(chosen))))
-    subject = Subject(name, kind, "given", "given", options.split, "given", tuple(classes))
+    target = EvaluationTarget(name, kind, "given", "given", options.split, "given", tuple(classes))
     where = None if state is None else Path(state)
-    evaluation = evaluate_model(model, chosen, threat, options, subject, state=where, show=show)
+    evaluation = evaluate_model(model, chosen, threat, options, target, state=where, show=show)
     assert evaluation is not None
     if where is not None and rank() == 0:
         for done in folders(where):
@@ -184,7 +184,7 @@ def evaluate_run(
         opened.model,
         opened.images,
         opened.config,
-        opened.subject,
+        opened.target,
         part,
         tried=tried,
         notes=opened.notes,
@@ -242,7 +242,7 @@ def evaluate_foreign(
     part = Shard.parse(shard) if shard else None
     splits = config.data.load(config.train.seed, training=False)
     name = model if isinstance(model, str) else type(model).__name__
-    foreign = open_foreign(
+    foreign = load_external_model(
         model,
         weights=weights,
         sample_shape=image_shape(splits),
@@ -261,7 +261,7 @@ def evaluate_foreign(
     sources = _sources(transfer_from, images, len(splits.classes), device)
     if isinstance(model, str) and weights is None and not is_onnx(model):
         foreign.notes.append(f"no --weights given: those that {Path(name).name} makes")
-    subject = Subject(
+    target = EvaluationTarget(
         name=Path(name).stem if is_onnx(model) else name.rpartition(":")[2],
         model=Path(name).name,
         weights=Path(weights).name if weights else "given",
@@ -273,7 +273,7 @@ def evaluate_foreign(
     )
     if splits.origin == "train" and config.eval.split == "test":
         foreign.notes.append(
-            f"{subject.name} may have been trained on these images: a figure on training images says nothing of new ones; "
+            f"{target.name} may have been trained on these images: a figure on training images says nothing of new ones; "
             "put images that it has never seen into test/CLASS"
         )
     return _evaluate_into(
@@ -282,7 +282,7 @@ def evaluate_foreign(
         foreign.model.to(device),
         images,
         config,
-        subject,
+        target,
         part,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
@@ -324,13 +324,13 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
             f"{file} holds other images than the first {len(x_adv)} of {path}; give the same data (--data.path, --eval.split)"
         )
     threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
-    x, labels = pixels(images.images), images.labels
+    x, labels = to_float(images.images), images.labels
     size = threat.size(x_adv - x)
     in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False for NaN
     with exact_float32():
-        right = torch.cat([right_images(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
+        right = torch.cat([correct_mask(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
         as_file = torch.cat(
-            [right_images(model, pixels(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
+            [correct_mask(model, to_float(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
         )
     return {
         "run": run.name,
@@ -363,7 +363,7 @@ def _sources(
                 f"--transfer-from {path} has {other.num_classes} classes, the data has {num_classes}; "
                 "give a run on the same classes"
             )
-        logits_of(other, pixels(images.images[:1].to(device)))
+        logits_of(other, to_float(images.images[:1].to(device)))
         found.append((Path(path).resolve().name, other))
     return found
 
@@ -374,7 +374,7 @@ def _evaluate_into(
     model: nn.Module,
     images: ImageSet,
     config: RunConfig,
-    subject: Subject,
+    target: EvaluationTarget,
     shard: Shard | None,
     *,
     fresh: bool,
@@ -390,7 +390,7 @@ def _evaluate_into(
     if fresh:
         discard(shard.folder(state) if shard else folders(state)[rank()])
     if save_adversarial is not None:
-        adversarial.ready(save_adversarial)
+        adversarial.check_writable(save_adversarial)
     if rank() == 0:
         remove_leftovers(folder, (f"{result}.json", f"{result}.safetensors"))
     evaluation = evaluate_model(
@@ -398,7 +398,7 @@ def _evaluate_into(
         images,
         config.threat,
         config.eval,
-        subject,
+        target,
         state=state,
         shard=shard,
         keep_adversarial=save_adversarial is not None,
@@ -414,7 +414,7 @@ def _evaluate_into(
         evaluation = dataclasses.replace(evaluation, record=evaluation.record.model_copy(update={"notes": all_notes}))
     if rank() > 0:
         return evaluation
-    _set_aside(folder, result, evaluation.record)
+    _archive_record(folder, result, evaluation.record)
     write_atomically(folder / f"{result}.json", evaluation.record.model_dump_json(indent=1).encode())
     if evaluation.artifacts:
         content = {key: value.contiguous() for key, value in evaluation.artifacts.items()}
@@ -427,7 +427,7 @@ def _evaluate_into(
     return evaluation
 
 
-def _set_aside(folder: Path, result: str, record: Record) -> None:
+def _archive_record(folder: Path, result: str, record: Record) -> None:
     """Move a record that ``record`` does not repeat to ``folder/earlier``, with its pictures: it may have taken hours."""
     path = folder / f"{result}.json"
     try:

@@ -15,7 +15,7 @@ from clead.api.opened import OpenedRun, data_name, open_run
 from clead.atomic_io import JSON_LIMIT, read_regular, remove_tree_inside
 from clead.checkpoint import environment, fingerprint, load_weights, save_weights
 from clead.errors import UserError
-from clead.evaluation.verdicts import pixels
+from clead.evaluation.verdicts import to_float
 from clead.interfaces import Splits
 from clead.models.onnx import OnnxModel
 from clead.models.split import weights as model_weights
@@ -82,7 +82,7 @@ def export_run(
     staged = out.with_name(f".clead-export.{os.getpid()}.tmp")
     remeasured: Remeasured | None = None
     differs: float | None = None
-    x = pixels(opened.images.images[:_CHECKED])
+    x = to_float(opened.images.images[:_CHECKED])
     try:
         staged.mkdir(parents=True)
         if format == "onnx":
@@ -102,7 +102,7 @@ def export_run(
                     "take --format safetensors"
                 )
             if precision == "int8":
-                content = to_int8(content, pixels(opened.splits.train.images[:CALIBRATION]).split(64))
+                content = to_int8(content, to_float(opened.splits.train.images[:CALIBRATION]).split(64))
             (staged / file).write_bytes(content)
             converted: nn.Module = OnnxModel(staged / file)
         else:
@@ -120,7 +120,7 @@ def export_run(
                 converted.eval(),
                 chosen,
                 config.threat,
-                opened.subject,
+                opened.target,
                 precision=precision,
                 gradients=format == "safetensors",
                 seed=config.eval.seed,

@@ -20,7 +20,7 @@ from clead.weights import load_into, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignModel:
+class ExternalModel:
     """A model to evaluate, the names of its classes in the order of its outputs, if it states them, and notes for the record."""
 
     model: nn.Module
@@ -28,7 +28,7 @@ class ForeignModel:
     notes: list[str]
 
 
-def open_foreign(
+def load_external_model(
     model: str | nn.Module,
     *,
     weights: str | Path | None,
@@ -37,7 +37,7 @@ def open_foreign(
     output: str | int | None = None,
     input: ModelInput | str | None = None,
     classifier: str | None = None,
-) -> ForeignModel:
+) -> ExternalModel:
     """Return the model to evaluate, in eval mode, with what must be said of how it was made.
 
     Args:
@@ -61,7 +61,7 @@ def open_foreign(
             )
         made = OnnxModel(str(model), input=given, output=output, sample_shape=sample_shape, num_classes=num_classes)
         _say(made.notes)
-        return ForeignModel(made.eval(), made.classes, made.notes)
+        return ExternalModel(made.eval(), made.classes, made.notes)
     read = None if weights is None else read_weights(weights)
     if read is not None and read.classes is not None:
         num_classes = len(read.classes)
@@ -75,7 +75,7 @@ def open_foreign(
         notes += layer.notes()
         _say(layer.notes())
     classes = (read.classes if read is not None else None) or stated_classes(module)
-    return ForeignModel(_adapted(module, layer, sample_shape, output, classifier).eval(), classes, notes)
+    return ExternalModel(_adapted(module, layer, sample_shape, output, classifier).eval(), classes, notes)
 
 
 def _adapted(

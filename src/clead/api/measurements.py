@@ -17,7 +17,7 @@ from clead.evaluation.linear_probe import STRENGTHS, evaluate_linear_probe
 from clead.evaluation.measurement import Measurement, Result
 from clead.evaluation.minimum_norm import evaluate_minimum_norm
 from clead.evaluation.smoothing import certify
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.unrestricted import described, evaluate_unrestricted
 from clead.interfaces import Splits
 
@@ -48,8 +48,10 @@ def certify_run(
     run = open_run(path, config, model, data)
     settings = {"sigma": sigma, "n": n, "n0": n0, "alpha": alpha, "batch_size": run.config.eval.batch_size or 1000}
 
-    def work(state: State) -> Result:
-        return certify(run.model, run.images, **run.common, **settings, num_classes=run.k, state=state, show=show)
+    def work(state: ResumableResults) -> Result:
+        return certify(
+            run.model, run.images, **run.common, **settings, num_classes=run.num_classes, state=state, show=show
+        )
 
     return run.measure("certify", work, settings, fresh=fresh, trust_state=trust_state, out=out)
 
@@ -94,7 +96,7 @@ def detect_run(
         "batch_size": run.config.eval.batch_size or 256,
     }
 
-    def work(state: State) -> Result:
+    def work(state: ResumableResults) -> Result:
         return evaluate_detection(
             run.model,
             run.splits.train.known(),
@@ -144,7 +146,7 @@ def corruptions_run(
         "batch_size": run.config.eval.batch_size or 256,
     }
 
-    def work(state: State) -> Result:
+    def work(state: ResumableResults) -> Result:
         return evaluate_corruptions(run.model, run.images, **run.common, **settings, state=state, show=show)
 
     return run.measure("corruptions", work, settings, fresh=fresh, trust_state=trust_state, out=out)
@@ -180,14 +182,14 @@ def probe_run(
     # What a classifier of other data is fitted on decides the result as much as the images that are measured.
     fitted = {"labelled": run.config.data.labelled, "label_noise": run.config.data.label_noise}
 
-    def work(state: State) -> Result:
+    def work(state: ResumableResults) -> Result:
         return evaluate_linear_probe(
             run.model,
             run.splits.train,
             run.splits.val,
             run.images,
             run.config.threat,
-            num_classes=run.k,
+            num_classes=run.num_classes,
             **run.common,
             **settings,
             state=state,
@@ -223,10 +225,10 @@ def distances_run(
         "batch_size": run.config.eval.batch_size or 256,
     }
 
-    def work(state: State) -> Result:
+    def work(state: ResumableResults) -> Result:
         norm = run.config.threat.norm
         return evaluate_minimum_norm(
-            run.model, run.images, norm, **run.common, **settings, classes=run.k, state=state, show=show
+            run.model, run.images, norm, **run.common, **settings, classes=run.num_classes, state=state, show=show
         )
 
     return run.measure(
@@ -255,9 +257,16 @@ def unrestricted_run(
     batch_size = run.config.eval.batch_size or 256
     settings = {"attack": {"name": name, **values}, "batch_size": batch_size}
 
-    def work(state: State) -> Result:
+    def work(state: ResumableResults) -> Result:
         return evaluate_unrestricted(
-            run.model, run.images, attack, **run.common, batch_size=batch_size, classes=run.k, state=state, show=show
+            run.model,
+            run.images,
+            attack,
+            **run.common,
+            batch_size=batch_size,
+            classes=run.num_classes,
+            state=state,
+            show=show,
         )
 
     return run.measure(f"attack-{name}", work, settings, fresh=fresh, trust_state=trust_state, out=out)

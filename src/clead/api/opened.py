@@ -19,8 +19,8 @@ from clead.data.base import mixed
 from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement, Result, measure
-from clead.evaluation.robust import Subject
-from clead.evaluation.state import State
+from clead.evaluation.robust import EvaluationTarget
+from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Splits, Threat
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
@@ -60,7 +60,7 @@ class OpenedRun:
     model: SplitModel
     images: ImageSet
     splits: Splits
-    subject: Subject
+    target: EvaluationTarget
     device: torch.device
     weight_notes: tuple[str, ...] = ()
 
@@ -70,7 +70,7 @@ class OpenedRun:
         return [*data_notes(self.splits), *self.weight_notes]
 
     @property
-    def k(self) -> int:
+    def num_classes(self) -> int:
         """Number of classes."""
         return len(self.splits.classes)
 
@@ -82,7 +82,7 @@ class OpenedRun:
     def measure(
         self,
         kind: str,
-        work: Callable[[State], Result],
+        work: Callable[[ResumableResults], Result],
         settings: dict[str, Any],
         *,
         threat: Threat | None = None,
@@ -96,7 +96,7 @@ class OpenedRun:
             work,
             model=self.model,
             images=self.images,
-            subject=self.subject,
+            target=self.target,
             settings=settings,
             seed=self.config.eval.seed,
             device=self.device,
@@ -126,7 +126,7 @@ def open_run(
     loaded, weight_notes = _loaded(run, config, config.eval.weights, model)
     chosen, splits = evaluated_images(run, config, trained, data, same_classes=same_classes)
     tree = config.to_dict()
-    subject = Subject(
+    target = EvaluationTarget(
         name=run.name,
         model=tree["model"].get("factory") or tree["model"]["name"],
         weights=config.eval.weights,
@@ -138,7 +138,7 @@ def open_run(
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
-    return OpenedRun(run, config, loaded.to(device), chosen, splits, subject, device, tuple(weight_notes))
+    return OpenedRun(run, config, loaded.to(device), chosen, splits, target, device, tuple(weight_notes))
 
 
 def evaluated_images(
@@ -173,7 +173,7 @@ def results_folder(run: RunDir, out: str | Path | None) -> Path:
 
 
 def split_facts(splits: Splits, split: str) -> dict[str, Any]:
-    """Return what a ``Subject`` says of where its images come from, as keywords."""
+    """Return what a ``EvaluationTarget`` says of where its images come from, as keywords."""
     unreadable = (f"{name}: cannot be decoded" for name in splits.unreadable)
     total = len(splits.test if split == "test" else splits.val)
     return {"origin": splits.origin, "skipped": (*splits.skipped, *unreadable), "total": total}

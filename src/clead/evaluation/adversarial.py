@@ -19,7 +19,7 @@ from clead.report.record import Record
 _KEY = b"clead"
 
 
-def ready(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Raise UserError if ``save`` could not write there: before hours of attacks, not after."""
     _pyarrow()
     if path.suffix != ".parquet":

@@ -10,9 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
-from clead.evaluation.verdicts import pixels
+from clead.evaluation.verdicts import to_float
 from clead.interfaces import ImageSet
 from clead.progress import Tick
 from clead.report.record import Estimate
@@ -45,7 +45,7 @@ def in_batches(
     batch_size: int,
     seed: int,
     device: torch.device,
-    state: State,
+    state: ResumableResults,
     tick: Tick,
 ) -> AttackedResult:
     """Judge ``images`` batch by batch; what ``state`` has already is not computed again.
@@ -58,8 +58,8 @@ def in_batches(
         key, here = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
         if key not in state.parts:
             begun = time.monotonic()
-            right, held = verdicts(pixels(images.images[here].to(device)), images.labels[here].to(device), batch)
-            state.put(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
+            right, held = verdicts(to_float(images.images[here].to(device)), images.labels[here].to(device), batch)
+            state.save(key, {"clean": right, "robust": held}, {"seconds": time.monotonic() - begun})
         flags = state.parts[key][0]
         clean += flags["clean"].tolist()
         robust += flags["robust"].tolist()

@@ -34,7 +34,7 @@ from torch import nn
 from clead.attacks.run import check_inputs, logits_of
 from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
@@ -298,7 +298,7 @@ def evaluate_corruptions(
     seed: int = 0,
     show: bool = True,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
 ) -> CorruptionResult:
     """Measure accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
@@ -347,7 +347,7 @@ def evaluate_corruptions(
         )
     arrays = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
-    state = state or State(None, {})
+    state = state or ResumableResults(None, {})
 
     def right(key: str, corrupted: Callable[[int], Pixels]) -> Estimate:
         if key in state.parts:
@@ -362,7 +362,7 @@ def evaluate_corruptions(
             with attack_mode(model), torch.no_grad():
                 flags += (~fallen(model(x), y)).tolist()  # synchronises the device
             tick(len(batch))
-        state.put(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
+        state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
         return estimate(flags)
 
     cells = []

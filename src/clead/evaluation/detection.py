@@ -24,7 +24,7 @@ from clead.attacks.run import attack_images, check_inputs, verified
 from clead.data.base import stratified
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
@@ -298,7 +298,7 @@ def evaluate_detection(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
     show: bool = True,
 ) -> Detection:
     """Fit detectors on clean images and measure them against attacks that do not, and that do, know them.
@@ -351,17 +351,17 @@ def evaluate_detection(
         pgd = PGD(steps=steps, keep="best")
         attacks = [(f"PGD-{steps} {name}", pgd, name) for name in ("cross_entropy", "margin")]
 
-    state = state or State(None, {})
-    job = _Job(model, threat, batch_size, device, state)
+    state = state or ResumableResults(None, {})
+    plan = _DetectionPlan(model, threat, batch_size, device, state)
     total = len(images) * (len(attacks) + len(detectors) * len(rates))
     with exact_float32(), attack_mode(model):
-        job.fit(detectors, reference)
-        calibrated = job.look(detectors, calibration)[2]
+        plan.fit(detectors, reference)
+        calibrated = plan.look(detectors, calibration)[2]
         x, y = _pixels(images.images), images.labels
-        wrong, margins, scores = job.look(detectors, images)
+        wrong, margins, scores = plan.look(detectors, images)
     with state.opened(), exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
         oblivious = [
-            job.oblivious(attack, x, y, wrong, detectors, number, seed, tick) for number, attack in enumerate(attacks)
+            plan.oblivious(attack, x, y, wrong, detectors, number, seed, tick) for number, attack in enumerate(attacks)
         ]
         parts = []
         for d, detector in enumerate(detectors):
@@ -385,10 +385,10 @@ def evaluate_detection(
                     else:
                         start = time.monotonic()
                         generator = seeded(device, seed, len(attacks) + d, number, here.start)
-                        job.aware(detector, threshold, scale, x, y, best, lowest, here, steps, restarts, generator)
+                        plan.aware(detector, threshold, scale, x, y, best, lowest, here, steps, restarts, generator)
                         so_far = {"best": best[here].clone(), "lowest": lowest[here].clone()}
                         spent = data["seconds"] + time.monotonic() - start
-                        state.put(key, so_far, {"thresholds": number + 1, "seconds": spent})
+                        state.save(key, so_far, {"thresholds": number + 1, "seconds": spent})
                     held = ~_evaded(lowest[: here.stop], threshold)
                     tick(here.stop - here.start, detector=detector.name, robust_or_rejected=held.float().mean().item())
             separated = [
@@ -432,14 +432,14 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _DetectionPlan:
     """What all parts of one evaluation share; the model is in attack mode."""
 
     model: SplitModel
     threat: Threat
     batch_size: int
     device: torch.device
-    state: State
+    state: ResumableResults
 
     def fit(self, detectors: Sequence[Detector], reference: ImageSet) -> None:
         """Fit on the features of clean images."""
@@ -501,7 +501,7 @@ class _Job:
                     how, self.model, part, labels, self.threat, objective=objective, generator=generator, checked=True
                 )
                 x_adv[right] = made.cpu()
-                self.state.put(key, {"x_adv": x_adv[here].clone()}, {"seconds": time.monotonic() - start})
+                self.state.save(key, {"x_adv": x_adv[here].clone()}, {"seconds": time.monotonic() - start})
             tick(here.stop - here.start, attack=name)
         flags, _, scores = self._verdict(detectors, x_adv, y)
         return _Found(x_adv, flags, scores)

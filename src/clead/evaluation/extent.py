@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clead.evaluation import masking
 from clead.evaluation.plan import EvaluationPlan
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.models.split import has_features
 
 CURVE_POINTS, CURVE_IMAGES, CURVE_STEPS, CHECK_IMAGES = 6, 256, 20, 128
@@ -55,7 +55,7 @@ class _Asked:
         return _Asked(*(None if value == usual else value for value, usual in zip(values, defaults, strict=True)))
 
 
-def extent(plan: EvaluationPlan, store: State, *, source: bool) -> Extent:
+def extent(plan: EvaluationPlan, store: ResumableResults, *, source: bool) -> Extent:
     """Return what the settings say; what they leave open is limited in suite quick by what the attacks have cost.
 
     Args:
@@ -89,7 +89,7 @@ def extent(plan: EvaluationPlan, store: State, *, source: bool) -> Extent:
     return Extent(points, curve, steps, checks, effort, tuple(f"suite quick: {note}" for note in notes))
 
 
-def _spent(plan: EvaluationPlan, store: State) -> tuple[int, int]:
+def _spent(plan: EvaluationPlan, store: ResumableResults) -> tuple[int, int]:
     """Return the passes and the calls of the clean images and of all attacks, forward and backward."""
     parts = [
         store.parts[plan.key(batch, stage)][1] for batch in range(plan.batches) for stage in range(len(plan.attacks))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clead.errors import UserError
-from clead.evaluation.verdicts import exact_float32, pixels
+from clead.evaluation.verdicts import exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -76,7 +76,7 @@ def neighbours_accuracy(
     voting = labels >= 0
     with attack_mode(model), torch.no_grad(), exact_float32():
         near, asked = (
-            torch.cat([model.features(pixels(part.to(device))).float() for part in chosen.images.split(_CHUNK)])
+            torch.cat([model.features(to_float(part.to(device))).float() for part in chosen.images.split(_CHUNK)])
             for chosen in (train.subset(voting), images)
         )
     return knn_accuracy(near, labels[voting].to(device), asked, images.labels.to(device), k)

@@ -15,8 +15,8 @@ from clead.attacks.run import attack_images
 from clead.data.loaders import seeded
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.attacked import AttackedResult, Flags, in_batches
-from clead.evaluation.state import State
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.state import ResumableResults
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Threat
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -94,7 +94,7 @@ def evaluate_linear_probe(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
     show: bool = True,
 ) -> AttackedResult:
     """Fit a linear classifier on the frozen features, and attack encoder and classifier together (white-box).
@@ -133,21 +133,21 @@ def evaluate_linear_probe(
     train = train.known()
     if len(train.labels.unique()) < 2:
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
-    state = state or State(None, {})
+    state = state or ResumableResults(None, {})
     attack = PGD(steps=steps, random_start=True, keep="best")
     with state.opened(), exact_float32(), attack_mode(model), progress("linear probe", len(images), show=show) as tick:
         if "probe" not in state.parts:
             begun = time.monotonic()
             linear, about = _chosen(model, train, validation, num_classes, strengths, device)
             about["seconds"] = time.monotonic() - begun
-            state.put("probe", linear.state_dict(), about)
+            state.save("probe", linear.state_dict(), about)
         tensors, about = state.parts["probe"]
         linear = nn.Linear(tensors["weight"].shape[1], num_classes)
         linear.load_state_dict(tensors)
         probe = Probe(model, linear).to(device).eval()
 
         def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
-            right = right_images(probe, x, y)
+            right = correct_mask(probe, x, y)
             held = right.clone()
             for number, objective in enumerate(OBJECTIVES):
                 if held.any():  # synchronises the device
@@ -155,7 +155,7 @@ def evaluate_linear_probe(
                     x_adv = attack_images(
                         attack, probe, x[held], y[held], threat, objective=objective, generator=generator, checked=True
                     )
-                    held[held.clone()] = right_images(probe, x_adv, y[held])
+                    held[held.clone()] = correct_mask(probe, x_adv, y[held])
             return right, held
 
         return in_batches(
@@ -204,5 +204,5 @@ def _chosen(
 def _features(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:
     with torch.no_grad():
         return torch.cat(
-            [model.features(pixels(part.to(device))).float().cpu() for part in images.images.split(_CHUNK)]
+            [model.features(to_float(part.to(device))).float().cpu() for part in images.images.split(_CHUNK)]
         )

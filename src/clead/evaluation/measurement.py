@@ -18,9 +18,9 @@ from clead.evaluation.attacked import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection
 from clead.evaluation.minimum_norm import MinimumNormResult
-from clead.evaluation.robust import Subject
+from clead.evaluation.robust import EvaluationTarget
 from clead.evaluation.smoothing import Certificates
-from clead.evaluation.state import State, discard
+from clead.evaluation.state import ResumableResults, discard
 from clead.interfaces import ImageSet, Threat
 from clead.models.split import weights
 from clead.report.record import DataPart, ModelPart, ThreatPart
@@ -58,11 +58,11 @@ class Measurement(BaseModel):
 @memory_of("the measurement", "eval.batch_size", "eval.images")
 def measure(
     kind: str,
-    work: Callable[[State], Result],
+    work: Callable[[ResumableResults], Result],
     *,
     model: nn.Module,
     images: ImageSet,
-    subject: Subject,
+    target: EvaluationTarget,
     settings: dict[str, Any],
     seed: int,
     device: torch.device,
@@ -79,7 +79,7 @@ def measure(
         work: keeps its finished pieces in the state that it is given, and finds those of a call that was stopped.
         model: what is measured.
         images: on which.
-        subject: names and fingerprints.
+        target: names and fingerprints.
         settings: with ``seed`` and ``threat``, all else that decides the result; plain data. A state of other settings, another
             model or other images is refused.
         seed: of all randomness.
@@ -95,12 +95,12 @@ def measure(
         eps = Ratio(threat.eps)
         around = ThreatPart(norm=threat.norm, eps=float(eps), eps_text=eps.text)
     model_part = ModelPart(
-        name=subject.model,
+        name=target.model,
         parameters=sum(p.numel() for key, p in model.named_parameters() if not key.startswith("projection.")),
-        weights=subject.weights,
+        weights=target.weights,
         fingerprint=fingerprint(weights(model)),
     )
-    data = subject.data_part(images)
+    data = target.data_part(images)
     header = {
         "kind": kind,
         "model": model_part.fingerprint,
@@ -112,13 +112,13 @@ def measure(
         "device": device.type,
         **settings,
     }
-    state = State(path.with_suffix(".state"), header, trust=trust_state)
+    state = ResumableResults(path.with_suffix(".state"), header, trust=trust_state)
     if fresh:
         discard(path.with_suffix(".state"))
     result = work(state)
     measurement = Measurement(
         kind=kind,
-        run=subject.name,
+        run=target.name,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=command(),
         seed=seed,

@@ -19,7 +19,7 @@ from clead.attacks.minimal import MinimumNorm, made_for, smallest
 from clead.attacks.run import check_finite, check_inputs, finite_images, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
@@ -147,7 +147,7 @@ def evaluate_minimum_norm(
     seed: int = 0,
     classes: int | None = None,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
     show: bool = False,
 ) -> MinimumNormResult:
     """Run minimum-norm attacks on ``images`` and return each image's distance, the smallest over the attacks, and the curve.
@@ -182,7 +182,7 @@ def evaluate_minimum_norm(
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     parts, sizes = [], []
     title = f"minimum {norm} of {len(images)} images"
-    state = state or State(None, {})
+    state = state or ResumableResults(None, {})
     with state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
         for number, (name, attack) in enumerate(chosen):
             keys = []
@@ -195,7 +195,7 @@ def evaluate_minimum_norm(
                     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
                     check_inputs(x, y, classes)
                     found = distances(attack, model, x, y, norm, generator=seeded(device, seed, number, batch))
-                    state.put(keys[-1], {"distances": found}, {"seconds": time.monotonic() - start})
+                    state.save(keys[-1], {"distances": found}, {"seconds": time.monotonic() - start})
                 tick(len(part), attack=name)
             sizes.append(torch.cat([state.parts[key][0]["distances"] for key in keys]))
             parts.append(

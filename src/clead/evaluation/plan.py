@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clead.config import Eval
 from clead.evaluation.suites import DRAWS, NamedAttack
-from clead.evaluation.verdicts import Pieces, pixels
+from clead.evaluation.verdicts import MicrobatchLimit, to_float
 from clead.interfaces import ImageSet, Threat
 
 
@@ -27,9 +27,9 @@ class EvaluationPlan:
     survivors_only: bool
     device: torch.device
     batch_size: int
-    kept: int
+    num_saved: int
     """Adversarial images are kept for the first so many."""
-    pieces: Pieces = field(default_factory=Pieces)
+    microbatch: MicrobatchLimit = field(default_factory=MicrobatchLimit)
 
     @property
     def batches(self) -> int:
@@ -57,7 +57,7 @@ class EvaluationPlan:
 
     def inputs(self, here: slice) -> tuple[Tensor, Tensor]:
         """Return float images in [0, 1] and labels, on the device."""
-        return pixels(self.images.images[here].to(self.device)), self.images.labels[here].to(self.device)
+        return to_float(self.images.images[here].to(self.device)), self.images.labels[here].to(self.device)
 
     def contains(self, x_adv: Tensor, x: Tensor) -> bool:
         """Say whether all of ``x_adv`` is in the threat set around ``x`` and in the pixel box, to rounding; not if it is NaN."""

@@ -90,7 +90,7 @@ def merged(
 
     Raises UserError unless they are complete, of this evaluation, and made by this user on this machine (or ``trust`` is True).
     """
-    from clead.evaluation.state import State
+    from clead.evaluation.state import ResumableResults
 
     parts: dict[str, Part] = {}
     notes: list[str] = []
@@ -101,7 +101,7 @@ def merged(
             raise UserError(
                 f"--merge: {folder} is of another evaluation ({'; '.join(different)}); repeat that shard with the same settings"
             )
-        with State(folder, {**header, "shard": found["shard"]}, trust=trust).opened() as store:
+        with ResumableResults(folder, {**header, "shard": found["shard"]}, trust=trust).opened() as store:
             parts.update(store.parts)
             notes += [f"shard {found['shard']}: {note}" for note in store.notes[1:]]
     if missing := keys - set(parts):

@@ -8,7 +8,7 @@ from torch import Tensor
 from clead.attacks.run import logits_of
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import Part
-from clead.evaluation.verdicts import in_pieces
+from clead.evaluation.verdicts import run_microbatched
 
 _CLEAR = 1e-4  # of the largest logit: closer ones can change places by rounding
 
@@ -40,7 +40,7 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
     lost = torch.isin(
         number, torch.tensor(data.get("lost", []), dtype=number.dtype)
     )  # there is no image that breaks these
-    wanted = number[chosen & (number < plan.kept) & (~flags | last) & ~lost]
+    wanted = number[chosen & (number < plan.num_saved) & (~flags | last) & ~lost]
     if not chosen.any():
         return True
     index, x_adv = tensors.get("index"), tensors.get("x_adv")
@@ -63,7 +63,7 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
 
 def _verdicts(plan: EvaluationPlan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return which images are classified right, and of which that is certain whatever the batch they are in, (B,) bool each."""
-    logits = in_pieces(lambda x, y: logits_of(plan.model, x), x, y, plan.pieces)
+    logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
     top = logits.topk(2, dim=1)
     certain = top.values[:, 0] - top.values[:, 1] > _CLEAR * logits.abs().amax(1)  # False for NaN
     return (top.indices[:, 0] == y).cpu(), certain.cpu()

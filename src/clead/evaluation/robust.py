@@ -44,10 +44,10 @@ from clead.evaluation.extent import Extent, expected_parts, extent
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import SINGLE_SHARD, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
-from clead.evaluation.state import Part, State
+from clead.evaluation.state import Part, ResumableResults
 from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.evaluation.verdicts import exact_float32, holds, in_pieces, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, exact_float32, is_correct, run_microbatched, to_float
 from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.external import ModelError
@@ -80,7 +80,7 @@ _CURVE, _CHECKS = 1000, 1001  # numbers of random streams, past those of the att
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationTarget:
     """What is evaluated and where it comes from; goes into the record. ``model`` is the architecture's name."""
 
     name: str
@@ -128,7 +128,7 @@ def evaluate_model(
     images: ImageSet,
     threat: Threat,
     settings: Eval,
-    subject: Subject,
+    target: EvaluationTarget,
     *,
     attacks: Sequence[NamedAttack] | None = None,
     more: Sequence[NamedAttack] = (),
@@ -153,7 +153,7 @@ def evaluate_model(
         images: what to attack; all of them, in batches that are moved to the device one at a time.
         threat: norm and radius.
         settings: suite, batch size, seed, curve, gallery.
-        subject: names and fingerprints for the record.
+        target: names and fingerprints for the record.
         attacks: instead of the suite that ``settings`` names.
         more: attacks after those of the suite, on what it left.
         device: where to compute; that of the model's parameters if None.
@@ -180,12 +180,12 @@ def evaluate_model(
     survivors_only = attacks is None and settings.suite != "pgd"
     suite_name = "attacks" if attacks is not None else settings.suite
     if attacks is None:
-        attacks, notes = suite(settings.suite, threat.norm, len(subject.classes), steps=settings.steps)
+        attacks, notes = suite(settings.suite, threat.norm, len(target.classes), steps=settings.steps)
         attacks, without = _possible(attacks, model)
         notes += without
     doubts = (named.attack.doubt(threat) for named in attacks if isinstance(named.attack, External))
     notes += [doubt for doubt in doubts if doubt]
-    job = EvaluationPlan(
+    plan = EvaluationPlan(
         model,
         images,
         threat,
@@ -195,27 +195,27 @@ def evaluate_model(
         survivors_only,
         device,
         batch_size=settings.batch_size or _automatic_batch_size(images, device),
-        kept=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
+        num_saved=len(images) if keep_adversarial else min(max(settings.gallery, _MAP_POINTS), len(images)),
     )
     # A caller's inference mode would refuse any gradient.
     with torch.inference_mode(False), exact_float32(), global_seed(settings.seed):
-        gradients, seen = _ready(job)  # all that can be wrong is said before there is a state
+        gradients, seen = _check_applicable(plan)  # all that can be wrong is said before there is a state
         notes += seen
         group = processes.group() if shard is None and not merge else None
         mine = shard or (Shard(group.rank + 1, group.world_size) if group else SINGLE_SHARD)
-        header = _header(job, mine)
+        header = _header(plan, mine)
         if settings.precision != "float32":
             notes.append(f"{LOWER_PRECISION} {settings.precision} and may find less; verdicts are in float32")
         assert state is not None or not merge, "shards are merged from their states"
         shared: dict[str, Part] = {}
         if merge and state:
-            shared, said = processes.merged(state, header, set(job.keys()), trust=trust_state)
+            shared, said = processes.merged(state, header, set(plan.keys()), trust=trust_state)
             notes += said
-        store = State(mine.folder(state) if state else None, header, trust=trust_state)
+        store = ResumableResults(mine.folder(state) if state else None, header, trust=trust_state)
         with store.opened():
             store.parts.update(shared)
-            with _progress(job, mine, subject, after=gradients and shard is None, show=show) as (tick, after):
-                notes += _attack_batches(job, store, mine, subject, tick)
+            with _progress(plan, mine, target, after=gradients and shard is None, show=show) as (tick, after):
+                notes += _attack_batches(plan, store, mine, target, tick)
                 notes += store.notes
                 if shard is not None:
                     return None
@@ -226,107 +226,109 @@ def evaluate_model(
                     store.parts.update(parts)
                 curve, checks = [], []
                 if gradients:
-                    limits = extent(job, store, source=source is not None)
+                    limits = extent(plan, store, source=source is not None)
                     radii = _radii(threat, limits.curve_points)
-                    notes += limits.notes if job.draws == 1 else ()
-                    curve = _curve(job, store, radii, limits, scaled(tick, after[0]))
-                    checks = _checks(job, store, source, limits, scaled(tick, after[1]))
-            if job.draws > 1:
+                    notes += limits.notes if plan.draws == 1 else ()
+                    curve = _curve(plan, store, radii, limits, scaled(tick, after[0]))
+                    checks = _checks(plan, store, source, limits, scaled(tick, after[1]))
+            if plan.draws > 1:
                 notes.append(
                     "suite rand: no checks of gradient masking, which are for models that answer the same twice"
                 )
-                x, _ = job.inputs(slice(0, 1))
+                x, _ = plan.inputs(slice(0, 1))
                 if torch.equal(logits_of(model, x), logits_of(model, x)):
                     notes.append("the model answers the same twice, so suite rand says less than standard: use that")
             if not gradients:
                 notes.append("the model has no gradient: no curve and no checks of gradient masking")
-            evaluation = _evaluation(job, store, subject, curve, checks, notes, start, keep_adversarial)
+            evaluation = _evaluation(plan, store, target, curve, checks, notes, start, keep_adversarial)
     return group.broadcast(evaluation) if group else evaluation
 
 
-def _header(job: EvaluationPlan, shard: Shard) -> dict[str, Any]:
+def _header(plan: EvaluationPlan, shard: Shard) -> dict[str, Any]:
     """Return everything that decides the flags: a state is continued only by the same."""
-    settings = job.settings
+    settings = plan.settings
     return {
-        "model": fingerprint(weights(job.model)) + _structure(job.model),
-        "images": digest(job.images),
-        "threat": f"{job.threat.norm} {Ratio(job.threat.eps).text}",
-        "suite": job.suite,
-        "attacks": [{"name": named.name, **describe(named)} for named in job.attacks],
+        "model": fingerprint(weights(plan.model)) + _structure(plan.model),
+        "images": digest(plan.images),
+        "threat": f"{plan.threat.norm} {Ratio(plan.threat.eps).text}",
+        "suite": plan.suite,
+        "attacks": [{"name": named.name, **describe(named)} for named in plan.attacks],
         "seed": settings.seed,
-        "batch_size": job.batch_size,
+        "batch_size": plan.batch_size,
         "precision": settings.precision,
-        "images_kept": job.kept,
+        "images_kept": plan.num_saved,
         "shard": f"{shard.index}/{shard.count}",
-        "device": job.device.type,
+        "device": plan.device.type,
         "clead": __version__,
         # What neither weights nor structure tell: another constant in the model's code gives other answers.
-        "answers": [f"{value:.2g}" for value in logits_of(job.model, job.inputs(slice(0, 1))[0])[0, :10].tolist()],
+        "answers": [f"{value:.2g}" for value in logits_of(plan.model, plan.inputs(slice(0, 1))[0])[0, :10].tolist()],
     }
 
 
 @contextmanager
 def _progress(
-    job: EvaluationPlan, shard: Shard, subject: Subject, *, after: bool, show: bool
+    plan: EvaluationPlan, shard: Shard, target: EvaluationTarget, *, after: bool, show: bool
 ) -> Generator[tuple[Tick, tuple[float, float]], None, None]:
     """Yield one bar for attacks, curve and checks, and how much of it the last two take; all of it is the shard's images.
 
     after: whether curve and checks are made at all.
     """
-    count = sum(job.where(b).stop - job.where(b).start for b in range(job.batches) if shard.has(b))
-    attacks = len(job.images) * (1.0 + sum(named.cost for named in job.attacks))
-    parts = expected_parts(job, attacks, len(_radii(job.threat, job.settings.curve_points))) if after else (0.0, 0.0)
+    count = sum(plan.where(b).stop - plan.where(b).start for b in range(plan.batches) if shard.has(b))
+    attacks = len(plan.images) * (1.0 + sum(named.cost for named in plan.attacks))
+    parts = expected_parts(plan, attacks, len(_radii(plan.threat, plan.settings.curve_points))) if after else (0.0, 0.0)
     whole = 1 + sum(parts)
 
-    with progress(f"evaluate {subject.name}", count, show=show) as tick:
+    with progress(f"evaluate {target.name}", count, show=show) as tick:
         yield scaled(tick, 1 / whole), (parts[0] * count, parts[1] * count)
 
 
-def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Subject, tick: Tick) -> list[str]:
+def _attack_batches(
+    plan: EvaluationPlan, store: ResumableResults, shard: Shard, target: EvaluationTarget, tick: Tick
+) -> list[str]:
     """Compute what is missing of this shard's batches, one part per batch and attack, each kept when it is finished.
 
     Returns what the clean images say of a mistake in the order of the classes or in the pixels.
     """
-    batches = [batch for batch in range(job.batches) if shard.has(batch)]
-    costs = [1.0, *(named.cost for named in job.attacks)]
+    batches = [batch for batch in range(plan.batches) if shard.has(batch)]
+    costs = [1.0, *(named.cost for named in plan.attacks)]
     finished = right = 0
     start = time.monotonic()
     earlier = frozenset(store.parts)
     for batch in batches:
-        if (first := job.key(batch, -1)) in earlier and not clean_agrees(job, batch, store.parts[first]):
-            store.drop(_from(job, store, batch, -1))
+        if (first := plan.key(batch, -1)) in earlier and not clean_agrees(plan, batch, store.parts[first]):
+            store.drop(_from(plan, store, batch, -1))
     # All clean images first: a mistake in them is not found hours later, and leaves no state.
     clean = {}
     for batch in batches:
-        if job.key(batch, -1) not in store.parts:
-            with _naming(job, batch):
-                clean[job.key(batch, -1)] = _clean(job, batch, subject)
+        if plan.key(batch, -1) not in store.parts:
+            with _naming(plan, batch):
+                clean[plan.key(batch, -1)] = _clean(plan, batch, target)
     broken = [index for _, ids in clean.values() for index in ids]
     if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in clean.values()):
         raise UserError(
             f"logits must be finite, got NaN or infinity for images {_some(broken)}, all there are; {_OVERFLOW}"
         )
     for key, (tensors, ids) in clean.items():
-        store.put(key, tensors, {"seconds": 0.0, "broken": ids})
-    hints = _hints(job, store, batches, subject)  # before hours of attacks
+        store.save(key, tensors, {"seconds": 0.0, "broken": ids})
+    hints = _hints(plan, store, batches, target)  # before hours of attacks
     for hint in hints:
         _log.warning("%s", hint)
     for batch in batches:
-        here = job.where(batch)
+        here = plan.where(batch)
         size = here.stop - here.start
-        held = store.parts[job.key(batch, -1)][0]["flags"].clone()
+        held = store.parts[plan.key(batch, -1)][0]["flags"].clone()
         tick(size * costs[0] / sum(costs), attack="none")
-        for stage, named in enumerate(job.attacks):
-            key = job.key(batch, stage)
+        for stage, named in enumerate(plan.attacks):
+            key = plan.key(batch, stage)
             if key in earlier and key in store.parts:
-                chosen = held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]
-                if not attack_agrees(job, batch, stage, store.parts[key], chosen):
-                    store.drop(_from(job, store, batch, stage))
+                chosen = held if plan.survivors_only else store.parts[plan.key(batch, -1)][0]["flags"]
+                if not attack_agrees(plan, batch, stage, store.parts[key], chosen):
+                    store.drop(_from(plan, store, batch, stage))
             if key not in store.parts:
-                seed = seeded("cpu", job.settings.seed, stage, batch).initial_seed()
-                with global_seed(seed), _naming(job, batch, named.name):
-                    part = _attack(job, store, batch, stage, held)
-                store.put(key, *part)
+                seed = seeded("cpu", plan.settings.seed, stage, batch).initial_seed()
+                with global_seed(seed), _naming(plan, batch, named.name):
+                    part = _attack(plan, store, batch, stage, held)
+                store.save(key, *part)
             held &= store.parts[key][0]["flags"]
             left = right + int(held.sum())
             so_far = estimate([True] * left + [False] * (finished + size - left))
@@ -340,25 +342,27 @@ def _attack_batches(job: EvaluationPlan, store: State, shard: Shard, subject: Su
     return hints
 
 
-def _hints(job: EvaluationPlan, store: State, batches: Sequence[int], subject: Subject) -> list[str]:
+def _hints(
+    plan: EvaluationPlan, store: ResumableResults, batches: Sequence[int], target: EvaluationTarget
+) -> list[str]:
     """Say which order of the classes, or which pixels, would make a low clean accuracy high; see ``evaluation/diagnosis.py``."""
-    parts = [store.parts[job.key(batch, -1)][0] for batch in batches]
-    if not parts or job.draws > 1 or any("predicted" not in part for part in parts):
+    parts = [store.parts[plan.key(batch, -1)][0] for batch in batches]
+    if not parts or plan.draws > 1 or any("predicted" not in part for part in parts):
         return []
-    labels = torch.cat([job.images.labels[job.where(batch)] for batch in batches])
+    labels = torch.cat([plan.images.labels[plan.where(batch)] for batch in batches])
     predicted = torch.cat([part["predicted"] for part in parts])
-    hints = [diagnosis.order_hint(predicted, labels, subject.classes)]
-    if subject.training is None:  # clead train gives pixels as its models want them
-        start = job.where(batches[0]).start
-        x, y = job.inputs(slice(start, start + diagnosis.PIXELS))
+    hints = [diagnosis.order_hint(predicted, labels, target.classes)]
+    if target.training is None:  # clead train gives pixels as its models want them
+        start = plan.where(batches[0]).start
+        x, y = plan.inputs(slice(start, start + diagnosis.PIXELS))
 
         def answer(x: Tensor) -> Tensor:
-            return in_pieces(lambda x, y: logits_of(job.model, x).argmax(1), x, y, job.pieces)
+            return run_microbatched(lambda x, y: logits_of(plan.model, x).argmax(1), x, y, plan.microbatch)
 
-        with global_seed(job.settings.seed):
-            hints.append(diagnosis.pixel_hint(answer, x, y, len(subject.classes)))
-            if _one_logit(job.model) and predicted.eq(1).all():
-                logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
+        with global_seed(plan.settings.seed):
+            hints.append(diagnosis.pixel_hint(answer, x, y, len(target.classes)))
+            if _one_logit(plan.model) and predicted.eq(1).all():
+                logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
                 hints.append(diagnosis.sigmoid_hint(logits[:, 1] - logits[:, 0]))
     return [hint for hint in hints if hint is not None]
 
@@ -368,53 +372,53 @@ def _one_logit(model: nn.Module) -> bool:
     return any("one logit" in note for note in getattr(model, "notes", ()))
 
 
-def _from(job: EvaluationPlan, store: State, batch: int, stage: int) -> list[str]:
+def _from(plan: EvaluationPlan, store: ResumableResults, batch: int, stage: int) -> list[str]:
     """Return the finished parts of a batch from ``stage`` on: later attacks ran on what it left."""
-    keys = (job.key(batch, later) for later in range(stage, len(job.attacks)))
+    keys = (plan.key(batch, later) for later in range(stage, len(plan.attacks)))
     return [key for key in keys if key in store.parts]
 
 
 @contextmanager
-def _naming(job: EvaluationPlan, batch: int, attack: str = "") -> Generator[None, None, None]:
+def _naming(plan: EvaluationPlan, batch: int, attack: str = "") -> Generator[None, None, None]:
     """Say in an error of the user's model which images it was given."""
     try:
         yield
     except ModelError as error:
-        here, under = job.where(batch), f" under {attack}" if attack else ""
+        here, under = plan.where(batch), f" under {attack}" if attack else ""
         raise ModelError(f"{error} (images {here.start} to {here.stop - 1}{under})") from error
 
 
-def _clean(job: EvaluationPlan, batch: int, subject: Subject) -> tuple[dict[str, Tensor], list[int]]:
+def _clean(plan: EvaluationPlan, batch: int, target: EvaluationTarget) -> tuple[dict[str, Tensor], list[int]]:
     """Return which clean images are right, what they are taken for, and the ids of those whose logits are not finite."""
-    here = job.where(batch)
-    x, y = job.inputs(here)
-    check_inputs(x, y, len(subject.classes))
-    with global_seed(seeded("cpu", job.settings.seed, -1, batch).initial_seed()):
-        logits = in_pieces(lambda x, y: logits_of(job.model, x), x, y, job.pieces)
-        if logits.shape[1] != len(subject.classes):
-            what = "gives one logit for two classes" if _one_logit(job.model) else f"returns {logits.shape[1]} logits"
+    here = plan.where(batch)
+    x, y = plan.inputs(here)
+    check_inputs(x, y, len(target.classes))
+    with global_seed(seeded("cpu", plan.settings.seed, -1, batch).initial_seed()):
+        logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
+        if logits.shape[1] != len(target.classes):
+            what = "gives one logit for two classes" if _one_logit(plan.model) else f"returns {logits.shape[1]} logits"
             raise UserError(
-                f"the model {what}, the data has {len(subject.classes)} classes; "
+                f"the model {what}, the data has {len(target.classes)} classes; "
                 "give data of the classes that it was trained for, or name all of the model's in their order: --data.classes FILE"
             )
         finite = torch.isfinite(logits).all(1)
         broken = (~finite).nonzero()[:, 0]
         # NaN is no answer: taken for any class but the right one.
         predicted = torch.where(finite, logits.argmax(1), _rivals(logits, y))
-        flags = holds(logits, y) if job.draws == 1 else _right(job, x, y, job.draws)
+        flags = is_correct(logits, y) if plan.draws == 1 else _right(plan, x, y, plan.draws)
     tensors = {"flags": flags.cpu(), "predicted": predicted.cpu()}
     return tensors, [here.start + index for index in broken.tolist()]
 
 
 def _attack(
-    job: EvaluationPlan, store: State, batch: int, stage: int, held: Tensor
+    plan: EvaluationPlan, store: ResumableResults, batch: int, stage: int, held: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Run one attack on one batch: on the images that held so far, or on all that are right when clean."""
     start = time.monotonic()
-    named, here = job.attacks[stage], job.where(batch)
-    chosen = (held if job.survivors_only else store.parts[job.key(batch, -1)][0]["flags"]).nonzero()[:, 0]
+    named, here = plan.attacks[stage], plan.where(batch)
+    chosen = (held if plan.survivors_only else store.parts[plan.key(batch, -1)][0]["flags"]).nonzero()[:, 0]
     flags = torch.zeros(here.stop - here.start, dtype=torch.bool)
-    predicted = job.images.labels[here].clone()
+    predicted = plan.images.labels[here].clone()
     if not len(chosen):
         return {"flags": flags, "predicted": predicted}, {
             "attacked": 0,
@@ -425,25 +429,27 @@ def _attack(
             "largest": 0.0,
             "lost": [],
         }
-    x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
-    generator = seeded(job.device, job.settings.seed, stage, batch)
-    with CostMeter(job.model) as meter:
-        x_adv = _search(job, named, x, y, generator)
-        robust = _right(job, x_adv, y, job.draws).cpu()
+    x, y = (part[chosen.to(plan.device)] for part in plan.inputs(here))
+    generator = seeded(plan.device, plan.settings.seed, stage, batch)
+    with CostMeter(plan.model) as meter:
+        x_adv = _search(plan, named, x, y, generator)
+        robust = _right(plan, x_adv, y, plan.draws).cpu()
     finite = finite_images(x_adv)  # elsewhere the gradient is NaN: the image counts as broken, and is kept as it was
-    if batch == stage == 0 and (len(chosen) > 1 or len(job.images) == 1):
+    if batch == stage == 0 and (len(chosen) > 1 or len(plan.images) == 1):
         check_finite(x_adv, named.name)  # raises if it is so of all: a model of which nothing can be known
     lost = (chosen[~finite.cpu()] + here.start).tolist()
     x_adv = torch.where(per_image(finite, x), x_adv, x)
-    size = job.threat.size(x_adv - x).max().item()
+    size = plan.threat.size(x_adv - x).max().item()
     flags[chosen] = robust
     if not robust.all():
-        wrong = (~robust).to(job.device)
-        rivals = in_pieces(lambda x, y: _rivals(logits_of(job.model, x), y), x_adv[wrong], y[wrong], job.pieces)
+        wrong = (~robust).to(plan.device)
+        rivals = run_microbatched(
+            lambda x, y: _rivals(logits_of(plan.model, x), y), x_adv[wrong], y[wrong], plan.microbatch
+        )
         predicted[chosen[~robust]] = rivals.cpu()
     # Pictures show the attack that broke the image, else the last one tried.
-    last = stage == len(job.attacks) - 1
-    kept = (chosen + here.start < job.kept) & (~robust | last) & finite.cpu()
+    last = stage == len(plan.attacks) - 1
+    kept = (chosen + here.start < plan.num_saved) & (~robust | last) & finite.cpu()
     data = {
         "attacked": len(chosen),
         "seconds": time.monotonic() - start,
@@ -462,17 +468,17 @@ def _rivals(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
-def _search(job: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """Run the attack, in smaller pieces if the device is out of memory, and again where its success was one of rounding only."""
 
     def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
-        return in_pieces(
+        return run_microbatched(
             lambda x, y: attack_images(
                 named.attack,
-                job.model,
+                plan.model,
                 x,
                 y,
-                job.threat,
+                plan.threat,
                 objective=named.objective,
                 generator=generator,
                 checked=True,
@@ -480,25 +486,25 @@ def _search(job: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gener
             ),
             x,
             y,
-            job.pieces,
+            plan.microbatch,
         )
 
-    precision = getattr(torch, job.settings.precision)
+    precision = getattr(torch, plan.settings.precision)
     x_adv = run(x, y, precision=precision)
-    if isinstance(named.attack, Search) and job.draws == 1:
+    if isinstance(named.attack, Search) and plan.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
-        with attack_mode(job.model), torch.no_grad(), prepared(job.model, x, precision) as answer:
-            left = in_pieces(lambda x, y: ~holds(answer(x), y), x_adv, y, job.pieces)
+        with attack_mode(plan.model), torch.no_grad(), prepared(plan.model, x, precision) as answer:
+            left = run_microbatched(lambda x, y: ~is_correct(answer(x), y), x_adv, y, plan.microbatch)
         if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
-        again = left & _right(job, x_adv, y, draws=1)
+        again = left & _right(plan, x_adv, y, draws=1)
         if again.any():
             x_adv[again] = run(x[again], y[again], exact=True)
     return x_adv
 
 
-def _right(job: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
-    return in_pieces(lambda x, y: right_images(job.model, x, y, draws), x, y, job.pieces)
+def _right(plan: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
+    return run_microbatched(lambda x, y: correct_mask(plan.model, x, y, draws), x, y, plan.microbatch)
 
 
 def _possible(attacks: Sequence[NamedAttack], model: nn.Module) -> tuple[list[NamedAttack], list[str]]:
@@ -516,25 +522,25 @@ def _possible(attacks: Sequence[NamedAttack], model: nn.Module) -> tuple[list[Na
     return possible, notes if left_out else []
 
 
-def _ready(job: EvaluationPlan) -> tuple[bool, list[str]]:
+def _check_applicable(plan: EvaluationPlan) -> tuple[bool, list[str]]:
     """Say whether a gradient reaches the images, and what is to be noted of it.
 
     Raises UserError if an attack cannot be made on this model or in this norm.
     """
-    x, y = job.inputs(slice(0, 1))
+    x, y = plan.inputs(slice(0, 1))
     if x.dim() != 4:
         check_inputs(x, y)
-    logits_of(job.model, x)
-    for named in job.attacks:
-        check_norm(named.attack, job.threat)
+    logits_of(plan.model, x)
+    for named in plan.attacks:
+        check_norm(named.attack, plan.threat)
         if not isinstance(named.attack, Search):
-            with attack_mode(job.model):
+            with attack_mode(plan.model):
                 OBJECTIVES.get(named.objective)(
-                    job.model, x, y.clamp_min(0)
+                    plan.model, x, y.clamp_min(0)
                 )  # one of the embedding needs a split model
-    if (gradient := image_gradient(job.model, x)) is not None:
-        with global_seed(job.settings.seed):
-            several = image_gradient(job.model, job.inputs(slice(0, _TRIED))[0])
+    if (gradient := image_gradient(plan.model, x)) is not None:
+        with global_seed(plan.settings.seed):
+            several = image_gradient(plan.model, plan.inputs(slice(0, _TRIED))[0])
         if several is not None and not several.any() and not gradient.any():
             return True, [
                 f"the gradient of the logits to the first {len(several)} images is 0 everywhere (rounding, argmax or a sign in the "
@@ -543,7 +549,7 @@ def _ready(job: EvaluationPlan) -> tuple[bool, list[str]]:
         return True, []
     need = [
         named.name
-        for named in job.attacks
+        for named in plan.attacks
         if getattr(named.attack, "needs_gradient", not isinstance(named.attack, Square))
     ]
     if need:
@@ -554,29 +560,31 @@ def _ready(job: EvaluationPlan) -> tuple[bool, list[str]]:
     return False, []
 
 
-def _curve(job: EvaluationPlan, store: State, radii: Sequence[Ratio], limits: Extent, tick: Tick) -> list[CurvePoint]:
+def _curve(
+    plan: EvaluationPlan, store: ResumableResults, radii: Sequence[Ratio], limits: Extent, tick: Tick
+) -> list[CurvePoint]:
     """Return robust accuracy at other radii, under PGD on the margin, on the first images; ``tick`` advances by 1 in all."""
-    settings, n = job.settings, limits.curve_images
+    settings, n = plan.settings, limits.curve_images
     if not n:
         return []
-    clean = torch.cat([store.parts[job.key(batch, -1)][0]["flags"] for batch in range(job.batches)])[:n]
+    clean = torch.cat([store.parts[plan.key(batch, -1)][0]["flags"] for batch in range(plan.batches)])[:n]
     pgd = PGD(steps=limits.curve_steps, keep="best")
     name, points = attack_name(pgd, "margin"), []
     for number, radius in enumerate(radii):
         key = f"curve-{limits.curve_steps}-{n}-{number:02d}-of-{len(radii):02d}"
         if key not in store.parts:
             flags = clean.clone()
-            for batch in range(-(-n // job.batch_size)):
-                here = slice(batch * job.batch_size, min((batch + 1) * job.batch_size, n))
+            for batch in range(-(-n // plan.batch_size)):
+                here = slice(batch * plan.batch_size, min((batch + 1) * plan.batch_size, n))
                 chosen = clean[here].nonzero()[:, 0]
                 if len(chosen):
-                    x, y = (part[chosen.to(job.device)] for part in job.inputs(here))
-                    at = replace(cast(Any, job.threat), eps=radius)
-                    generator = seeded(job.device, settings.seed, _CURVE, number, batch)
-                    x_adv = _search(replace(job, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
-                    flags[here.start + chosen] = right_images(job.model, x_adv, y).cpu()
+                    x, y = (part[chosen.to(plan.device)] for part in plan.inputs(here))
+                    at = replace(cast(Any, plan.threat), eps=radius)
+                    generator = seeded(plan.device, settings.seed, _CURVE, number, batch)
+                    x_adv = _search(replace(plan, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
+                    flags[here.start + chosen] = correct_mask(plan.model, x_adv, y).cpu()
                 tick((here.stop - here.start) / (n * len(radii)), curve=radius.text)
-            store.put(key, {"flags": flags}, {})
+            store.save(key, {"flags": flags}, {})
         else:
             tick(1 / len(radii), curve=radius.text)
         robust = estimate(store.parts[key][0]["flags"].tolist())
@@ -584,24 +592,26 @@ def _curve(job: EvaluationPlan, store: State, radii: Sequence[Ratio], limits: Ex
     return points
 
 
-def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, limits: Extent, tick: Tick) -> list[CheckPart]:
+def _checks(
+    plan: EvaluationPlan, store: ResumableResults, source: nn.Module | None, limits: Extent, tick: Tick
+) -> list[CheckPart]:
     """Return the checks of gradient masking on the first images; ``tick`` advances by 1 in all."""
     n = limits.check_images
-    if not n or job.draws > 1:
+    if not n or plan.draws > 1:
         return []
     names = limits.checks.names
     key = f"checks-{n}" + (f"-{len(names)}" if limits.checks.short else "")
     if key not in store.parts:
-        x, y = job.inputs(slice(0, n))
-        standing = _standing(job, store)[:n].to(job.device) if limits.checks.short else None
+        x, y = plan.inputs(slice(0, n))
+        standing = _standing(plan, store)[:n].to(plan.device) if limits.checks.short else None
         while True:
             try:
                 checks = masking.run_checks(
-                    job.model,
+                    plan.model,
                     x,
                     y,
-                    job.threat,
-                    seed=job.settings.seed,
+                    plan.threat,
+                    seed=plan.settings.seed,
                     source=source,
                     tick=scaled(tick, 1 / len(names)),
                     only=names,
@@ -614,56 +624,56 @@ def _checks(job: EvaluationPlan, store: State, source: nn.Module | None, limits:
                 x, y = x[: len(x) // 2], y[: len(y) // 2]
                 standing = None if standing is None else standing[: len(x)]
                 warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
-        store.put(key, {}, {"checks": [check.model_dump() for check in checks]})
+        store.save(key, {}, {"checks": [check.model_dump() for check in checks]})
     else:
         tick(1)
     return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
 
 
-def _standing(job: EvaluationPlan, store: State) -> Tensor:
+def _standing(plan: EvaluationPlan, store: ResumableResults) -> Tensor:
     """Return which images are right when clean and after every attack, (N,)."""
     return torch.cat(
         [
-            torch.stack([store.parts[job.key(b, stage)][0]["flags"] for stage in range(-1, len(job.attacks))]).all(0)
-            for b in range(job.batches)
+            torch.stack([store.parts[plan.key(b, stage)][0]["flags"] for stage in range(-1, len(plan.attacks))]).all(0)
+            for b in range(plan.batches)
         ]
     )
 
 
 def _evaluation(
-    job: EvaluationPlan,
-    store: State,
-    subject: Subject,
+    plan: EvaluationPlan,
+    store: ResumableResults,
+    target: EvaluationTarget,
     curve: list[CurvePoint],
     checks: list[CheckPart],
     notes: list[str],
     start: float,
     keep_adversarial: bool,
 ) -> Evaluation:
-    images, settings, n = job.images, job.settings, len(job.images)
+    images, settings, n = plan.images, plan.settings, len(plan.images)
 
     def all_flags(stage: int) -> Tensor:
-        return torch.cat([store.parts[job.key(batch, stage)][0]["flags"] for batch in range(job.batches)])
+        return torch.cat([store.parts[plan.key(batch, stage)][0]["flags"] for batch in range(plan.batches)])
 
     clean = all_flags(-1)
     robust = clean.clone()
-    if clean.float().mean() <= 1 / len(subject.classes):
+    if clean.float().mean() <= 1 / len(target.classes):
         notes = [
             *notes,
-            f"clean accuracy is no better than guessing among {len(subject.classes)} classes: are weights and pixels right?",
+            f"clean accuracy is no better than guessing among {len(target.classes)} classes: are weights and pixels right?",
         ]
-    notes = [*notes, *getattr(job.model, "notes", ()), *_not_finite(job, store)]
-    adversarial = pixels(images.images[: job.kept])
+    notes = [*notes, *getattr(plan.model, "notes", ()), *_not_finite(plan, store)]
+    adversarial = to_float(images.images[: plan.num_saved])
     attacks = []
-    for stage, named in enumerate(job.attacks):
+    for stage, named in enumerate(plan.attacks):
         flags = all_flags(stage)
-        parts = [store.parts[job.key(batch, stage)] for batch in range(job.batches)]
+        parts = [store.parts[plan.key(batch, stage)] for batch in range(plan.batches)]
         for tensors, _ in parts:
             if "index" in tensors:
                 # Where several attacks broke an image, the first is shown; an attack that failed never replaces one that did not.
                 shown = robust[tensors["index"]]
                 adversarial[tensors["index"][shown]] = tensors["x_adv"][shown]
-        before = robust if job.survivors_only else clean
+        before = robust if plan.survivors_only else clean
         attacks.append(
             AttackPart(
                 name=named.name,
@@ -687,25 +697,25 @@ def _evaluation(
             clean_accuracy=clean[chosen].float().mean().item(),
             robust_accuracy=robust[chosen].float().mean().item(),
         )
-        for k, name in enumerate(subject.classes)
+        for k, name in enumerate(target.classes)
         if (chosen := images.labels == k).any()
     ]
-    eps = Ratio(job.threat.eps)
+    eps = Ratio(plan.threat.eps)
     record = Record(
-        run=subject.name,
+        run=target.name,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         command=command(),
         seed=settings.seed,
-        suite=job.suite,
+        suite=plan.suite,
         notes=notes,
         model=ModelPart(
-            name=subject.model,
-            parameters=sum(p.numel() for key, p in job.model.named_parameters() if not key.startswith("projection.")),
-            weights=subject.weights,
-            fingerprint=fingerprint(weights(job.model)),
+            name=target.model,
+            parameters=sum(p.numel() for key, p in plan.model.named_parameters() if not key.startswith("projection.")),
+            weights=target.weights,
+            fingerprint=fingerprint(weights(plan.model)),
         ),
-        data=subject.data_part(images),
-        threat=ThreatPart(norm=job.threat.norm, eps=float(eps), eps_text=eps.text),
+        data=target.data_part(images),
+        threat=ThreatPart(norm=plan.threat.norm, eps=float(eps), eps_text=eps.text),
         clean=estimate(clean.tolist()),
         clean_flags=clean.tolist(),
         worst=estimate(robust.tolist()),
@@ -714,15 +724,15 @@ def _evaluation(
         curve=curve,
         checks=checks,
         per_class=per_class,
-        training=subject.training,
-        predictions=_predictions(job, store),
-        memory=_memory(job.device),
+        training=target.training,
+        predictions=_predictions(plan, store),
+        memory=_memory(plan.device),
         versions=environment(),
         # Of an evaluation that was resumed or shared out: the work of all its parts.
         seconds=max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),
     )
     shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
-    artifacts = _artifacts(job.model, images, shown, settings.gallery, job.batch_size, job.device)
+    artifacts = _artifacts(plan.model, images, shown, settings.gallery, plan.batch_size, plan.device)
     return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
 
 
@@ -730,16 +740,16 @@ def _lost(parts: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> list[int
     return sorted(index for _, data in parts for index in data.get("lost", ()))
 
 
-def _not_finite(job: EvaluationPlan, store: State) -> list[str]:
+def _not_finite(plan: EvaluationPlan, store: ResumableResults) -> list[str]:
     """Return notes on the images whose logits, or gradient under an attack, are not finite."""
-    parts = [store.parts[job.key(batch, -1)] for batch in range(job.batches)]
+    parts = [store.parts[plan.key(batch, -1)] for batch in range(plan.batches)]
     notes = []
     if broken := [index for _, data in parts for index in data.get("broken", ())]:
         notes.append(
             f"logits must be finite, got NaN or infinity for images {_some(broken)}, which count as wrong; {_OVERFLOW}"
         )
-    for stage, named in enumerate(job.attacks):
-        if lost := _lost([store.parts[job.key(batch, stage)] for batch in range(job.batches)]):
+    for stage, named in enumerate(plan.attacks):
+        if lost := _lost([store.parts[plan.key(batch, stage)] for batch in range(plan.batches)]):
             notes.append(
                 f"the gradient of {named.name} is NaN or infinite at images {_some(lost)}, which count as not robust; "
                 "look for sqrt, log or division at 0 in the model"
@@ -753,20 +763,21 @@ def _some(indices: Sequence[int], most: int = 20) -> str:
     return f"{list(indices[:most])}{more}"
 
 
-def _predictions(job: EvaluationPlan, store: State) -> PredictionsPart | None:
+def _predictions(plan: EvaluationPlan, store: ResumableResults) -> PredictionsPart | None:
     """Return what the images are taken for; None of a randomised model, whose verdict is no single answer."""
     stages = [
-        [store.parts[job.key(batch, stage)][0] for batch in range(job.batches)] for stage in range(-1, len(job.attacks))
+        [store.parts[plan.key(batch, stage)][0] for batch in range(plan.batches)]
+        for stage in range(-1, len(plan.attacks))
     ]
     # A state that an earlier version left does not hold them.
-    if job.draws > 1 or any("predicted" not in part for stage in stages for part in stage):
+    if plan.draws > 1 or any("predicted" not in part for stage in stages for part in stage):
         return None
     clean, *attacks = ([torch.cat([part[key] for part in stage]) for key in ("flags", "predicted")] for stage in stages)
     held, attacked = clean[0].clone(), clean[1].clone()
     for flags, predicted in attacks:
         attacked = torch.where(held & ~flags, predicted, attacked)
         held &= flags
-    return PredictionsPart(labels=job.images.labels.tolist(), clean=clean[1].tolist(), attacked=attacked.tolist())
+    return PredictionsPart(labels=plan.images.labels.tolist(), clean=clean[1].tolist(), attacked=attacked.tolist())
 
 
 def _memory(device: torch.device) -> MemoryPart:
@@ -817,7 +828,7 @@ def _artifacts(
 ) -> dict[str, Tensor]:
     if not len(adversarial):
         return {}
-    x = pixels(images.images[: len(adversarial)])
+    x = to_float(images.images[: len(adversarial)])
     with attack_mode(model), torch.no_grad():
         outputs = []
         for part in (x, adversarial):

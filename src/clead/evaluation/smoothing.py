@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import seeded
 from clead.errors import UserError
-from clead.evaluation.state import State
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
@@ -98,7 +98,7 @@ def certify(
     num_classes: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
     show: bool = True,
 ) -> Certificates:
     """Predict and certify g(x) = argmax_c P(f(x + N(0, σ²I)) = c) (Cohen et al. 2019, arXiv:1902.02918, algorithm CERTIFY).
@@ -143,7 +143,7 @@ def certify(
         guess = int(_counts(model, image, n0, sigma, batch_size, k, generator).argmax())
         return [guess, int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])]
 
-    state = state or State(None, {})
+    state = state or ResumableResults(None, {})
     predicted, right, lower, radius = [], [], [], []
     with (
         state.opened(),
@@ -165,7 +165,7 @@ def certify(
                 right.append(predicted[-1] == int(y[index]))
                 tick(certified_accuracy=sum(right) / len(right))
             if not kept:
-                state.put(key, {"votes": torch.tensor(votes)}, {"seconds": time.monotonic() - start})
+                state.save(key, {"votes": torch.tensor(votes)}, {"seconds": time.monotonic() - start})
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
         CertifiedPoint(radius=at, certified=estimate([r and at < R for r, R in zip(right, radius, strict=True)]))

@@ -32,7 +32,7 @@ class UntrustedState(UserError):
     """A state directory holds parts that this user did not make on this machine."""
 
 
-class State:
+class ResumableResults:
     """Finished parts of one evaluation: ``key`` -> (tensors, plain data).
 
     A directory with ``state.json`` (what is evaluated, and how) and one checksummed and signed safetensors file per part, each
@@ -58,7 +58,7 @@ class State:
         self.notes: list[str] = []
 
     @contextmanager
-    def opened(self) -> Generator[State, None, None]:
+    def opened(self) -> Generator[ResumableResults, None, None]:
         """Read what there is and keep other processes out while the block runs.
 
         Raises UserError if the directory is of another evaluation (naming what differs) or in use, and UntrustedState if it
@@ -127,7 +127,7 @@ class State:
         again = f"; {damaged} damaged ones are computed again" if damaged else ""
         _log.warning("%s: %s%s", folder, "; ".join(self.notes), again)
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
+    def save(self, key: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep a finished part; raises UserError if the disk refuses, what was kept before stays."""
         part = ({name: tensor.cpu() for name, tensor in tensors.items()}, json.loads(json.dumps(dict(data))))
         if self.path is not None:

@@ -18,7 +18,7 @@ from clead.report.record import Record
 from clead.settings import Ratio
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
-MEANING: dict[str, str] = {
+SUITE_TITLES: dict[str, str] = {
     "standard": "AutoAttack standard",
     "plus": "AutoAttack plus",
     "rand": "AutoAttack rand",
@@ -28,7 +28,7 @@ MEANING: dict[str, str] = {
     "pgd": "FGSM and PGD, not AutoAttack",
     "attacks": "the attacks listed, not AutoAttack",
 }
-NOT = ", not AutoAttack"
+NOT_AUTOATTACK = ", not AutoAttack"
 _AUTOATTACK = ("standard", "plus", "adaptive", "rand")
 _OWN_STEPS = " instead of the suite's own"
 _NAMED_ATTACKS = 4
@@ -194,8 +194,8 @@ def in_words(record: Record) -> str:
     elif steps := other_steps(record):
         words = f"suite {record.suite} with {steps} instead of its own"
     else:
-        words = MEANING.get(record.suite, f"suite {record.suite}").removesuffix(NOT)
-    return words if is_autoattack(record) else words + NOT
+        words = SUITE_TITLES.get(record.suite, f"suite {record.suite}").removesuffix(NOT_AUTOATTACK)
+    return words if is_autoattack(record) else words + NOT_AUTOATTACK
 
 
 def listed(words: Sequence[str]) -> str:

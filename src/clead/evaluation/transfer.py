@@ -14,7 +14,7 @@ from clead.checkpoint import fingerprint, load_weights
 from clead.evaluation.state import read_header
 from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import NamedAttack
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
 from clead.report.record import TransferredPart
@@ -85,9 +85,9 @@ def transferred(
     with exact_float32():
         for start in range(0, n, PART):
             here = slice(start, min(start + PART, n))
-            x, y = pixels(images.images[here].to(device)), images.labels[here].to(device)
+            x, y = to_float(images.images[here].to(device)), images.labels[here].to(device)
             x_adv = stored.x_adv[here].to(device)
-            flags += (right_images(model, x, y) & right_images(model, x_adv, y)).tolist()
+            flags += (correct_mask(model, x, y) & correct_mask(model, x_adv, y)).tolist()
             sizes.append(threat.size(x_adv - x).max().item())
     return TransferredPart(
         settings=stored.attack,

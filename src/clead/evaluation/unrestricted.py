@@ -18,8 +18,8 @@ from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.attacked import AttackedResult, Flags, in_batches
-from clead.evaluation.state import State
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.state import ResumableResults
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
@@ -36,7 +36,7 @@ def evaluate_unrestricted(
     seed: int = 0,
     classes: int | None = None,
     device: torch.device | None = None,
-    state: State | None = None,
+    state: ResumableResults | None = None,
     show: bool = True,
 ) -> AttackedResult:
     """Attack ``model`` on ``images``; robust are those that are classified right when clean and after the attack.
@@ -62,7 +62,7 @@ def evaluate_unrestricted(
     name, values = described(attack)
     model = wrapped(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    first = pixels(images.images[:1].to(device))
+    first = to_float(images.images[:1].to(device))
     check_inputs(first, images.labels[:1].to(device))
     k = logits_of(model, first).shape[1]
     if classes is not None and classes != k:
@@ -71,13 +71,13 @@ def evaluate_unrestricted(
 
     def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
         check_inputs(x, y, k)
-        right = right_images(model, x, y)
+        right = correct_mask(model, x, y)
         held = right.clone()
         if right.any():  # synchronises the device
             held[right] = _holds(attack, model, x[right], y[right], seeded(device, seed, batch), name)
         return right, held
 
-    state = state or State(None, {})
+    state = state or ResumableResults(None, {})
     with state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=show) as tick:
         return in_batches(
             images,
@@ -108,7 +108,7 @@ def _holds(
     with attack_mode(model), torch.no_grad():
         with prepared(model, x) as answer:
             seen = fallen(answer(x_adv), y)
-        again = seen & right_images(model, x_adv, y)
+        again = seen & correct_mask(model, x_adv, y)
         if again.any():
             x_adv[again] = attack.worst(model, x[again], y[again], generator=generator)
     check_finite(x_adv, name)
@@ -116,4 +116,4 @@ def _holds(
     inside = attack.allows(x_adv, x) & ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     if not (inside | ~finite).all():
         raise AttackError(f"{name} left the images that it allows")
-    return right_images(model, x_adv, y)
+    return correct_mask(model, x_adv, y)

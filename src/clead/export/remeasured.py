@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from clead.config import Eval
-from clead.evaluation.robust import Subject, evaluate_model
+from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.statistics import estimate
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.export.onnx import StraightThrough
 from clead.interfaces import ImageSet, Threat
 from clead.report.record import Estimate
@@ -47,7 +47,7 @@ def remeasure(
     converted: nn.Module,
     images: ImageSet,
     threat: Threat,
-    subject: Subject,
+    target: EvaluationTarget,
     *,
     precision: str,
     gradients: bool,
@@ -61,7 +61,7 @@ def remeasure(
         converted: what was made of it.
         images: n images and labels.
         threat: norm and radius.
-        subject: names for the progress.
+        target: names for the progress.
         precision: what the numbers were rounded to, for the result.
         gradients: whether ``converted`` has gradients of its own.
         seed: of the attacks.
@@ -71,15 +71,15 @@ def remeasure(
     quick = validated(Eval, {**options, "suite": "quick"})
     queries = validated(Eval, {**options, "suite": "queries", "steps": QUERY_STEPS})
     attacked = converted if gradients else StraightThrough(original, converted)
-    before = evaluate_model(original, images, threat, quick, subject, keep_adversarial=True, show=show)
-    inside = evaluate_model(attacked, images, threat, quick, subject, show=show)
-    outside = evaluate_model(converted, images, threat, queries, subject, show=show)
+    before = evaluate_model(original, images, threat, quick, target, keep_adversarial=True, show=show)
+    inside = evaluate_model(attacked, images, threat, quick, target, show=show)
+    outside = evaluate_model(converted, images, threat, queries, target, show=show)
     assert before is not None and inside is not None and outside is not None and before.adversarial is not None
     with exact_float32():
         pairs = zip(before.adversarial.split(256), images.labels.split(256), strict=True)
-        stands = torch.cat([right_images(converted, x, y) for x, y in pairs])
+        stands = torch.cat([correct_mask(converted, x, y) for x, y in pairs])
         pairs = zip(images.images.split(256), images.labels.split(256), strict=True)
-        clean = torch.cat([right_images(converted, pixels(x), y) for x, y in pairs])
+        clean = torch.cat([correct_mask(converted, to_float(x), y) for x, y in pairs])
     flags = [clean & stands, *(torch.tensor(part.record.robust_flags) for part in (inside, outside))]
     return Remeasured(
         precision=precision,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from clead.evaluation.suites import NOT, in_words, is_autoattack
+from clead.evaluation.suites import NOT_AUTOATTACK, in_words, is_autoattack
 from clead.report.record import Estimate, Record
 
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
@@ -83,7 +83,7 @@ def suite_label(record: Record) -> str:
 def under_suite(record: Record) -> str:
     """Return the suite as a clause after ``under``, with its commas."""
     words = in_words(record)
-    head = words.removesuffix(NOT)
+    head = words.removesuffix(NOT_AUTOATTACK)
     if head == words:
         return f"{words},"
     return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{words},"

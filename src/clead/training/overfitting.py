@@ -14,7 +14,7 @@ from clead.attacks.run import attack_images
 from clead.config import RunConfig
 from clead.data.base import mixed
 from clead.data.loaders import seeded
-from clead.evaluation.verdicts import holds, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, is_correct, to_float
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.seeding import seeded as global_seed
 
@@ -82,7 +82,7 @@ def cause_of(
         validation: robust accuracy of ``deployed`` on the validation images.
     """
     images = mixed(train.known()).subset(torch.arange(min(_IMAGES, len(train.known()))))
-    x, y = pixels(images.images).to(device), images.labels.to(device)
+    x, y = to_float(images.images).to(device), images.labels.to(device)
     attack = cast(Attack | Search, config.attack)
     strong = PGD(steps=max(20, config.train.validate_steps), step_schedule="linear")
     with global_seed(config.train.seed):
@@ -147,7 +147,7 @@ def _attacked(
 
 
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return right_images(model, x, y).float().mean().item()
+    return correct_mask(model, x, y).float().mean().item()
 
 
 def _train_mode_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
@@ -159,7 +159,8 @@ def _train_mode_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int
         model.train()
         with torch.no_grad():
             flags = [
-                holds(model(a.clone()), b) for a, b in zip(x.tensor_split(count), y.tensor_split(count), strict=True)
+                is_correct(model(a.clone()), b)
+                for a, b in zip(x.tensor_split(count), y.tensor_split(count), strict=True)
             ]
     finally:
         for module, flag in training:

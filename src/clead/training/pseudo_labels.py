@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clead.errors import UserError
-from clead.evaluation.verdicts import exact_float32, pixels
+from clead.evaluation.verdicts import exact_float32, to_float
 from clead.interfaces import Splits
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -37,7 +37,7 @@ def pseudo_labels(
     train = splits.train
     assert train.labelled is not None
     with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
-        labels = torch.cat([model(pixels(part.to(device))).argmax(1).cpu() for part in train.images.split(512)])
+        labels = torch.cat([model(to_float(part.to(device))).argmax(1).cpu() for part in train.images.split(512)])
     unlabelled = ~train.labelled
     about = {
         "from": name,

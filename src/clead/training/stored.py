@@ -18,9 +18,9 @@ from clead.data.base import mixed
 from clead.data.loaders import seeded
 from clead.errors import UserError
 from clead.evaluation.robust import digest
-from clead.evaluation.state import State, differences, read_header
+from clead.evaluation.state import ResumableResults, differences, read_header
 from clead.evaluation.transfer import PART, STORED_TEST
-from clead.evaluation.verdicts import exact_float32, pixels, right_images
+from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import Attack, ImageSet, Search, Splits, Threat
 from clead.methods.clead_published import attack_of
 from clead.models.cost import CostMeter
@@ -87,7 +87,9 @@ def store_images(
         )
     sets = {"train": train, "test": test}
     jobs = [(name, number) for name, images in sets.items() for number in range(-(-len(images) // PART))]
-    store = State(folder, header, trust=True)  # a training goes on where it was moved to; the log says whose it is
+    store = ResumableResults(
+        folder, header, trust=True
+    )  # a training goes on where it was moved to; the log says whose it is
     with (
         store.opened(),
         exact_float32(),
@@ -95,7 +97,7 @@ def store_images(
     ):
         for name, number in jobs:
             key, here = f"{name}-{number:06d}", slice(number * PART, (number + 1) * PART)
-            x, y = pixels(sets[name].images[here].to(device)), sets[name].labels[here].to(device)
+            x, y = to_float(sets[name].images[here].to(device)), sets[name].labels[here].to(device)
             if key not in store.parts:
                 start = time.monotonic()
                 y = _known(model, x, y)
@@ -103,9 +105,9 @@ def store_images(
                 with CostMeter(model) as meter:
                     x_adv = _attacked(attack, model, x, y, config.threat, clip=method.stored_clip, generator=generator)
                 x_adv = x_adv.half()
-                wrong = ~right_images(model, x_adv.float(), y)
+                wrong = ~correct_mask(model, x_adv.float(), y)
                 spent = {"forward_equivalents": meter.forward_equivalents, "seconds": time.monotonic() - start}
-                store.put(key, {"x_adv": x_adv, "wrong": wrong}, spent)
+                store.save(key, {"x_adv": x_adv, "wrong": wrong}, spent)
             tick(len(y), wrong=float(store.parts[key][0]["wrong"].float().mean()))
         made = [store.parts[f"{name}-{number:06d}"] for name, number in jobs if name == "train"]
     return Stored(
