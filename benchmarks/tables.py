@@ -1,6 +1,6 @@
-"""Print the README's tables, and the figures in the recipes' headers, from the committed results.
+"""Print the tables of docs/results/, and the figures in the recipes' headers, from the committed results.
 
-python benchmarks/tables.py                                                       # the README's
+python benchmarks/tables.py                                                       # the tables of docs/results/
 python benchmarks/tables.py benchmarks/study_headline/digits.json --against clead       # of a study, with paired differences
 """
 
@@ -265,7 +265,9 @@ TABLES = {
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", nargs="?", type=Path, help="the JSON file of a study; the README's tables if left out")
+    parser.add_argument(
+        "study", nargs="?", type=Path, help="the JSON file of a study; the tables of docs/results/ if left out"
+    )
     parser.add_argument("--against", default="clead", help="the variant whose differences to the others are shown")
     arguments = parser.parse_args()
     if arguments.study is not None:

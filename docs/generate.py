@@ -72,7 +72,7 @@ def _attacks() -> str:
         "# Attacks",
         "Each attack with its source, where it departs from it, and its settings. `clead attack RUN --attack.name NAME` runs one, "
         '`--attack.KEY VALUE` changes a setting; in Python they are functions: `clead.attacks.NAME(model, x, y, eps="8/255")`. '
-        "Which of them a suite runs is told in [Evaluation](../evaluation.md).",
+        "Which of them a suite runs: [Can I trust the number?](../evaluation.md#suites)",
         "## In a norm ball",
         "Those marked *in training, too* maximise any [objective](#objectives) and can be the inner attack of a "
         "[method](methods.md). The others search by themselves.",
@@ -139,7 +139,7 @@ def _recipes() -> str:
         "# Recipes",
         "The shipped recipes, as their headers describe them: what was measured, with n and seeds, or that it was not. "
         "`clead train NAME` runs one, `clead train NAME --show` prints every key of it. "
-        "[Measured results](../results.md) compares them.",
+        "[Results](../results/headline.md) compares them.",
     ]
     for name in config.recipe_names():
         lines = config.recipe_text(name)[1].splitlines()
