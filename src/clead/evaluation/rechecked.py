@@ -10,6 +10,8 @@ from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import Part
 from clead.evaluation.verdicts import run_microbatched
 
+_FIGURES = frozenset({"seconds", "forwards", "backwards", "calls", "largest"})
+"""What a record needs of an attack's part; one that an earlier version left lacks some."""
 _CLEAR = 1e-4  # of the largest logit: closer ones can change places by rounding
 
 
@@ -34,6 +36,8 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
     here, (tensors, data) = plan.where(batch), part
     flags = tensors.get("flags")
     if flags is None or flags.dtype != torch.bool or len(flags) != len(chosen) or (flags & ~chosen).any():
+        return False
+    if not data.keys() >= _FIGURES:
         return False
     number = torch.arange(here.start, here.stop)
     last = stage == len(plan.attacks) - 1

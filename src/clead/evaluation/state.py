@@ -23,7 +23,7 @@ from clead.errors import UserError
 from clead.signature import is_signed, keyless, owned, sign
 
 _log = logging.getLogger("clead")
-VERSION = 2  # 2: parts are signed and say how many calls they took
+VERSION = 1
 _SIGNATURE = "signature"
 Part = tuple[dict[str, Tensor], dict[str, Any]]
 
