@@ -25,7 +25,7 @@ import torch
 import clead
 from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
-from clead.data.base import mixed
+from clead.data.base import shuffle_if_sorted
 from clead.evaluation import robust
 from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import suite
@@ -44,7 +44,7 @@ def right(model, x, y):
 
 
 def inside(x_adv, x, norm, eps):
-    size = THREATS.get(norm)(eps=eps).size(x_adv - x)
+    size = THREATS.get(norm)(eps=eps).distance(x_adv - x)
     return (size <= float(clead_eps(eps)) * (1 + 1e-4) + 1e-6) & (x_adv.flatten(1).amin(1) >= 0)
 
 
@@ -59,11 +59,11 @@ class Timed:
     def __init__(self, attack, seconds, name):
         self.attack, self.seconds, self.name = attack, seconds, name
 
-    def search(self, model, x, y, threat, *, generator=None):
+    def perturb(self, model, x, y, threat, *, generator=None):
         """Search, and note the time."""
         start = time.process_time()
         try:
-            return self.attack.search(model, x, y, threat, generator=generator)
+            return self.attack.perturb(model, x, y, threat, generator=generator)
         finally:
             self.seconds[self.name] = self.seconds.get(self.name, 0) + time.process_time() - start
 
@@ -203,7 +203,7 @@ def main():
     run = RunDir.open(arguments.run)
     config = load_recipe(str(run.path / "config.yaml"))
     eps = arguments.eps or config.threat.eps.text
-    images = mixed(config.data.load(config.train.seed).test)
+    images = shuffle_if_sorted(config.data.load(config.train.seed).test)
     images = images.subset(torch.arange(min(arguments.images, len(images))))
     what = {
         "run": run.name,

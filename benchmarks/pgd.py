@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.models import MODELS
 from clead.threats.linf import Linf
 
@@ -42,7 +42,7 @@ def peer(model, x, y, random_start):
 def ours(precision):
     def attack(model, x, y, random_start):
         pgd = PGD(steps=STEPS, step_size="2/255", random_start=random_start)
-        return attack_images(pgd, model, x, y, Linf(eps="8/255"), precision=precision, checked=True)
+        return run_attack(pgd, model, x, y, Linf(eps="8/255"), precision=precision, checked=True)
 
     return attack
 

@@ -78,7 +78,7 @@ def _attacks() -> str:
         "[method](methods.md). The others search by themselves.",
     ]
     for name, cls in ATTACKS.items():
-        kind = "Searches by itself." if hasattr(cls, "search") else "In training, too."
+        kind = "Searches by itself." if hasattr(cls, "perturb") else "In training, too."
         norms = getattr(cls, "norms", None)
         for_norms = f" Made for {', '.join(norms)}." if norms else ""
         parts += [f"### {name}", *_docstring(cls), f"*{kind}{for_norms}*", _table(_keys("attack", name))]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import clead
-from clead.config import bare_config
+from clead.config import evaluation_config
 from clead.models.custom import make_module
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,7 +23,7 @@ parser.add_argument("--images", type=int, default=128)
 arguments = parser.parse_args()
 
 if arguments.model:
-    splits = bare_config("theirs", ["--data.path", arguments.data]).data.load(0, training=False)
+    splits = evaluation_config("theirs", ["--data.path", arguments.data]).data.load(0, training=False)
     net = make_module(arguments.model, len(splits.classes))
     net.load_state_dict(load_file(arguments.weights))
 else:  # trained as in many a tutorial, with a softmax as its last layer

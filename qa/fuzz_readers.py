@@ -35,7 +35,7 @@ from clead import api
 from clead.checkpoint import RunDir, load_weights, save_weights, write_atomically
 from clead.config import GROUPS, documented_keys, load_recipe, recipe_names, recipe_text
 from clead.data.datasets.npz import read_npz
-from clead.data.decoding import Fit, decode
+from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
 
 RECORDS = Path(__file__).parent.parent / "benchmarks" / "records"
@@ -186,7 +186,7 @@ def images(folder):
         decode([content], ["image"], fit)
 
     fits = st.builds(
-        Fit, st.none() | st.integers(1, 40), st.sampled_from(["squash", "crop"]), st.sampled_from([None, 1, 3])
+        ResizeSpec, st.none() | st.integers(1, 40), st.sampled_from(["squash", "crop"]), st.sampled_from([None, 1, 3])
     )
     return st.tuples(broken(wholes) | st.binary(max_size=100), fits), read
 

@@ -23,7 +23,7 @@ from clead.errors import UserError
 from clead.interfaces import Batch
 from clead.losses.contrastive import nt_xent
 from clead.methods.acl import ACL, CleanNorms, joint_nt_xent
-from clead.methods.base import Step
+from clead.methods.base import StepContext
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
@@ -62,7 +62,7 @@ def make_batch(count=6, labels=None):
 
 
 def memory_of(method, model):
-    return method.memory(model, images=6, num_classes=4, shape=(1, 8, 8))
+    return method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
 
 
 def run(method, *, batch=None, progress=0.0, attack=ATTACK, seed=5):
@@ -74,7 +74,7 @@ def run(method, *, batch=None, progress=0.0, attack=ATTACK, seed=5):
             for norm in memory.norms:
                 norm.weight.mul_(1.3)
                 norm.running_var.mul_(1.7)
-    step = Step(THREAT, attack, generator(seed), progress, memory)
+    step = StepContext(THREAT, attack, generator(seed), progress, memory)
     views = method.views(model, batch or make_batch(), step)
     output = method.loss(model, views, step)
     output.loss.backward()
@@ -140,7 +140,7 @@ def test_the_weights_never_leave_their_range_and_change_only_at_whole_steps():
     """Of 1,000 steps with κ = 0.05: twenty levels, 50 steps each, up to ν·0.95; without rounding down too early."""
     method, seen = ACL(**PLAIN, reweight="2/3"), []
     model, batch = make_model(), make_batch()
-    views = method.views(model, batch, Step(THREAT, FGSM(), generator()))
+    views = method.views(model, batch, StepContext(THREAT, FGSM(), generator()))
     losses = [(0.0, 1.0), (1.0, 0.0)]  # the loss of (clean, adversarial) terms: what is left is the weight
     for t in range(0, 1000, 25):
         weights = []
@@ -148,7 +148,9 @@ def test_the_weights_never_leave_their_range_and_change_only_at_whole_steps():
             values = iter(pair)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("clead.methods.acl.nt_xent", lambda z, tau, values=values: torch.tensor([next(values)]))
-                weights.append(method.loss(model, views, Step(THREAT, ATTACK, generator(), t / 1000)).loss.item())
+                weights.append(
+                    method.loss(model, views, StepContext(THREAT, ATTACK, generator(), t / 1000)).loss.item()
+                )
         assert sum(weights) == pytest.approx(1)
         seen.append(2 * weights[0] - 1)
     assert seen == pytest.approx([2 / 3 * (t // 50) * 0.05 for t in range(0, 1000, 25)], abs=1e-6)
@@ -286,7 +288,7 @@ def test_the_compiled_forward_serves_all_but_the_clean_stream():
         return model._split(x)
 
     model._compiled = compiled
-    method, step = ACL(**PLAIN), Step(THREAT, ATTACK, generator(), 0.0, memory)
+    method, step = ACL(**PLAIN), StepContext(THREAT, ATTACK, generator(), 0.0, memory)
     method.loss(model, method.views(model, make_batch(), step), step)
     assert seen == [False] * 3 + [True] and model._compiled is compiled
     assert all(norm.num_batches_tracked == 1 for norm in (*norms(model), *memory.norms))
@@ -311,7 +313,7 @@ def test_cost_in_forward_equivalents(dual, steps):
     after = [tensor for part in filter(None, (model, memory)) for tensor in part.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     with CostMeter(model) as meter:
-        step = Step(THREAT, PGD(steps=steps), generator(), 0.0, memory)
+        step = StepContext(THREAT, PGD(steps=steps), generator(), 0.0, memory)
         method.loss(model, method.views(model, batch, step), step).loss.backward()
     assert meter.forward_equivalents == 6 * expected
 

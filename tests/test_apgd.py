@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.attacks import apgd
 from clead.attacks.apgd import APGD, checkpoints, targeted
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.errors import UserError
 from clead.threats import THREATS
 
@@ -289,7 +289,7 @@ def test_a_linear_model_breaks_exactly_where_the_optimum_crosses(norm, eps, reac
         options = {"eps": eps, "norm": norm, "loss": loss, "targets": targets, "steps": 100}
         x_adv = apgd(within, x, zero, **options)
         assert answers(within, x_adv) == 1
-        assert THREATS.get(norm)(eps=eps).size(x_adv - x) <= eps * (1 + 1e-6)
+        assert THREATS.get(norm)(eps=eps).distance(x_adv - x) <= eps * (1 + 1e-6)
         assert torch.equal(apgd(beyond, x, zero, **options), x), "nothing found: the image itself"
 
 
@@ -417,8 +417,8 @@ def test_the_memory_format_is_of_no_account(norm):
     x = torch.rand(8, 3, 6, 6, generator=generator())
     y = answers(net, x)
     attack, threat = APGD(steps=10), THREATS.get(norm)(eps=RADII[norm] / 4)
-    last = attack_images(attack, net, x.to(memory_format=torch.channels_last), y, threat)
-    assert last.shape == x.shape and (threat.size(last - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
+    last = run_attack(attack, net, x.to(memory_format=torch.channels_last), y, threat)
+    assert last.shape == x.shape and (threat.distance(last - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -429,7 +429,7 @@ def test_few_steps_stay_inside(norm, steps):
     recorded = Recorded(model)
     eps = RADII[norm]
     x_adv = apgd(recorded, x, y, eps=eps, norm=norm, steps=steps)
-    assert THREATS.get(norm)(eps=eps).size(x_adv - x).max() <= eps * (1 + 1e-6)
+    assert THREATS.get(norm)(eps=eps).distance(x_adv - x).max() <= eps * (1 + 1e-6)
     assert len(recorded.backward_rows) <= steps
 
 

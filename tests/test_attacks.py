@@ -13,7 +13,7 @@ from clead.attacks import OBJECTIVES, fgsm, pgd
 from clead.attacks.fgsm import FGSM
 from clead.attacks.gradient import value_and_gradient
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs
+from clead.attacks.run import check_inputs, run_attack
 from clead.errors import UserError
 from clead.models.modes import attack_mode
 from clead.models.split import adapt
@@ -118,7 +118,7 @@ def test_l1_pgd_comes_near_the_optimum_in_the_box():
     """Only near, and only with a sparsity that suits the image: a fixed fraction of the pixels is moved at every step."""
     model, (x, y) = linear(), images()
     attack = PGD(steps=100, step_size=0.25, keep="best")
-    x_adv = attack_images(attack, model, x, y, L1(eps=2.5, sparsity=0.2), objective="margin")
+    x_adv = run_attack(attack, model, x, y, L1(eps=2.5, sparsity=0.2), objective="margin")
     for gain, best in gains(model, x, x_adv, y, 2.5, "l1"):
         assert 0.98 * best <= gain <= best * (1 + 1e-9)
 
@@ -398,7 +398,7 @@ def test_attack_objects_are_called_on_any_objective():
 
 def test_objective_receives_the_seeded_start():
     model, (x, y) = curved(), images(classes=4)
-    a, b = (attack_images(PGD(steps=1), model, x, y, Linf(eps=0.3), generator=generator(s)) for s in (0, 1))
+    a, b = (run_attack(PGD(steps=1), model, x, y, Linf(eps=0.3), generator=generator(s)) for s in (0, 1))
     assert not torch.equal(a, b)
 
 

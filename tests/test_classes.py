@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clead.config import RunConfig, bare_config
+from clead.config import RunConfig, evaluation_config
 from clead.data.classes import align_classes, class_list, class_order, class_text, number_labels, renumbering
 from clead.data.datasets.npz import Npz
 from clead.errors import UserError
@@ -186,10 +186,10 @@ def test_names_that_differ_only_in_case_stay_two(tmp_path):
 
 def test_the_list_of_names_is_kept_in_the_configuration(tmp_path):
     (tmp_path / "names.txt").write_text("bee\nant\n")
-    config = bare_config("x", ["--data.path", str(tmp_path), "--data.classes", str(tmp_path / "names.txt")])
+    config = evaluation_config("x", ["--data.path", str(tmp_path), "--data.classes", str(tmp_path / "names.txt")])
     (tmp_path / "names.txt").unlink()
     assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())).data.classes == ("bee", "ant")
-    config = bare_config("x", ["--data.path", str(tmp_path), "--data.classes", "[[a, b], 'no', 1]"])
+    config = evaluation_config("x", ["--data.path", str(tmp_path), "--data.classes", "[[a, b], 'no', 1]"])
     assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())).data.classes == (("a", "b"), "no", "1")
 
 

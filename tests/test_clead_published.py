@@ -11,8 +11,8 @@ import torch
 import clead
 from clead.attacks.cw import CW
 from clead.attacks.fgsm import FGSM
-from clead.attacks.minimal import smallest
-from clead.attacks.run import attack_images
+from clead.attacks.minimal import run_minimum_norm
+from clead.attacks.run import run_attack
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
@@ -148,7 +148,7 @@ def test_the_starting_model_is_attacked_once_and_every_image_meets_its_own(start
     splits = settings.data.load(0)
     model = clead.load(start.path, weights="last")
     x, y = splits.train.images.float() / 255, splits.train.labels
-    expected = attack_images(FGSM(), model, x, y, settings.threat)
+    expected = run_attack(FGSM(), model, x, y, settings.threat)
     parts = [load_weights(tmp_path / "run" / "stored" / f"train-00000{n}.safetensors")[0] for n in (0, 1)]
     stored = torch.cat([part["x_adv"] for part in parts])
     assert stored.dtype == torch.float16 and torch.allclose(stored.float(), expected, atol=1e-3)
@@ -206,7 +206,7 @@ def test_cw_is_stored_as_far_as_it_goes_or_clipped(start, tmp_path):
     clipped = config(*quick, "--method.stored_clip", "true")
     inside = store_images(clipped, splits, model, tmp_path / "clip", device=cpu, show=False)
     x, y = splits.train.images.float() / 255, splits.train.labels
-    expected = smallest(CW(steps=20, search_steps=2, step_size=0.1, weight=10), model, x, y, "l2")
+    expected = run_minimum_norm(CW(steps=20, search_steps=2, step_size=0.1, weight=10), model, x, y, "l2")
     assert torch.allclose(free.images.float(), expected, atol=1e-3)
     assert (free.images.float() - x).abs().max() > 0.1
     assert 0 < (inside.images.float() - x).abs().max() <= 0.05 + 1e-3
@@ -297,7 +297,7 @@ def test_hidden_labels_are_not_looked_at(tmp_path):
     with torch.no_grad():
         y = torch.where(seen, splits.train.labels, model(x).argmax(1))
     assert not torch.equal(y, splits.train.labels)
-    assert torch.allclose(made.images.float(), attack_images(FGSM(), model, x, y, settings.threat), atol=1e-3)
+    assert torch.allclose(made.images.float(), run_attack(FGSM(), model, x, y, settings.threat), atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ settings

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import clead
 from clead.config import load_recipe
-from clead.data.loaders import Loader, cutmix, seeded
+from clead.data.loaders import Loader, cutmix, make_generator
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -95,7 +95,9 @@ def test_the_loader_mixes_after_augmentation_and_repeats_itself():
         for index in range(2):
             before, after = plain.batch(epoch, index), mixing.batch(epoch, index)
             assert before.soft_labels is None
-            images, soft = cutmix(before.images, before.labels, 3, 1.0, generator=seeded("cpu", 3, epoch, index, 4))
+            images, soft = cutmix(
+                before.images, before.labels, 3, 1.0, generator=make_generator("cpu", 3, epoch, index, 4)
+            )
             assert torch.equal(after.images, images) and torch.equal(after.soft_labels, soft)
             # The label stays that of the image around the box; the second view is not mixed.
             assert torch.equal(after.labels, before.labels) and torch.equal(after.second_view, before.second_view)

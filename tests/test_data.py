@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clead.data import decoding
-from clead.data.base import Found, Part, check, fingerprint, mixed, stratified
+from clead.data.base import RawSplit, RawSplits, check, fingerprint, shuffle_if_sorted, stratified
 from clead.data.datasets import DATASETS
-from clead.data.decoding import Fit, decode, fit_arrays
+from clead.data.decoding import ResizeSpec, decode, fit_arrays
 from clead.errors import MissingExtra, UserError
 from clead.interfaces import ImageSet
 
@@ -146,9 +146,9 @@ def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
 
 def found(train, test, classes=("a", "b")):
     def part(labels):
-        return Part(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), torch.tensor(labels, dtype=torch.int64))
+        return RawSplit(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), torch.tensor(labels, dtype=torch.int64))
 
-    return Found(part(train), part(test), classes)
+    return RawSplits(part(train), part(test), classes)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_errors_come_before_anything_is_written(tmp_path, monkeypatch):
 
 def test_decode_agrees_with_pillow_image_by_image():
     blobs = [encoded(noise(9, 7, 3, seed=n), kind) for n, kind in enumerate(["PNG", "BMP", "PPM", "JPEG", "WEBP"])]
-    images = decode(blobs, list("abcde"), Fit())
+    images = decode(blobs, list("abcde"), ResizeSpec())
     assert images.shape == (5, 3, 9, 7) and images.dtype == torch.uint8
     for image, blob in zip(images, blobs, strict=True):
         oracle = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
@@ -204,11 +204,11 @@ def test_decode_agrees_with_pillow_image_by_image():
 
 def test_channels_follow_the_images():
     grey, colour = encoded(noise(5, 5)), encoded(noise(5, 5, 3))
-    assert decode([grey, grey], ["a", "b"], Fit()).shape == (2, 1, 5, 5)
-    mixed = decode([grey, colour], ["a", "b"], Fit())
+    assert decode([grey, grey], ["a", "b"], ResizeSpec()).shape == (2, 1, 5, 5)
+    mixed = decode([grey, colour], ["a", "b"], ResizeSpec())
     assert mixed.shape == (2, 3, 5, 5) and np.array_equal(mixed[0].numpy(), np.stack([noise(5, 5)] * 3))
-    assert decode([grey, colour], ["a", "b"], Fit(channels=1)).shape == (2, 1, 5, 5)
-    assert decode([grey, grey], ["a", "b"], Fit(channels=3)).shape == (2, 3, 5, 5)
+    assert decode([grey, colour], ["a", "b"], ResizeSpec(channels=1)).shape == (2, 1, 5, 5)
+    assert decode([grey, grey], ["a", "b"], ResizeSpec(channels=3)).shape == (2, 3, 5, 5)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "transparent palette"])
@@ -224,7 +224,7 @@ def test_every_mode_is_read(mode):
         image = rgb.quantize(16) if mode == "P" else rgb.convert("L" if mode == "LA" else mode)
         oracle = np.asarray(image.convert("L" if mode in ("1", "L", "LA") else "RGB"))
         image = image.convert(mode)
-    got = decode([encoded(image)], ["x"], Fit())[0].numpy()
+    got = decode([encoded(image)], ["x"], ResizeSpec())[0].numpy()
     assert np.array_equal(got, oracle[None] if oracle.ndim == 2 else oracle.transpose(2, 0, 1))
 
 
@@ -232,46 +232,46 @@ def test_exif_orientation_is_honoured():
     image = noise(4, 6, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270° to see it upright
-    got = decode([encoded(image, "PNG", exif=exif)], ["x"], Fit())[0]
+    got = decode([encoded(image, "PNG", exif=exif)], ["x"], ResizeSpec())[0]
     assert np.array_equal(got.permute(1, 2, 0).numpy(), np.rot90(image, 3))
 
 
 def test_resize_squash_and_crop():
     image = noise(8, 12, 3)
     blob, picture = encoded(image), Image.fromarray(image)
-    squash = decode([blob], ["x"], Fit(4))[0].permute(1, 2, 0).numpy()
+    squash = decode([blob], ["x"], ResizeSpec(4))[0].permute(1, 2, 0).numpy()
     assert np.array_equal(squash, np.asarray(picture.resize((4, 4), Image.Resampling.BILINEAR)))
-    crop = decode([blob], ["x"], Fit(4, "crop"))[0].permute(1, 2, 0).numpy()
+    crop = decode([blob], ["x"], ResizeSpec(4, "crop"))[0].permute(1, 2, 0).numpy()
     assert np.array_equal(crop, np.asarray(picture.resize((6, 4), Image.Resampling.BILINEAR))[:, 1:5])
     # Arrays and files go the same way.
     array = torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
-    assert torch.equal(fit_arrays(array, Fit(4, "crop"))[0].permute(1, 2, 0), torch.from_numpy(crop))
-    assert fit_arrays(array, Fit()) is array and fit_arrays(array, Fit(channels=3)) is array
+    assert torch.equal(fit_arrays(array, ResizeSpec(4, "crop"))[0].permute(1, 2, 0), torch.from_numpy(crop))
+    assert fit_arrays(array, ResizeSpec()) is array and fit_arrays(array, ResizeSpec(channels=3)) is array
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20))
 def test_crop_always_gives_the_asked_square(height, width, size):
     array = torch.zeros(1, 1, height, width, dtype=torch.uint8)
-    assert fit_arrays(array, Fit(size, "crop")).shape == (1, 1, size, size)
+    assert fit_arrays(array, ResizeSpec(size, "crop")).shape == (1, 1, size, size)
 
 
 def test_broken_images_are_named():
     good = encoded(noise(20, 20, 3))
     for bad, reason in [(b"", "unknown format"), (b"GIF89a" + good, "unknown format"), (good[:400], "trunc")]:
-        one_line_error(lambda bad=bad: decode([good, bad], ["good", "bad.png"], Fit()), "bad.png", reason)
+        one_line_error(lambda bad=bad: decode([good, bad], ["good", "bad.png"], ResizeSpec()), "bad.png", reason)
 
 
 def test_decompression_bomb_is_refused(monkeypatch):
     blob = encoded(noise(20, 20))
     for limit in (399, 150):  # Pillow itself warns above the limit and raises above twice the limit
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        one_line_error(lambda: decode([blob], ["bomb.png"], Fit()), "bomb.png", str(limit))
+        one_line_error(lambda: decode([blob], ["bomb.png"], ResizeSpec()), "bomb.png", str(limit))
 
 
 def test_different_sizes_need_image_size():
     blobs = [encoded(noise(4, 4)), encoded(noise(4, 4)), encoded(noise(5, 6))]
-    one_line_error(lambda: decode(blobs, list("abc"), Fit()), "c: the image is 6x5", "--data.image_size")
-    assert decode(blobs, list("abc"), Fit(4)).shape == (3, 1, 4, 4)
+    one_line_error(lambda: decode(blobs, list("abc"), ResizeSpec()), "c: the image is 6x5", "--data.image_size")
+    assert decode(blobs, list("abc"), ResizeSpec(4)).shape == (3, 1, 4, 4)
 
 
 # ----------------------------------------------------------------------------------------------------- cache
@@ -281,24 +281,24 @@ def test_cache_is_used_keyed_by_content_and_mended(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(decoding, "CACHE_ABOVE", 1)
     cache = tmp_path / "cache"
     blobs = [encoded(noise(4, 4, seed=n)) for n in range(3)]
-    first = decode(blobs, list("abc"), Fit())
+    first = decode(blobs, list("abc"), ResizeSpec())
     (file,) = cache.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "decode_one", None)  # must not be called
-        assert torch.equal(decode(blobs, list("xyz"), Fit()), first)
+        assert torch.equal(decode(blobs, list("xyz"), ResizeSpec()), first)
     content = file.read_bytes()
     flipped = content[:-1] + bytes([content[-1] ^ 1])
     for damaged in (b"", content[:20], content[:-5], flipped):
         file.write_bytes(damaged)
-        assert torch.equal(decode(blobs, list("abc"), Fit()), first)
+        assert torch.equal(decode(blobs, list("abc"), ResizeSpec()), first)
         assert file.read_bytes() == content and "damaged" in caplog.text
-    decode(blobs, list("abc"), Fit(channels=3))
-    decode(blobs[::-1], list("abc"), Fit())
+    decode(blobs, list("abc"), ResizeSpec(channels=3))
+    decode(blobs[::-1], list("abc"), ResizeSpec())
     assert len(list(cache.iterdir())) == 3  # and no temporary file
 
 
 def test_small_collections_are_not_cached(tmp_path):
-    decode([encoded(noise(4, 4))], ["a"], Fit())
+    decode([encoded(noise(4, 4))], ["a"], ResizeSpec())
     assert not (tmp_path / "cache").exists()
 
 
@@ -306,14 +306,14 @@ def test_unwritable_cache_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "CACHE_ABOVE", 0)
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CLEAD_CACHE", str(tmp_path / "file" / "cache"))
-    assert decode([encoded(noise(4, 4))], ["a"], Fit()).shape == (1, 1, 4, 4)
+    assert decode([encoded(noise(4, 4))], ["a"], ResizeSpec()).shape == (1, 1, 4, 4)
 
     def full(source, target):
         raise OSError("disk full")
 
     monkeypatch.setenv("CLEAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "replace", full)
-    assert decode([encoded(noise(4, 4))], ["a"], Fit()).shape == (1, 1, 4, 4)
+    assert decode([encoded(noise(4, 4))], ["a"], ResizeSpec()).shape == (1, 1, 4, 4)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -374,7 +374,7 @@ def test_parquet_shards_names_and_data_folder(tmp_path, pictures):
     splits = load("auto", tmp_path)
     assert splits.classes == ("cat", "dog") and splits.test.labels.tolist() == [1, 0]
     assert sorted([*splits.train.labels.tolist(), *splits.val.labels.tolist()]) == [0] * 4 + [1] * 4
-    oracle = decode(pictures, list("abcdefgh"), Fit())
+    oracle = decode(pictures, list("abcdefgh"), ResizeSpec())
     assert sorted(map(bytes, torch.cat([splits.train.images, splits.val.images]).numpy())) == sorted(
         map(bytes, oracle.numpy())
     )
@@ -498,9 +498,9 @@ def test_names_are_found_in_clead_data(tmp_path, monkeypatch):
 def test_images_that_lie_class_by_class_are_mixed_and_others_kept():
     images = torch.arange(60, dtype=torch.uint8)[:, None, None, None]
     blocks = ImageSet(images, torch.arange(60) // 20)
-    found = mixed(blocks)
+    found = shuffle_if_sorted(blocks)
     assert torch.equal(found.labels, found.images[:, 0, 0, 0].long() // 20)
     assert torch.equal(found.labels.bincount(), blocks.labels.bincount())
-    assert set(found.labels[:20].tolist()) == {0, 1, 2} and torch.equal(found.labels, mixed(blocks).labels)
+    assert set(found.labels[:20].tolist()) == {0, 1, 2} and torch.equal(found.labels, shuffle_if_sorted(blocks).labels)
     shuffled = ImageSet(images, torch.arange(60) % 3)
-    assert mixed(shuffled) is shuffled
+    assert shuffle_if_sorted(shuffled) is shuffled

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clead.data import decoding
-from clead.data.decoding import Fit, decode, decode_one
+from clead.data.decoding import ResizeSpec, decode, decode_one
 from clead.errors import UserError
 
 
@@ -32,7 +32,7 @@ def encoded(image, kind="PNG", **options):
 
 def refusal(blob, fit=None):
     with pytest.raises(UserError) as caught:
-        decode_one(blob, "photos/x.png", fit or Fit())
+        decode_one(blob, "photos/x.png", fit or ResizeSpec())
     message = str(caught.value)
     assert message.startswith("photos/x.png: ") and "\n" not in message
     return message
@@ -50,13 +50,13 @@ def test_every_format_shows_what_pillow_shows(kind):
         assert "unknown format" in refusal(blob)
         return
     oracle = np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
-    assert np.array_equal(decode_one(blob, "x", Fit()), oracle)
+    assert np.array_equal(decode_one(blob, "x", ResizeSpec()), oracle)
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate", "packbits", "jpeg"])
 def test_tiff_of_every_compression(compression):
     blob = encoded(noise(16, 16, 3), "TIFF", compression=compression)
-    assert np.array_equal(decode_one(blob, "x", Fit()), np.asarray(Image.open(io.BytesIO(blob))))
+    assert np.array_equal(decode_one(blob, "x", ResizeSpec()), np.asarray(Image.open(io.BytesIO(blob))))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "MPO", "AVIF"])
@@ -66,7 +66,7 @@ def test_the_first_of_several_frames_is_taken_and_counted(kind):
     several = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     single = encoded(frames[0], "PNG")
     remarks = Counter()
-    images = decode([several, single, several], list("abc"), Fit(), remarks=remarks)
+    images = decode([several, single, several], list("abc"), ResizeSpec(), remarks=remarks)
     assert (images.int() - 200).abs().max() <= 2 and remarks["frames"] == 2
 
 
@@ -76,7 +76,7 @@ def test_turned_pictures_are_turned_back():
         exif[0x0112] = 6
         picture = np.zeros((16, 32, 3), np.uint8)
         picture[:8, :8] = 255
-        shown = decode_one(encoded(picture, kind, exif=exif), "x", Fit())
+        shown = decode_one(encoded(picture, kind, exif=exif), "x", ResizeSpec())
         assert shown.shape == (32, 16, 3) and shown[:8, 8:].mean() > 240 > 20 > shown[8:].mean(), kind
 
 
@@ -87,9 +87,11 @@ def test_16_bits_become_their_high_bytes():
     values = np.random.RandomState(0).randint(0, 65536, (6, 6)).astype(np.uint16)
     for kind in ("PNG", "TIFF", "PPM", "JPEG2000"):
         remarks = Counter()
-        assert np.array_equal(decode_one(encoded(values, kind), "x", Fit(), remarks), values >> 8) and not +remarks
+        assert (
+            np.array_equal(decode_one(encoded(values, kind), "x", ResizeSpec(), remarks), values >> 8) and not +remarks
+        )
     remarks = Counter()
-    decode_one(encoded(values >> 4), "x", Fit(), remarks)
+    decode_one(encoded(values >> 4), "x", ResizeSpec(), remarks)
     assert remarks["dark"] == 1  # 12 bits in 16
 
 
@@ -139,7 +141,7 @@ def test_transparent_pixels_are_composed_on_the_background(mode, kind, backgroun
     rgba = np.asarray(Image.open(io.BytesIO(blob)).convert("RGBA")).astype(float)
     oracle = rgba[..., :3] * (rgba[..., 3:] / 255) + level * (1 - rgba[..., 3:] / 255)
     remarks = Counter()
-    shown = decode_one(blob, "x", Fit(background=background), remarks)
+    shown = decode_one(blob, "x", ResizeSpec(background=background), remarks)
     shown = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, 2)
     assert abs(shown - oracle).max() <= (1 if alpha == 100 else 0) and remarks["alpha"] == (alpha < 255)
 
@@ -149,7 +151,7 @@ def test_a_transparent_colour_is_composed_too():
         (Image.fromarray(np.array([[0, 9], [50, 9]], np.uint8)), 9, (slice(None), 1)),
         (Image.fromarray(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8)), (9, 9, 9), (0, 1)),
     ):
-        shown = decode_one(encoded(image, transparency=key), "x", Fit(background="white"))
+        shown = decode_one(encoded(image, transparency=key), "x", ResizeSpec(background="white"))
         assert (shown[at] == 255).all() and (shown != 255).any()
 
 
@@ -158,7 +160,7 @@ def test_pictures_without_transparency_are_the_same_on_every_background(mode):
     picture = Image.fromarray(noise(9, 9, 3))
     image = picture.quantize(8) if mode == "P" else picture.convert(mode)
     blob = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-    shown = [decode_one(blob, "x", Fit(background=each)) for each in (None, "white", "black")]
+    shown = [decode_one(blob, "x", ResizeSpec(background=each)) for each in (None, "white", "black")]
     assert all(np.array_equal(each, shown[0]) for each in shown)
 
 
@@ -167,7 +169,7 @@ def test_remarks_are_remembered_with_the_images(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "CACHE_ABOVE", 0)
     blobs, counts = [encoded(with_alpha("RGBA", 9)), encoded(noise(8, 8, 3))], [Counter(), Counter()]
     for remarks in counts:
-        decode(blobs, ["a", "b"], Fit(background="white"), remarks=remarks)
+        decode(blobs, ["a", "b"], ResizeSpec(background="white"), remarks=remarks)
     assert len(list(tmp_path.iterdir())) == 1 and counts[0]["alpha"] == counts[1]["alpha"] == 1
 
 
@@ -209,16 +211,16 @@ def test_ordinary_pictures_are_resized_as_ever(height, width, size, how):
         wide, high = max(size, round(width * scale)), max(size, round(height * scale))
         left, top = (wide - size) // 2, (high - size) // 2
         oracle = picture.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
-    assert np.array_equal(decode_one(encoded(picture), "x", Fit(size, how)), np.asarray(oracle))
+    assert np.array_equal(decode_one(encoded(picture), "x", ResizeSpec(size, how)), np.asarray(oracle))
 
 
 @pytest.mark.parametrize("how", ["crop", "squash"])
 @pytest.mark.parametrize(("width", "height"), [(40, 300), (300, 40), (90, 91)])
 def test_the_way_that_takes_little_memory_gives_nearly_the_same_picture(how, width, height, monkeypatch):
     smooth = Image.fromarray(noise(5, 5, 3)).resize((width, height), Image.Resampling.BICUBIC)
-    usual = decode_one(encoded(smooth), "x", Fit(20, how))
+    usual = decode_one(encoded(smooth), "x", ResizeSpec(20, how))
     monkeypatch.setattr(decoding, "_LONGEST_SIDE", 1)
-    assert abs(decode_one(encoded(smooth), "x", Fit(20, how)).astype(int) - usual).mean() < 2
+    assert abs(decode_one(encoded(smooth), "x", ResizeSpec(20, how)).astype(int) - usual).mean() < 2
 
 
 def test_threads_together_decode_a_bounded_number_of_pixels(monkeypatch):
@@ -246,9 +248,9 @@ def test_more_images_than_memory_are_refused_before_they_are_decoded(monkeypatch
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
     blob = encoded(Image.new("RGB", (90, 90)))
     with pytest.raises(UserError, match=r"--data.image_size, for instance 45"):
-        decode([blob] * 300, ["x"] * 300, Fit())
-    assert decode([blob] * 100, ["x"] * 100, Fit()).shape == (100, 3, 90, 90)
+        decode([blob] * 300, ["x"] * 300, ResizeSpec())
+    assert decode([blob] * 100, ["x"] * 100, ResizeSpec()).shape == (100, 3, 90, 90)
 
 
 def test_a_picture_is_large_only_by_what_it_needs():
-    assert decode_one(encoded(Image.new("L", (3000, 3000), 3)), "x", Fit(8)).tolist() == [[3] * 8] * 8
+    assert decode_one(encoded(Image.new("L", (3000, 3000), 3)), "x", ResizeSpec(8)).tolist() == [[3] * 8] * 8

@@ -16,7 +16,7 @@ import torch
 import clead
 from clead import distributed
 from clead.checkpoint import load_weights
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.methods import METHODS
 from clead.threats.linf import Linf
@@ -373,8 +373,8 @@ def test_joining_keeps_views_apart_and_its_backward_is_that_of_the_whole_batch(m
 def test_random_starts_are_drawn_part_by_part():
     threat = Linf(eps=0.1)
     x = torch.rand(8, 1, 2, 2)
-    whole = distributed.Parted(threat, [seeded("cpu", k) for k in range(4)], 8).random_start(x)
-    half = distributed.Parted(threat, [seeded("cpu", k) for k in (2, 3)], 4).random_start(x[4:])
+    whole = distributed.Parted(threat, [make_generator("cpu", k) for k in range(4)], 8).random_start(x)
+    half = distributed.Parted(threat, [make_generator("cpu", k) for k in (2, 3)], 4).random_start(x[4:])
     assert torch.equal(whole[4:], half) and not torch.equal(whole[:2] - x[:2], whole[2:4] - x[2:4])
-    stacked = distributed.Parted(threat, [seeded("cpu", 0)], 4).random_start(x)  # two views of 4 images
-    assert torch.equal(stacked, threat.random_start(x, generator=seeded("cpu", 0)))
+    stacked = distributed.Parted(threat, [make_generator("cpu", 0)], 4).random_start(x)  # two views of 4 images
+    assert torch.equal(stacked, threat.random_start(x, generator=make_generator("cpu", 0)))

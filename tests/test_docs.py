@@ -331,7 +331,7 @@ def reader(monkeypatch, tmp_path):
     monkeypatch.setenv("CLEAD_DATA", "")  # remembered, and so restored
     for name in ("load_recipe", "read_recipe"):
         monkeypatch.setattr(f"clead.tuning.space.{name}", quick(config.load_recipe))
-    for name in ("load_recipe", "bare_config"):
+    for name in ("load_recipe", "evaluation_config"):
         monkeypatch.setattr(config, name, quick(getattr(config, name)))
     monkeypatch.setattr(api, "evaluate", lambda *args, real=api.evaluate, **keys: real(*args, **{"steps": 2, **keys}))
     monkeypatch.setattr(clead, "attacks", clead.attacks, raising=False)
@@ -348,7 +348,7 @@ def quick(load):
 
     def made(name, overrides=()):
         given = list(overrides)
-        if load.__name__ != "bare_config" and name not in config.recipe_names():
+        if load.__name__ != "evaluation_config" and name not in config.recipe_names():
             return load(name, given)  # a run's own configuration, which is quick already
         if "--train.budget" in given:
             at = given.index("--train.budget")

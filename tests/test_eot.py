@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from clead.attacks import eot_pgd, pgd
 from clead.attacks.eot import EOTPGD, expectation
 from clead.attacks.gradient import value_and_gradient
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.errors import UserError
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.threats.linf import Linf
 
 
@@ -31,7 +31,7 @@ class Noisy(nn.Module):
 
     def __init__(self, scale: float = 0.5, seed: int = 0) -> None:
         super().__init__()
-        with seeded(seed):
+        with fork_rng(seed):
             self.inner = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3))
         self.scale = scale
 
@@ -163,12 +163,12 @@ def test_it_is_as_strong_as_torchattacks():
         warnings.simplefilter("ignore")
         torchattacks = pytest.importorskip("torchattacks")
     model, (x, y) = Noisy(scale=0.2, seed=3).eval(), images(30)
-    with seeded(0):
+    with fork_rng(0):
         theirs = torchattacks.EOTPGD(model, eps=0.1, alpha=0.03, steps=10, eot_iter=10)(x, y)
     ours = eot_pgd(model, x, y, eps=0.1, step_size=0.03, steps=10, draws=10, keep="last")
 
     def loss(z: Tensor) -> float:
-        with seeded(9), torch.no_grad():
+        with fork_rng(9), torch.no_grad():
             logits = model(z.repeat(200, 1, 1, 1))
         return nn.functional.cross_entropy(logits, y.repeat(200)).item()
 
@@ -177,7 +177,7 @@ def test_it_is_as_strong_as_torchattacks():
 
 def test_the_settings_object_attacks_too():
     model, (x, y) = Noisy(), images()
-    x_adv = attack_images(EOTPGD(steps=2, draws=2), model, x, y, Linf(eps=0.1), generator=generator())
+    x_adv = run_attack(EOTPGD(steps=2, draws=2), model, x, y, Linf(eps=0.1), generator=generator())
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6 and not torch.equal(x_adv, x)
 
 

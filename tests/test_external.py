@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from clead.attacks import external
 from clead.attacks.external import External
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.errors import UserError
 from clead.interfaces import Search
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.threats import THREATS
 
 with warnings.catch_warnings():
@@ -29,7 +29,7 @@ RADII = {"linf": 0.05, "l2": 1.0, "l1": 8.0}
 
 
 def net() -> nn.Module:
-    with seeded(0):
+    with fork_rng(0):
         return nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(512, 10)
         )
@@ -92,7 +92,7 @@ def test_feasible_reproducible_and_without_trace(name, norm, options):
     pixels = x.clone()
     with warnings.catch_warnings(record=True) as caught:
         results = [
-            attack_images(attack, model, x, y, threat(norm), generator=torch.Generator().manual_seed(7)) for _ in "12"
+            run_attack(attack, model, x, y, threat(norm), generator=torch.Generator().manual_seed(7)) for _ in "12"
         ]
     assert not caught and before == (
         random.getstate(),
@@ -103,14 +103,14 @@ def test_feasible_reproducible_and_without_trace(name, norm, options):
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert torch.equal(x, pixels) and not results[0].requires_grad
     assert torch.equal(results[0], results[1])
-    assert (threat(norm).size(results[0] - x) <= RADII[norm] * (1 + 1e-5) + 1e-6).all()
+    assert (threat(norm).distance(results[0] - x) <= RADII[norm] * (1 + 1e-5) + 1e-6).all()
     assert results[0].min() >= 0 and results[0].max() <= 1
     assert broken(model, results[0], y) >= 1
 
 
 def test_nothing_is_printed(capsys):
     model = net()
-    attack_images(external("torchattacks:FAB", steps=2, verbose=True), model, *images(model), threat("linf"))
+    run_attack(external("torchattacks:FAB", steps=2, verbose=True), model, *images(model), threat("linf"))
     assert capsys.readouterr().out == ""
 
 
@@ -119,7 +119,7 @@ def test_the_same_images_as_torchattacks_itself():
     x, y = images(model)
     expected = torchattacks.PGD(model, eps=RADII["linf"], alpha=0.01, steps=4, random_start=False)(x, y)
     attack = external("torchattacks:PGD", alpha=0.01, steps=4, random_start=False)
-    actual = attack_images(attack, model, x, y, threat("linf"))
+    actual = run_attack(attack, model, x, y, threat("linf"))
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)
 
 
@@ -128,7 +128,7 @@ def test_the_same_images_as_foolbox_itself():
     x, y = images(model)
     peer = foolbox.attacks.L2PGD(steps=4, random_start=False)
     _, expected, _ = peer(foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), x, y, epsilons=1.0)
-    actual = attack_images(external("foolbox:L2PGD", steps=4, random_start=False), model, x, y, threat("l2"))
+    actual = run_attack(external("foolbox:L2PGD", steps=4, random_start=False), model, x, y, threat("l2"))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
@@ -137,7 +137,7 @@ def test_the_seed_decides():
     x, y = images(model)
     attack = external("foolbox:LinfPGD", steps=1)
     one, two = (
-        attack_images(attack, model, x, y, threat("linf"), generator=torch.Generator().manual_seed(seed))
+        run_attack(attack, model, x, y, threat("linf"), generator=torch.Generator().manual_seed(seed))
         for seed in (0, 1)
     )
     assert not torch.equal(one, two)
@@ -150,7 +150,7 @@ def test_what_left_the_ball_does_not_count():
     for name, options in (("torchattacks:DeepFool", {}), ("foolbox:L2CarliniWagnerAttack", {"steps": 20})):
         sizes = []
         for eps in (0.05, 0.2, 5.0):
-            x_adv = attack_images(external(name, **options), model, x, y, THREATS.get("l2")(eps=eps))
+            x_adv = run_attack(external(name, **options), model, x, y, THREATS.get("l2")(eps=eps))
             size = (x_adv - x).flatten(1).norm(dim=1)
             assert (size <= eps * (1 + 1e-5) + 1e-6).all()
             assert torch.equal(x_adv[size == 0], x[size == 0])
@@ -162,18 +162,18 @@ def test_images_wrong_already_are_not_handed_over():
     model = net()
     x, y = images(model)
     y[:3] = (y[:3] + 1) % 10
-    x_adv = attack_images(external("torchattacks:FGSM"), model, x, y, threat("linf"))
+    x_adv = run_attack(external("torchattacks:FGSM"), model, x, y, threat("linf"))
     assert torch.equal(x_adv[:3], x[:3]) and (x_adv[3:] != x[3:]).flatten(1).any(1).all()
     y[3:] = (y[3:] + 1) % 10
-    assert torch.equal(attack_images(external("torchattacks:FGSM"), model, x, y, threat("linf")), x)
+    assert torch.equal(run_attack(external("torchattacks:FGSM"), model, x, y, threat("linf")), x)
 
 
 def test_eps_zero_and_double_precision():
     model = net()
     x, y = images(model)
     attack = external("torchattacks:PGDL2")
-    assert torch.equal(attack_images(attack, model, x, y, THREATS.get("l2")(eps=0)), x)
-    double = attack_images(attack, model.double(), x.double(), y, threat("l2"))
+    assert torch.equal(run_attack(attack, model, x, y, THREATS.get("l2")(eps=0)), x)
+    double = run_attack(attack, model.double(), x.double(), y, threat("l2"))
     assert double.dtype == torch.float64 and not torch.equal(double, x.double())
 
 
@@ -208,7 +208,7 @@ def onnx_model(model: nn.Module, path: Any, count: int) -> Outside:
 
 
 def test_decision_based_attacks_of_a_model_of_another_framework(tmp_path):
-    with seeded(0):
+    with fork_rng(0):
         inner = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     model = onnx_model(inner, tmp_path, 3)
     x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -218,10 +218,10 @@ def test_decision_based_attacks_of_a_model_of_another_framework(tmp_path):
         ("foolbox:HopSkipJumpAttack", {"steps": 5, "max_gradient_eval_steps": 100}),
         ("foolbox:BoundaryAttack", {"steps": 1000}),
     ):
-        x_adv = attack_images(external(name, **options), model, x, y, ball)
+        x_adv = run_attack(external(name, **options), model, x, y, ball)
         assert int((model(x_adv).argmax(1) != y).sum()) >= 2, name
     with pytest.raises(UserError, match="the model gives no gradient; take one that needs none"):
-        attack_images(external("torchattacks:PGD"), model, x, y, threat("linf"))
+        run_attack(external("torchattacks:PGD"), model, x, y, threat("linf"))
 
 
 def test_one_image_without_a_starting_point_does_not_spoil_the_batch():
@@ -250,7 +250,7 @@ def test_one_image_without_a_starting_point_does_not_spoil_the_batch():
             return restore(ep.astensor(torch.where(held, z.raw, 1 - z.raw)))
 
     options = {"init_attack": Inverts(), "steps": 2, "max_gradient_eval_steps": 20, "initial_gradient_eval_steps": 20}
-    x_adv = attack_images(external("foolbox:HopSkipJumpAttack", **options), model, x, y, THREATS.get("l2")(eps=4.0))
+    x_adv = run_attack(external("foolbox:HopSkipJumpAttack", **options), model, x, y, THREATS.get("l2")(eps=4.0))
     assert torch.equal(x_adv[1], x[1])
     assert [int(k) for k in model(x_adv).argmax(1)] == [1, 2, 1, 1]
 
@@ -275,14 +275,14 @@ def test_one_image_without_a_starting_point_does_not_spoil_the_batch():
     ],
 )
 def test_the_norm_that_an_attack_is_made_for(name, norms):
-    assert external(name).meant_for == norms
+    assert external(name).norms == norms
 
 
 @pytest.mark.parametrize(("name", "norm"), [("torchattacks:PGDL2", "linf"), ("foolbox:LinfPGD", "l2")])
 def test_another_norm_is_refused(name, norm):
     model = net()
     with pytest.raises(UserError, match=f"{name} is an attack for .*, got {norm}"):
-        attack_images(external(name), model, *images(model), threat(norm))
+        run_attack(external(name), model, *images(model), threat(norm))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_failure_inside_the_library_is_one_line_and_leaves_no_trace():
     x, y = images(model)
     state = random.getstate(), torch.get_rng_state()
     with pytest.raises(UserError, match="torchattacks:PGD fails: TypeError: 'str' object") as caught:
-        attack_images(external("torchattacks:PGD", steps="three"), model, x, y, threat("linf"))
+        run_attack(external("torchattacks:PGD", steps="three"), model, x, y, threat("linf"))
     assert (
         "\n" not in str(caught.value) and random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     )
@@ -342,19 +342,23 @@ def test_too_little_memory_is_left_to_the_evaluation_which_halves_the_batch(said
     monkeypatch.setattr(sys.modules["clead.attacks.external"], "_torchattacks", fail)
     model = net()
     with pytest.raises(RuntimeError, match=said):
-        attack_images(external("torchattacks:PGD"), model, *images(model), threat("linf"))
+        run_attack(external("torchattacks:PGD"), model, *images(model), threat("linf"))
 
 
 def test_settings_are_those_of_the_library_and_weak_ones_are_told():
     attack = external("torchattacks:PGD", steps=5)
     assert attack.description == {"name": "torchattacks:PGD", "alpha": 2 / 255, "steps": 5, "random_start": True}
-    said = attack.doubt(THREATS.get("linf")(eps=0.1))
+    said = attack.weakness_warning(THREATS.get("linf")(eps=0.1))
     assert (
         said is not None and "5 steps of 0.007843, which cannot cross eps 0.1" in said and "--attack.steps 32" in said
     )
-    assert attack.doubt(THREATS.get("linf")(eps=8 / 255)) is None  # 5 × 2/255
-    assert external("foolbox:LinfPGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # 40 steps of a thirtieth of it
-    said = external("foolbox:LinfPGD", steps=20).doubt(THREATS.get("linf")(eps=0.3))
+    assert attack.weakness_warning(THREATS.get("linf")(eps=8 / 255)) is None  # 5 × 2/255
+    assert (
+        external("foolbox:LinfPGD").weakness_warning(THREATS.get("linf")(eps=0.3)) is None
+    )  # 40 steps of a thirtieth of it
+    said = external("foolbox:LinfPGD", steps=20).weakness_warning(THREATS.get("linf")(eps=0.3))
     assert said is not None and "20 steps of 0.01, which cannot cross eps 0.3" in said and "--attack.steps 75" in said
-    assert external("foolbox:LinfPGD", abs_stepsize=0.1).doubt(THREATS.get("linf")(eps=0.3)) is None
-    assert external("torchattacks:APGD").doubt(THREATS.get("linf")(eps=0.3)) is None  # it sets its steps itself
+    assert external("foolbox:LinfPGD", abs_stepsize=0.1).weakness_warning(THREATS.get("linf")(eps=0.3)) is None
+    assert (
+        external("torchattacks:APGD").weakness_warning(THREATS.get("linf")(eps=0.3)) is None
+    )  # it sets its steps itself

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import clead
 from clead import api
-from clead.attacks.run import AttackError, attack_images, image_gradient
+from clead.attacks.run import AttackError, image_gradient, run_attack
 from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
@@ -250,15 +250,15 @@ class Shift:
 
 def test_an_attack_outside_the_ball_or_the_box_is_an_error_that_names_it():
     x, y, threat = torch.full((2, *IMAGES), 0.5), torch.tensor([0, 1]), Linf(eps=0.1)
-    inside = attack_images(Shift(1.0), Net(), x, y, threat)
+    inside = run_attack(Shift(1.0), Net(), x, y, threat)
     torch.testing.assert_close(inside, torch.full_like(x, 0.6))
     assert (x == 0.5).all()
     with pytest.raises(AttackError, match=r"Shift left the threat set on 2 of 2 images: image 0 is 0.1001.*eps 0.1"):
-        attack_images(Shift(1.001), Net(), x, y, threat)
+        run_attack(Shift(1.001), Net(), x, y, threat)
     with pytest.raises(AttackError, match=r"pixels in \[1.05, 1.05\]"):
-        attack_images(Shift(1.0), Net(), torch.full_like(x, 0.95), y, threat)
+        run_attack(Shift(1.0), Net(), torch.full_like(x, 0.95), y, threat)
     with pytest.raises(AttackError, match="must return images of shape"):
-        attack_images(lambda objective, x, threat, generator: x[:1], Net(), x, y, threat)
+        run_attack(lambda objective, x, threat, generator: x[:1], Net(), x, y, threat)
 
 
 def test_a_nan_gradient_at_one_image_costs_that_image_only(caplog):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clead.attacks import fab
 from clead.attacks.fab import FAB, to_hyperplane
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.errors import UserError
 from clead.threats import THREATS
 
@@ -261,7 +261,7 @@ def test_minimal_distances_agree_with_search_and_are_no_longer_than_the_authors(
     )  # it stops at its first target inside so large a ball
     assert (size[right] <= peer[right] * 1.001).float().mean() > 0.95 and (size[right] > 0).all()
     eps = float(size[right].median())
-    inside = broken(model, x, attack_images(attack, model, x, y, THREATS.get(norm)(eps=eps)), y, eps, norm)
+    inside = broken(model, x, run_attack(attack, model, x, y, THREATS.get(norm)(eps=eps)), y, eps, norm)
     assert (inside != (size <= eps)).sum() <= 1  # the search has no bisection
 
 
@@ -330,7 +330,7 @@ class Root(nn.Module):
 def test_a_nan_gradient_is_an_error_not_robustness(targets):
     x, y = torch.full((3, 1, 4, 4), 0.5), torch.tensor([0, 0, 0])
     with pytest.raises(UserError, match="gradient of FAB to the images is NaN"):
-        attack_images(FAB(steps=2, targets=targets), Root(), x, y, THREATS.get("linf")(eps=0.1))
+        run_attack(FAB(steps=2, targets=targets), Root(), x, y, THREATS.get("linf")(eps=0.1))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from clead import api, cli
 from clead.cli.printing import print_comparison
-from clead.config import bare_config, load_recipe
+from clead.config import evaluation_config, load_recipe
 from clead.errors import UserError
 from clead.models.onnx import OnnxModel
 from clead.report.record import DataPart
@@ -173,7 +173,7 @@ def test_an_onnx_file_by_queries(place, run, batch):
 
 def test_a_module_in_python(place):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-    config = bare_config("mine", ["--data.path", "data.npz", *EVAL])
+    config = evaluation_config("mine", ["--data.path", "data.npz", *EVAL])
     record = api.evaluate_foreign(net, config, out="mine", show=False).record
     assert record.model.name == "Sequential" and Path("mine/evaluation.json").exists()
 

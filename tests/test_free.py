@@ -15,10 +15,10 @@ from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
 from clead.interfaces import Batch
-from clead.methods.base import Method, Step
+from clead.methods.base import Method, StepContext
 from clead.methods.clead import CLead
 from clead.methods.free import Free
-from clead.methods.replay import Perturbation
+from clead.methods.replay import PersistentDelta
 from clead.models.build import build_model
 from clead.models.cost import CostMeter
 from clead.models.small_cnn import SmallCNN
@@ -45,7 +45,7 @@ def make_batch(seed=1, count=6):
 
 
 def step(method, model, batch, memory, optimizer=None, threat=THREAT):
-    at = Step(threat, PGD(), generator(), memory=memory)
+    at = StepContext(threat, PGD(), generator(), state=memory)
     views = method.views(model, batch, at)
     output = method.loss(model, views, at)
     model.zero_grad()
@@ -60,7 +60,7 @@ def test_it_is_algorithm_1(smoothing):
     """δ = 0; for every minibatch, m times: both gradients at once, a step of θ, then δ ← clip(δ + ε·sign(g_adv), −ε, ε)."""
     method, m = Free(label_smoothing=smoothing), 3
     ours, theirs = make_model(), make_model()
-    memory = method.memory(ours, images=12, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(ours, images=12, num_classes=4, shape=(1, 8, 8))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in (ours, theirs)]
     delta = torch.zeros(6, 1, 8, 8)
     for batch in (make_batch(1), make_batch(2), make_batch(3)):
@@ -83,14 +83,14 @@ def test_it_is_algorithm_1(smoothing):
 @pytest.mark.parametrize("norm, eps", [("linf", 0.3), ("l2", 0.6), ("l1", 2.0), ("l0", 3)])
 def test_images_stay_in_the_set_and_perturbations_grow_worse(norm, eps):
     threat, method, model = THREATS.get(norm)(eps=eps), Free(), make_model()
-    memory = method.memory(model, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
     losses = []
     for seed in (1, 1, 1, 2, 2):
         batch = Batch(torch.rand(6, 1, 8, 8, generator=generator(seed)), torch.arange(6) % 4)
         output, views = step(method, model, batch, memory, threat=threat)
         x_adv = views.images["adversarial"].detach()
         assert x_adv.min() >= 0 and x_adv.max() <= 1
-        assert (threat.size(x_adv - batch.images) <= float(eps) * (1 + 1e-5)).all()
+        assert (threat.distance(x_adv - batch.images) <= float(eps) * (1 + 1e-5)).all()
         losses.append(output.loss.item())
         assert torch.equal(x_adv, batch.images) == (len(losses) == 1), "the first δ is 0, no other is"
     assert losses[1] > losses[0]
@@ -101,7 +101,7 @@ def test_mixed_labels_are_learnt_and_attacked():
     own = F.one_hot(batch.labels, 4).float()
     soft = 0.6 * own + 0.4 * own.flip(0)
     model, other = make_model(), make_model()
-    memory = Perturbation((1, 8, 8))
+    memory = PersistentDelta((1, 8, 8))
     output, _ = step(Free(), model, batch._replace(soft_labels=soft), memory)
     x = batch.images.clone().requires_grad_()
     loss = -(soft * F.log_softmax(other(x), 1)).sum(1).mean()
@@ -112,7 +112,7 @@ def test_mixed_labels_are_learnt_and_attacked():
 
 def test_cost_is_three_per_image_and_step():
     model = make_model()
-    memory = Free().memory(model, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = Free().state(model, images=6, num_classes=4, shape=(1, 8, 8))
     with CostMeter(model) as meter:
         for _ in range(2):
             step(Free(), model, make_batch(), memory)
@@ -123,8 +123,8 @@ def test_with_perturbed_weights_the_gradient_is_taken_there_and_kept_once():
     from clead.training.awp import perturbed_weights
 
     method, model, batch = Free(), make_model(), make_batch()
-    memory = method.memory(model, images=6, num_classes=4, shape=(1, 8, 8))
-    at = Step(THREAT, PGD(), generator(), memory=memory)
+    memory = method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
+    at = StepContext(THREAT, PGD(), generator(), state=memory)
     views = method.views(model, batch, at)
     before = copy.deepcopy(memory.state_dict())
     with perturbed_weights(model, lambda: method.loss(model, views, at).loss, 0.05):
@@ -136,7 +136,7 @@ def test_with_perturbed_weights_the_gradient_is_taken_there_and_kept_once():
 
 
 def test_gradients_that_overflowed_move_nothing():
-    memory = Perturbation((1, 2, 2))
+    memory = PersistentDelta((1, 2, 2))
     memory.fit(torch.zeros(1, 1, 2, 2))
     memory.keep(torch.tensor([[[[1.0, torch.nan], [torch.inf, -torch.inf]]]]))
     assert memory.gradient.flatten().tolist() == [1, 0, 0, 0]
@@ -146,7 +146,7 @@ def test_the_whole_joint_objective_moves_the_perturbation():
     """Two steps of β·CE(x) + κ·KL + λ·SupCon, whose gradient to x_adv is that of KL and SupCon, written again."""
     method = CLead(replays=2, contrastive_weight=0.7, augmented_view=False, contrastive_level="logits", temperature=0.4)
     ours, theirs, batch = make_model(), make_model(), make_batch()
-    memory = method.memory(ours, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(ours, images=6, num_classes=4, shape=(1, 8, 8))
     delta = torch.zeros(6, 1, 8, 8)
     for _ in range(2):
         output, views = step(method, ours, batch, memory)
@@ -179,16 +179,16 @@ def test_what_replays_have_no_use_for_is_refused():
 
 
 def test_the_memory_is_saved_whole_whatever_the_batch_size():
-    memory = Perturbation((1, 8, 8))
+    memory = PersistentDelta((1, 8, 8))
     memory.fit(torch.rand(6, 1, 8, 8))
     memory.delta.uniform_(generator=generator())
     memory.keep(torch.rand(6, 1, 8, 8))
-    fresh = Perturbation((1, 8, 8))
+    fresh = PersistentDelta((1, 8, 8))
     fresh.load_state_dict(memory.state_dict())
     assert torch.equal(fresh.delta, memory.delta) and torch.equal(fresh.gradient, memory.gradient)
     assert set(memory.state_dict()) == {"delta", "gradient"}
     with pytest.raises(RuntimeError, match="gradient"):
-        Perturbation((1, 8, 8)).load_state_dict({"delta": memory.delta})
+        PersistentDelta((1, 8, 8)).load_state_dict({"delta": memory.delta})
 
 
 # ------------------------------------------------------------------------------------------------ in the loop
@@ -241,7 +241,7 @@ def test_the_pending_gradient_matters_to_resume(tmp_path, monkeypatch):
     """Were it lost, the run would be another one: the test above can fail."""
     options = ["--train.checkpoint_seconds", "0"]
     fit(tmp_path / "whole", *options)
-    monkeypatch.setattr(Perturbation, "keep", lambda self, gradient: None)
+    monkeypatch.setattr(PersistentDelta, "keep", lambda self, gradient: None)
     fit(tmp_path / "lost", *options)
     assert not same(stored(tmp_path / "whole"), stored(tmp_path / "lost"))
 

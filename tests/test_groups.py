@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.datasets.folder import Folder
 from clead.data.datasets.npz import Npz
 from clead.data.datasets.parquet import Parquet
@@ -101,8 +101,8 @@ def test_a_column_says_the_group():
         def read(self):
             labels = torch.arange(40) % 2
             images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 4, 4)
-            return Found(
-                Part(images, labels, columns={"patient": [str(i // 4) for i in range(40)]}), no_images(), ("a", "b")
+            return RawSplits(
+                RawSplit(images, labels, columns={"patient": [str(i // 4) for i in range(40)]}), no_images(), ("a", "b")
             )
 
     splits = Scans(path=".", group_by="patient").load(0)

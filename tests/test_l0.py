@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clead.attacks import pgd
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.errors import UserError
 from clead.settings import validated
 from clead.threats.l0 import L0
@@ -62,9 +62,9 @@ def test_size_counts_a_pixel_once_whatever_its_channels():
     delta = torch.zeros(3, 3, 4, 4)
     delta[0, :, 1, 1] = 0.1
     delta[1, 0, 1, 1] = delta[1, 2, 3, 3] = -1e-6
-    assert L0().size(delta).tolist() == [1, 2, 0]
-    assert L0().size(delta).dtype == torch.float32
-    assert L0().size(torch.tensor([[0.0, 1.0, 2.0]])).tolist() == [2]  # without channels each entry is a pixel
+    assert L0().distance(delta).tolist() == [1, 2, 0]
+    assert L0().distance(delta).dtype == torch.float32
+    assert L0().distance(torch.tensor([[0.0, 1.0, 2.0]])).tolist() == [2]  # without channels each entry is a pixel
 
 
 def test_random_start_changes_eps_pixels_uniform_in_place_and_colour():
@@ -133,7 +133,7 @@ def test_pgd_0_of_more_pixels_finds_more():
     attack = PGD(steps=20, keep="best")
     losses = []
     for eps in (0, 1, 4, 12):
-        x_adv = attack_images(attack, model, x, y, L0(eps=eps), generator=generator())
+        x_adv = run_attack(attack, model, x, y, L0(eps=eps), generator=generator())
         with torch.no_grad():
             losses.append(nn.functional.cross_entropy(model(x_adv), y).item())
     assert losses == sorted(losses) and losses[-1] > 1.4 * losses[0]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clead
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
-from clead.data.labels import for_method, noisy, partly_labelled, stratified
+from clead.data.labels import corrupt_labels, for_method, hide_labels, stratified
 from clead.data.loaders import Loader
 from clead.data.views import Augmentation
 from clead.errors import UserError
@@ -71,7 +71,7 @@ def log(path):
 def test_labels_are_kept_by_class_in_proportion_and_one_of_each_at_least(fraction):
     sizes = {0: 700, 1: 200, 2: 90, 3: 10}
     labels = torch.cat([torch.full((size,), k) for k, size in sizes.items()])
-    chosen = partly_labelled(image_set(labels), fraction, 0.0, 4, seed=3)
+    chosen = hide_labels(image_set(labels), fraction, 0.0, 4, seed=3)
     counts = {k: int(chosen.labelled[labels == k].sum()) for k in sizes}
     assert all(count >= 1 for count in counts.values())
     assert all(abs(counts[k] - fraction * size) < 1 or counts[k] == 1 for k, size in sizes.items())
@@ -81,26 +81,26 @@ def test_labels_are_kept_by_class_in_proportion_and_one_of_each_at_least(fractio
 
 def test_the_choice_follows_the_seed_and_is_not_that_of_validation_images():
     labels = torch.arange(300) % 3
-    masks = [partly_labelled(image_set(labels), 0.1, 0.0, 3, seed=s).labelled for s in (0, 0, 1)]
+    masks = [hide_labels(image_set(labels), 0.1, 0.0, 3, seed=s).labelled for s in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
     assert masks[0].nonzero()[:, 0].tolist() != stratified(labels, 30, 0)[0].tolist()
-    all_of_them = partly_labelled(image_set(labels), 1.0, 0.0, 3, seed=0)
+    all_of_them = hide_labels(image_set(labels), 1.0, 0.0, 3, seed=0)
     assert all_of_them.labelled is None and torch.equal(all_of_them.visible_labels, labels)
-    assert partly_labelled(image_set(torch.arange(3)), 0.5, 0.0, 3, seed=0).labelled is None, "one of each is all"
+    assert hide_labels(image_set(torch.arange(3)), 0.5, 0.0, 3, seed=0).labelled is None, "one of each is all"
 
 
 def test_exactly_the_share_of_labels_is_wrong_and_drawn_evenly():
     labels = torch.arange(4000) % 4
     for fraction in (0.0, 0.2503, 0.999):
-        wrong = noisy(labels, fraction, 4, seed=5)
+        wrong = corrupt_labels(labels, fraction, 4, seed=5)
         assert (wrong != labels).sum() == round(fraction * 4000)
         assert wrong.min() >= 0 and wrong.max() <= 3
-    away = Counter(((noisy(labels, 0.9, 4, seed=1) - labels) % 4).tolist())
+    away = Counter(((corrupt_labels(labels, 0.9, 4, seed=1) - labels) % 4).tolist())
     # Of 3600 each of three classes gets 1200, standard deviation 28.
     assert away[0] == 400 and all(abs(away[k] - 1200) < 120 for k in (1, 2, 3))
-    a, b, c = (noisy(labels, 0.5, 4, seed=s) for s in (1, 1, 2))
+    a, b, c = (corrupt_labels(labels, 0.5, 4, seed=s) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert set(noisy(torch.zeros(50, dtype=torch.int64), 0.5, 2, seed=0).tolist()) == {0, 1}
+    assert set(corrupt_labels(torch.zeros(50, dtype=torch.int64), 0.5, 2, seed=0).tolist()) == {0, 1}
 
 
 def test_noise_is_in_labelled_training_labels_only_and_leaves_the_fingerprint():
@@ -130,10 +130,12 @@ def test_detectors_are_fitted_on_labelled_images_only(tmp_path):
 
 def test_what_is_known():
     data = dataclasses.replace(flagged(10, 4), labelled_share=0.5)
-    assert data.known().labels.tolist() == [0, 1, 2, 0] and data.known().images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert data.known().labelled is None and image_set([1, 2]).known().labels.tolist() == [1, 2]
+    assert data.labelled_subset().labels.tolist() == [0, 1, 2, 0] and data.labelled_subset().images[
+        :, 0, 0, 0
+    ].tolist() == [0, 1, 2, 3]
+    assert data.labelled_subset().labelled is None and image_set([1, 2]).labelled_subset().labels.tolist() == [1, 2]
     with_pseudo = dataclasses.replace(data, pseudo_labels=torch.full((10,), 7))
-    assert with_pseudo.known().labels.tolist() == [0, 1, 2, 0] + [7] * 6
+    assert with_pseudo.labelled_subset().labels.tolist() == [0, 1, 2, 0] + [7] * 6
 
 
 def test_a_subset_keeps_what_is_hidden():

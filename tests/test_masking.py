@@ -19,7 +19,7 @@ from clead.evaluation import masking
 from clead.evaluation.masking import CHECKS, efforts, few, run_checks
 from clead.models.cost import CostMeter
 from clead.models.normalize import Normalize
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import adapt
 from clead.report.record import CheckPart
 from clead.threats.l0 import L0
@@ -58,7 +58,7 @@ def cnn() -> nn.Sequential:
 
 
 def trained(make: Callable[[], nn.Sequential], *, adversarially: bool = False, epochs: int = 10) -> nn.Sequential:
-    with seeded(0):
+    with fork_rng(0):
         net = make()
         optimiser = torch.optim.Adam(net.parameters(), 3e-3)
         for _ in range(epochs):
@@ -130,7 +130,7 @@ def test_a_healthy_model_passes_on_other_seeds_and_other_images(robust, seed):
 @pytest.mark.parametrize("classes", [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [3]])
 def test_an_untrained_model_passes(make, classes):
     """Its accuracy is chance, or 0 or 1 where all the images are of one class: nothing that the checks may blame."""
-    with seeded(1):
+    with fork_rng(1):
         model = make().eval()
     chosen = torch.isin(Y, torch.tensor(classes)).nonzero()[:100, 0]
     assert not failed(model, x=X[chosen], y=Y[chosen])
@@ -352,7 +352,7 @@ CIFAR = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 def painter() -> nn.Sequential:
     """Trained on colours normalised by the statistics of CIFAR-10, which are no layer of it."""
     x, y = colours()
-    with seeded(0):
+    with fork_rng(0):
         net = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8))
         optimiser = torch.optim.Adam(net.parameters(), 1e-2)
         for _ in range(100):

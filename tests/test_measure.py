@@ -419,8 +419,8 @@ def test_success_by_rounding_of_the_folded_model_is_searched_again(monkeypatch):
     def lying(model, x, precision=torch.float32):
         yield lambda x: model(x).flip(1)  # every image has fallen already
 
-    monkeypatch.setattr(attacks, "prepared", lying)
-    monkeypatch.setattr(module, "prepared", lying)
+    monkeypatch.setattr(attacks, "optimized", lying)
+    monkeypatch.setattr(module, "optimized", lying)
     x, y = torch.full((3, 1, 6, 6), 0.4), torch.zeros(3, dtype=torch.int64)
     assert fallen(Bright()(x).flip(1), y).all()
     result = evaluate_unrestricted(Bright(), ImageSet(x, y), Patch(size=2, steps=20), show=False)

@@ -15,7 +15,7 @@ from clead.attacks.pgd import PGD
 from clead.errors import UserError
 from clead.interfaces import Batch
 from clead.losses.contrastive import Keys, asymmetric, nt_xent, prototype, published, supcon
-from clead.methods.base import Step
+from clead.methods.base import StepContext
 from clead.methods.clead import CLead
 from clead.methods.momentum import MomentumQueue, Prototypes
 from clead.methods.pgd_at import PGDAT
@@ -49,7 +49,7 @@ def make_batch(count: int = 6) -> Batch:
 
 
 def memory_of(method: Any, model: SplitModel) -> nn.Module | None:
-    return method.memory(model, images=60, num_classes=4, shape=(1, 8, 8))
+    return method.state(model, images=60, num_classes=4, shape=(1, 8, 8))
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
 ):
     """Return (loss, metrics, gradients and buffers by name)."""
     model = copy.deepcopy(model) if model is not None else make_model()
-    where = {"generator": generator(seed), "progress": progress, "memory": memory}
+    where = {"generator": generator(seed), "progress": progress, "state": memory}
     output = method(model, batch or make_batch(), threat=THREAT, attack=attack, **where)
     output.loss.backward()
     return output.loss.detach(), output.metrics, state_after(model)
@@ -801,7 +801,7 @@ def test_the_momentum_queue_over_several_steps(form, size):
             for own, new in zip(twin.parameters(), model.parameters(), strict=True):
                 own.copy_(0.7 * own + 0.3 * new)
             made = twin.embedding(twin.features(batch.images))
-        at = Step(THREAT, ATTACK, generator(step), memory=memory)
+        at = StepContext(THREAT, ATTACK, generator(step), state=memory)
         views = method.views(model, batch, at)
         before = {name: value.clone() for name, value in memory.state_dict().items()}
         output = method.loss(model, views, at)
@@ -851,7 +851,7 @@ def test_the_momentum_encoder_costs_a_forward_and_needs_no_clean_forward():
     model = make_model()
     memory = memory_of(method, model)
     with CostMeter(model) as meter, CostMeter(memory.encoder) as momentum:
-        method(model, make_batch(), threat=THREAT, attack=ATTACK, generator=generator(), memory=memory).loss.backward()
+        method(model, make_batch(), threat=THREAT, attack=ATTACK, generator=generator(), state=memory).loss.backward()
     assert (meter.forward_equivalents, momentum.forward_equivalents) == (6 * (2 * STEPS + 3), 6)
     assert [part for part in memory.modules() if isinstance(part, SplitModel)] == [memory.encoder]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clead import api
-from clead.config import bare_config
+from clead.config import evaluation_config
 from clead.errors import UserError
 from clead.models.model_input import InputLayer, ModelInput
 from clead.models.onnx import OnnxModel
@@ -421,7 +421,7 @@ def test_an_export_of_ours_goes_round(run_of_three):
     assert model.classes == ("0", "1", "2") and not model.notes
     record = api.evaluate_foreign(
         "out/model.onnx",
-        bare_config("evaluation", ["--data.path", data, "--eval.suite", "queries", "--eval.steps", "2"]),
+        evaluation_config("evaluation", ["--data.path", data, "--eval.suite", "queries", "--eval.steps", "2"]),
         out="e",
         show=False,
     ).record

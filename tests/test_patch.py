@@ -14,7 +14,7 @@ from clead.attacks import patch
 from clead.attacks.patch import Patch, cut, paste
 from clead.attacks.unrestricted import attack_unrestricted
 from clead.errors import UserError
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -118,7 +118,7 @@ def test_images_that_fall_leave_and_the_rest_are_attacked_on():
 
 
 def test_a_convolutional_network_falls_to_a_larger_patch_sooner():
-    with seeded(0):
+    with fork_rng(0):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     x = torch.rand(40, 3, 8, 8, generator=generator(3))
     y = predicted(model, x)

@@ -15,7 +15,7 @@ from torch import nn
 
 import clead
 from clead import api
-from clead.config import bare_config, load_recipe
+from clead.config import evaluation_config, load_recipe
 from clead.errors import UserError
 from clead.models.onnx import OnnxModel
 from clead.serving.models import open_models
@@ -111,7 +111,7 @@ def made(factory: str, *arguments: Any) -> nn.Module:
 
 
 def evaluated(model: str, *overrides: str, **options: Any) -> Any:
-    config = bare_config("evaluation", ["--data.path", "d.npz", "--eval.suite", "pgd", *QUICK, *overrides])
+    config = evaluation_config("evaluation", ["--data.path", "d.npz", "--eval.suite", "pgd", *QUICK, *overrides])
     return api.evaluate_foreign(model, config, out="out", show=False, **options).record
 
 

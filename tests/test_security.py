@@ -28,7 +28,7 @@ from clead.config import load_recipe, parse_yaml
 from clead.data import decoding
 from clead.data.datasets.auto import read_any
 from clead.data.datasets.cifar import ARCHIVES, read_archive
-from clead.data.decoding import Fit, decode
+from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
 from clead.evaluation import adversarial
 from clead.evaluation.state import ResumableResults
@@ -166,7 +166,7 @@ def _state(run):
 
 def _cache(run):
     blobs = [b"x"] * 3
-    place = decoding._cache_file(blobs, Fit())
+    place = decoding._cache_file(blobs, ResizeSpec())
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "part", place)
     assert decoding.read_cache(place, 3) is None
@@ -197,7 +197,7 @@ LOADERS = {
     "npz": lambda path, run: read_any(path.rename(path.with_suffix(".npz"))),
     "Parquet": lambda path, run: _shard(path),
     "images in Parquet": lambda path, run: _parquet_of(path),
-    "images": lambda path, run: decode([path.read_bytes()], ["image"], Fit()),
+    "images": lambda path, run: decode([path.read_bytes()], ["image"], ResizeSpec()),
     "adversarial images": lambda path, run: adversarial.load(path),
     "ONNX": lambda path, run: OnnxModel(path),
     "archive": lambda path, run: _archive(path),
@@ -320,7 +320,7 @@ def png_header(width, height):
 def test_images_that_unpack_to_gigabytes_are_refused_unread():
     for width, height in ((60_000, 60_000), (2**31 - 1, 2**31 - 1), (2**31 - 1, 1)):
         with pytest.raises(UserError, match="a decompression bomb|not a readable image") as caught:
-            decode([png_header(width, height)], ["bomb.png"], Fit(8))
+            decode([png_header(width, height)], ["bomb.png"], ResizeSpec(8))
         assert "bomb.png" in str(caught.value)
     text = io.BytesIO()  # a comment that unpacks to 64 MiB
     from PIL.PngImagePlugin import PngInfo
@@ -329,7 +329,7 @@ def test_images_that_unpack_to_gigabytes_are_refused_unread():
     info.add_text("Comment", "x" * 2**26, zip=True)
     Image.new("L", (8, 8)).save(text, "PNG", pnginfo=info)
     with pytest.raises(UserError, match=r"comment\.png: not a readable image"):
-        decode([text.getvalue()], ["comment.png"], Fit())
+        decode([text.getvalue()], ["comment.png"], ResizeSpec())
     with pytest.raises(ValueError, match="9000x9000 pixels, should be 8x8"):
         adversarial._pixels(png_header(9_000, 9_000), (1, 8, 8))
 

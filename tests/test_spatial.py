@@ -20,7 +20,7 @@ from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.losses.margin import margin
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 
 GOOD_X, GOOD_Y = torch.full((3, 1, 8, 8), 0.5), torch.tensor([0, 1, 2])
 
@@ -30,7 +30,7 @@ def images(count: int = 6, side: int = 8, dtype: torch.dtype = torch.float32) ->
 
 
 def net(side: int = 8, classes: int = 4, seed: int = 0) -> nn.Module:
-    with seeded(seed):
+    with fork_rng(seed):
         return nn.Sequential(
             nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * (side - 2) ** 2, classes)
         )

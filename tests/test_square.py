@@ -72,7 +72,7 @@ def test_every_proposal_lies_in_the_set_and_changes_windows_only(norm, shape):
         moves.propose(fraction)
         change = moves.best - before
         assert moves.best.min() >= 0 and moves.best.max() <= 1
-        assert (threat.size(moves.best - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
+        assert (threat.distance(moves.best - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
         touched = (change != 0).any(1).flatten(1).sum(1)
         side = max(round(math.sqrt(fraction * shape[2] * shape[3])), 1)
         if norm == "linf":

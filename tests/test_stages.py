@@ -240,9 +240,9 @@ def test_transferred_accuracy_is_that_of_the_stored_test_images(done):
     record = clead.api.read_record(done.path)
     config = RunDir(done.path).config()
     test = config.data.load(0).test
-    from clead.data.base import mixed
+    from clead.data.base import shuffle_if_sorted
 
-    chosen = mixed(test).subset(torch.arange(20))
+    chosen = shuffle_if_sorted(test).subset(torch.arange(20))
     x, y = chosen.images.float() / 255, chosen.labels
     stored = load_weights(done.path / "stored" / "test-000000.safetensors")[0]["x_adv"].float()
     model = clead.load(done.path)

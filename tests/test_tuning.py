@@ -28,7 +28,7 @@ from clead.tuning.leases import BothLeases, FileLeases, TableLeases
 from clead.tuning.results import Result, best_of, front
 from clead.tuning.space import open_search
 from clead.tuning.storage import JOURNAL, open_storage
-from clead.tuning.trial import Failed, FellBehind
+from clead.tuning.trial import Failed, TrialPruned
 
 SPACE = ["--tune.space", "{optim.lr: {low: 1e-3, high: 1e-2, log: true}, attack.steps: {low: 2, high: 7}}"]
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 120 --data.batch_size 16 --attack.steps 1
@@ -346,7 +346,7 @@ def test_trials_that_fall_behind_are_stopped(tmp_path):
         for rung in range(1, 10):
             scores.append(rung)
             if report(rung, 0.1 if number == 8 else 0.5 + 0.01 * number):
-                raise FellBehind
+                raise TrialPruned
         return {"clean": 0.9, "robust": 0.5 + 0.01 * number, "images": 10}
 
     found = search(tmp_path / "study", trials=9, run=staged)
@@ -528,10 +528,10 @@ def test_a_process_on_the_same_disk_is_not_taken_for_dead(tmp_path, monkeypatch)
     """A stopped process is silent, but its lock on the trial's file holds: it writes into that directory when it goes on."""
     monkeypatch.setattr(TableLeases, "_beat", lambda self: None)
     one, two = (BothLeases(FileLeases(tmp_path / "locks"), rows(tmp_path)) for _ in range(2))
-    assert one.take("a")
+    assert one.acquire("a")
     with sql.create_engine(f"sqlite:///{tmp_path}/base.db").begin() as connection:
         connection.execute(sql.text("update clead_leases set beat = datetime(beat, '-400 seconds')"))
-    assert not two.take("a") and one.holds("a")
+    assert not two.acquire("a") and one.is_held("a")
 
 
 def test_a_process_that_lost_its_trial_leaves_it_to_the_other(tmp_path, monkeypatch):
@@ -661,7 +661,7 @@ def test_a_trial_that_falls_behind_stops_its_training_cleanly(tmp_path, monkeypa
         reports.append((rung, score))
         return rung >= 4
 
-    with pytest.raises(FellBehind):
+    with pytest.raises(TrialPruned):
         run_trial(found, {"optim.lr": 0.004}, tmp_path / "0000", report)
     assert [rung for rung, _ in reports] == [1, 3, 5] and signal.getsignal(signal.SIGINT) == before
     run = clead.checkpoint.RunDir(tmp_path / "0000-seed-0")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from clead.attacks import square as square_attack
-from clead.attacks.run import prepared
+from clead.attacks.run import optimized
 from clead.models import MODELS as REGISTRY
 from clead.models.cost import CostMeter
 from clead.models.modes import attack_mode
@@ -126,7 +126,7 @@ def ask(windowed, images, side, generator):
 def test_answers_are_those_of_the_model_over_many_questions(name, fold):
     model, generator = made(name), torch.Generator().manual_seed(1)
     images = torch.rand(6, 3, 24, 24, generator=generator)
-    with attack_mode(model), torch.no_grad(), prepared(model, images) if fold else nullcontext(model) as answer:
+    with attack_mode(model), torch.no_grad(), optimized(model, images) if fold else nullcontext(model) as answer:
         windowed = WindowedModel(answer)
         for side in (1, 3, 2, 24):
             windowed.remember(images, side)

@@ -76,15 +76,15 @@ class World:
         return self.rank == 0
 
     def local_slice(self, count: int) -> slice:
-        """Return which of ``count`` things, a multiple of ``size``, are this process's."""
+        """Return which of ``count`` things, a multiple of ``world_size``, are this process's."""
         each = count // self.world_size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def gather_with_grad(self, outputs: Tensor, images: int) -> Tensor:
         """Return what all processes have: (V·b, …) of V stacked views of b images become (V·b·size, …), view by view.
 
-        The backward keeps this process's rows, times ``size``: averaging gradients over processes then gives the gradient of the
-        whole batch's loss, of what is computed before and after the join alike.
+        The backward keeps this process's rows, times ``world_size``: averaging gradients over processes then gives the gradient of
+        the whole batch's loss, of what is computed before and after the join alike.
 
         Args:
             outputs: of this process.

@@ -75,7 +75,7 @@ class ImageSet:
         others = torch.full_like(self.labels, -1) if self.pseudo_labels is None else self.pseudo_labels
         return torch.where(self.labelled, self.labels, others)
 
-    def known(self) -> ImageSet:
+    def labelled_subset(self) -> ImageSet:
         """Return the images that have a visible label, with that label."""
         if self.labelled is None:
             return self
@@ -141,7 +141,7 @@ class Threat(Protocol):
         """Return the Euclidean-nearest point of the set around ``x``, exactly."""
         ...
 
-    def size(self, delta: Tensor) -> Tensor:
+    def distance(self, delta: Tensor) -> Tensor:
         """Return this norm of each image's perturbation, (B,)."""
         ...
 
@@ -167,7 +167,7 @@ class Search(Protocol):
     An attack class has either this method or ``__call__`` of ``Attack``; only the latter can serve inside training.
     """
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W) in the threat set around ``x``: misclassified where the search succeeded.

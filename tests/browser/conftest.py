@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 import clead
 from clead.serving.models import open_models
 from clead.serving.playground.choices import AttackSettings
-from clead.serving.playground.contest import Contest, attack_image, open_contest
+from clead.serving.playground.contest import Comparison, attack_image, open_contest
 from clead.serving.settings import ServeSettings
 
 expect.set_options(timeout=60_000)  # a busy machine takes more than the usual 5 seconds
@@ -53,7 +53,7 @@ class Duel:
     """A running playground, and a test image that the attack of ``SETTINGS`` breaks for one model only."""
 
     address: str
-    contest: Contest
+    contest: Comparison
     index: int
     label: str
     fooled: str
@@ -90,7 +90,7 @@ def duel(tmp_path_factory) -> Iterator[Duel]:
         log.close()
 
 
-def clearest(contest: Contest) -> tuple[int, str, str]:
+def clearest(contest: Comparison) -> tuple[int, str, str]:
     """Return the image on which the first model fails and the second holds by most, its class, and the wrong answer."""
     x, y = contest.images.images.float() / 255, contest.images.labels
     after = []

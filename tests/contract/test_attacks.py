@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.attacks.unrestricted import attack_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Search
@@ -116,29 +116,29 @@ def test_attack_leaves_model_untouched(attack, threat, objective):
         pytest.skip("a search has no objective")
     model, (x, y) = make_model(), images()
     before = snapshot(model, x, y)
-    x_adv = attack_images(attack, model, x, y, threat, objective=objective, generator=generator())
+    x_adv = run_attack(attack, model, x, y, threat, objective=objective, generator=generator())
     assert snapshot(model, x, y) == before
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.grad_fn is None
     assert x_adv.min() >= 0 and x_adv.max() <= 1
-    assert (threat.size(x_adv - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
+    assert (threat.distance(x_adv - x) <= threat.eps * (1 + 1e-5) + 1e-6).all()
     assert x_adv.data_ptr() != x.data_ptr()
-    again = attack_images(attack, model, x, y, threat, objective=objective, generator=generator())
+    again = run_attack(attack, model, x, y, threat, objective=objective, generator=generator())
     assert torch.equal(again, x_adv), "not deterministic in the seed"
 
 
 def test_a_randomised_model_draws_from_no_one_elses_stream(attack, threat):
     model, (x, y) = make_model(Randomised), images()
     before = snapshot(model, x, y)
-    x_adv = attack_images(attack, model, x, y, threat, generator=generator())
+    x_adv = run_attack(attack, model, x, y, threat, generator=generator())
     assert snapshot(model, x, y) == before
     torch.rand(3), np.random.rand(3), random.random()
-    again = attack_images(attack, model, x, y, threat, generator=generator())
+    again = run_attack(attack, model, x, y, threat, generator=generator())
     assert torch.equal(again, x_adv), "not deterministic in the seed"
 
 
 def test_attack_moves_and_gains(attack, threat):
     model, (x, y) = make_model().eval(), images()
-    x_adv = attack_images(attack, model, x, y, threat, generator=generator())
+    x_adv = run_attack(attack, model, x, y, threat, generator=generator())
     with torch.no_grad():
         before = nn.functional.cross_entropy(model(x), y, reduction="none")
         after = nn.functional.cross_entropy(model(x_adv), y, reduction="none")
@@ -151,8 +151,8 @@ def test_attack_moves_and_gains(attack, threat):
 
 def test_a_model_in_training_mode_is_attacked_in_evaluation_mode(attack, threat):
     model, (x, y) = make_model(), images()
-    training = attack_images(attack, model, x, y, threat, generator=generator())
-    assert torch.equal(training, attack_images(attack, model.eval(), x, y, threat, generator=generator()))
+    training = run_attack(attack, model, x, y, threat, generator=generator())
+    assert torch.equal(training, run_attack(attack, model.eval(), x, y, threat, generator=generator()))
 
 
 def test_each_image_is_attacked_by_itself(attack, threat):
@@ -161,8 +161,8 @@ def test_each_image_is_attacked_by_itself(attack, threat):
         pytest.skip("searches draw for the batch")
     model, (x, y) = make_model(), images()
     attack = replace(attack, random_start=False) if "random_start" in vars(attack) else attack
-    together = attack_images(attack, model, x, y, threat)
-    alone = torch.cat([attack_images(attack, model, x[i : i + 1], y[i : i + 1], threat) for i in range(len(x))])
+    together = run_attack(attack, model, x, y, threat)
+    alone = torch.cat([run_attack(attack, model, x[i : i + 1], y[i : i + 1], threat) for i in range(len(x))])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
@@ -174,11 +174,11 @@ def test_the_callers_autograd_mode_is_of_no_account(attack, objective, mode):
     model, (x, y) = make_model(), images()
     norm = getattr(attack, "norms", ("linf",))[0]
     threat = THREATS.get(norm)(eps=RADII[norm])
-    expected = attack_images(attack, model, x, y, threat, objective=objective, generator=generator())
+    expected = run_attack(attack, model, x, y, threat, objective=objective, generator=generator())
     with mode():
         inside_x, inside_y = x * 1, y * 1  # inference tensors in inference mode
         before = snapshot(model, inside_x)
-        x_adv = attack_images(attack, model, inside_x, inside_y, threat, objective=objective, generator=generator())
+        x_adv = run_attack(attack, model, inside_x, inside_y, threat, objective=objective, generator=generator())
         assert snapshot(model, inside_x) == before
     assert torch.equal(x_adv, expected)
 
@@ -210,39 +210,39 @@ def test_an_exception_inside_leaves_model_untouched(threat, fails_at):
         if name == "fgsm" and fails_at > 2:
             continue
         with pytest.raises(ModelError, match="Interrupted"):
-            attack_images(attack, model, x, y, threat, generator=generator())
+            run_attack(attack, model, x, y, threat, generator=generator())
         assert snapshot(model, x, y) == before
 
 
 def test_images_that_require_a_gradient_give_a_leaf_without_one(attack, threat):
     model, (x, y) = make_model(), images()
-    expected = attack_images(attack, model, x, y, threat, generator=generator())
+    expected = run_attack(attack, model, x, y, threat, generator=generator())
     x.requires_grad_()
-    x_adv = attack_images(attack, model, x, y, threat, generator=generator())
+    x_adv = run_attack(attack, model, x, y, threat, generator=generator())
     assert torch.equal(x_adv, expected) and not x_adv.requires_grad and x.grad is None
 
 
 def test_no_generator_means_a_fixed_seed_not_the_global_one(attack, threat):
     model, (x, y) = make_model(), images()
     state = torch.get_rng_state()
-    first = attack_images(attack, model, x, y, threat)
+    first = run_attack(attack, model, x, y, threat)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(attack_images(attack, model, x, y, threat), first)
+    assert torch.equal(run_attack(attack, model, x, y, threat), first)
 
 
 def test_eps_zero_returns_the_images(attack):
     model, (x, y) = make_model(), images()
     for norm, kind in THREATS.items():
         if norm in getattr(attack, "norms", THREATS.names()):
-            assert torch.equal(attack_images(attack, model, x, y, kind(eps=0)), x)
+            assert torch.equal(run_attack(attack, model, x, y, kind(eps=0)), x)
         else:
             with pytest.raises(UserError, match=f"is an attack for .*, got {norm}"):
-                attack_images(attack, model, x, y, kind(eps=0))
+                run_attack(attack, model, x, y, kind(eps=0))
 
 
 def test_double_precision_stays_double(attack, threat):
     model, (x, y) = make_model().double(), images()
-    assert attack_images(attack, model, x.double(), y, threat).dtype == torch.float64
+    assert run_attack(attack, model, x.double(), y, threat).dtype == torch.float64
 
 
 # ------------------------------------------------------------------------------------------------ in no norm ball

@@ -44,7 +44,7 @@ anywhere = arrays.arrays(np.float64, SHAPE, elements=st.one_of(st.sampled_from([
 
 
 def feasible(threat: Threat, point: Tensor, x: Tensor, slack: float) -> bool:
-    inside = bool((threat.size(point - x) <= threat.eps + slack).all())
+    inside = bool((threat.distance(point - x) <= threat.eps + slack).all())
     return inside and bool(point.min() >= 0) and bool(point.max() <= 1)
 
 
@@ -76,7 +76,7 @@ def test_projection_is_exact(name, data, x, z, q):
         kept = torch.isin(torch.arange(6), torch.tensor(order[: int(threat.eps)], dtype=torch.long)).view(1, 2, 3)
         feasible_q = (x + direction * kept).clamp(0, 1)
     else:
-        length = threat.size(direction).clamp_min(1e-12)
+        length = threat.distance(direction).clamp_min(1e-12)
         feasible_q = (x + direction * (threat.eps / length).clamp(max=1)[:, None, None, None]).clamp(0, 1)
     assert feasible(threat, feasible_q, x, 1e-12)
     if name != "l0":  # the angle is a property of convex sets
@@ -123,7 +123,7 @@ def test_memory_format_does_not_matter(name):
     last = {"memory_format": torch.channels_last}
     assert torch.equal(threat.project(z.contiguous(**last), x.contiguous(**last)), threat.project(z, x))
     assert torch.equal(threat.ascend(x.contiguous(**last), z.contiguous(**last), 0.1), threat.ascend(x, z, 0.1))
-    torch.testing.assert_close(threat.size((z - x).contiguous(**last)), threat.size(z - x))
+    torch.testing.assert_close(threat.distance((z - x).contiguous(**last)), threat.distance(z - x))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,7 +135,7 @@ def test_random_start_is_uniform_in_the_ball(name):
     threat = make(name, eps)
     x = torch.full((4000, 1, 1, d), 0.5, dtype=torch.float64)
     delta = threat.random_start(x, generator=generator()) - x
-    assert kstest((threat.size(delta) / eps).pow(d).numpy(), "uniform").pvalue > 1e-3
+    assert kstest((threat.distance(delta) / eps).pow(d).numpy(), "uniform").pvalue > 1e-3
     assert delta.mean(0).abs().max() < 0.01
     orthants = (delta.flatten(1) > 0).long() @ (2 ** torch.arange(d))
     counts = orthants.bincount(minlength=2**d)
@@ -161,7 +161,7 @@ def test_random_start_feasible_reproducible_private(name, dtype):
 
 def length(threat: Threat, step: Tensor) -> Tensor:
     """How far ``ascend`` went, (B,). A number of pixels is no length: for l0 and eps = 1 the largest change of a pixel."""
-    return step.abs().mean(1).flatten(1).amax(1) if threat.norm == "l0" else threat.size(step)
+    return step.abs().mean(1).flatten(1).amax(1) if threat.norm == "l0" else threat.distance(step)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,7 +29,7 @@ from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_lefto
 from clead.attacks.run import check_inputs, logits_of
 from clead.checkpoint import RunDir, fingerprint
 from clead.config import Eval, RunConfig
-from clead.data.base import mixed
+from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation import adversarial
@@ -43,7 +43,7 @@ from clead.interfaces import ImageSet, Splits
 from clead.models.external import prepare
 from clead.models.model_input import ModelInput
 from clead.models.onnx import is_onnx
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import weights as model_weights
 from clead.models.split import wrapped
 from clead.output import tell
@@ -111,7 +111,7 @@ def evaluate(
             "give labels of shape (N,), in the order of the images"
         )
     first = to_float(images[:2])
-    with seeded(options.seed):
+    with fork_rng(options.seed):
         prepare(model, first)
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
@@ -223,7 +223,7 @@ def evaluate_foreign(
 
     Args:
         model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
-        config: data, threat and eval settings; ``clead.config.bare_config`` makes one.
+        config: data, threat and eval settings; ``clead.config.evaluation_config`` makes one.
         weights: for what the factory makes, what ``clead.weights.read_weights`` reads; None: as it is made.
         output: name or index of the logits, if the model returns more than that and they are not recognised.
         input: how it wants its pixels, such as ``"layout=nhwc range=0..255"``, see ``ModelInput``; None: (B, C, H, W) in [0, 1].
@@ -254,7 +254,7 @@ def evaluate_foreign(
     order_given = getattr(config.data, "classes", None) is not None
     splits, class_notes = align_classes(splits, foreign.classes, source=name, order_given=order_given)
     splits = dataclasses.replace(splits, notes=(*splits.notes, *class_notes))
-    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    images = shuffle_if_sorted(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     device = device_of(config.train.device)
@@ -325,7 +325,7 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         )
     threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
     x, labels = to_float(images.images), images.labels
-    size = threat.size(x_adv - x)
+    size = threat.distance(x_adv - x)
     in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False for NaN
     with exact_float32():
         right = torch.cat([correct_mask(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])

@@ -99,7 +99,7 @@ def detect_run(
     def work(state: ResumableResults) -> Result:
         return evaluate_detection(
             run.model,
-            run.splits.train.known(),
+            run.splits.train.labelled_subset(),
             run.images,
             run.config.threat,
             calibration=run.splits.val,

@@ -15,7 +15,7 @@ from torch import nn
 from clead.atomic_io import read_json
 from clead.checkpoint import RunDir, check_weights, load_weights
 from clead.config import RunConfig
-from clead.data.base import mixed
+from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement, Result, measure
@@ -156,7 +156,7 @@ def evaluated_images(
             f"{run.path} was trained on images of shape {tuple(metadata['shape'])}, the data has {image_shape(splits)}; "
             "set data.image_size and data.channels"
         )
-    images = mixed(splits.test if config.eval.split == "test" else splits.val)
+    images = shuffle_if_sorted(splits.test if config.eval.split == "test" else splits.val)
     if config.eval.images is not None:
         images = images.subset(torch.arange(min(config.eval.images, len(images))))
     return images, splits

@@ -24,9 +24,9 @@ from clead.interfaces import Search, Splits
 from clead.methods.contrast import find_layer
 from clead.models.external import backward_of
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
-from clead.training.loop import AfterValidation, Outcome, device_of, fit
+from clead.training.loop import AfterValidation, TrainResult, device_of, fit
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
@@ -41,7 +41,7 @@ class TrainedRun:
 
     path: Path
     model: SplitModel
-    outcome: Outcome
+    outcome: TrainResult
 
 
 def train(
@@ -109,7 +109,7 @@ def train(
         run = RunDir(path)
         # Leave the caller's global random state, and what of the model is frozen, as they were.
         memory = memory_of("the training", "data.batch_size", "model.width")
-        with seeded(config.train.seed), unfrozen_afterwards(split_model), memory:
+        with fork_rng(config.train.seed), unfrozen_afterwards(split_model), memory:
             if config.stages:
                 outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
             else:
@@ -138,7 +138,7 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
     splits = data if data is not None else config.data.load(config.train.seed)
     splits, _ = _as_seen(config, splits, None, show=False)
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
-    with seeded(config.train.seed), memory_of("the training", "data.batch_size"):
+    with fork_rng(config.train.seed), memory_of("the training", "data.batch_size"):
         return profile_training(config, splits, own if own is not None else build(config, splits))
 
 
@@ -268,7 +268,7 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
     pixels, budget = torch.Size(shape).numel(), 64 * 3 * 32 * 32
     counts = {min(2, piece): None, piece if piece * pixels <= budget else 2: None}
     try:
-        with seeded(0):
+        with fork_rng(0):
             with attack_mode(model), torch.no_grad():
                 model(torch.zeros(2, *shape, device=device))
             if not isinstance(model, AdaptedModel):

@@ -13,7 +13,7 @@ from clead.errors import UserError
 from clead.interfaces import Model, Threat
 from clead.losses import margin as margins
 from clead.losses.precision import at_least_float32
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.settings import setting, settings
 from clead.threats.geometry import per_image, sign
 from clead.threats.l1 import L1
@@ -71,7 +71,7 @@ class APGD:
     )
     eot: int = setting(1, "draws of a randomised model per step, whose gradients are averaged", ge=1, unit="draws")
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found.
@@ -85,7 +85,7 @@ class APGD:
         if generator is None:
             generator = torch.Generator(x.device).manual_seed(0)
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))  # synchronises the device
-        with torch.no_grad(), seeded(seed):
+        with torch.no_grad(), fork_rng(seed):
             logits, wrong = self._answer(model, x, y)
             classes = logits.shape[1]
             self._check(classes)
@@ -407,5 +407,5 @@ def apgd(
     from clead.attacks.run import call
 
     values = {"steps": steps, "restarts": restarts, "loss": loss, "targets": targets, "eot": eot}
-    with seeded(seed):  # the check of the logits draws too
+    with fork_rng(seed):  # the check of the logits draws too
         return call(APGD, values, model, x, y, norm=norm, eps=eps, seed=seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import Found, call_minimal
+from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
 from clead.settings import setting, settings
@@ -34,7 +34,7 @@ class CW:
     step_size: float = setting(0.01, "Adam's step size", unit="units of w, whose tanh is the image", gt=0)
     weight: float = setting(1e-3, "first weight c of the margin against the squared distance", gt=0)
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
@@ -46,8 +46,8 @@ class CW:
         """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, 0.0).images
 
-    def _run(self, model: Model, x: Tensor, y: Tensor, enough: float) -> Found:
-        found = Found(x, "l2")
+    def _run(self, model: Model, x: Tensor, y: Tensor, enough: float) -> BestAdversarial:
+        found = BestAdversarial(x, "l2")
         everything = torch.arange(len(x), device=x.device)
         found.offer(everything, x, margin(model(x), y))  # what is wrong already has distance 0
         weight = torch.full_like(found.sizes, self.weight)
@@ -62,7 +62,9 @@ class CW:
             weight = torch.where(high.isinf(), 10 * weight, (low + high) / 2)
         return found
 
-    def _descend(self, model: Model, x: Tensor, y: Tensor, weight: Tensor, index: Tensor, found: Found) -> Tensor:
+    def _descend(
+        self, model: Model, x: Tensor, y: Tensor, weight: Tensor, index: Tensor, found: BestAdversarial
+    ) -> Tensor:
         """Minimise for one weight per image, offering every point of the path; returns which images were ever wrong, (B,)."""
         w = ((2 * x - 1) * _INSIDE).atanh()
         adam = torch.optim.Adam([w], lr=self.step_size)

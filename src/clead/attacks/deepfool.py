@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import Found, call_minimal
+from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
 from clead.settings import setting, settings
@@ -32,7 +32,7 @@ class DeepFool:
     overshoot: float = setting(0.02, "part of the perturbation that is added to cross the boundary", ge=0)
     candidates: int = setting(10, "other classes tried, those of largest logits; fewer if there are fewer", ge=1)
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W): what ``minimal`` finds, where that lies in the threat set; x elsewhere."""
@@ -44,8 +44,8 @@ class DeepFool:
         """Return the first misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, norm).images
 
-    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str) -> Found:
-        found = Found(x, norm)
+    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str) -> BestAdversarial:
+        found = BestAdversarial(x, norm)
         left = torch.arange(len(x), device=x.device)
         others = torch.empty(0)
         total = torch.zeros_like(x)

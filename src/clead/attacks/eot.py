@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.pgd import PGD
 from clead.interfaces import Objective, Threat
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.settings import setting, settings
 
 
@@ -42,7 +42,7 @@ def expectation(objective: Objective, draws: int, *, generator: torch.Generator 
         seed = 0
         if generator is not None:  # synchronises the device
             seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-        with seeded(seed):
+        with fork_rng(seed):
             total = objective(x)
             for _ in range(draws - 1):
                 total = total + objective(x)
@@ -122,5 +122,5 @@ def eot_pgd(
         "random_start": random_start,
         "keep": keep,
     }
-    with seeded(seed):  # the check of the logits and the clean prediction of some objectives draw too
+    with fork_rng(seed):  # the check of the logits and the clean prediction of some objectives draw too
         return call(EOTPGD, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.interfaces import Model, Threat
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.threats.geometry import per_image
 
 _INSTALL = {"torchattacks": "pip install --no-deps torchattacks", "foolbox": "pip install foolbox"}
@@ -94,7 +94,7 @@ class External:
             )
 
     @property
-    def meant_for(self) -> tuple[str, ...] | None:
+    def norms(self) -> tuple[str, ...] | None:
         """The norms that the attack is made for; None where any will do."""
         library, cls = _find(self.name)
         parameters = _parameters(cls)
@@ -125,7 +125,7 @@ class External:
         }
         return {"name": self.name, **plain}
 
-    def doubt(self, threat: Threat) -> str | None:
+    def weakness_warning(self, threat: Threat) -> str | None:
         """Return why the attack is weak against ``threat`` by its settings alone, if it is: its steps end before the edge.
 
         In torchattacks the step is ``alpha``; in foolbox ``abs_stepsize``, or else ``rel_stepsize`` of the radius.
@@ -142,14 +142,14 @@ class External:
             f"give more or longer ones, such as --attack.steps {math.ceil(2.5 * eps / size)}"
         )
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return what the library returned where it is in the threat set around ``x``, and ``x`` elsewhere.
 
         Raises UserError if the attack is made for another norm, or fails.
         """
-        norms = self.meant_for
+        norms = self.norms
         if norms is not None and threat.norm not in norms:
             raise UserError(
                 f"{self.name} is an attack for {', '.join(norms)}, got {threat.norm}; give norm {norms[0]}, or another attack"
@@ -181,13 +181,13 @@ class External:
         # Rounding may carry a pixel a hair out of the box; anything farther is not ours to mend.
         inside = ((found >= -1e-6) & (found <= 1 + 1e-6)).flatten(1).all(1)
         found = found.clamp(0, 1)
-        inside &= threat.size(found - x[here]) <= threat.eps * (1 + 1e-5) + 1e-6
+        inside &= threat.distance(found - x[here]) <= threat.eps * (1 + 1e-5) + 1e-6
         x_adv[here] = torch.where(per_image(inside, found), found, x[here])
         return x_adv
 
 
 def external(name: str, **options: Any) -> External:
-    """Return an attack of another library as a search, to be given to ``attack_images`` or an evaluation.
+    """Return an attack of another library as a search, to be given to ``run_attack`` or an evaluation.
 
     Args:
         name: ``"torchattacks:PGD"``, ``"foolbox:L2DeepFoolAttack"`` …: the library and its name of the class.
@@ -311,7 +311,7 @@ def _foolbox(
 def _quiet(seed: int) -> Generator[None, None, None]:
     """Let a library draw, print, warn and differentiate inside the block, and leave no trace of it."""
     with (
-        seeded(seed),
+        fork_rng(seed),
         torch.enable_grad(),
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),

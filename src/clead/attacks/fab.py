@@ -47,7 +47,7 @@ class FAB:
         9, "classes to aim at, the most likely wrong ones, at most K - 1; 0: the nearest boundary at each step", ge=0
     )
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W) in the threat set around ``x``: misclassified where one was found, else ``x``."""
@@ -115,7 +115,7 @@ class FAB:
         """Walk the images ``rows`` from ``point`` towards ``target``, (B, T) classes; return the rows that nothing broke."""
         x, y, target = x[rows], y[rows], target[rows]
         for step in range(self.steps + 1):
-            size = threat.size(point - x)
+            size = threat.distance(point - x)
             if step < self.steps:
                 gap, normal, logits = _boundary(model, point, y, target, threat.norm)
             else:
@@ -131,7 +131,7 @@ class FAB:
             if step == self.steps or not len(rows):
                 return rows
             point = _step(x, point, gap, normal, threat.norm)
-            beyond = threat.size(point - x) > eps
+            beyond = threat.distance(point - x) > eps
             point = torch.lerp(point, x, per_image((1 - BETA) * beyond.to(x.dtype), x))
         return rows
 
@@ -153,7 +153,7 @@ class FAB:
             gap, normal, _logits = _boundary(model, point, y, target, threat.norm)
             point = _step(x, point, gap, normal, threat.norm)
             wrong = _wrong(at_least_float32(model(point)), y)
-            size = threat.size(point - x)
+            size = threat.distance(point - x)
             hit = (wrong & ~(size > reach[rows])).nonzero()[:, 0]  # synchronises the device
             if len(hit):
                 found[rows[hit]] = point[hit]
@@ -184,7 +184,7 @@ def _random_start(x: Tensor, norm: str, reach: Tensor, generator: torch.Generato
     unit = (
         threat.random_start(grey, generator=generator) - grey
     ) * 2  # the ball of radius 1/2 touches no side of the box
-    radius = torch.minimum(reach, threat.size(grey)) / 2
+    radius = torch.minimum(reach, threat.distance(grey)) / 2
     return (x + per_image(radius, x) * unit).clamp_(0, 1)
 
 

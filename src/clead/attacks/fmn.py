@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
-from clead.attacks.minimal import Found, call_minimal
+from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
 from clead.settings import setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, per_image, room, sign
+from clead.threats.geometry import box_slack, flat, per_image, sign
 
 _LAST_GAMMA = 1e-3
 _HALVINGS = 40
@@ -42,7 +42,7 @@ class FMN:
     step_size: float = setting(1.0, "length of the first step", unit="Euclidean length over pixels in [0, 1]", gt=0)
     gamma: float = setting(0.05, "part by which the ball shrinks or grows in the first step", gt=_LAST_GAMMA, lt=1)
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
@@ -54,9 +54,9 @@ class FMN:
         """Return the nearest misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
         return self._run(model, x, y, norm, 0.0).images
 
-    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str, enough: float) -> Found:
-        found = Found(x, norm)
-        measure = THREATS.get(norm)(eps=0).size
+    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str, enough: float) -> BestAdversarial:
+        found = BestAdversarial(x, norm)
+        measure = THREATS.get(norm)(eps=0).distance
         farthest = measure(torch.maximum(x, 1 - x))
         delta = torch.zeros_like(x)
         radius = torch.ones_like(found.sizes) if norm == "l0" else torch.full_like(found.sizes, torch.inf)
@@ -81,7 +81,7 @@ class FMN:
                 grown = torch.maximum(radius[left] + 1, (radius[left] * (1 + gamma)).floor())
                 now = torch.where(wrong, torch.minimum(shrunk, best), grown).clamp_min(1)
             else:
-                useful = torch.where((room(x_adv, unit) > 0) | unit.isnan(), unit, 0)
+                useful = torch.where((box_slack(x_adv, unit) > 0) | unit.isnan(), unit, 0)
                 slope = torch.linalg.vector_norm(flat(useful), ord=_DUAL[norm], dim=1).clamp_min(1e-12) * scale
                 ahead = (measure(here) + value.abs().to(x.dtype) / slope) * (1 + gamma)
                 outside = torch.where(best.isinf(), ahead, radius[left] * (1 + gamma))
@@ -97,7 +97,7 @@ def _project(x: Tensor, delta: Tensor, radius: Tensor, norm: str) -> Tensor:
 
     As the threats' projections, which have one radius for all images; the multiplier is found by bisection here.
     """
-    cap, magnitude = flat(room(x, delta)), flat(delta).abs()
+    cap, magnitude = flat(box_slack(x, delta)), flat(delta).abs()
     if norm == "l0":
         kept = torch.minimum(magnitude, cap)
         saved = (kept * (2 * magnitude - kept)).view_as(delta).sum(1).flatten(1)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import call, check_finite, check_inputs, logits_of, prepared
+from clead.attacks.run import call, check_finite, check_inputs, logits_of, optimized
 from clead.errors import UserError
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
@@ -32,7 +32,7 @@ class MinimumNorm(Protocol):
         ...
 
 
-class Found:
+class BestAdversarial:
     """The smallest adversarial image found so far of each of ``x``: ``images``, and their ``sizes``, infinite where there is none.
 
     Args:
@@ -42,7 +42,7 @@ class Found:
 
     def __init__(self, x: Tensor, norm: str) -> None:
         self._x = x
-        self._measure = THREATS.get(norm)(eps=0).size
+        self._measure = THREATS.get(norm)(eps=0).distance
         self.images = x.clone()
         self.sizes = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
 
@@ -50,7 +50,7 @@ class Found:
         """Keep those of ``x_adv``, images of x[index], that are misclassified and smaller than before; returns which are wrong.
 
         margin: max_{k≠y} z_k − z_y of ``x_adv``. NaN counts as wrong, and an image that is NaN itself replaces any other:
-        ``attack_images`` then says that the gradient is broken instead of taking the model for robust.
+        ``run_attack`` then says that the gradient is broken instead of taking the model for robust.
         """
         wrong = ~(margin <= 0)
         size = self._measure(x_adv - self._x[index])
@@ -68,7 +68,7 @@ class Found:
         return torch.where(per_image(self.sizes > eps, self._x), self._x, self.images)
 
 
-def smallest(
+def run_minimum_norm(
     attack: MinimumNorm,
     model: nn.Module,
     x: Tensor,
@@ -78,7 +78,7 @@ def smallest(
     generator: torch.Generator | None = None,
     checked: bool = False,
 ) -> Tensor:
-    """Look for the nearest adversarial image of each ``x``; the counterpart of ``attack_images`` without a radius.
+    """Look for the nearest adversarial image of each ``x``; the counterpart of ``run_attack`` without a radius.
 
     Args:
         attack: an attack for the smallest perturbation.
@@ -94,7 +94,7 @@ def smallest(
         shapes or ranges, a norm that the attack is not made for, or a gradient that is NaN.
     """
     name = repr(type(attack).__name__)
-    made_for(attack, norm)
+    check_norm(attack, norm)
     model = wrapped(model)
     if not checked:
         check_inputs(x, y)
@@ -103,14 +103,14 @@ def smallest(
         generator = torch.Generator(x.device).manual_seed(0)
     with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
         x, y = x.detach().clone(), y.detach().clone()
-        with torch.no_grad(), prepared(model, x) as answer:
+        with torch.no_grad(), optimized(model, x) as answer:
             x_adv = attack.minimal(answer, x, y, norm=norm, generator=generator)
     if not checked:
         check_finite(x_adv, name)
     return x_adv
 
 
-def made_for(attack: MinimumNorm, norm: str) -> None:
+def check_norm(attack: MinimumNorm, norm: str) -> None:
     """Raise UserError unless ``norm`` is a threat's name and one of the attack's ``norms``, if it names any."""
     THREATS.get(norm)
     norms = getattr(attack, "norms", None)
@@ -125,5 +125,5 @@ def call_minimal(
 ) -> Tensor:
     """Run an attack given by its class and settings: within ``eps`` if that is given, else for the smallest perturbation."""
     if eps is None:
-        return smallest(validated(kind, values), model, x, y, norm)
+        return run_minimum_norm(validated(kind, values), model, x, y, norm)
     return call(kind, values, model, x, y, norm=norm, eps=eps, seed=0)

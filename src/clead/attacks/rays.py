@@ -35,7 +35,7 @@ class RayS:
         10_000, "answers of the model per image, that to the clean image included", ge=2, unit="queries"
     )
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found."""

@@ -17,7 +17,7 @@ from clead.interfaces import Attack, Model, Search, Threat
 from clead.models.external import ModelError, backward_of
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.models.windowed import Prepared
 from clead.settings import validated
@@ -82,7 +82,7 @@ def _check_labels(y: Tensor, num_classes: int | None) -> None:
 
 def check_norm(attack: Attack | Search, threat: Threat) -> None:
     """Raise UserError if the attack is not made for this norm."""
-    norms = getattr(attack, "norms", None) or getattr(attack, "meant_for", None)
+    norms = getattr(attack, "norms", None)
     if norms is not None and threat.norm not in norms:
         name = getattr(attack, "name", None) or type(attack).__name__
         raise UserError(
@@ -113,7 +113,7 @@ def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
             return torch.autograd.grad((logits * projection).sum(), x, allow_unused=True)[0]
 
 
-def attack_images(
+def run_attack(
     attack: Attack | Search,
     model: nn.Module,
     x: Tensor,
@@ -138,7 +138,7 @@ def attack_images(
         generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
         checked: skip the checks of ``x`` and ``y`` because the caller has made them, and looks for images that are NaN.
         precision: what the search computes in (autocast below float32); its result has to be verified in float32 then.
-        exact: search with the model as it is, not as ``prepared`` makes it.
+        exact: search with the model as it is, not as ``optimized`` makes it.
 
     Returns:
         x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified. An image at which the gradient is not finite counts as
@@ -152,7 +152,7 @@ def attack_images(
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
     # A randomised model draws from the global generators: from a stream of its own here, not from the caller's.
-    with seeded(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
+    with fork_rng(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
         if not checked:
             check_inputs(x, y)
             _check_labels(y, logits_of(model, x[:1]).shape[1])
@@ -160,10 +160,10 @@ def attack_images(
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
             x, y = x.detach().clone(), y.detach().clone()
             given = x.clone()
-            with blamed(model, x), nullcontext(model) if exact else prepared(model, x, precision) as answer:
+            with blamed(model, x), nullcontext(model) if exact else optimized(model, x, precision) as answer:
                 if isinstance(attack, Search):
                     with torch.no_grad():
-                        x_adv = attack.search(answer, x, y, threat, generator=generator)
+                        x_adv = attack.perturb(answer, x, y, threat, generator=generator)
                 else:
                     x_adv = attack(make(model, x, y), x, threat, generator=generator)
     name = getattr(attack, "name", None) or type(attack).__name__
@@ -195,7 +195,7 @@ def marked(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
     if not len(lost):  # synchronises the device
         return x_adv
     x_adv = x_adv.clone()
-    with seeded(0):
+    with fork_rng(0):
         lost = lost[logits_of(model, x_adv[lost]).argmax(1) == y[lost]]
         if not len(lost):
             return x_adv
@@ -225,7 +225,7 @@ def verified(x_adv: Tensor, x: Tensor, threat: Threat, attack: str) -> Tensor:
     if x_adv.shape != x.shape:
         raise AttackError(f"{attack} must return images of shape {tuple(x.shape)}, got {tuple(x_adv.shape)}")
     x_adv = x_adv.detach()
-    size = threat.size(x_adv - x)
+    size = threat.distance(x_adv - x)
     box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     allowed = (size <= reach(threat, x)) & box
     if allowed.all():  # synchronises the device
@@ -243,7 +243,7 @@ def verified(x_adv: Tensor, x: Tensor, threat: Threat, attack: str) -> Tensor:
 def reach(threat: Threat, x: Tensor) -> float:
     """Return how large a perturbation of ``x`` may measure: eps and what rounding adds."""
     half = x.element_size() < 4
-    rounding = threat.size(torch.full_like(x[:1], torch.finfo(x.dtype).eps)).item() if half else 1e-6
+    rounding = threat.distance(torch.full_like(x[:1], torch.finfo(x.dtype).eps)).item() if half else 1e-6
     return threat.eps * (1 + 1e-5) + rounding
 
 
@@ -273,7 +273,7 @@ def check_finite(x_adv: Tensor, what: str) -> None:
 
 
 @contextmanager
-def prepared(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.float32) -> Generator[Model, None, None]:
+def optimized(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.float32) -> Generator[Model, None, None]:
     """Give ``model`` as a function that answers faster and the same up to rounding; the model is as before on exit.
 
     Batch-norm is folded into the convolutions, and on a CPU images and weights are laid out channels_last. Call it under
@@ -303,7 +303,7 @@ def prepared(model: nn.Module, sample: Tensor, precision: torch.dtype = torch.fl
 def _takes_channels_last(model: nn.Module, image: Tensor) -> bool:
     """Try one image: ``x.view(len(x), -1)`` inside a model, for one, needs contiguous activations."""
     try:
-        with seeded(0), torch.enable_grad(), folded(model, image, channels_last=True, again=True):
+        with fork_rng(0), torch.enable_grad(), folded(model, image, channels_last=True, again=True):
             x = image.expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last).requires_grad_()
             logits = model(x)
             if logits.requires_grad:
@@ -333,4 +333,4 @@ def call(
     """
     attack, threat = validated(kind, values), validated(THREATS.get(norm), {"eps": eps})
     generator = torch.Generator(x.device).manual_seed(seed) if isinstance(x, Tensor) else None
-    return attack_images(attack, model, x, y, threat, objective=objective, generator=generator)
+    return run_attack(attack, model, x, y, threat, objective=objective, generator=generator)

@@ -53,7 +53,7 @@ class Square:
     p_init: float = setting(0.8, "fraction of the image that the first windows cover", gt=0, le=1)
     restarts: int = setting(1, "independent searches; only images still robust go into the next", ge=1, unit="searches")
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found."""
@@ -233,7 +233,7 @@ class _Bumps(_Moves):
         if self.threat.norm == "l1":
             best = self.x + self._shrunk(delta.clamp_(-self.x, 1 - self.x))
         else:
-            best = (self.x + delta * per_image(self.eps / self.threat.size(delta), delta)).clamp_(0, 1)
+            best = (self.x + delta * per_image(self.eps / self.threat.distance(delta), delta)).clamp_(0, 1)
         self.used = self._mass((best - self.x).flatten(1), 1)
         return best
 

@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import blamed, check_finite, check_inputs, logits_of, marked, prepared
+from clead.attacks.run import blamed, check_finite, check_inputs, logits_of, marked, optimized
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.settings import validated
 
@@ -66,14 +66,14 @@ def attack_unrestricted(
     model = wrapped(model)
     if not checked:
         check_inputs(x, y)
-        with seeded(0):  # a randomised model would draw from the caller's stream
+        with fork_rng(0):  # a randomised model would draw from the caller's stream
             check_inputs(x, y, logits_of(model, x[:1]).shape[1])
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0)
     # Seeded: a randomised model draws from a stream of its own. A caller's inference mode would refuse any gradient.
-    with seeded(zlib.crc32(generator.get_state().numpy().tobytes())), torch.inference_mode(False), attack_mode(model):
+    with fork_rng(zlib.crc32(generator.get_state().numpy().tobytes())), torch.inference_mode(False), attack_mode(model):
         x, y = x.detach().clone(), y.detach().clone()
-        with torch.no_grad(), blamed(model, x), prepared(model, x) as answer:
+        with torch.no_grad(), blamed(model, x), optimized(model, x) as answer:
             x_adv = attack.worst(answer, x, y, generator=generator)
     if not checked:
         check_finite(x_adv, type(attack).__name__)

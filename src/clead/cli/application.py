@@ -96,7 +96,7 @@ def _with_code(arguments: list[str]) -> list[str]:
     return [*moved, *others, *([waiting] if waiting else [])]
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Print at once, though a pipe reads it."""
     print("\n".join(map(printable, text.split("\n"))), flush=True)
 

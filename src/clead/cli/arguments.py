@@ -84,7 +84,7 @@ def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, An
     return options, without(overrides, "--model.")
 
 
-def parts(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """Return what stands between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 

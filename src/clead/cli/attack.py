@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, interruptible, say, write_json
+from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, one_folder, only, runs_and_overrides, without
 from clead.cli.measure import measure
 from clead.cli.printing import print_record
@@ -129,8 +129,8 @@ def attack(
         print_record(evaluation.record)
         if foreign is not None:
             settings = (f"{key} {value}" for key, value in foreign.description.items() if key != "name")
-            say(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
-        say(f"record: {out or Path(run) / 'results'}/{result}.json")
+            echo(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
+        echo(f"record: {out or Path(run) / 'results'}/{result}.json")
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
             _save_images(save, evaluation)
@@ -141,7 +141,7 @@ def attack(
 def _print_verified(result: dict[str, Any]) -> None:
     made = f"the images were made for another model, {result['made_for']}, so what is right here is no robustness; "
     whose = "" if result["same_model"] else made
-    say(
+    echo(
         f"{result['run']}: {whose}of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
         f"classified wrong; largest perturbation {result['largest']:.6g} of eps {result['eps']:.6g}, {result['outside']} "
         f"outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
@@ -165,4 +165,4 @@ def _save_images(path: Path, evaluation: Any) -> None:
         robust=np.array(evaluation.record.robust_flags),
     )
     write_output(path, buffer.getvalue())
-    say(f"images: {path}")
+    echo(f"images: {path}")

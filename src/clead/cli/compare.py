@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import Json, app, say, write_json
+from clead.cli.application import Json, app, echo, write_json
 from clead.cli.printing import print_comparison
 
 
@@ -25,4 +25,4 @@ def compare(
     if json_file:
         write_json(json_file, comparison)
     if out:
-        say(f"report: {api.write_report(runs, out)}")
+        echo(f"report: {api.write_report(runs, out)}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clead.cli.application import OPEN, Json, app, interruptible, say, write_json
+from clead.cli.application import OPEN, Json, app, echo, interruptible, write_json
 from clead.cli.arguments import only, positional
 from clead.errors import UserError
 
@@ -42,15 +42,15 @@ def data(
         raise UserError(f"which data? give one folder or file, such as clead data photos, got {len(paths)}")
     only(overrides, ("data",), "settings of data do")
     from clead import api
-    from clead.config import bare_config
+    from clead.config import evaluation_config
 
-    config = bare_config("data", ["--data.path", paths[0], *overrides])
+    config = evaluation_config("data", ["--data.path", paths[0], *overrides])
     with interruptible():
         report = api.inspect_data(config.data, show=show)
     for line in _lines(report, " ".join(map(shlex.quote, ["--data.path", paths[0], *overrides]))):
-        say(line)
+        echo(line)
     if show is not None:
-        say(f"contact sheet: {show}")
+        echo(f"contact sheet: {show}")
     if json_file is not None:
         write_json(json_file, report.to_dict())
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, interruptible, say
+from clead.cli.application import app, echo, interruptible
 from clead.cli.printing import print_comparison
 
 
@@ -24,6 +24,6 @@ def demo(
         comparison = run_demo(out, quick=quick)
     print_comparison(comparison)
     page = Path(comparison["report"])
-    say(f"report: {page.resolve()}")
+    echo(f"report: {page.resolve()}")
     where = shlex.quote(str(page.parent))
-    say(f"attack them by hand: clead playground {where}/standard {where}/clead --open")
+    echo(f"attack them by hand: clead playground {where}/standard {where}/clead --open")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from clead.cli.application import OPEN, Json, TrustState, app, interruptible, say, write_json
+from clead.cli.application import OPEN, Json, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, model_options, one_folder, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean
@@ -55,7 +55,7 @@ def evaluate(
     Keys of clead train --help can be given too, such as --eval.images, --eval.batch_size, --threat.norm and --data.path.
     """
     from clead import api
-    from clead.config import bare_config, parse_overrides
+    from clead.config import evaluation_config, parse_overrides
     from clead.evaluation.processes import rank
     from clead.evaluation.suites import SuiteName
 
@@ -100,15 +100,15 @@ def evaluate(
         record = evaluation.record
         records.append(record)
         print_record(record)
-        say(f"record: {folder}/evaluation.json")
+        echo(f"record: {folder}/evaluation.json")
         if save_adversarial:
-            say(f"images: {save_adversarial}")
+            echo(f"images: {save_adversarial}")
         try:
             page = api.write_report([source], source / "report.html", title=f"Robustness of {record.run}")
-            say(f"report: {page}")
+            echo(f"report: {page}")
         except MissingExtra as error:  # the record is what was asked for
-            say(f"no report: {error}")
-        say(verdict(record))
+            echo(f"no report: {error}")
+        echo(verdict(record))
 
     @contextmanager
     def one() -> Generator[None, None, None]:
@@ -116,14 +116,14 @@ def evaluate(
             with interruptible():
                 yield
         except api.ShardDone as finished:
-            say(str(finished))
+            echo(str(finished))
 
     if model is not None:
         if ["data", "path"] not in [path for path, _ in parse_overrides(overrides)]:
             raise UserError(
                 f"--model {model}: which images? give --data.path (and --data.name, if they are CIFAR or MNIST)"
             )
-        config = bare_config("evaluation", overrides)
+        config = evaluation_config("evaluation", overrides)
         folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
         with one():
             done(api.evaluate_foreign(model, config, weights=weights, out=folder, **call, **options), folder, folder)

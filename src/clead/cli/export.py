@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, interruptible, say
+from clead.cli.application import app, echo, interruptible
 
 ESTIMATES = ("clean_before", "clean", "before", "transferred", "white_box", "queries", "worst")
 
@@ -43,17 +43,17 @@ def export(
             push_to_hub=push_to_hub,
             private=not public,
         )
-    say(f"{out}/{result['file']}: {result['size']:,} bytes, {precision}")
+    echo(f"{out}/{result['file']}: {result['size']:,} bytes, {precision}")
     if result["difference"] is not None:
         before = " before quantisation" if precision == "int8" else ""
-        say(f"logits differ from PyTorch's by at most {result['difference']:.2g}{before}")
+        echo(f"logits differ from PyTorch's by at most {result['difference']:.2g}{before}")
     if (found := result["remeasured"]) is not None:
         part = {name: f"{value['accuracy']:.1%}" for name, value in found.items() if name in ESTIMATES}
-        say(
+        echo(
             f"on {found['clean']['n']} images: clean {part['clean_before']}, now {part['clean']}; robust {part['before']} "
             f"(quick suite), now {part['worst']} (transferred {part['transferred']}, white-box {part['white_box']}, "
             f"queries {part['queries']})"
         )
-    say(f"card: {out}/README.md")
+    echo(f"card: {out}/README.md")
     if "hub" in result:
-        say(f"uploaded: {result['hub']}")
+        echo(f"uploaded: {result['hub']}")

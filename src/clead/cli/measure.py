@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, interruptible, say, write_json
-from clead.cli.arguments import changed, one_folder, parts, runs_and_overrides, without
+from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
+from clead.cli.arguments import changed, one_folder, runs_and_overrides, split_commas, without
 from clead.cli.printing import about
 from clead.errors import UserError
 
@@ -38,7 +38,7 @@ def certify(
     def work(run: str, config: RunConfig) -> Any:
         if config.data.augment.gaussian != sigma > 0:
             trained = config.data.augment.gaussian
-            say(
+            echo(
                 f"note: {run} was trained with noise σ {trained:g} (data.augment.gaussian), not {sigma:g}: expect small radii"
             )
         return api.certify_run(
@@ -65,7 +65,7 @@ def detect(
 
     def work(run: str, config: RunConfig) -> Any:
         return api.detect_run(
-            run, config=config, detectors=parts(detectors), fresh=fresh, trust_state=trust_state, out=out
+            run, config=config, detectors=split_commas(detectors), fresh=fresh, trust_state=trust_state, out=out
         )
 
     runs, overrides = runs_and_overrides(context.args)
@@ -85,7 +85,7 @@ def corruptions(
     from clead import api
 
     def work(run: str, config: RunConfig) -> Any:
-        levels: list[Any] = [int(part) if part.isdecimal() else part for part in parts(severities)]
+        levels: list[Any] = [int(part) if part.isdecimal() else part for part in split_commas(severities)]
         return api.corruptions_run(run, config=config, severities=levels, fresh=fresh, trust_state=trust_state, out=out)
 
     runs, overrides = runs_and_overrides(context.args)
@@ -129,7 +129,7 @@ def distances(
 
     def work(run: str, config: RunConfig) -> Any:
         return api.distances_run(
-            run, config=config, attacks=parts(attacks), fresh=fresh, trust_state=trust_state, out=out
+            run, config=config, attacks=split_commas(attacks), fresh=fresh, trust_state=trust_state, out=out
         )
 
     runs, overrides = runs_and_overrides(context.args)
@@ -165,10 +165,10 @@ def measure(
             measurement = work(run, config)
         table, sentence = summary(measurement)
         console(width=100).print(table)
-        say(about(measurement))
+        echo(about(measurement))
         for note in measurement.notes:
-            say(f"note: {note}")
-        say(f"record: {out or Path(run) / 'results'}/{measurement.kind}.json\n{sentence}")
+            echo(f"note: {note}")
+        echo(f"record: {out or Path(run) / 'results'}/{measurement.kind}.json\n{sentence}")
         contents.append(json.loads(measurement.model_dump_json()))
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)
@@ -176,6 +176,6 @@ def measure(
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in parts(text)]
+        return [float(part) for part in split_commas(text)]
     except ValueError:
         raise UserError(f"--strengths must be numbers above 0, with commas, got {text!r}") from None

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import OPEN, app, interruptible, say
+from clead.cli.application import OPEN, app, echo, interruptible
 from clead.cli.serve import split_hosts
 from clead.errors import MissingExtra, UserError
 
@@ -53,23 +53,25 @@ def playground(
     try:
         try:
             from clead.serving import ServeSettings, serve
-            from clead.serving.playground.page import PATH, mounted
+            from clead.serving.playground.page import PATH, create_playground_app
         except ModuleNotFoundError as error:
             raise MissingExtra(str(error.name), "ui", "the playground") from None
 
         def announce(text: str) -> None:
-            say(text)
+            echo(text)
             where = re.search(r"https?://[^;\s]+", text)
             if where is None:
                 return
             address = f"{where[0]}{PATH}/"
-            say(f"playground: {address}")
+            echo(f"playground: {address}")
             if show:
                 webbrowser.open(address)
 
         # An open page holds a connection for as long as it is open.
         settings = validated(ServeSettings, {"drain_seconds": 2, "allowed_hosts": names}, "serve")
         with interruptible():
-            serve(lambda: mounted(runs, settings, overrides), settings, host=host, port=port, say=announce)
+            serve(
+                lambda: create_playground_app(runs, settings, overrides), settings, host=host, port=port, say=announce
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, say
+from clead.cli.application import app, echo
 
 
 @app.command()
@@ -34,6 +34,6 @@ def report(
     first = Path(runs[0])
     page = out or (first / "report.html" if len(runs) == 1 and first.is_dir() else Path("report.html"))
     folder = page.with_name(f"{page.stem}-figures") if figures else None
-    say(f"report: {api.write_report(runs, page, title=title, figures=folder)}")
+    echo(f"report: {api.write_report(runs, page, title=title, figures=folder)}")
     if folder:
-        say(f"figures: {folder}")
+        echo(f"figures: {folder}")

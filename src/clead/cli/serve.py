@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clead.atomic_io import read_regular
-from clead.cli.application import OPEN, app, interruptible, say
+from clead.cli.application import OPEN, app, echo, interruptible
 from clead.errors import MissingExtra, UserError
 
 
@@ -110,7 +110,7 @@ def serve(
         values["detector"] = None
     settings = validated(ServeSettings, values, "serve")
     with interruptible():
-        run_server(lambda: create_app(runs, settings, overrides), settings, host=host, port=port, say=say)
+        run_server(lambda: create_app(runs, settings, overrides), settings, host=host, port=port, say=echo)
 
 
 def split_hosts(text: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Out, app, interruptible, say
+from clead.cli.application import OPEN, Out, app, echo, interruptible
 from clead.cli.arguments import allowance, positional
 from clead.errors import UserError
 
@@ -68,11 +68,11 @@ def train(
     o = run.outcome
     last = config.trainings()[-1].method
     which = "neighbours'" if not last.uses_classifier else "robust" if last.uses_attack else "clean"
-    say(
+    echo(
         f"{o.steps} steps, {o.epochs:.1f} epochs, {o.forward_equivalents:.0f} forward-equivalents per image, "
         f"{o.seconds:.0f} s; best validation {which} accuracy {o.best_validation:.1%} at step {o.best_step}"
     )
-    say(f"run: {run.path}\nnext: clead evaluate {run.path}{allowance(config)}")
+    echo(f"run: {run.path}\nnext: clead evaluate {run.path}{allowance(config)}")
 
 
 def _newest(name: str) -> Path:
@@ -99,7 +99,7 @@ def _print_profile(found: dict[str, Any]) -> None:
     for name, spent, calls in found["operators"]:
         table.add_row(f"{name} ({calls:.0f} calls)", f"{spent:.1f}", f"{spent / step:.0%}")
     console().print(table)
-    say(
+    echo(
         f"{found['images_per_second']:.0f} images/s; {found['forward_equivalents']:.1f} forward-equivalents per image, which take "
         f"{found['bound_ms']:.1f} ms at the speed of a plain forward: the step takes {step / found['bound_ms']:.2f} times that\n"
         "views: the attack and other images; rest: logging, weight perturbation; below, operators in all parts"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, app, interruptible, say
+from clead.cli.application import OPEN, app, echo, interruptible
 from clead.cli.arguments import allowance, positional
 from clead.errors import MissingExtra, UserError
 
@@ -69,7 +69,7 @@ def tune(
     from clead.tuning import tune as search
 
     with interruptible():
-        found = search(recipes[0], overrides, out=out, storage=storage, study=study, silence=silence, say=say)
+        found = search(recipes[0], overrides, out=out, storage=storage, study=study, silence=silence, say=echo)
     _print(found)
 
 
@@ -77,18 +77,18 @@ def _print(found: Any) -> None:
     states = [result.state for result in found.results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
     seconds = sum(result.seconds for result in found.results)
-    say(f"{len(states)} trials: {counts}; {seconds:.0f} s of work")
+    echo(f"{len(states)} trials: {counts}; {seconds:.0f} s of work")
     if not found.here:
-        say(f"nothing was left to do; --trials {len(states) * 2} goes on")
+        echo(f"nothing was left to do; --trials {len(states) * 2} goes on")
     if found.best is None:
         raise UserError(f"no trial came to its end, so there is no best recipe; see {found.path}/trials.csv for why")
     best, first = found.best, found.results[0]
-    say(f"best: trial {best.number}, {best.said()} on {best.images} validation images; the test set was not touched")
+    echo(f"best: trial {best.number}, {best.said()} on {best.images} validation images; the test set was not touched")
     if first.score is not None and dict(first.values) == found.search.own_values():
-        say(f"the recipe's own values: trial 0, {first.said()}")
+        echo(f"the recipe's own values: trial 0, {first.said()}")
     recipe = found.path / "best.yaml"
     own_threat = any("threat" in key.split(".") for key in found.search.distributions)
     threat = f" --threat.eps {found.search.config.threat.eps}" if own_threat else ""
     code = allowance(found.search.config)
-    say(f"recipe: {recipe}\nnext: clead train {recipe} --out {found.path}/best{code}")
-    say(f"then, once, on the test images: clead evaluate {found.path}/best{threat}{code}")
+    echo(f"recipe: {recipe}\nnext: clead train {recipe} --out {found.path}/best{code}")
+    echo(f"then, once, on the test images: clead evaluate {found.path}/best{threat}{code}")

@@ -5,7 +5,7 @@ YAML and command-line overrides go through the same validation, and every proble
 
 from clead.config.groups import GROUPS, TUNE, Eval, Optim, Train
 from clead.config.overrides import parse_overrides
-from clead.config.recipes import bare_config, load_recipe, read_recipe, recipe_names, recipe_text
+from clead.config.recipes import evaluation_config, load_recipe, read_recipe, recipe_names, recipe_text
 from clead.config.reference import choice_keys, documented_keys, key_reference, rows_of
 from clead.config.run import RunConfig
 from clead.config.stages import Stage
@@ -19,7 +19,7 @@ __all__ = [
     "RunConfig",
     "Stage",
     "Train",
-    "bare_config",
+    "evaluation_config",
     "choice_keys",
     "documented_keys",
     "key_reference",

@@ -167,35 +167,39 @@ class Eval:
     seed: int = setting(0, "of the attacks' randomness", ge=0, le=_LARGEST_SEED)
 
 
-CHOSEN: dict[str, tuple[Registry[Any], str]] = {
+REGISTRY_GROUPS: dict[str, tuple[Registry[Any], str]] = {
     "data": (DATASETS, "name"),
     "model": (MODELS, "name"),
     "threat": (THREATS, "norm"),
     "attack": (ATTACKS, "name"),
     "method": (METHODS, "name"),
 }
-FIXED: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
-GROUPS = (*CHOSEN, *FIXED)
+PLAIN_GROUPS: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
+GROUPS = (*REGISTRY_GROUPS, *PLAIN_GROUPS)
 TUNE = "tune"
 """The group of a recipe that says how it is searched: ``clead tune`` reads it, a training has no use for it."""
 DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
 
 
-def stranger(group: str, value: Any) -> str:
+def type_problem(group: str, value: Any) -> str:
     """Say what is wrong if ``value``, given in Python, is none of the settings that this group can hold."""
-    if group in FIXED:
-        return "" if isinstance(value, FIXED[group]) else f"must be {FIXED[group].__name__}(...), got {value!r}"
-    known = {name: cls.__name__ for name, cls in CHOSEN[group][0].items()}
-    if type(value) in [cls for _, cls in CHOSEN[group][0].items()]:
+    if group in PLAIN_GROUPS:
+        return (
+            ""
+            if isinstance(value, PLAIN_GROUPS[group])
+            else f"must be {PLAIN_GROUPS[group].__name__}(...), got {value!r}"
+        )
+    known = {name: cls.__name__ for name, cls in REGISTRY_GROUPS[group][0].items()}
+    if type(value) in [cls for _, cls in REGISTRY_GROUPS[group][0].items()]:
         return ""
-    return f"must be the settings of a registered {CHOSEN[group][0].kind} ({', '.join(known.values())}), got {value!r}"
+    return f"must be the settings of a registered {REGISTRY_GROUPS[group][0].kind} ({', '.join(known.values())}), got {value!r}"
 
 
 def build(group: str, values: dict[str, Any]) -> Any:
     """Return the settings of a group from its keys; raises UserError that lists every problem."""
-    if group in FIXED:
-        return validated(FIXED[group], values, group)
-    registry, key = CHOSEN[group]
+    if group in PLAIN_GROUPS:
+        return validated(PLAIN_GROUPS[group], values, group)
+    registry, key = REGISTRY_GROUPS[group]
     values = dict(values)
     name = values.pop(key, DEFAULT_NAME[group])
     if name is None:
@@ -211,9 +215,9 @@ def build(group: str, values: dict[str, Any]) -> Any:
 
 def chosen_name(group: str, value: Any) -> dict[str, str]:
     """Return the key and name that choose the class of these settings; nothing where the group has one class."""
-    if group not in CHOSEN:
+    if group not in REGISTRY_GROUPS:
         return {}
-    registry, key = CHOSEN[group]
+    registry, key = REGISTRY_GROUPS[group]
     return {key: next(name for name, cls in registry.items() if cls is type(value))}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clead.config.groups import CHOSEN, DEFAULT_NAME, GROUPS, TUNE
+from clead.config.groups import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
 from clead.config.text import parse_text, parse_value
@@ -49,7 +49,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
     return pairs
 
 
-def changed(tree: Any, overrides: Sequence[str]) -> RunConfig:
+def apply_overrides(tree: Any, overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of a recipe's tree, which overrides change in place; raises UserError that lists every problem."""
     if isinstance(tree, dict):
         changes = parse_overrides(overrides)
@@ -80,7 +80,7 @@ def _has_path(tree: dict[str, Any]) -> bool:
 
 
 def _chooses(path: list[str]) -> bool:
-    return bool(path) and path[0] in CHOSEN and path[1:] == [CHOSEN[path[0]][1]]
+    return bool(path) and path[0] in REGISTRY_GROUPS and path[1:] == [REGISTRY_GROUPS[path[0]][1]]
 
 
 def _one_length(tree: dict[str, Any], given: set[str]) -> None:
@@ -131,7 +131,7 @@ def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
     values = tree.get(group)
     values = dict(values) if isinstance(values, dict) else {}
     if _chooses(path) and values.get(rest[0], DEFAULT_NAME[group]) != value:
-        registry, _ = CHOSEN[group]
+        registry, _ = REGISTRY_GROUPS[group]
         known: Iterable[str] = ()
         if group == "data" and value in registry.names():
             known = registry.get(value).__pydantic_fields__

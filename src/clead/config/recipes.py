@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from clead.config.overrides import changed, parse_overrides
+from clead.config.overrides import apply_overrides, parse_overrides
 from clead.config.run import RunConfig
 from clead.config.text import parse_yaml, yaml_text
 from clead.errors import UserError, did_you_mean
@@ -53,10 +53,10 @@ def read_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe as ``load_recipe`` does, with overrides that need not be the user's: they allow no code."""
     name, text = recipe_text(recipe)
     tree = parse_yaml(text, recipe)
-    return changed({"name": name, **tree} if isinstance(tree, dict) else tree, overrides)
+    return apply_overrides({"name": name, **tree} if isinstance(tree, dict) else tree, overrides)
 
 
-def bare_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+def evaluation_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return a configuration without a recipe, to evaluate a model made elsewhere: the data at ``--data.path``."""
     # Nothing is trained, but the complete configuration says how long.
-    return changed({"name": name, "data": {"name": "auto"}, "train": {"epochs": 1}}, overrides)
+    return apply_overrides({"name": name, "data": {"name": "auto"}, "train": {"epochs": 1}}, overrides)

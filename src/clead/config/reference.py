@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from clead.config.groups import CHOSEN, DEFAULT_NAME, FIXED, GROUPS, plain
+from clead.config.groups import DEFAULT_NAME, GROUPS, PLAIN_GROUPS, REGISTRY_GROUPS, plain
 from clead.config.stages import STAGE_GROUPS
 from clead.config.text import dump_yaml
 from clead.settings import takes_text
@@ -18,7 +18,7 @@ def key_reference() -> str:
     lines, choices, rows = [], choice_keys(), documented_keys()
     for group in GROUPS:
         here = [row for row in rows if row[0] == group]
-        classes = list(dict.fromkeys(name for _, name, *_ in here)) if group in FIXED else choices[group][2]
+        classes = list(dict.fromkeys(name for _, name, *_ in here)) if group in PLAIN_GROUPS else choices[group][2]
         found: dict[tuple[str, str, str], dict[str, str]] = {}
         for _, name, key, default, allowed, doc in here:
             found.setdefault((key, allowed, doc), {})[name] = default
@@ -59,7 +59,7 @@ def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
     """Return (group, class name, key, default, range and unit, doc) of every key of every group, for ``--help``."""
     rows = []
     for group in GROUPS:
-        classes = CHOSEN[group][0].items() if group in CHOSEN else [("", FIXED[group])]
+        classes = REGISTRY_GROUPS[group][0].items() if group in REGISTRY_GROUPS else [("", PLAIN_GROUPS[group])]
         for name, cls in classes:
             rows.extend((group, name, *row) for row in rows_of(cls))
     return rows
@@ -68,8 +68,8 @@ def documented_keys() -> list[tuple[str, str, str, str, str, str]]:
 @functools.cache
 def text_keys() -> frozenset[tuple[str, str]]:
     """Return (group, key) of every setting that is free text, such as a path."""
-    classes = {group: [cls for _, cls in CHOSEN[group][0].items()] for group in CHOSEN}
-    classes |= {group: [cls] for group, cls in FIXED.items()}
+    classes = {group: [cls for _, cls in REGISTRY_GROUPS[group][0].items()] for group in REGISTRY_GROUPS}
+    classes |= {group: [cls] for group, cls in PLAIN_GROUPS.items()}
     return frozenset(
         (group, key)
         for group, kinds in classes.items()
@@ -81,7 +81,7 @@ def text_keys() -> frozenset[tuple[str, str]]:
 
 def choice_keys() -> dict[str, tuple[str, str | None, list[str]]]:
     """Return group -> (key, default, known names) of every group whose class is chosen by name."""
-    return {group: (key, DEFAULT_NAME[group], registry.names()) for group, (registry, key) in CHOSEN.items()}
+    return {group: (key, DEFAULT_NAME[group], registry.names()) for group, (registry, key) in REGISTRY_GROUPS.items()}
 
 
 def _choices(annotation: Any) -> list[Any]:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from clead.attacks.pgd import PGD
-from clead.config.groups import GROUPS, TUNE, Eval, Optim, Train, build, chosen_name, plain, stranger
+from clead.config.groups import GROUPS, TUNE, Eval, Optim, Train, build, chosen_name, plain, type_problem
 from clead.config.rules import joint_problems
 from clead.config.stages import OF_THE_RUN, STAGE_DATA, STAGE_GROUPS, Stage, stage_problems, stage_tree, stages_of
 from clead.config.text import dump_yaml
@@ -40,11 +40,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Check what concerns several groups at once."""
         parts = {group: getattr(self, group) for group in GROUPS}
-        problems = [f"{group}: {problem}" for group, value in parts.items() if (problem := stranger(group, value))]
+        problems = [f"{group}: {problem}" for group, value in parts.items() if (problem := type_problem(group, value))]
         problems += stage_problems([stage.name for stage in self.stages], [vars(stage) for stage in self.stages])
         for stage in self.stages:
             own = {group: getattr(stage, group) for group in STAGE_GROUPS}
-            strange = [f"{group}: {said}" for group, value in own.items() if (said := stranger(group, value))]
+            strange = [f"{group}: {said}" for group, value in own.items() if (said := type_problem(group, value))]
             problems += [f"stages.{stage.name}.{said}" for said in strange or joint_problems(own)]
         problems += self._teacher_problems()
         if problems or (not self.stages and (problems := joint_problems(parts))):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clead.config.groups import CHOSEN, DEFAULT_NAME, GROUPS, Optim, Train, build, chosen_name, plain
+from clead.config.groups import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.config.rules import joint_problems
 from clead.errors import UserError, did_you_mean
 
@@ -83,8 +83,8 @@ def _of_the_run(group: str, key: str, common: Mapping[str, Any]) -> bool:
 
 def _inherited(group: str, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return the common keys with a stage's own in their place; another choice (a method, say) starts from its defaults."""
-    if group in CHOSEN:
-        key = CHOSEN[group][1]
+    if group in REGISTRY_GROUPS:
+        key = REGISTRY_GROUPS[group][1]
         usual = common.get(key, DEFAULT_NAME[group])
         if own.get(key, usual) != usual:
             return own

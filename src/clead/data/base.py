@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
-from clead.data.decoding import REMARKS, Fit, decode, fit_arrays, readable
+from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, find_duplicates
 from clead.data.groups import cut_groups, group_names, shared_groups
-from clead.data.labels import partly_labelled, stratified
+from clead.data.labels import hide_labels, stratified
 from clead.data.repeats import repeats
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean, memory_of, printable
@@ -71,7 +71,7 @@ def split_words(name: str) -> tuple[Role | None, str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class RawSplit:
     """One split as a reader found it, not yet decoded.
 
     Args:
@@ -86,16 +86,16 @@ class Part:
     names: Sequence[str] = ()
     columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def subset(self, index: Tensor) -> Part:
+    def subset(self, index: Tensor) -> RawSplit:
         """Return the images at ``index``, (n,) int64."""
         chosen = index.tolist()
         images = self.images[index] if isinstance(self.images, Tensor) else [self.images[i] for i in chosen]
         names = [self.names[i] for i in chosen] if self.names else ()
         columns = {key: [values[i] for i in chosen] for key, values in self.columns.items()}
-        return Part(images, self.labels[index], names, columns)
+        return RawSplit(images, self.labels[index], names, columns)
 
 
-class Found(NamedTuple):
+class RawSplits(NamedTuple):
     """What a reader returns, not yet checked.
 
     Args:
@@ -110,19 +110,19 @@ class Found(NamedTuple):
         unsplit: whether ``train`` holds all images of data that knows no splits, so that to evaluate a model all of them serve.
     """
 
-    train: Part
-    test: Part
+    train: RawSplit
+    test: RawSplit
     classes: tuple[str, ...]
-    val: Part | None = None
+    val: RawSplit | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     ordered: bool = False
     unsplit: bool = False
 
 
-def no_images() -> Part:
+def no_images() -> RawSplit:
     """Return a part without images."""
-    return Part([], torch.zeros(0, dtype=torch.int64))
+    return RawSplit([], torch.zeros(0, dtype=torch.int64))
 
 
 @settings
@@ -221,7 +221,7 @@ class InMemoryDataset(ABC):
     )
 
     @abstractmethod
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the images as they are stored; raises UserError if they cannot be found or understood."""
 
     @memory_of("reading the images", "data.image_size")
@@ -243,7 +243,7 @@ class InMemoryDataset(ABC):
         )
         self._check(found, training)
         order = None if self.classes is None else renumber(found, self.classes)
-        fit, unreadable = Fit(self.image_size, self.resize, self.channels, self.background), ()
+        fit, unreadable = ResizeSpec(self.image_size, self.resize, self.channels, self.background), ()
         remarks: Counter[str] = Counter()
         try:
             train, val, test = _decode(found, fit, remarks)
@@ -282,16 +282,16 @@ class InMemoryDataset(ABC):
             train, val, test, classes = order.of(train), order.of(val), order.of(test), order.classes
             notes = (*notes, *order.notes)
         digest = fingerprint([train, val, test], classes)  # of the true labels, whatever is hidden or wrong below
-        train = partly_labelled(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
+        train = hide_labels(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
         return Splits(train, val, test, classes, digest, unreadable, found.skipped, notes, origin)
 
-    def grouped(self, found: Found) -> Found:
+    def grouped(self, found: RawSplits) -> RawSplits:
         """Return the data with the group of each image, if ``group_by`` is set."""
         if self.group_by is None:
             return found
         root, parts, single = str(getattr(self, "path", None) or ""), {}, 0
         for name in ("train", "val", "test"):
-            part: Part | None = getattr(found, name)
+            part: RawSplit | None = getattr(found, name)
             if part is not None and len(part.labels):
                 files = part.columns.get("file", part.names)  # what a table calls its images
                 groups, lonely = group_names(self.group_by, files, part.columns, root)
@@ -303,11 +303,11 @@ class InMemoryDataset(ABC):
         return found._replace(**parts, notes=(*found.notes, *notes))
 
     @staticmethod
-    def groups_of(part: Part) -> Sequence[str] | None:
+    def groups_of(part: RawSplit) -> Sequence[str] | None:
         """Return the group of each image, as ``grouped`` has found them, or None."""
         return part.columns.get(_GROUP)
 
-    def _check(self, found: Found, training: bool) -> None:
+    def _check(self, found: RawSplits, training: bool) -> None:
         if training:
             check(found, limit_train=self.limit_train)
         elif not len(found.test.labels):
@@ -333,7 +333,7 @@ def at(values: Sequence[str] | None, index: Tensor) -> list[str]:
     return [values[i] for i in index.tolist()] if values else []
 
 
-def with_values(found: Found, only: str) -> Found:
+def with_values(found: RawSplits, only: str) -> RawSplits:
     """Return the images whose columns have the values of ``only``, ``"COLUMN=VALUE …"``; UserError if there are none."""
     parts = {name: part for name in ("train", "val", "test") if (part := getattr(found, name)) is not None}
     columns = sorted({column for part in parts.values() for column in part.columns})
@@ -350,7 +350,7 @@ def with_values(found: Found, only: str) -> Found:
     return found._replace(**parts, notes=(*found.notes, note))
 
 
-def assign_splits(found: Found, training: bool) -> tuple[Found, Literal["test", "val", "train", "all"]]:
+def assign_splits(found: RawSplits, training: bool) -> tuple[RawSplits, Literal["test", "val", "train", "all"]]:
     """Return the data with test images, and what they are: see ``Splits.origin``."""
     if len(found.test.labels) or not (len(found.train.labels) or found.val):
         return found, "test"
@@ -377,7 +377,7 @@ def cut(
     return cut_groups(labels, groups, count, seed, spare=spare)
 
 
-def renumber(found: Found, names: Sequence[str | Sequence[str]]) -> Renumbering:
+def renumber(found: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
     """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
     parts = [part.labels for part in (found.train, found.val, found.test) if part is not None]
     counts = torch.bincount(torch.cat(parts), minlength=len(found.classes)).tolist()
@@ -389,7 +389,7 @@ def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:
     return [text.format(remarks[key], background=background) for key, text in REMARKS.items() if remarks[key]]
 
 
-def _decode(found: Found, fit: Fit, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+def _decode(found: RawSplits, fit: ResizeSpec, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
     """Return training, validation and test images, all of one shape."""
     parts = [found.train, *([] if found.val is None else [found.val]), found.test]
     filled = [part for part in parts if len(part.labels)]
@@ -413,11 +413,11 @@ def _decode(found: Found, fit: Fit, remarks: Counter[str]) -> tuple[ImageSet, Im
     return sets[0], None if found.val is None else sets[1], sets[-1]
 
 
-def _without_unreadable(found: Found, fit: Fit) -> tuple[Found, tuple[str, ...]]:
+def _without_unreadable(found: RawSplits, fit: ResizeSpec) -> tuple[RawSplits, tuple[str, ...]]:
     """Return what can be decoded, and the names of the rest, which a warning counts."""
     parts, skipped = {}, []
     for name in ("train", "val", "test"):
-        part: Part | None = getattr(found, name)
+        part: RawSplit | None = getattr(found, name)
         if part is not None and not isinstance(part.images, Tensor):
             good = torch.tensor(readable(part.images, part.names, fit), dtype=torch.bool)
             skipped += [part.names[i] for i in (~good).nonzero()[:, 0].tolist()]
@@ -445,7 +445,7 @@ def say_skipped(skipped: Sequence[str]) -> None:
         _log.warning("%d files are not read: %s%s", len(skipped), "; ".join(skipped[:_NAMED]), more)
 
 
-def check_labels(found: Found) -> None:
+def check_labels(found: RawSplits) -> None:
     """Raise UserError unless all labels are in [0, K)."""
     classes, parts = found.classes, [("training", found.train), ("validation", found.val), ("test", found.test)]
     labels = {name: part.labels.numpy() for name, part in parts if part is not None and len(part.labels)}
@@ -461,7 +461,7 @@ def check_labels(found: Found) -> None:
         raise UserError(*problems)
 
 
-def check(found: Found, *, limit_train: int | None = None) -> None:
+def check(found: RawSplits, *, limit_train: int | None = None) -> None:
     """Raise UserError, listing every problem, unless labels and classes allow training and testing."""
     train, test, classes = found[:3]
     if len(train.labels) == 0 or len(test.labels) == 0:
@@ -508,7 +508,7 @@ def _alike(name: str, known: Sequence[str]) -> str:
     return "add training images or remove the class"
 
 
-def mixed(image_set: ImageSet) -> ImageSet:
+def shuffle_if_sorted(image_set: ImageSet) -> ImageSet:
     """Return images that lie class by class (as folders hold them) in a fixed random order, others as they are.
 
     So the first n of them stand for all classes.
@@ -530,7 +530,7 @@ def fingerprint(sets: Sequence[ImageSet], classes: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def existing(path: Path) -> Path:
+def resolve_path(path: Path) -> Path:
     """Return the path with ``~`` expanded; raises UserError with the closest name if nothing is there."""
     path = path.expanduser()
     if not path.exists():

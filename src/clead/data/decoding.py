@@ -54,7 +54,7 @@ REMARKS = {
 """What ``decode`` counts, and how to say it."""
 
 
-class Fit(NamedTuple):
+class ResizeSpec(NamedTuple):
     """How images come to one shape: side in pixels or None, "squash" or "crop", channels 1, 3 or None.
 
     ``background``, "white" or "black", is what transparent pixels are composed on; None: transparency is dropped.
@@ -66,7 +66,9 @@ class Fit(NamedTuple):
     background: str | None = None
 
 
-def decode(blobs: Sequence[bytes], names: Sequence[str], fit: Fit, *, remarks: Counter[str] | None = None) -> Tensor:
+def decode(
+    blobs: Sequence[bytes], names: Sequence[str], fit: ResizeSpec, *, remarks: Counter[str] | None = None
+) -> Tensor:
     """Decode encoded images to (N, C, H, W) uint8.
 
     EXIF orientation is honoured, transparency is composed on ``fit.background``, the first of several frames is taken, 16-bit grey
@@ -138,7 +140,7 @@ class _PixelBudget:
 _budget = _PixelBudget()
 
 
-def _check_memory(first: bytes, count: int, fit: Fit) -> None:
+def _check_memory(first: bytes, count: int, fit: ResizeSpec) -> None:
     """Raise UserError if ``count`` images of the first one's size are more than this machine's memory."""
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -154,7 +156,7 @@ def _check_memory(first: bytes, count: int, fit: Fit) -> None:
         )
 
 
-def readable(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> list[bool]:
+def readable(blobs: Sequence[bytes], names: Sequence[str], fit: ResizeSpec) -> list[bool]:
     """Say of each image whether ``decode`` can read it."""
     Image.init()
 
@@ -169,7 +171,7 @@ def readable(blobs: Sequence[bytes], names: Sequence[str], fit: Fit) -> list[boo
         return list(pool.map(one, blobs, names))
 
 
-def fit_arrays(images: Tensor, fit: Fit) -> Tensor:
+def fit_arrays(images: Tensor, fit: ResizeSpec) -> Tensor:
     """Bring decoded images (N, C, H, W) uint8, C 1 or 3, to what ``fit`` asks; themselves if they agree."""
     _, channels, height, width = images.shape
     size_agrees = fit.image_size is None or height == width == fit.image_size
@@ -185,7 +187,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("CLEAD_CACHE") or "~/.cache/clead/decoded").expanduser()
 
 
-def decode_one(blob: bytes, name: str, fit: Fit, remarks: Counter[str] | None = None) -> np.ndarray:
+def decode_one(blob: bytes, name: str, fit: ResizeSpec, remarks: Counter[str] | None = None) -> np.ndarray:
     """Return one image, (H, W) for grey and (H, W, 3) for colour, uint8; ``remarks`` and what it raises as for ``decode``."""
     remarks = Counter() if remarks is None else remarks
     try:
@@ -260,7 +262,7 @@ def _to_eight_bits(values: np.ndarray, remarks: Counter[str]) -> Image.Image:
     return Image.fromarray(as_bytes)
 
 
-def _fit_one(image: Image.Image, fit: Fit) -> np.ndarray:
+def _fit_one(image: Image.Image, fit: ResizeSpec) -> np.ndarray:
     if fit.channels is not None:
         image = image.convert("L" if fit.channels == 1 else "RGB")
     size = fit.image_size
@@ -313,7 +315,7 @@ def stack(arrays: list[np.ndarray], names: Sequence[str]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)[:, None])
 
 
-def _cache_file(blobs: Sequence[bytes], fit: Fit) -> Path | None:
+def _cache_file(blobs: Sequence[bytes], fit: ResizeSpec) -> Path | None:
     digest = hashlib.sha256(f"2 {PIL.__version__} {tuple(fit)}".encode())
     for blob in blobs:
         digest.update(len(blob).to_bytes(8, "little"))

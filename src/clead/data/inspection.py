@@ -15,20 +15,20 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from clead.data.base import (
-    Found,
     InMemoryDataset,
-    Part,
+    RawSplit,
+    RawSplits,
     assign_splits,
     check,
     cut,
-    existing,
     renumber,
+    resolve_path,
     say_remarks,
     with_values,
 )
 from clead.data.datasets import READERS
 from clead.data.datasets.auto import Auto, recognizes
-from clead.data.decoding import Fit, decode_one
+from clead.data.decoding import ResizeSpec, decode_one
 from clead.data.duplicates import Duplicates, Split, digest, find_duplicates
 from clead.errors import MissingExtra, UserError
 
@@ -141,11 +141,11 @@ def _layout(data: InMemoryDataset) -> str:
     """Return the layout that is recognised at a path, or the name of the data set."""
     if not isinstance(data, Auto):
         return type(data).__name__.lower()
-    path = existing(data.path)
+    path = resolve_path(data.path)
     return min((reader.rank, reader.layout) for _, reader in READERS.items() if recognizes(reader, path))[1]
 
 
-def _with_classes(data: InMemoryDataset, found: Found, problems: list[str]) -> tuple[Found, tuple[str, ...]]:
+def _with_classes(data: InMemoryDataset, found: RawSplits, problems: list[str]) -> tuple[RawSplits, tuple[str, ...]]:
     """Return the data with labels as ``data.classes`` numbers them."""
     if data.classes is None:
         return found, ()
@@ -162,7 +162,7 @@ def _with_classes(data: InMemoryDataset, found: Found, problems: list[str]) -> t
     return found._replace(**changed, classes=order.classes), order.notes
 
 
-def _with_validation(data: InMemoryDataset, found: Found) -> Found:
+def _with_validation(data: InMemoryDataset, found: RawSplits) -> RawSplits:
     """Return the data with the validation images that training with seed 0 would cut."""
     labels = found.train.labels
     try:
@@ -174,7 +174,7 @@ def _with_validation(data: InMemoryDataset, found: Found) -> Found:
 
 
 def _look(
-    part: Part,
+    part: RawSplit,
     background: str,
     sizes: Counter[str],
     channels: Counter[str],
@@ -193,13 +193,15 @@ def _look(
     return looked
 
 
-def _arrays(part: Part, background: str, remarks: Counter[str], unreadable: list[str]) -> Iterator[np.ndarray | None]:
+def _arrays(
+    part: RawSplit, background: str, remarks: Counter[str], unreadable: list[str]
+) -> Iterator[np.ndarray | None]:
     """Yield the images, (H, W) or (H, W, 3), and None for one that cannot be decoded."""
     images = part.images
     if isinstance(images, Tensor):
         yield from (image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in images)
         return
-    fit = Fit(background=background)
+    fit = ResizeSpec(background=background)
 
     def one(row: int) -> np.ndarray | str:
         try:
@@ -223,7 +225,7 @@ def _shrunken(array: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((min(_SMALL, image.width), min(_SMALL, image.height)), Image.Resampling.BILINEAR))
 
 
-def _duplicates(parts: dict[str, Part], looked: dict[str, _Looked]) -> tuple[Duplicates, list[str]]:
+def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple[Duplicates, list[str]]:
     said = {"train": "training", "val": "validation", "test": "test"}
     splits = {}
     for name, part in parts.items():
@@ -255,13 +257,13 @@ def _options(data: InMemoryDataset, sizes: Counter[str], unreadable: list[str], 
     return options
 
 
-def _class_counts(found: Found, parts: dict[str, Part]) -> dict[str, dict[str, int]]:
+def _class_counts(found: RawSplits, parts: dict[str, RawSplit]) -> dict[str, dict[str, int]]:
     k = len(found.classes)
     counts = {name: torch.bincount(part.labels.clamp(0, k - 1), minlength=k).tolist() for name, part in parts.items()}
     return {found.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
 
 
-def _contact_sheet(classes: tuple[str, ...], parts: dict[str, Part], looked: dict[str, _Looked]) -> bytes:
+def _contact_sheet(classes: tuple[str, ...], parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> bytes:
     """Return a PNG: one line per class with its name and its first images."""
     by_class: dict[int, list[np.ndarray]] = {}
     for name, part in parts.items():

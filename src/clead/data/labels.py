@@ -51,7 +51,7 @@ def stratified(
     return torch.from_numpy(np.flatnonzero(mask)), torch.from_numpy(np.flatnonzero(~mask))
 
 
-def partly_labelled(
+def hide_labels(
     train: ImageSet, fraction: float, noise: float, num_classes: int, seed: int, *, share: float | None = None
 ) -> ImageSet:
     """Return the training images with few labels, some of them wrong.
@@ -59,7 +59,7 @@ def partly_labelled(
     Args:
         train: the images with their true labels.
         fraction: part that keeps a label, in (0, 1], by class in proportion and at least one image of each class; 1: all.
-        noise: part of the labels kept that are wrong, in [0, 1); see ``noisy``. Hidden labels stay true.
+        noise: part of the labels kept that are wrong, in [0, 1); see ``corrupt_labels``. Hidden labels stay true.
         num_classes: K.
         seed: decides which images, apart from what else it decides; a larger noise leaves the choice of labelled images as it is.
         share: of every batch that is drawn from labelled images, or None.
@@ -74,11 +74,11 @@ def partly_labelled(
     if noise:
         labels = labels.clone()
         where = torch.arange(len(labels)) if labelled is None else labelled.nonzero()[:, 0]
-        labels[where] = noisy(labels[where], noise, num_classes, seed)
+        labels[where] = corrupt_labels(labels[where], noise, num_classes, seed)
     return dataclasses.replace(train, labels=labels, labelled=labelled, labelled_share=share)
 
 
-def noisy(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
+def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int) -> Tensor:
     """Return labels of which exactly round(``fraction``·N) are wrong, each another of the K − 1 classes, drawn uniformly.
 
     Symmetric label noise: Patrini et al. 2017, arXiv:1609.03683, section 5, whose share is met on average; here it is exact.

@@ -19,7 +19,7 @@ from clead.interfaces import Batch, ImageSet
 _ORDER, _FIRST_VIEW, _SECOND_VIEW, _CUTMIX, _LABELLED_ORDER, _UNLABELLED_ORDER = 1, 2, 3, 4, 5, 6
 
 
-def seeded(device: torch.device | str, *integers: int) -> torch.Generator:
+def make_generator(device: torch.device | str, *integers: int) -> torch.Generator:
     """Return a generator on ``device``, its stream decided by the integers (of any size) and their order.
 
     >>> a, b, c = (torch.rand(1, generator=seeded("cpu", *key)).item() for key in [(1, 2), (1, 2), (2, 1)])
@@ -137,7 +137,7 @@ class Loader:
             assert self.num_classes is not None
             mixed = [
                 # Drawn on the CPU, so that every device sees the same boxes.
-                cutmix(images, own, self.num_classes, self.cutmix, generator=seeded("cpu", *key))
+                cutmix(images, own, self.num_classes, self.cutmix, generator=make_generator("cpu", *key))
                 for images, own, key in self._by_part(first, labels, key=(self.seed, epoch, index, _CUTMIX))
             ]
             first, soft = (torch.cat(each) for each in zip(*mixed, strict=True))
@@ -155,7 +155,7 @@ class Loader:
             return plain
         strength = augment.strength(progress)
         views = [
-            augment(images, generator=seeded(self.device, *own), strength=strength)
+            augment(images, generator=make_generator(self.device, *own), strength=strength)
             for images, own in self._by_part(plain, key=(self.seed, *key))
         ]
         return views[0] if len(views) == 1 else torch.cat(views)
@@ -200,7 +200,7 @@ class Loader:
             # Drawn on the CPU, so that every device sees the same order.
             order = torch.arange(count)
             if self.shuffle:
-                generator = seeded("cpu", self.seed, turn, stream)
+                generator = make_generator("cpu", self.seed, turn, stream)
                 if isinstance(self.images, StreamedImages):
                     order = self.images.shuffled(generator, self.parts, min(self.batch_size, count))
                 else:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clead.data.decoding import Fit, cache_folder, decode_one, read_cache, readable, stack, write_cache
+from clead.data.decoding import ResizeSpec, cache_folder, decode_one, read_cache, readable, stack, write_cache
 from clead.errors import MissingExtra, UserError
 
 _log = logging.getLogger("clead")
@@ -152,7 +152,7 @@ class StreamedImages:
     dtype = torch.uint8
     device = torch.device("cpu")
 
-    def __init__(self, shards: Shards, rows: Tensor, fit: Fit, *, buffer: int, workers: int) -> None:
+    def __init__(self, shards: Shards, rows: Tensor, fit: ResizeSpec, *, buffer: int, workers: int) -> None:
         assert fit.image_size is not None and fit.channels is not None
         self.shards, self.rows, self.fit = shards, rows, fit
         self.buffer, self.workers = buffer, workers
@@ -269,7 +269,7 @@ def _by_window(places: list[Tensor], buffer: int, generator: torch.Generator) ->
     return torch.cat(order)
 
 
-def unreadable(shards: Shards, fit: Fit) -> Tensor:
+def unreadable(shards: Shards, fit: ResizeSpec) -> Tensor:
     """Return which images cannot be decoded, (N,) bool.
 
     It takes one pass over all of them, and is remembered where decoded images are (``$CLEAD_CACHE``) until a file changes.

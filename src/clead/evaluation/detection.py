@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_inputs, verified
+from clead.attacks.run import check_inputs, run_attack, verified
 from clead.data.base import stratified
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
@@ -384,7 +384,7 @@ def evaluate_detection(
                         best[here], lowest[here] = tensors["best"], tensors["lowest"]
                     else:
                         start = time.monotonic()
-                        generator = seeded(device, seed, len(attacks) + d, number, here.start)
+                        generator = make_generator(device, seed, len(attacks) + d, number, here.start)
                         plan.aware(detector, threshold, scale, x, y, best, lowest, here, steps, restarts, generator)
                         so_far = {"best": best[here].clone(), "lowest": lowest[here].clone()}
                         spent = data["seconds"] + time.monotonic() - start
@@ -496,8 +496,8 @@ class _DetectionPlan:
                 x_adv[here] = self.state.parts[key][0]["x_adv"]
             elif len(right):
                 part, labels = x[right].to(self.device), y[right].to(self.device)
-                generator = seeded(self.device, seed, number, here.start)
-                made = attack_images(
+                generator = make_generator(self.device, seed, number, here.start)
+                made = run_attack(
                     how, self.model, part, labels, self.threat, objective=objective, generator=generator, checked=True
                 )
                 x_adv[right] = made.cpu()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
-from clead.data.loaders import seeded
+from clead.attacks.run import run_attack
+from clead.data.loaders import make_generator
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.attacked import AttackedResult, Flags, in_batches
 from clead.evaluation.state import ResumableResults
@@ -130,7 +130,7 @@ def evaluate_linear_probe(
     if not strengths or min(strengths) <= 0:
         raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}; give --strengths 0.1,1,10")
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    train = train.known()
+    train = train.labelled_subset()
     if len(train.labels.unique()) < 2:
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
     state = state or ResumableResults(None, {})
@@ -151,8 +151,8 @@ def evaluate_linear_probe(
             held = right.clone()
             for number, objective in enumerate(OBJECTIVES):
                 if held.any():  # synchronises the device
-                    generator = seeded(device, seed, number, batch)
-                    x_adv = attack_images(
+                    generator = make_generator(device, seed, number, batch)
+                    x_adv = run_attack(
                         attack, probe, x[held], y[held], threat, objective=objective, generator=generator, checked=True
                     )
                     held[held.clone()] = correct_mask(probe, x_adv, y[held])

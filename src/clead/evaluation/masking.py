@@ -27,12 +27,12 @@ from clead.interfaces import Objective, Threat
 from clead.losses.precision import at_least_float32
 from clead.models.external import ModelError
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import has_features, wrapped
 from clead.progress import Tick
 from clead.report.record import CheckPart
 from clead.settings import Ratio
-from clead.threats.geometry import flat, per_image, room
+from clead.threats.geometry import box_slack, flat, per_image
 from clead.threats.linf import Linf
 
 _QUERIES, _FEWER_QUERIES = 500, 100
@@ -93,11 +93,11 @@ def run_checks(
     model, source = wrapped(model), None if source is None else wrapped(source)
     parts: list[CheckPart] = []
     models = [model] if source is None else [model, source]
-    with torch.inference_mode(False), torch.no_grad(), _kept(models), seeded(seed):
+    with torch.inference_mode(False), torch.no_grad(), _kept(models), fork_rng(seed):
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
         logits_of(model, x[:1])  # raises the errors for users
         training = [type(part).__name__ for part in model.modules() if part.training]
-        with _kept([model]), seeded(seed):  # batch-norm in train mode changes its statistics
+        with _kept([model]), fork_rng(seed):  # batch-norm in train mode changes its statistics
             given = _in_given_mode(model, x) if training else None
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
             probe = _Probe(model, x, y, threat, seed, source, training, given, standing)
@@ -276,7 +276,7 @@ def _part(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: fl
 def _mode(probe: _Probe) -> CheckPart:
     changed, agree, given, training = 0.0, 1.0, probe.given, probe.training
     if given is not None:
-        with seeded(
+        with fork_rng(
             probe.seed
         ):  # the same draws as for the given mode: noise that the mode has no part in is no difference
             fixed = probe.model(torch.cat([probe.x, probe.x]))[: len(probe.x)]
@@ -414,7 +414,7 @@ def _smooth(probe: _Probe) -> CheckPart:
     x, n = probe.x, len(probe.x)
     objective = probe.objective("margin", probe.model, x, probe.y)
     value, gradient = value_and_gradient(objective, x)
-    free = room(x, gradient) > 1e-3
+    free = box_slack(x, gradient) > 1e-3
     direction = torch.where(free, gradient.sign(), 0)
     slope = flat(gradient * direction).sum(1)
     # Rounding: a change of less is no change. A gradient below it cannot be judged, unless it is exactly 0.

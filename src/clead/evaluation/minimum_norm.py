@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import MinimumNorm, made_for, smallest
+from clead.attacks.minimal import MinimumNorm, check_norm, run_minimum_norm
 from clead.attacks.run import check_finite, check_inputs, finite_images, logits_of
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
@@ -95,7 +95,7 @@ def distances(
         wrong shapes, ranges or norms.
     """
     check_inputs(images, labels)
-    x, measure = images.float(), THREATS.get(norm)(eps=0).size
+    x, measure = images.float(), THREATS.get(norm)(eps=0).distance
     logits = logits_of(model, x)
     check_inputs(x, labels, logits.shape[1])
     right = _right(logits, labels).nonzero()[:, 0]  # synchronises the device
@@ -103,7 +103,7 @@ def distances(
     if not len(right):
         return out
     x, y = x[right], labels[right]
-    x_adv = smallest(attack, model, x, y, norm, generator=generator, checked=True)
+    x_adv = run_minimum_norm(attack, model, x, y, norm, generator=generator, checked=True)
     size = torch.full((len(x),), torch.inf, device=x.device)
     for stretch in _STRETCHES:
         left = size.isinf()
@@ -194,7 +194,7 @@ def evaluate_minimum_norm(
                     x, y = part.images.to(device), part.labels.to(device)
                     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
                     check_inputs(x, y, classes)
-                    found = distances(attack, model, x, y, norm, generator=seeded(device, seed, number, batch))
+                    found = distances(attack, model, x, y, norm, generator=make_generator(device, seed, number, batch))
                     state.save(keys[-1], {"distances": found}, {"seconds": time.monotonic() - start})
                 tick(len(part), attack=name)
             sizes.append(torch.cat([state.parts[key][0]["distances"] for key in keys]))
@@ -233,7 +233,7 @@ def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
             ATTACKS.get(attack)
             raise UserError(f"{attack} needs a radius; take one for the smallest perturbation: {', '.join(known)}")
         attack = known[attack]()
-    made_for(attack, norm)
+    check_norm(attack, norm)
     return next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__), attack
 
 

@@ -61,5 +61,5 @@ class EvaluationPlan:
 
     def contains(self, x_adv: Tensor, x: Tensor) -> bool:
         """Say whether all of ``x_adv`` is in the threat set around ``x`` and in the pixel box, to rounding; not if it is NaN."""
-        size = self.threat.size(x_adv - x).max().item()
+        size = self.threat.distance(x_adv - x).max().item()
         return size <= self.threat.eps * (1 + 1e-5) + 1e-6 and bool(x_adv.min() >= 0 and x_adv.max() <= 1)

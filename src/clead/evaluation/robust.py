@@ -25,19 +25,19 @@ from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.pgd import PGD
 from clead.attacks.rays import RayS
 from clead.attacks.run import (
-    attack_images,
     check_finite,
     check_inputs,
     check_norm,
     finite_images,
     image_gradient,
     logits_of,
-    prepared,
+    optimized,
+    run_attack,
 )
 from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import diagnosis, masking, processes
 from clead.evaluation.extent import Extent, expected_parts, extent
@@ -52,7 +52,7 @@ from clead.interfaces import ImageSet, Search, Threat
 from clead.models.cost import CostMeter
 from clead.models.external import ModelError
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded as global_seed
+from clead.models.seeding import fork_rng as global_seed
 from clead.models.split import SplitModel, has_features, weights, wrapped
 from clead.progress import Tick, progress, scaled
 from clead.report.record import (
@@ -183,7 +183,7 @@ def evaluate_model(
         attacks, notes = suite(settings.suite, threat.norm, len(target.classes), steps=settings.steps)
         attacks, without = _possible(attacks, model)
         notes += without
-    doubts = (named.attack.doubt(threat) for named in attacks if isinstance(named.attack, External))
+    doubts = (named.attack.weakness_warning(threat) for named in attacks if isinstance(named.attack, External))
     notes += [doubt for doubt in doubts if doubt]
     plan = EvaluationPlan(
         model,
@@ -325,7 +325,7 @@ def _attack_batches(
                 if not attack_agrees(plan, batch, stage, store.parts[key], chosen):
                     store.drop(_from(plan, store, batch, stage))
             if key not in store.parts:
-                seed = seeded("cpu", plan.settings.seed, stage, batch).initial_seed()
+                seed = make_generator("cpu", plan.settings.seed, stage, batch).initial_seed()
                 with global_seed(seed), _naming(plan, batch, named.name):
                     part = _attack(plan, store, batch, stage, held)
                 store.save(key, *part)
@@ -393,7 +393,7 @@ def _clean(plan: EvaluationPlan, batch: int, target: EvaluationTarget) -> tuple[
     here = plan.where(batch)
     x, y = plan.inputs(here)
     check_inputs(x, y, len(target.classes))
-    with global_seed(seeded("cpu", plan.settings.seed, -1, batch).initial_seed()):
+    with global_seed(make_generator("cpu", plan.settings.seed, -1, batch).initial_seed()):
         logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
         if logits.shape[1] != len(target.classes):
             what = "gives one logit for two classes" if _one_logit(plan.model) else f"returns {logits.shape[1]} logits"
@@ -430,7 +430,7 @@ def _attack(
             "lost": [],
         }
     x, y = (part[chosen.to(plan.device)] for part in plan.inputs(here))
-    generator = seeded(plan.device, plan.settings.seed, stage, batch)
+    generator = make_generator(plan.device, plan.settings.seed, stage, batch)
     with CostMeter(plan.model) as meter:
         x_adv = _search(plan, named, x, y, generator)
         robust = _right(plan, x_adv, y, plan.draws).cpu()
@@ -439,7 +439,7 @@ def _attack(
         check_finite(x_adv, named.name)  # raises if it is so of all: a model of which nothing can be known
     lost = (chosen[~finite.cpu()] + here.start).tolist()
     x_adv = torch.where(per_image(finite, x), x_adv, x)
-    size = plan.threat.size(x_adv - x).max().item()
+    size = plan.threat.distance(x_adv - x).max().item()
     flags[chosen] = robust
     if not robust.all():
         wrong = (~robust).to(plan.device)
@@ -473,7 +473,7 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
 
     def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
         return run_microbatched(
-            lambda x, y: attack_images(
+            lambda x, y: run_attack(
                 named.attack,
                 plan.model,
                 x,
@@ -493,7 +493,7 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
     x_adv = run(x, y, precision=precision)
     if isinstance(named.attack, Search) and plan.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
-        with attack_mode(plan.model), torch.no_grad(), prepared(plan.model, x, precision) as answer:
+        with attack_mode(plan.model), torch.no_grad(), optimized(plan.model, x, precision) as answer:
             left = run_microbatched(lambda x, y: ~is_correct(answer(x), y), x_adv, y, plan.microbatch)
         if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
@@ -580,7 +580,7 @@ def _curve(
                 if len(chosen):
                     x, y = (part[chosen.to(plan.device)] for part in plan.inputs(here))
                     at = replace(cast(Any, plan.threat), eps=radius)
-                    generator = seeded(plan.device, settings.seed, _CURVE, number, batch)
+                    generator = make_generator(plan.device, settings.seed, _CURVE, number, batch)
                     x_adv = _search(replace(plan, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
                     flags[here.start + chosen] = correct_mask(plan.model, x_adv, y).cpu()
                 tick((here.stop - here.start) / (n * len(radii)), curve=radius.text)

@@ -12,7 +12,7 @@ from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
 from clead.attacks.run import check_inputs, logits_of
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.evaluation.statistics import estimate
@@ -139,7 +139,7 @@ def certify(
 
     def vote(index: int) -> list[int]:
         # The noise is the image's own, whatever was computed before it.
-        image, generator = x[index].to(device), seeded(device, seed, index)
+        image, generator = x[index].to(device), make_generator(device, seed, index)
         guess = int(_counts(model, image, n0, sigma, batch_size, k, generator).argmax())
         return [guess, int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])]
 
@@ -221,7 +221,7 @@ def predict(
     answers = []
     with exact_float32(), attack_mode(model), torch.no_grad():
         for index, image in enumerate(x):
-            counts = _counts(model, image, n, sigma, batch_size, k, seeded(x.device, seed, index))
+            counts = _counts(model, image, n, sigma, batch_size, k, make_generator(x.device, seed, index))
             (first, second), classes = (part.tolist() for part in counts.topk(min(2, k)))
             answers.append(classes[0] if binomtest(first, first + second, 0.5).pvalue <= alpha else ABSTAIN)
     return torch.tensor(answers, device=x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.checkpoint import fingerprint, load_weights
 from clead.evaluation.state import read_header
 from clead.evaluation.statistics import estimate
@@ -37,12 +37,12 @@ class Transfer:
         self.label = f"transfer from {name}"
         self.description = {"source": name, "fingerprint": fingerprint(weights(source)), "steps": steps}
 
-    def search(
+    def perturb(
         self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """Return the source's adversarial images, (B, C, H, W) in the threat set around ``x``."""
         with torch.enable_grad():
-            return attack_images(
+            return run_attack(
                 self.pgd, self.source, x, y, threat, objective="margin", generator=generator, checked=True
             )
 
@@ -88,7 +88,7 @@ def transferred(
             x, y = to_float(images.images[here].to(device)), images.labels[here].to(device)
             x_adv = stored.x_adv[here].to(device)
             flags += (correct_mask(model, x, y) & correct_mask(model, x_adv, y)).tolist()
-            sizes.append(threat.size(x_adv - x).max().item())
+            sizes.append(threat.distance(x_adv - x).max().item())
     return TransferredPart(
         settings=stored.attack,
         fooled=stored.wrong[:n].float().mean().item(),

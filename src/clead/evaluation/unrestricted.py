@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.run import AttackError, check_finite, check_inputs, finite_images, logits_of, prepared
+from clead.attacks.run import AttackError, check_finite, check_inputs, finite_images, logits_of, optimized
 from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
-from clead.data.loaders import seeded
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.attacked import AttackedResult, Flags, in_batches
 from clead.evaluation.state import ResumableResults
@@ -74,7 +74,7 @@ def evaluate_unrestricted(
         right = correct_mask(model, x, y)
         held = right.clone()
         if right.any():  # synchronises the device
-            held[right] = _holds(attack, model, x[right], y[right], seeded(device, seed, batch), name)
+            held[right] = _holds(attack, model, x[right], y[right], make_generator(device, seed, batch), name)
         return right, held
 
     state = state or ResumableResults(None, {})
@@ -106,7 +106,7 @@ def _holds(
     x_adv = attack_unrestricted(attack, model, x, y, generator=generator, checked=True)
     # The search leaves an image as soon as the folded model is wrong about it, which may be rounding only: search again.
     with attack_mode(model), torch.no_grad():
-        with prepared(model, x) as answer:
+        with optimized(model, x) as answer:
             seen = fallen(answer(x_adv), y)
         again = seen & correct_mask(model, x_adv, y)
         if again.any():

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import attack_images, finite_images
-from clead.data.loaders import seeded
+from clead.attacks.run import finite_images, run_attack
+from clead.data.loaders import make_generator
 from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat
 from clead.models.modes import attack_mode
@@ -102,12 +102,12 @@ def accuracy_under_attack(
     """Return (clean accuracy, robust accuracy) under one attack; for the validation inside training."""
     right = robust = 0
     for number, (x, y) in enumerate(batches(images, 256, device)):
-        generator = seeded(device, seed, number)
+        generator = make_generator(device, seed, number)
         flags = correct_mask(model, x, y)
         right += int(flags.sum())  # synchronises the device
         if flags.any():
             x, y = x[flags], y[flags]
-            x_adv = attack_images(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
+            x_adv = run_attack(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
             robust += int(correct_mask(model, x_adv, y).sum())
     return right / len(images), robust / len(images)
 

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import nt_xent
 from clead.methods import METHODS
-from clead.methods.base import Method, Step, Views
+from clead.methods.base import Method, StepContext, Views
 from clead.methods.contrast import forward
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
@@ -86,11 +86,11 @@ class ACL(Method):
         """The classifier does not learn."""
         return False
 
-    def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
         """Return the clean views' batch-norms, or None if they share the model's."""
         return CleanNorms(model) if self.dual_batch_norm else None
 
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the two views and their adversaries."""
         assert batch.second_view is not None, "the loader was built without a second view"
         x = torch.cat([batch.images, batch.second_view])
@@ -101,7 +101,7 @@ class ACL(Method):
         names = ("first", "second", "first_adversarial", "second_adversarial")
         return Views(dict(zip(names, (*x.chunk(2), *x_adv.chunk(2)), strict=True)), batch)
 
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
         """Return the weighted mean of both terms, and each term; without memory both streams share the model's batch-norms."""
 
         def contrast(suffix: str) -> Tensor:
@@ -109,7 +109,7 @@ class ACL(Method):
             z = [model.embedding(outputs.features) for outputs in forward(model, pair).values()]
             return nt_xent(z, self.temperature).mean()
 
-        with step.memory.lent_to(model) if isinstance(step.memory, CleanNorms) else nullcontext():
+        with step.state.lent_to(model) if isinstance(step.state, CleanNorms) else nullcontext():
             clean = contrast("")
         adversarial = contrast("_adversarial")
         changes = math.floor(step.progress / self.reweight_step + _SHORT)

@@ -28,7 +28,7 @@ class Views(NamedTuple):
     own: Batch | None = None
 
 
-class Step(NamedTuple):
+class StepContext(NamedTuple):
     """What a training step goes by, besides the model and the images.
 
     Attributes:
@@ -36,7 +36,7 @@ class Step(NamedTuple):
         attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
         generator: source of the random starts, on the device of the images.
         progress: part of the training that lies behind, in [0, 1).
-        memory: what ``Method.memory`` returned.
+        state: what ``Method.state`` returned.
         parts: an attack that contrasts images does so within so many equal parts of the batch.
         gather: maps (b, …) of this process to (B, …) of all, without gradient; None: there are no others.
     """
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     attack: Attack
     generator: torch.Generator
     progress: float = 0.0
-    memory: nn.Module | None = None
+    state: nn.Module | None = None
     parts: int = 1
     gather: Callable[[Tensor], Tensor] | None = None
 
@@ -69,7 +69,7 @@ def require_labels(batch: Batch, method: str) -> None:
 class Method(ABC):
     """A training objective. The loop calls ``views`` once per step and ``loss`` once, or twice with weight perturbation.
 
-    What a method remembers from step to step is in ``memory``, which the loop keeps: its parameters are trained, its buffers
+    What a method remembers from step to step is in ``state``, which the loop keeps: its parameters are trained, its buffers
     are saved with every checkpoint.
     """
 
@@ -116,7 +116,7 @@ class Method(ABC):
         """Whether the loss trains the classifier; if not, the features' nearest neighbours are what validation looks at."""
         return True
 
-    def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
         """Return what is kept from step to step, or None.
 
         Args:
@@ -128,7 +128,7 @@ class Method(ABC):
         return None
 
     @abstractmethod
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the views of one batch, adversarial images among them.
 
         Args:
@@ -138,8 +138,8 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
-        """Return the loss of the views and its metrics; leaves ``step.memory`` as it is."""
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
+        """Return the loss of the views and its metrics; leaves ``step.state`` as it is."""
 
     def __call__(
         self,
@@ -150,11 +150,11 @@ class Method(ABC):
         attack: Attack,
         generator: torch.Generator,
         progress: float = 0.0,
-        memory: nn.Module | None = None,
+        state: nn.Module | None = None,
     ) -> StepOutput:
-        """Return the loss of one batch and its metrics; arguments as those of ``views`` and ``Step``.
+        """Return the loss of one batch and its metrics; arguments as those of ``views`` and ``StepContext``.
 
         The model is in train mode; its parameters receive gradients when the loss is differentiated.
         """
-        step = Step(threat, attack, generator, progress, memory)
+        step = StepContext(threat, attack, generator, progress, state)
         return self.loss(model, self.views(model, batch, step), step)

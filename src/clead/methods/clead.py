@@ -17,11 +17,11 @@ from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
-from clead.methods.base import Method, Step, Views, by_part
-from clead.methods.contrast import dimension, find_layer, forward, vectors
+from clead.methods.base import Method, StepContext, Views, by_part
+from clead.methods.contrast import dimension, find_layer, forward, unit_vectors
 from clead.methods.labels import classes, known_labels, mean_of
 from clead.methods.momentum import MomentumQueue, Prototypes
-from clead.methods.replay import Perturbation, replayed
+from clead.methods.replay import PersistentDelta, replayed
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -181,12 +181,12 @@ class CLead(Method):
         """Whether adversarial images are made at all."""
         return self.adversarial_weight > 0 or self.kl_weight > 0 or self.contrastive_weight > 0
 
-    def memory(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
         """Return δ, the class prototypes, the momentum encoder with its queue, or None; raises UserError for an unknown layer."""
         if self.contrastive_weight and self.contrastive_layer is not None:
             find_layer(model, self.contrastive_layer)
         if self.replays > 1:
-            return Perturbation(shape)
+            return PersistentDelta(shape)
         if not self.contrastive_weight:
             return None
         if self.contrastive_loss != "prototype" and not self.queue:
@@ -196,13 +196,13 @@ class CLead(Method):
             return MomentumQueue(model, self.queue, dim, self.momentum)
         return Prototypes(num_classes, dim)
 
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the clean, adversarial and augmented images, as far as some term needs them; labels are −1 where unknown."""
         x = batch.images
         predict = self.uses_attack and self.inner == "cross_entropy" and self.replays == 1
         batch, attacked = known_labels(model, batch, predict=predict, confidence=self.pseudo_label_confidence)
-        if isinstance(step.memory, MomentumQueue):
-            step.memory.update(model, x, batch.labels, self._embed, step.gather)
+        if isinstance(step.state, MomentumQueue):
+            step.state.update(model, x, batch.labels, self._embed, step.gather)
         views = {}
         if self.clean_weight or self.kl_weight or (self.contrastive_weight and self.clean_view):
             views["clean"] = x
@@ -215,7 +215,7 @@ class CLead(Method):
             views["augmented"] = batch.second_view
         return Views(views, batch)
 
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
         """Return the weighted sum of the terms, and each term; accuracies are of images with a label of their own."""
         batch = views.batch
         layer = self.contrastive_layer if self.contrastive_weight else None
@@ -245,7 +245,7 @@ class CLead(Method):
             z = []
             for name, wanted in (("clean", self.clean_view), ("augmented", True), ("adversarial", True)):
                 if name in outputs and wanted:
-                    vector = vectors(model, outputs[name], self.contrastive_level)
+                    vector = unit_vectors(model, outputs[name], self.contrastive_level)
                     z.append(vector.detach() if self.stop_gradient and name != "adversarial" else vector)
             ramp = {"constant": 1.0, "up": step.progress, "down": 1 - step.progress}[self.contrastive_ramp]
             contrast = self._contrast(z, batch, step)
@@ -258,7 +258,7 @@ class CLead(Method):
             metrics["pseudo_labelled"] = ((batch.labels >= 0) & ~batch.labelled).float().mean()
         return StepOutput(loss, metrics)
 
-    def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: Step) -> Tensor:
+    def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Tensor:
         temperature = self._temperature(step)
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective: Objective = self._objective(self.inner, model, x, y, temperature, step.parts)
@@ -282,14 +282,14 @@ class CLead(Method):
         pieces = zip(x.chunk(parts), y.chunk(parts), strict=True)
         return by_part([make(model, images, labels, temperature=temperature) for images, labels in pieces])
 
-    def _temperature(self, step: Step) -> float:
+    def _temperature(self, step: StepContext) -> float:
         if self.temperature_end is None:
             return self.temperature
         return self.temperature + step.progress * (self.temperature_end - self.temperature)
 
     def _embed(self, model: SplitModel, images: Tensor) -> Tensor:
         outputs = forward(model, {"images": images}, layer=self.contrastive_layer)["images"]
-        return vectors(model, outputs, self.contrastive_level)
+        return unit_vectors(model, outputs, self.contrastive_level)
 
     def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
@@ -300,8 +300,8 @@ class CLead(Method):
         losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing, reduction="none")
         return mean_of(losses, known)
 
-    def _contrast(self, z: list[Tensor], batch: Batch, step: Step) -> Tensor:
-        temperature, memory = self._temperature(step), step.memory
+    def _contrast(self, z: list[Tensor], batch: Batch, step: StepContext) -> Tensor:
+        temperature, memory = self._temperature(step), step.state
         if self.contrastive_loss == "prototype":
             assert isinstance(memory, Prototypes), "contrastive_loss prototype needs what memory() returned"
             losses = prototype(z, batch.labels, memory.weight, temperature)

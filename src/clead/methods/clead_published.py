@@ -13,7 +13,7 @@ from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Search, StepOutput
 from clead.losses.contrastive import published
 from clead.methods import METHODS
-from clead.methods.base import Method, Step, Views
+from clead.methods.base import Method, StepContext, Views
 from clead.methods.contrast import forward
 from clead.models.split import SplitModel
 from clead.settings import Ratio, setting, settings, validated
@@ -94,12 +94,12 @@ class CLeadPublished(Method):
         """The classifier does not learn."""
         return False
 
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the clean, the augmented and the stored adversarial images."""
         assert batch.second_view is not None and batch.stored is not None, "the loader was built without these views"
         return Views({"clean": batch.images, "augmented": batch.second_view, "adversarial": batch.stored}, batch)
 
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
         """Return the three-view loss."""
         z = [model.embedding(outputs.features) for outputs in forward(model, views.images).values()]
         loss = published(z, self.temperature).mean()

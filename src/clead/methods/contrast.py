@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clead.errors import UserError, did_you_mean
 from clead.losses.precision import at_least_float32
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import SplitModel
 
 Level = Literal["embedding", "features", "logits"]
@@ -51,7 +51,7 @@ def forward(
         return {name: Outputs(*of_view) for name, *of_view in zip(views, *parts, strict=True)}
 
 
-def vectors(model: SplitModel, outputs: Outputs, level: Level) -> Tensor:
+def unit_vectors(model: SplitModel, outputs: Outputs, level: Level) -> Tensor:
     """Return what is contrasted, (B, d) of unit length: the inner layer's means over space if it was kept, else ``level``.
 
     embedding is z = p(h)/‖p(h)‖₂, features is h/‖h‖₂, logits is g(h)/‖g(h)‖₂.
@@ -66,10 +66,10 @@ def vectors(model: SplitModel, outputs: Outputs, level: Level) -> Tensor:
 
 
 def dimension(model: SplitModel, shape: tuple[int, ...], level: Level, layer: str | None) -> int:
-    """Return d, the length of ``vectors`` of images of ``shape``, (C, H, W), by a forward of two blank images."""
+    """Return d, the length of ``unit_vectors`` of images of ``shape``, (C, H, W), by a forward of two blank images."""
     blank = next(model.parameters()).new_zeros(2, *shape)
-    with seeded(0), attack_mode(model), torch.no_grad():
-        return vectors(model, forward(model, {"blank": blank}, layer=layer)["blank"], level).shape[1]
+    with fork_rng(0), attack_mode(model), torch.no_grad():
+        return unit_vectors(model, forward(model, {"blank": blank}, layer=layer)["blank"], level).shape[1]
 
 
 def find_layer(model: SplitModel, name: str) -> nn.Module:

@@ -14,7 +14,7 @@ from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
-from clead.methods.base import Step, Views
+from clead.methods.base import StepContext, Views
 from clead.methods.clead import INNER, CLead, Inner
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
@@ -52,14 +52,14 @@ class FGSMRS(CLead):
         0.0, "λ of GradAlign; 0.2 at 8/255 in the paper, ten times more at 16/255; 0: off, plain FGSM-RS", ge=0
     )
 
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the views of PGD-AT, and x + η if gradients are to be aligned."""
         views = super().views(model, batch, step)
         if self.grad_align_weight:
             views.images["neighbour"] = step.threat.random_start(batch.images, generator=step.generator)
         return views
 
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
         """Return the loss of PGD-AT plus λ times the misalignment, and each term."""
         images, batch = dict(views.images), views.batch
         neighbour = images.pop("neighbour", None)
@@ -68,7 +68,7 @@ class FGSMRS(CLead):
         if neighbour is None:
             return output
         targets = own.labels.where(own.labels >= 0, _IGNORED) if own.soft_labels is None else own.soft_labels
-        with _aside(model), model.joined(None):
+        with _aside(model), model.gathering_outputs(None):
             each = misalignment(model, own.images, neighbour, targets)
         misaligned = each.mean()
         if step.gather is not None:  # the value is that of all processes; their gradients will be averaged

@@ -13,7 +13,7 @@ from clead.interfaces import Batch, StepOutput
 from clead.losses.divergence import kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
-from clead.methods.base import Method, Step, Views, require_labels
+from clead.methods.base import Method, StepContext, Views, require_labels
 from clead.models.fold import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -41,7 +41,7 @@ class MART(Method):
         False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
     )
 
-    def views(self, model: SplitModel, batch: Batch, step: Step) -> Views:
+    def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the adversarial images, and the clean ones if λ > 0."""
         require_labels(batch, "mart")
         x = batch.images
@@ -51,7 +51,7 @@ class MART(Method):
             x_adv = step.attack(objective, x, step.threat, generator=step.generator)
         return Views({"clean": x, "adversarial": x_adv} if self.kl_weight else {"adversarial": x_adv}, batch)
 
-    def loss(self, model: SplitModel, views: Views, step: Step) -> StepOutput:
+    def loss(self, model: SplitModel, views: Views, step: StepContext) -> StepOutput:
         """Return the mean over the batch, and both terms before their weight."""
         joined = model(torch.cat(list(views.images.values())))
         logits = dict(zip(views.images, joined.chunk(len(views.images)), strict=True))

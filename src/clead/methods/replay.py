@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clead.methods.base import Step
+from clead.methods.base import StepContext
 
 
-class Perturbation(nn.Module):
+class PersistentDelta(nn.Module):
     """δ of the minibatch before, and the gradient of the loss by it that its backward left; both (B, C, H, W), at first empty."""
 
     delta: Tensor
@@ -37,17 +37,17 @@ class Perturbation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **keys)
 
 
-def replayed(x: Tensor, step: Step) -> Tensor:
+def replayed(x: Tensor, step: StepContext) -> Tensor:
     """Return x + δ, (B, C, H, W) with a gradient to come, after the ascent that the backward before has left to do.
 
     Source: free adversarial training (Shafahi et al. 2019, arXiv:1904.12843, algorithm 1): each backward gives ∇_θ and ∇_δ, then
-    δ ← Π(δ + eps·sign ∇_δ). δ starts at 0 and goes on from minibatch to minibatch in ``step.memory``; without one it is 0.
+    δ ← Π(δ + eps·sign ∇_δ). δ starts at 0 and goes on from minibatch to minibatch in ``step.state``; without one it is 0.
 
     Departures: the ascent step is the threat's, for every norm, of length eps; Π is onto ball ∩ [0, 1] around x, where the paper
     clips δ to the ball and x + δ to [0, 1], so what left the box is forgotten before the next minibatch. The gradient is taken in
     train mode, as in the paper and unlike that of an inner attack here.
     """
-    kept = step.memory if isinstance(step.memory, Perturbation) else Perturbation(tuple(x.shape[1:])).to(x.device)
+    kept = step.state if isinstance(step.state, PersistentDelta) else PersistentDelta(tuple(x.shape[1:])).to(x.device)
     kept.fit(x)
     x_adv = step.threat.project(step.threat.ascend(x + kept.delta, kept.gradient, float(step.threat.eps)), x)
     kept.delta = x_adv - x

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import nn
 
 from clead.models.normalize import Normalize
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 from clead.models.split import Classifier, SplitModel
 from clead.settings import setting, settings
 
@@ -79,7 +79,7 @@ def build_model(
     sample_shape: (C, H, W) of one image. mean, std: C numbers each, in pixel units. The global
     random state stays untouched. Raises UserError for a model that cannot take these images.
     """
-    with seeded(seed):
+    with fork_rng(seed):
         return settings.build(channels, num_classes, mean, std, sample_shape)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _PAIRS: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
@@ -34,7 +34,7 @@ def folded(
         again: look for the pairs again, because layers may have been replaced since.
     """
     # The compiler fuses these layers itself, and would not see the swap; weights that are shared out cannot be swapped.
-    if getattr(model, "_compiled", None) is not None or not getattr(model, "whole", True):
+    if getattr(model, "_compiled", None) is not None or getattr(model, "is_sharded", False):
         yield
         return
     if again or model not in _PAIRS:
@@ -112,7 +112,7 @@ def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
     inner: Callable[[Tensor], Any] = getattr(model, "_split", model)
 
     def run(images: Tensor) -> Any:
-        with seeded(0):  # a randomised model: the same noise every time, and the caller's stream left where it was
+        with fork_rng(0):  # a randomised model: the same noise every time, and the caller's stream left where it was
             return inner(images)
 
     try:

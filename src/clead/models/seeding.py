@@ -11,7 +11,7 @@ import torch
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None, None, None]:
+def fork_rng(seed: int) -> Generator[None, None, None]:
     """Seed the global generators of torch, NumPy and Python inside the block and restore them after it.
 
     Initialisers of ``torch.nn`` draw from torch's only; a randomised model or another library may draw from any.

@@ -17,7 +17,7 @@ from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.models.external import ExternalModel, ModelError, ModelIO, failure, io_of, materialise, unwrapped
 from clead.models.heads import ProjectionHead
 from clead.models.modes import attack_mode
-from clead.models.seeding import seeded
+from clead.models.seeding import fork_rng
 
 Observer = Callable[[Tensor, tuple[Tensor, Tensor]], None]
 Join = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class SplitModel(nn.Module, ABC):
         num_classes: K.
         feature_dim: D.
         projection: p, or None; see ``add_projection``.
-        whole: False where processes share the weights out, so that none has all of them outside of a forward.
+        is_sharded: True where processes share the weights out, so that none has all of them outside of a forward.
         has_features: False where no layer is known that maps features to the logits; ``features`` are the logits then.
     """
 
@@ -46,7 +46,7 @@ class SplitModel(nn.Module, ABC):
         self.num_classes = num_classes
         self.feature_dim = feature_dim
         self.projection = None
-        self.whole = True
+        self.is_sharded = False
         self._observers: list[Observer] = []
         self._compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self._join: Join | None = None
@@ -63,7 +63,7 @@ class SplitModel(nn.Module, ABC):
         return outputs if self._join is None else (self._join(outputs[0]), self._join(outputs[1]))
 
     @contextmanager
-    def joined(self, join: Join | None) -> Generator[None, None, None]:
+    def gathering_outputs(self, join: Join | None) -> Generator[None, None, None]:
         """Let outputs go through ``join``, which adds those of other processes (``clead.distributed``); None: leave them."""
         before, self._join = self._join, join
         try:
@@ -95,7 +95,7 @@ class SplitModel(nn.Module, ABC):
 
     def add_projection(self, dim: int = 128, hidden: int | None = None, *, seed: int = 0) -> None:
         """Add, or replace, the projection head D -> ``hidden`` (None: D) -> ``dim``, drawn from ``seed``."""
-        with seeded(seed):
+        with fork_rng(seed):
             head = ProjectionHead(self.feature_dim, dim, hidden)
         self.projection = head.to(next(self.parameters()).device).train(self.training)
 
@@ -255,7 +255,7 @@ def _find_classifier(
     looked_at = [layer for name, layer in layers.items() if isinstance(layer, nn.Linear) or name == classifier]
     handles = [layer.register_forward_hook(note) for layer in looked_at]
     try:
-        with seeded(0), attack_mode(module), torch.no_grad():
+        with fork_rng(0), attack_mode(module), torch.no_grad():
             picked = io.run(module, x)
             logits = io.logits(module, picked)
     finally:
@@ -284,7 +284,7 @@ def _find_classifier(
 def _sample(module: nn.Module, normalize: nn.Module, sample_shape: tuple[int, int, int]) -> Tensor:
     """Return two random images, the same each time, as ``module`` gets them."""
     before = next((buffer.device for buffer in normalize.buffers()), None)
-    with seeded(0):
+    with fork_rng(0):
         x = torch.rand(2, *sample_shape)
     with torch.no_grad():
         return normalize(x.to(before)).to(next((p.device for p in module.parameters()), None))
@@ -303,7 +303,7 @@ def _candidates(module: nn.Module, io: ModelIO, normalize: nn.Module, sample_sha
 
     handles = []
     try:
-        with seeded(0), attack_mode(module), torch.no_grad():
+        with fork_rng(0), attack_mode(module), torch.no_grad():
             x = _sample(module, normalize, sample_shape)
             shape = io.run(module, x).shape
             if not isinstance(module, torch.jit.ScriptModule):

@@ -31,7 +31,7 @@ def on_survivors(record: Record) -> bool:
     return record.suite not in ("pgd", "attacks", "none")
 
 
-def care(run: RunResult, *, many: bool) -> list[str]:
+def caveats(run: RunResult, *, many: bool) -> list[str]:
     """Return what a reader must know before believing the numbers of ``run``."""
     record, notes = run.record, []
     who = f"{run.name}: " if many else ""

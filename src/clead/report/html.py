@@ -14,7 +14,7 @@ from clead.config import dump_yaml
 from clead.errors import MissingExtra, UserError, did_you_mean
 from clead.evaluation.suites import in_words
 from clead.report import words
-from clead.report.comparison import care, care_together, comparable, on_survivors, same_images
+from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
 from clead.report.drawing import PALETTE, PALETTE_DARK, Drawing, style
 from clead.report.figures import write_figures
 from clead.report.run import RunResult, plain
@@ -148,7 +148,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
             for pair in pairs
             if comparable(by_name[pair["a"]], by_name[pair["b"]])
         ],
-        "care": [note for run in runs for note in care(run, many=len(runs) > 1)] + care_together(runs),
+        "care": [note for run in runs for note in caveats(run, many=len(runs) > 1)] + care_together(runs),
         "curves": epsilon(runs),
         "training": training(runs),
         "galleries": galleries(runs),

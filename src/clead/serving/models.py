@@ -22,7 +22,7 @@ from clead.atomic_io import JSON_LIMIT, read_regular
 from clead.checkpoint import RunDir, fingerprint, load_weights
 from clead.config import RunConfig, load_recipe
 from clead.data.base import stratified
-from clead.data.decoding import Fit
+from clead.data.decoding import ResizeSpec
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.detection import DETECTORS, DetectionPoint, Detector, threshold_at
 from clead.evaluation.measurement import Detection, Measurement
@@ -85,7 +85,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Guard:
+class FittedDetector:
     """A fitted detector; images that score above ``threshold`` are rejected. None: no threshold is sure to keep to the rate."""
 
     detector: Detector
@@ -163,14 +163,16 @@ class ServedModel:
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         channels, height, width = self.shape = tuple(metadata["shape"])
         # The training's own way of resizing; without one its images were of one size already.
-        self.fit = Fit(height if height == width else None, trained.data.resize, channels, trained.data.background)
+        self.fit = ResizeSpec(
+            height if height == width else None, trained.data.resize, channels, trained.data.background
+        )
         if settings.engine == "onnx":
             self.network: SplitModel = OnnxNetwork(self.model, self.shape, settings)
             self.device = torch.device("cpu")
         else:
             self.network = self.model
         self.reference: Reference | None = None
-        self.guard: Guard | None = None
+        self.guard: FittedDetector | None = None
         if settings.detector is not None:
             self._compare_with(_data(run, config, trained, name), run, settings)
 
@@ -196,7 +198,7 @@ class ServedModel:
                 settings.reject,
             )
         self.reference = Reference(images, labels, index, functional.normalize(features, dim=1).cpu())
-        self.guard = Guard(
+        self.guard = FittedDetector(
             detector,
             None if math.isinf(threshold) else threshold,
             settings.reject,

@@ -21,6 +21,6 @@ def sign(gradient: Tensor) -> Tensor:
     return torch.where(gradient.isnan(), gradient, gradient.sign())
 
 
-def room(x: Tensor, direction: Tensor) -> Tensor:
+def box_slack(x: Tensor, direction: Tensor) -> Tensor:
     """Return how far each pixel of ``x`` in [0, 1] can move towards ``direction`` before it leaves the box (≥ 0)."""
     return torch.where(direction > 0, 1 - x, x).clamp_min(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, per_image, room
+from clead.threats.geometry import box_slack, flat, per_image
 
 
 @THREATS.register("l0")
@@ -48,7 +48,7 @@ class L0:
         pixels that can survive the projection is fixed here, so that one step size serves images of any size and any eps:
         with ``step_size`` = eps a pixel moves by 1 on average, the width of the box.
         """
-        useful = torch.where((room(x_adv, gradient) > 0) | gradient.isnan(), gradient, 0)
+        useful = torch.where((box_slack(x_adv, gradient) > 0) | gradient.isnan(), gradient, 0)
         slope = _pixels(useful).abs().mean(1)
         total = slope.topk(max(1, self._count(slope)), dim=1).values.sum(1)
         return x_adv + useful / per_image(total.clamp_min(1e-38), x_adv) * step_size
@@ -63,7 +63,7 @@ class L0:
         saved = (clipped - x) * (2 * x_adv - x - clipped)  # (a − x)² − (a − z)² without its cancellation
         return _only(self._largest(_pixels(saved).sum(1)), clipped, x)
 
-    def size(self, delta: Tensor) -> Tensor:
+    def distance(self, delta: Tensor) -> Tensor:
         """Return the number of pixels that are not 0 in every channel, (B,); NaN if one is NaN, as a norm is."""
         count = (_pixels(delta) != 0).any(1).sum(1).to(delta.dtype)
         return torch.where(flat(delta).isnan().any(1), torch.nan, count)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, room, sign
+from clead.threats.geometry import box_slack, flat, sign
 
 _LARGEST = 255.0
 
@@ -53,7 +53,7 @@ class L1:
         practice; a fraction ``sparsity`` of the pixels is moved instead.
         """
         slope = flat(gradient)
-        useful = torch.where((flat(room(x_adv, gradient)) > 0) | slope.isnan(), slope.abs(), 0)
+        useful = torch.where((flat(box_slack(x_adv, gradient)) > 0) | slope.isnan(), slope.abs(), 0)
         count = max(1, math.ceil(self.sparsity * slope.shape[1]))
         steepest = useful.topk(count, dim=1).indices
         step = torch.zeros_like(slope).scatter_(1, steepest, sign(slope.gather(1, steepest)) * (step_size / count))
@@ -68,7 +68,7 @@ class L1:
         """
         eps = float(self.eps)
         delta = flat(x_adv - x)
-        cap = flat(room(x, x_adv - x))
+        cap = flat(box_slack(x, x_adv - x))
         magnitude = delta.abs()
         breaks = torch.cat([magnitude, magnitude - cap], dim=1).clamp_min(0).sort(1).values
         low = torch.zeros(len(breaks), dtype=torch.long, device=breaks.device)
@@ -92,6 +92,6 @@ class L1:
     def _sum(magnitude: Tensor, cap: Tensor, mu: Tensor) -> Tensor:
         return torch.minimum((magnitude - mu).clamp_min(0), cap).sum(1)
 
-    def size(self, delta: Tensor) -> Tensor:
+    def distance(self, delta: Tensor) -> Tensor:
         """Return Σ|δ| per image, (B,)."""
         return flat(delta).abs().sum(1)

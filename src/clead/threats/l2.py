@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
-from clead.threats.geometry import flat, per_image, room
+from clead.threats.geometry import box_slack, flat, per_image
 
 _LARGEST = 32.0
 
@@ -40,14 +40,14 @@ class L2:
         """Return a point uniform in the ball around ``x`` (Gaussian direction, radius ~ u^(1/d)), projected into the box."""
         direction = torch.empty_like(x).normal_(generator=generator)
         radius = torch.empty(len(x), device=x.device, dtype=x.dtype).uniform_(generator=generator)
-        radius = float(self.eps) * radius ** (1 / x[0].numel()) / self.size(direction).clamp_min(1e-12)
+        radius = float(self.eps) * radius ** (1 / x[0].numel()) / self.distance(direction).clamp_min(1e-12)
         return (x + direction * per_image(radius, x)).clamp_(0, 1)
 
     def ascend(self, x_adv: Tensor, gradient: Tensor, step_size: float) -> Tensor:
         """Return ``x_adv + step_size · gradient / ‖gradient‖₂``."""
         # Scaling by the largest entry first keeps tiny float32 gradients (saturated logits) from underflowing when squared.
         scaled = gradient / per_image(flat(gradient).abs().amax(1).clamp_min(1e-38), gradient)
-        return x_adv + scaled * per_image(step_size / self.size(scaled).clamp_min(1e-12), x_adv)
+        return x_adv + scaled * per_image(step_size / self.distance(scaled).clamp_min(1e-12), x_adv)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return the Euclidean-nearest point of ball ∩ box.
@@ -57,7 +57,7 @@ class L2:
         """
         eps = float(self.eps)
         delta = flat(x_adv - x)
-        cap = flat(room(x, x_adv - x))
+        cap = flat(box_slack(x, x_adv - x))
         magnitude = delta.abs()
         t = torch.zeros_like(magnitude[:, :1])
         while True:
@@ -72,6 +72,6 @@ class L2:
         moved = torch.minimum(t_next * magnitude, cap) * delta.sign()
         return (x + moved.view_as(x)).clamp(0, 1)
 
-    def size(self, delta: Tensor) -> Tensor:
+    def distance(self, delta: Tensor) -> Tensor:
         """Return ‖δ‖₂ per image, (B,)."""
         return torch.linalg.vector_norm(flat(delta), dim=1)

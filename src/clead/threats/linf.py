@@ -48,6 +48,6 @@ class Linf:
         eps = float(self.eps)
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
 
-    def size(self, delta: Tensor) -> Tensor:
+    def distance(self, delta: Tensor) -> Tensor:
         """Return max |δ| per image, (B,)."""
         return flat(delta).abs().amax(1)

@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_a
 from clead.attacks.pgd import PGD
 from clead.checkpoint import PROJECTION, RunDir, check_weights, save_weights
 from clead.config import RunConfig, Train
-from clead.data.base import mixed
+from clead.data.base import shuffle_if_sorted
 from clead.data.labels import for_method
-from clead.data.loaders import Loader, seeded
+from clead.data.loaders import Loader, make_generator
 from clead.distributed import (
     SINGLE_PROCESS,
     Parted,
@@ -38,8 +38,8 @@ from clead.errors import UserError, out_of_memory
 from clead.evaluation.knn import neighbours_accuracy
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import Batch, Splits, StepOutput, Threat
-from clead.methods.base import Step, Views
-from clead.methods.replay import Perturbation
+from clead.methods.base import StepContext, Views
+from clead.methods.replay import PersistentDelta
 from clead.models.cost import CostMeter
 from clead.models.external import ModelError
 from clead.models.split import SplitModel, copied, weights
@@ -71,7 +71,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass
-class Position:
+class TrainState:
     """Where a run stands; what resume needs besides tensors."""
 
     step: int = 0
@@ -90,7 +90,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What a finished training reports."""
 
     steps: int
@@ -152,7 +152,7 @@ def _forward_backward(
     size, alone = len(batch.labels), processes.world_size == 1
     threat = config.threat if len(generators) == 1 else cast(Threat, Parted(config.threat, generators, size))
     gather = None if alone else processes.all_gather
-    step = Step(threat, config.attack, generators[0], progress, memory, len(generators), gather)
+    step = StepContext(threat, config.attack, generators[0], progress, memory, len(generators), gather)
     with record_function("views"), amp:
         views = config.method.views(model, batch, step)
     if not alone:
@@ -160,7 +160,7 @@ def _forward_backward(
 
     def output() -> StepOutput:
         join = None if alone else lambda outputs: processes.gather_with_grad(outputs, size)
-        with record_function("loss"), amp, model.joined(join):
+        with record_function("loss"), amp, model.gathering_outputs(join):
             return config.method.loss(model, views, step)
 
     kept = [(part, part.clone()) for part in memory.buffers()] if config.train.awp and memory is not None else []
@@ -201,7 +201,7 @@ def fit(
     after_step: Callable[[], None] | None = None,
     after_validation: AfterValidation | None = None,
     stored: Path | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
 
     Every batch, view and perturbation is a function of (seed, step), so a resumed run continues bit-identically on a CPU.
@@ -244,7 +244,7 @@ def _fit(
     after_step: Callable[[], None] | None,
     after_validation: AfterValidation | None,
     stored: Path | None,
-) -> Outcome:
+) -> TrainResult:
     settings = config.train
     parts = settings.parts or processes.world_size * settings.accumulate
     batch_images = min(config.data.batch_size, len(splits.train))
@@ -284,7 +284,7 @@ def _fit(
         rank=processes.rank,
         size=processes.world_size,
     )
-    memory = config.method.memory(
+    memory = config.method.state(
         model, images=len(splits.train), num_classes=len(splits.classes), shape=tuple(splits.train.images.shape[1:])
     )
     if memory is not None:
@@ -304,11 +304,11 @@ def _fit(
     steps = max(1, round(images_seen / batch_images))
     every = max(1, round(settings.validate_every * per_epoch))
 
-    learnt = [
+    trainable_params = [
         *(p for p in model.parameters() if p.requires_grad or settings.trainable == "all"),
         *(p for p in (memory.parameters() if memory else ()) if p.requires_grad),
     ]
-    optimizer = make_optimizer(learnt, config.optim)
+    optimizer = make_optimizer(trainable_params, config.optim)
     for group in optimizer.param_groups if shard else ():
         group["fused"] = None  # knows no weights that are shared out
     schedule = make_schedule(optimizer, config.optim, steps)
@@ -320,7 +320,7 @@ def _fit(
         average = AveragedModel(
             copied(model), avg_fn=get_swa_avg_fn(), use_buffers=True
         )  # multi: refuses integer buffers
-    at = Position()
+    at = TrainState()
     torch.manual_seed(settings.seed)  # dropout and the like inside a user's model draw from the global generator
     if resume:
         restore = sharding.restore if settings.shard else None
@@ -330,7 +330,7 @@ def _fit(
     if settings.compile:
         model.compile()
 
-    def kept() -> SplitModel:
+    def make_eval_model() -> SplitModel:
         if shard:
             sharding.gather(model, deployed)
             return deployed
@@ -346,7 +346,7 @@ def _fit(
                 f"the weights became NaN or infinite by step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
             )
         remembered = memory.state_dict() if memory is not None else None
-        if isinstance(memory, Perturbation):  # each process has those of its own images
+        if isinstance(memory, PersistentDelta):  # each process has those of its own images
             remembered = {name: processes.all_gather(part) for name, part in memory.state_dict().items()}
         if not processes.is_main:
             return
@@ -369,11 +369,11 @@ def _fit(
             kept = "the checkpoint before is kept, --resume continues from it" if run.has_state() else "none was before"
             raise UserError(f"{error} (training stopped at step {at.step}; {kept})") from error
 
-    def passes() -> float:
+    def forward_equivalents() -> float:
         return prior + at.step * batch_images * cost / len(splits.train)
 
     amp = torch.autocast(device.type, dtype=PRECISION[settings.precision], enabled=settings.precision != "float32")
-    validation = mixed(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
+    validation = shuffle_if_sorted(splits.val).subset(torch.arange(min(settings.validate_images, len(splits.val))))
     validation_attack = PGD(steps=settings.validate_steps, step_schedule="linear")
     started, last_save, seconds_before = time.monotonic(), time.monotonic(), at.seconds
 
@@ -386,7 +386,7 @@ def _fit(
         def log(kind: str, **figures: float | str) -> None:
             if draw is None:
                 return
-            line = {"kind": kind, **_where(at, per_epoch, passes()), **figures}
+            line = {"kind": kind, **_where(at, per_epoch, forward_equivalents()), **figures}
             run.log(line)
             if kind != "warning":
                 draw(line)
@@ -421,14 +421,18 @@ def _fit(
             if not math.isfinite(loss.item()):  # synchronises the device
                 raise NonFiniteLoss(_not_finite(at.step, loss.item(), metrics, run))
             if len(found) > 1:
-                for part in learnt:
+                for part in trainable_params:
                     if part.grad is not None:
                         part.grad /= len(found)
-            late = time.monotonic() - last_save >= settings.checkpoint_seconds
-            own = [part for part in learnt if not hasattr(part, "to_local")]  # the others are averaged already
-            stop, late = average_gradients(processes, own, [bool(interrupted()), late and processes.is_main])
+            checkpoint_due = time.monotonic() - last_save >= settings.checkpoint_seconds
+            own = [
+                part for part in trainable_params if not hasattr(part, "to_local")
+            ]  # the others are averaged already
+            stop, checkpoint_due = average_gradients(
+                processes, own, [bool(interrupted()), checkpoint_due and processes.is_main]
+            )
             # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
-            if not scaler.is_enabled() and (broken := _bad_gradient(model, learnt)):
+            if not scaler.is_enabled() and (broken := _bad_gradient(model, trainable_params)):
                 raise NonFiniteLoss(
                     f"the gradient became NaN or infinite at step {at.step} (first in {broken}); {_last_good(run)}; {_REMEDY}"
                 )
@@ -459,11 +463,11 @@ def _fit(
             status["loss"] = loss.item()
 
             if at.step % every == 0 or at.step == steps:
-                weighed = kept()
+                eval_model = make_eval_model()
                 if config.method.uses_classifier:
                     clean, robust = processes.broadcast(
                         accuracy_under_attack(
-                            weighed,
+                            eval_model,
                             validation,
                             config.threat,
                             validation_attack,
@@ -479,7 +483,7 @@ def _fit(
                     if after_validation is not None and processes.is_main:
                         after_validation(at.step / steps, clean, robust)
                     if message := _parting(
-                        at, robust, len(validation), batch_images, model, weighed, splits, config, device, processes
+                        at, robust, len(validation), batch_images, model, eval_model, splits, config, device, processes
                     ):
                         log("warning", message=message)
                         if processes.is_main:
@@ -489,7 +493,7 @@ def _fit(
                     score = robust if config.method.uses_attack else clean
                 else:
                     score = processes.broadcast(
-                        neighbours_accuracy(weighed, splits.train.known(), validation, device=device)
+                        neighbours_accuracy(eval_model, splits.train.labelled_subset(), validation, device=device)
                         if processes.is_main
                         else 0.0
                     )
@@ -501,28 +505,28 @@ def _fit(
                 if score >= at.best:  # of equals the later one, which has learnt longer
                     at.best, at.best_step = score, at.step
                     if processes.is_main:
-                        _save(run, "best", weighed, config, splits, at, cost)
+                        _save(run, "best", eval_model, config, splits, at, cost)
                 at.stopped_early = settings.patience is not None and at.validations_since_best >= settings.patience
             tick(1, **validated, **status)
             if stop or (processes.world_size == 1 and interrupted()):
                 save()
                 raise Interrupted(f"stopped at step {at.step} of {steps}; continue with --resume --out {run.path}")
-            if late and at.step < steps and not at.stopped_early:
+            if checkpoint_due and at.step < steps and not at.stopped_early:
                 save()
                 last_save = time.monotonic()
     save()  # first: it refuses weights that are not finite
-    final = kept()
+    final = make_eval_model()
     deployed.to(device)
     if processes.is_main:
         _save(run, "last", final, config, splits, at, cost)
         if (head := final.projection) is not None:  # not deployed, but a training that starts from here takes it up
             save_weights(run.path / PROJECTION, head.state_dict(), {})
     processes.barrier()
-    return Outcome(
+    return TrainResult(
         steps=at.step,
         epochs=at.step / per_epoch,
         seconds=at.seconds,
-        forward_equivalents=passes(),
+        forward_equivalents=forward_equivalents(),
         best_validation=at.best,
         best_step=at.best_step,
         stopped_early=at.stopped_early,
@@ -559,10 +563,10 @@ def _generators(
 ) -> list[list[torch.Generator]]:
     """Return where random starts are drawn from in a step, for each piece of a batch a generator per part."""
     if parts == 1:
-        return [[seeded(device, settings.seed, step, _PERTURBATION)]]
+        return [[make_generator(device, settings.seed, step, _PERTURBATION)]]
     here = parts // processes.world_size
     own = [
-        seeded(device, settings.seed, step, _PERTURBATION, part)
+        make_generator(device, settings.seed, step, _PERTURBATION, part)
         for part in range(processes.rank * here, (processes.rank + 1) * here)
     ]
     each = here // settings.accumulate
@@ -589,22 +593,22 @@ def _averages(step: int, steps: int, per_epoch: int, start: float | None) -> boo
     return step == steps or (step % per_epoch == 0 and step >= (start or 0) * steps)
 
 
-def _where(at: Position, per_epoch: int, passes: float) -> dict[str, Any]:
+def _where(at: TrainState, per_epoch: int, forward_equivalents: float) -> dict[str, Any]:
     return {
         "step": at.step,
         "epoch": round(at.step / per_epoch, 4),
         "seconds": round(at.seconds, 2),
-        "forward_equivalents": round(passes, 2),
+        "forward_equivalents": round(forward_equivalents, 2),
     }
 
 
 def _parting(
-    at: Position,
+    at: TrainState,
     robust: float,
     n: int,
     batch_images: int,
     model: SplitModel,
-    weighed: SplitModel,
+    eval_model: SplitModel,
     splits: Splits,
     config: RunConfig,
     device: torch.device,
@@ -624,7 +628,7 @@ def _parting(
         return ""
     cause = Cause("", "the model is spread over processes, so the cause was not measured", {})
     if processes.world_size == 1 and not config.train.shard:
-        cause = cause_of(model, weighed, splits.train, config, device, training, robust)
+        cause = cause_of(model, eval_model, splits.train, config, device, training, robust)
     if cause.kind in at.warned and not lost:
         return ""
     at.warned.append(cause.kind)
@@ -656,9 +660,9 @@ def _local(part: torch.Tensor) -> torch.Tensor:
     return part.to_local() if hasattr(part, "to_local") else part  # ty: ignore[not-callable]
 
 
-def _bad_gradient(model: nn.Module, learnt: Sequence[nn.Parameter]) -> str:
+def _bad_gradient(model: nn.Module, trainable_params: Sequence[nn.Parameter]) -> str:
     """Return the name of the first parameter whose gradient is NaN or infinite, or an empty string."""
-    gradients = [_local(part.grad) for part in learnt if part.grad is not None]
+    gradients = [_local(part.grad) for part in trainable_params if part.grad is not None]
     if not gradients or math.isfinite(get_total_norm(gradients, norm_type=math.inf).item()):
         return ""
     named = ((name, _local(part.grad)) for name, part in model.named_parameters() if part.grad is not None)
@@ -666,7 +670,7 @@ def _bad_gradient(model: nn.Module, learnt: Sequence[nn.Parameter]) -> str:
 
 
 def _save(
-    run: RunDir, name: str, model: nn.Module, config: RunConfig, splits: Splits, at: Position, cost: float
+    run: RunDir, name: str, model: nn.Module, config: RunConfig, splits: Splits, at: TrainState, cost: float
 ) -> None:
     metadata = {
         "classes": list(splits.classes),
@@ -710,12 +714,12 @@ def _restore(
     scaler: Any,
     processes: World,
     restore: Callable[[Any, Any, Any, Any], None] | None,
-) -> Position:
+) -> TrainState:
     state, note = run.load_state()
     if state is None:
         if processes.is_main:
             run.truncate_log(0)  # stopped before its first checkpoint: everything is done again
-        return Position()
+        return TrainState()
     if note:
         _log.warning("%s: %s", run.path, note)
     with _of_this_training(run):
@@ -751,7 +755,7 @@ def _take_up(
     scaler: Any,
     processes: World,
     restore: Callable[[Any, Any, Any, Any], None] | None,
-) -> Position:
+) -> TrainState:
     if state["data"] != splits.fingerprint:
         raise UserError(
             f"--resume continues on the same images; the data of {run.path} has changed since; restore it, or train anew"
@@ -767,7 +771,7 @@ def _take_up(
         average.load_state_dict(state["average"])
     if memory is not None:
         remembered = state["memory"]
-        if isinstance(memory, Perturbation):
+        if isinstance(memory, PersistentDelta):
             remembered = {name: part[processes.local_slice(len(part))] for name, part in remembered.items()}
         memory.load_state_dict(remembered)
     schedule.load_state_dict(state["schedule"])
@@ -778,7 +782,7 @@ def _take_up(
         torch.cuda.set_rng_state(rng, index)
     if processes.is_main:
         run.truncate_log(state["log_size"])
-    return Position(**state["position"])
+    return TrainState(**state["position"])
 
 
 @contextlib.contextmanager

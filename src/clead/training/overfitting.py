@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images
+from clead.attacks.run import run_attack
 from clead.config import RunConfig
-from clead.data.base import mixed
-from clead.data.loaders import seeded
+from clead.data.base import shuffle_if_sorted
+from clead.data.loaders import make_generator
 from clead.evaluation.verdicts import correct_mask, is_correct, to_float
 from clead.interfaces import Attack, ImageSet, Search, Threat
-from clead.models.seeding import seeded as global_seed
+from clead.models.seeding import fork_rng as global_seed
 
 _IMAGES = 256  # training images that are looked at
 _STREAM = 9  # of random starts, apart from those of training
@@ -81,7 +81,7 @@ def cause_of(
         training: robust accuracy on the last batches.
         validation: robust accuracy of ``deployed`` on the validation images.
     """
-    images = mixed(train.known()).subset(torch.arange(min(_IMAGES, len(train.known()))))
+    images = shuffle_if_sorted(train.labelled_subset()).subset(torch.arange(min(_IMAGES, len(train.labelled_subset()))))
     x, y = to_float(images.images).to(device), images.labels.to(device)
     attack = cast(Attack | Search, config.attack)
     strong = PGD(steps=max(20, config.train.validate_steps), step_schedule="linear")
@@ -142,8 +142,8 @@ def _attacked(
     attack: Attack | Search, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, objective: str, seed: int
 ) -> Tensor:
     options: dict[str, Any] = {} if isinstance(attack, Search) else {"objective": objective}
-    generator = seeded(x.device, seed, _STREAM)
-    return attack_images(attack, model, x, y, threat, generator=generator, checked=True, **options)
+    generator = make_generator(x.device, seed, _STREAM)
+    return run_attack(attack, model, x, y, threat, generator=generator, checked=True, **options)
 
 
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -58,7 +58,7 @@ def sharded(model: SplitModel, processes: int, device: torch.device) -> SplitMod
     fully_shard(cast(Any, shared), mesh=mesh)
     for name in _CALLED:
         register_fsdp_forward_method(shared, name)
-    shared.whole = False
+    shared.is_sharded = True
     # What a model returns as a view is not changed in place here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return shared

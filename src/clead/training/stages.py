@@ -15,7 +15,7 @@ from clead.config import RunConfig
 from clead.distributed import World, init_world, local_device
 from clead.interfaces import Splits
 from clead.models.split import SplitModel, copied
-from clead.training.loop import AfterValidation, Interrupted, Outcome, device_of, fit
+from clead.training.loop import AfterValidation, Interrupted, TrainResult, device_of, fit
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.trainable import start_from, unfrozen_afterwards
 
@@ -30,7 +30,7 @@ def fit_stages(
     *,
     show: bool = True,
     after_validation: AfterValidation | None = None,
-) -> Outcome:
+) -> TrainResult:
     """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
 
     A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
@@ -46,7 +46,7 @@ def fit_stages(
         RunDir(run.path / "stages" / f"{number}-{stage.name}") for number, stage in enumerate(config.stages, start=1)
     ]
     by_name = {stage.name: folder for stage, folder in zip(config.stages, folders, strict=True)}
-    outcomes: list[Outcome] = []
+    outcomes: list[TrainResult] = []
     processes = init_world(local_device(device_of(config.train.device)))
     for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
         outcome = processes.broadcast(_finished(here.path / "outcome.json"))
@@ -120,20 +120,20 @@ def _labelled_by(
     return with_pseudo_labels(splits, *found, source=f"stage {source}", kept=kept, show=show and processes.is_main)
 
 
-def _finished(file: Path) -> Outcome | None:
+def _finished(file: Path) -> TrainResult | None:
     """Return what a finished stage reported; None if it has not, or cannot be read: its last checkpoint tells it again."""
     try:
-        return Outcome(**read_json(file))
+        return TrainResult(**read_json(file))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def write_outcome(path: Path, outcome: Outcome) -> None:
+def write_outcome(path: Path, outcome: TrainResult) -> None:
     """Write ``outcome.json``, which says that the training in ``path`` is finished."""
     write_atomically(path / "outcome.json", json.dumps(dataclasses.asdict(outcome), indent=2).encode())
 
 
-def write_metrics(run: RunDir, finished: Sequence[tuple[str, RunDir, Outcome]]) -> None:
+def write_metrics(run: RunDir, finished: Sequence[tuple[str, RunDir, TrainResult]]) -> None:
     """Join the metrics of the finished stages in ``run``, each line with its stage's name, counts going on from stage to stage."""
     lines: list[dict[str, Any]] = []
     before = dict.fromkeys(_ADDED_UP, 0.0)
@@ -150,7 +150,7 @@ def _rounded(value: float) -> float:
     return int(value) if value == int(value) else round(value, 4)
 
 
-def _sum(outcomes: Sequence[Outcome]) -> Outcome:
+def _sum(outcomes: Sequence[TrainResult]) -> TrainResult:
     before, last = outcomes[:-1], outcomes[-1]
     steps = sum(outcome.steps for outcome in before)
     return dataclasses.replace(

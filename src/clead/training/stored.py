@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from clead import __version__
-from clead.attacks.minimal import MinimumNorm, smallest
-from clead.attacks.run import attack_images, check_finite, finite_images
+from clead.attacks.minimal import MinimumNorm, run_minimum_norm
+from clead.attacks.run import check_finite, finite_images, run_attack
 from clead.checkpoint import fingerprint
 from clead.config import RunConfig
-from clead.data.base import mixed
-from clead.data.loaders import seeded
+from clead.data.base import shuffle_if_sorted
+from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.robust import digest
 from clead.evaluation.state import ResumableResults, differences, read_header
@@ -63,7 +63,7 @@ def store_images(
     """
     method = config.method
     attack = attack_of(method.stored_attack)
-    test = mixed(splits.test)
+    test = shuffle_if_sorted(splits.test)
     if config.eval.images is not None:
         test = test.subset(torch.arange(min(config.eval.images, len(test))))
     # Labels that training may not see are not seen here either: see ``_known``.
@@ -101,7 +101,7 @@ def store_images(
             if key not in store.parts:
                 start = time.monotonic()
                 y = _known(model, x, y)
-                generator = seeded(device, config.train.seed, name == "test", number, _STREAM)
+                generator = make_generator(device, config.train.seed, name == "test", number, _STREAM)
                 with CostMeter(model) as meter:
                     x_adv = _attacked(attack, model, x, y, config.threat, clip=method.stored_clip, generator=generator)
                 x_adv = x_adv.half()
@@ -151,8 +151,8 @@ def _made(
     generator: torch.Generator,
 ) -> Tensor:
     if not isinstance(attack, MinimumNorm):
-        return attack_images(attack, model, x, y, threat, generator=generator, checked=True)
+        return run_attack(attack, model, x, y, threat, generator=generator, checked=True)
     norms: Any = getattr(attack, "norms", None)
     norm = threat.norm if norms is None or threat.norm in norms else norms[0]
-    x_adv = smallest(attack, model, x, y, norm, generator=generator, checked=True)
+    x_adv = run_minimum_norm(attack, model, x, y, norm, generator=generator, checked=True)
     return threat.project(x_adv, x) if clip else x_adv

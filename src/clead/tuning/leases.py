@@ -31,28 +31,28 @@ _BEATS = 4  # per time of silence after which a holder counts as dead
 class Leases(Protocol):
     """Leases on names; each has one holder at most."""
 
-    def take(self, name: str) -> bool:
+    def acquire(self, name: str) -> bool:
         """Take the lease if nobody living holds it; say whether it is ours now."""
         ...
 
-    def give(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Give the lease back."""
         ...
 
-    def holds(self, name: str) -> bool:
+    def is_held(self, name: str) -> bool:
         """Say whether a lease that was taken is still ours."""
         ...
 
 
 @contextmanager
-def alone(leases: Leases, name: str) -> Generator[None, None, None]:
+def exclusive(leases: Leases, name: str) -> Generator[None, None, None]:
     """Hold a lease while the block runs; wait for it first."""
-    while not leases.take(name):
+    while not leases.acquire(name):
         time.sleep(_POLL)
     try:
         yield
     finally:
-        leases.give(name)
+        leases.release(name)
 
 
 class FileLeases:
@@ -62,7 +62,7 @@ class FileLeases:
         self._folder = folder
         self._files: dict[str, int] = {}
 
-    def take(self, name: str) -> bool:
+    def acquire(self, name: str) -> bool:
         """Lock the file; it stays when the lock is gone."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,11 @@ class FileLeases:
         self._files[name] = file
         return True
 
-    def give(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Unlock the file."""
         os.close(self._files.pop(name))
 
-    def holds(self, name: str) -> bool:
+    def is_held(self, name: str) -> bool:
         """Say whether it was taken: as long as the process lives nobody else can."""
         return name in self._files
 
@@ -111,7 +111,7 @@ class TableLeases:
         self._table.create(engine, checkfirst=True)
         self._thread: threading.Thread | None = None
 
-    def take(self, name: str) -> bool:
+    def acquire(self, name: str) -> bool:
         """Put our name into the row if there is none, or if its holder has been silent for too long."""
         row = self._table.c
         key = (row.study == self._study) & (row.name == name)
@@ -132,12 +132,12 @@ class TableLeases:
             self._thread.start()
         return True
 
-    def give(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Remove the row if it is still ours."""
         with self._engine.begin() as connection:
             connection.execute(self._table.delete().where(self._mine() & (self._table.c.name == name)))
 
-    def holds(self, name: str) -> bool:
+    def is_held(self, name: str) -> bool:
         """Say whether the row still has our name, however long we have been silent."""
         with self._engine.begin() as connection:
             mine = self._mine() & (self._table.c.name == name)
@@ -171,20 +171,20 @@ class BothLeases:
     def __init__(self, files: FileLeases, rows: TableLeases) -> None:
         self._files, self._rows = files, rows
 
-    def take(self, name: str) -> bool:
+    def acquire(self, name: str) -> bool:
         """Take the file first: whom it refuses leaves the row alone."""
-        if not self._files.take(name):
+        if not self._files.acquire(name):
             return False
-        if self._rows.take(name):
+        if self._rows.acquire(name):
             return True
-        self._files.give(name)
+        self._files.release(name)
         return False
 
-    def give(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Give back both."""
-        self._rows.give(name)
-        self._files.give(name)
+        self._rows.release(name)
+        self._files.release(name)
 
-    def holds(self, name: str) -> bool:
+    def is_held(self, name: str) -> bool:
         """Say whether both are still ours."""
-        return self._files.holds(name) and self._rows.holds(name)
+        return self._files.is_held(name) and self._rows.is_held(name)

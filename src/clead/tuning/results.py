@@ -17,7 +17,7 @@ from clead.config import TUNE, dump_yaml
 from clead.errors import MissingExtra, printable
 from clead.output import csv_text
 from clead.report.drawing import PALETTE
-from clead.tuning.space import Search
+from clead.tuning.space import SearchSpec
 
 _STATES = {
     TrialState.COMPLETE: "complete",
@@ -64,12 +64,12 @@ class Result:
         return f"robust {self.robust:.1%}, clean {self.clean:.1%}, score {self.score:.4f}"
 
 
-def results(study: optuna.Study, search: Search) -> list[Result]:
+def results(study: optuna.Study, search: SearchSpec) -> list[Result]:
     """Return every trial of a study, in order."""
     return [_result(frozen, search) for frozen in study.get_trials(deepcopy=False)]
 
 
-def _result(frozen: FrozenTrial, search: Search) -> Result:
+def _result(frozen: FrozenTrial, search: SearchSpec) -> Result:
     said = frozen.user_attrs
     complete = frozen.state == TrialState.COMPLETE
     clean, robust = (said.get("clean"), said.get("robust")) if complete else (None, None)
@@ -104,7 +104,7 @@ def best_of(found: Sequence[Result]) -> Result | None:
     return max(complete, key=lambda result: (result.score or 0, -result.number), default=None)
 
 
-def write_results(path: Path, search: Search, found: Sequence[Result], *, plots: bool = True) -> Result | None:
+def write_results(path: Path, search: SearchSpec, found: Sequence[Result], *, plots: bool = True) -> Result | None:
     """Write best.yaml, trials.csv, trials.json and plots into the study's directory, each whole; return the best trial."""
     best = best_of(found)
     rows = [dataclasses.asdict(result) for result in found]
@@ -124,7 +124,7 @@ def write_results(path: Path, search: Search, found: Sequence[Result], *, plots:
     return best
 
 
-def _csv(search: Search, found: Sequence[Result]) -> str:
+def _csv(search: SearchSpec, found: Sequence[Result]) -> str:
     keys = list(search.distributions)
     columns = ("number", "state", "score", "robust", "clean", "images", "seconds", "attempts", "why")
     rows = [
@@ -134,7 +134,7 @@ def _csv(search: Search, found: Sequence[Result]) -> str:
     return csv_text([[*columns, *keys], *rows])
 
 
-def _recipe(search: Search, best: Result) -> str:
+def _recipe(search: SearchSpec, best: Result) -> str:
     """Return a complete recipe that clead train and clead tune take."""
     tree = {**search.found_config(best.values).to_dict(), TUNE: search.group()}
     seeds = search.settings.seeds
@@ -152,7 +152,7 @@ def _recipe(search: Search, best: Result) -> str:
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def _plots(search: Search, found: Sequence[Result], best: Result) -> dict[str, tuple[bytes, bytes]]:
+def _plots(search: SearchSpec, found: Sequence[Result], best: Result) -> dict[str, tuple[bytes, bytes]]:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -163,7 +163,7 @@ def _plots(search: Search, found: Sequence[Result], best: Result) -> dict[str, t
     return drawn
 
 
-def importances(search: Search, found: Sequence[Result]) -> dict[str, float]:
+def importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]:
     """Return each key's share of what decides whether a trial is among the best, by Optuna's PED-ANOVA, largest first.
 
     Of complete trials alone; empty if there are too few, or if all have the same score.
@@ -171,7 +171,7 @@ def importances(search: Search, found: Sequence[Result]) -> dict[str, float]:
     return _importances(search, found)
 
 
-def _importances(search: Search, found: Sequence[Result]) -> dict[str, float]:
+def _importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]:
     complete = [result for result in found if result.score is not None]
     if len({result.score for result in complete}) < 2 or len(complete) < 4:
         return {}
@@ -241,7 +241,7 @@ def _front(found: Sequence[Result], best: Result) -> tuple[bytes, bytes]:
     return _drawn(figure)
 
 
-def _importance(search: Search, found: Sequence[Result]) -> tuple[bytes, bytes]:
+def _importance(search: SearchSpec, found: Sequence[Result]) -> tuple[bytes, bytes]:
     shares = _importances(search, found)
     count = sum(result.score is not None for result in found)
     figure, axes = _axes(f"What decides the score (PED-ANOVA, {count} complete trials)", "share", "")

@@ -67,7 +67,7 @@ class Range:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchSpec:
     """A recipe with a checked space.
 
     Args:
@@ -140,7 +140,7 @@ class Search:
         return _plain(self.settings)
 
 
-def open_search(recipe: str, overrides: Sequence[str] = ()) -> Search:
+def open_search(recipe: str, overrides: Sequence[str] = ()) -> SearchSpec:
     """Read a recipe's ``tune`` group, with ``--tune.KEY VALUE`` in its place; raises UserError that lists every problem.
 
     ``--tune.space.GROUP.KEY`` takes ``[a, b]``, ``{low: a, high: b}``, or null, which leaves the key out.
@@ -180,7 +180,7 @@ def open_search(recipe: str, overrides: Sequence[str] = ()) -> Search:
     return _checked(recipe, kept, chosen, config)
 
 
-def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunConfig) -> Search:
+def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunConfig) -> SearchSpec:
     problems, distributions = [], {}
     try:
         read_recipe(recipe, [*overrides, *_overrides(chosen.during)])
@@ -206,7 +206,7 @@ def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunC
             problems += [said if said.startswith(prefix) else f"{prefix}: {said}" for said in error.problems]
     if problems:
         raise UserError(*problems)
-    return Search(recipe, overrides, chosen, config, distributions)
+    return SearchSpec(recipe, overrides, chosen, config, distributions)
 
 
 def _searchable(key: str, config: RunConfig) -> None:

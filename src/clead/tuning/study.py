@@ -21,11 +21,11 @@ from clead.checkpoint import RunDir
 from clead.errors import UserError
 from clead.progress import progress
 from clead.training.loop import device_of
-from clead.tuning.leases import Leases, alone
+from clead.tuning.leases import Leases, exclusive
 from clead.tuning.results import Result, results, write_results
-from clead.tuning.space import Search, differences, open_search, suggest
+from clead.tuning.space import SearchSpec, differences, open_search, suggest
 from clead.tuning.storage import JOURNAL, open_storage, reason, silence_optuna
-from clead.tuning.trial import Failed, FellBehind, run_trial
+from clead.tuning.trial import Failed, TrialPruned, run_trial
 
 _POLL = 0.5
 _MUTEX = "study"
@@ -35,7 +35,7 @@ _TRIALS_BEFORE_PRUNING = 5
 _FIRST_PRUNING = 3  # of RUNGS: before, all are bad alike
 _MOST_ATTEMPTS = 20  # a trial that kills its process each time would keep the study from ending
 
-Run = Callable[[Search, Mapping[str, Any], Path, Any], dict[str, float]]
+Run = Callable[[SearchSpec, Mapping[str, Any], Path, Any], dict[str, float]]
 
 
 class _Lost(Exception):
@@ -55,7 +55,7 @@ class TunedStudy:
     """
 
     path: Path
-    search: Search
+    search: SearchSpec
     results: tuple[Result, ...]
     best: Result | None
     here: int
@@ -158,12 +158,12 @@ def _clean(path: Path, new: bool) -> None:
 
 
 def _join(
-    storage: optuna.storages.BaseStorage, leases: Leases, name: str, search: Search, *, asked: bool
+    storage: optuna.storages.BaseStorage, leases: Leases, name: str, search: SearchSpec, *, asked: bool
 ) -> optuna.Study:
     """Open the study, or make it; raises UserError naming what differs from its definition."""
     definition = search.definition()
     directions = [StudyDirection.MAXIMIZE] * (2 if search.settings.pareto else 1)
-    with alone(leases, _MUTEX):
+    with exclusive(leases, _MUTEX):
         try:
             study = optuna.load_study(storage=storage, study_name=name, pruner=_pruner(search))
         except KeyError:
@@ -183,7 +183,7 @@ def _join(
     return study
 
 
-def _pruner(search: Search) -> optuna.pruners.BasePruner:
+def _pruner(search: SearchSpec) -> optuna.pruners.BasePruner:
     if not search.prunes:
         return NopPruner()
     return MedianPruner(n_startup_trials=_TRIALS_BEFORE_PRUNING, n_warmup_steps=_FIRST_PRUNING)
@@ -193,7 +193,7 @@ class _Worker:
     """One process of a study."""
 
     def __init__(
-        self, study: optuna.Study, leases: Leases, search: Search, path: Path, say: Callable[[str], None], run: Run
+        self, study: optuna.Study, leases: Leases, search: SearchSpec, path: Path, say: Callable[[str], None], run: Run
     ) -> None:
         self._study, self._leases, self._search, self._path = study, leases, search, path
         self._say, self._run = say, run
@@ -211,14 +211,14 @@ class _Worker:
         """Run trials until the study has all its trials and none is being run anywhere."""
         shown, waiting = self.finished(), False
         while True:
-            with alone(self._leases, _MUTEX):
+            with exclusive(self._leases, _MUTEX):
                 trial = self._claim()
             if trial is not None:
                 waiting = False
                 try:
                     self._run_one(trial)
                 finally:
-                    self._leases.give(_lease(trial.number))
+                    self._leases.release(_lease(trial.number))
             elif self.finished() >= len(self._study.get_trials(deepcopy=False)) >= self.target():
                 tick(max(0, self.finished() - shown))
                 return
@@ -238,12 +238,12 @@ class _Worker:
         """
         trials = self._study.get_trials(deepcopy=False)
         for frozen in trials:
-            if frozen.state == TrialState.RUNNING and self._leases.take(_lease(frozen.number)):
+            if frozen.state == TrialState.RUNNING and self._leases.acquire(_lease(frozen.number)):
                 # Its process may have finished it and given it back after the list was read.
                 if self._study.get_trials(deepcopy=False)[frozen.number].state == TrialState.RUNNING:
                     self._draw_for(frozen.number)
                     return self._begun(Trial(self._study, frozen._trial_id))
-                self._leases.give(_lease(frozen.number))
+                self._leases.release(_lease(frozen.number))
         queued = [frozen.number for frozen in trials if frozen.state == TrialState.WAITING]
         if not queued and len(trials) >= self.target():
             return None
@@ -251,7 +251,7 @@ class _Worker:
             self._study.enqueue_trial(own)  # first of all the recipe as it is, which the others have to beat
         self._draw_for(min(queued, default=len(trials)))
         trial = self._study.ask()
-        if not self._leases.take(_lease(trial.number)):  # we were silent for so long that it has been taken over
+        if not self._leases.acquire(_lease(trial.number)):  # we were silent for so long that it has been taken over
             return None
         return self._begun(trial)
 
@@ -270,7 +270,7 @@ class _Worker:
                     f"trial {trial.number}: the process that ran it has ended; it goes on here (attempt {attempts})"
                 )
         except BaseException:
-            self._leases.give(_lease(trial.number))
+            self._leases.release(_lease(trial.number))
             raise
         return trial
 
@@ -281,7 +281,7 @@ class _Worker:
         reported = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
 
         def report(rung: int, score: float) -> bool:
-            if not self._leases.holds(_lease(trial.number)):
+            if not self._leases.is_held(_lease(trial.number)):
                 raise _Lost
             if rung > max(reported, default=0):  # not told before the process died
                 trial.report(score, rung)
@@ -296,7 +296,7 @@ class _Worker:
             except UserError as error:  # each value alone is right, these together are not
                 raise Failed(error.problems[0]) from None
             outcome = self._run(self._search, values, folder, report if self._search.prunes else None)
-        except FellBehind:
+        except TrialPruned:
             state = TrialState.PRUNED
         except Failed as failed:
             # Not FAIL, of which the sampler learns nothing: without a value it counts as worse than every other.
@@ -310,7 +310,7 @@ class _Worker:
     def _tell(
         self, trial: Trial, state: TrialState, outcome: Mapping[str, float] | None, why: str, seconds: float
     ) -> None:
-        if not self._leases.holds(_lease(trial.number)):
+        if not self._leases.is_held(_lease(trial.number)):
             self._say(f"trial {trial.number}: another process has it; its result is the one that counts")
             return
         values = None

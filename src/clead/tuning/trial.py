@@ -15,7 +15,7 @@ from clead.errors import NotEnoughMemory, out_of_memory
 from clead.evaluation.state import UntrustedState
 from clead.report.record import Record
 from clead.training.loop import NonFiniteLoss
-from clead.tuning.space import Search
+from clead.tuning.space import SearchSpec
 
 RUNGS = 10
 """Trials are compared with each other at every tenth of their training: their steps and epochs differ."""
@@ -24,7 +24,7 @@ Report = Callable[[int, float], bool]
 """Is told a score at a rung, 1 to RUNGS − 1, and says whether the trial should stop."""
 
 
-class FellBehind(Exception):
+class TrialPruned(Exception):
     """The trial's validations are worse than the median of the others'."""
 
 
@@ -32,7 +32,7 @@ class Failed(Exception):
     """The trial cannot be trained with these values; the message says why."""
 
 
-def run_trial(search: Search, values: Mapping[str, Any], folder: Path, report: Report | None) -> dict[str, float]:
+def run_trial(search: SearchSpec, values: Mapping[str, Any], folder: Path, report: Report | None) -> dict[str, float]:
     """Return ``clean`` and ``robust`` accuracy on validation images, means over the seeds; the test images stay untouched.
 
     Whatever an earlier attempt left is taken up: finished seeds are not trained again, a stopped one goes on from its checkpoint.
@@ -43,7 +43,7 @@ def run_trial(search: Search, values: Mapping[str, Any], folder: Path, report: R
         folder: run directories are ``FOLDER-seed-N``.
         report: is told of the first seed's validations; None: never stop.
 
-    Raises FellBehind, Failed, or what stops a training.
+    Raises TrialPruned, Failed, or what stops a training.
     """
     found = []
     try:
@@ -63,7 +63,7 @@ def run_trial(search: Search, values: Mapping[str, Any], folder: Path, report: R
     }
 
 
-def _run_seed(search: Search, values: Mapping[str, Any], seed: int, path: Path, report: Report | None) -> Record:
+def _run_seed(search: SearchSpec, values: Mapping[str, Any], seed: int, path: Path, report: Report | None) -> Record:
     config = search.trial_config(values)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=config.train.seed + seed))
     record = path / "results" / f"{RECORD}.json"
@@ -80,7 +80,7 @@ def _run_seed(search: Search, values: Mapping[str, Any], seed: int, path: Path, 
             return
         rung = reached
         if report(rung, search.score(clean, robust)):
-            raise FellBehind
+            raise TrialPruned
 
     train(config, out=path, resume=True, show=False, after_validation=after_validation)
     measured = _measured(search, config)
@@ -90,7 +90,7 @@ def _run_seed(search: Search, values: Mapping[str, Any], seed: int, path: Path, 
         return evaluate_run(path, config=measured, result=RECORD, fresh=True, show=False).record
 
 
-def _measured(search: Search, config: RunConfig) -> RunConfig:
+def _measured(search: SearchSpec, config: RunConfig) -> RunConfig:
     """Return how the trial is measured: on validation images, against the recipe's own threat, whatever it trains with."""
     evaluation = dataclasses.replace(
         config.eval,

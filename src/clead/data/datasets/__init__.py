@@ -18,7 +18,7 @@ class Reader:
         layout: the layout in one line, for messages and the docs, such as ``"train/CLASS/*.png"``.
         recognizes: says whether a path has this layout; looks at names and first bytes only, follows no link out of the path and
             never raises.
-        read: path -> ``clead.data.base.Found``; raises UserError if the content is not as the layout says.
+        read: path -> ``clead.data.base.RawSplits``; raises UserError if the content is not as the layout says.
         rank: readers are asked in ascending order; a layout that another one would take for its own has the lower number.
         dataset: the data set that only this layout holds, such as ``"cifar10"``; asked for by name, its readers come first.
         includes: the layouts that recognize the same files, of which this one is a special case.

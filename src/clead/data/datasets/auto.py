@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clead.data.archives import is_archive, unpacked
-from clead.data.base import Found, InMemoryDataset, existing, split_role
+from clead.data.base import InMemoryDataset, RawSplits, resolve_path, split_role
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import describe, files_below, is_image, visible_folders
 from clead.errors import UserError
@@ -44,17 +44,17 @@ class Auto(InMemoryDataset):
 
     path: Path = setting(..., "The folder or file; its content decides how it is read.")
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return what is there; raises UserError if nothing known is."""
         return read_any(self.path)
 
 
-def read_any(path: Path, dataset: str | None = None) -> Found:
+def read_any(path: Path, dataset: str | None = None) -> RawSplits:
     """Read a path by its content: of the layouts that lie there, the one of ``dataset``, else the one of lowest rank.
 
     A note names the other layouts that lie there. An archive is unpacked into a temporary folder and read from there.
     """
-    path = existing(path)
+    path = resolve_path(path)
     if is_archive(path):
         return _read_archive(path, dataset)
     candidates = [(name, reader) for name, reader in READERS.items() if recognizes(reader, path)]
@@ -74,7 +74,7 @@ def read_any(path: Path, dataset: str | None = None) -> Found:
     raise UserError(_unknown(path))
 
 
-def _read_archive(path: Path, dataset: str | None) -> Found:
+def _read_archive(path: Path, dataset: str | None) -> RawSplits:
     """Read what an archive holds; a folder that is alone in it is stepped into. Names are told as if it were a folder."""
     with unpacked(path) as folder:
         content = folder
@@ -158,7 +158,7 @@ def recognizes(reader: Reader, path: Path) -> bool:
         return False
 
 
-def read_named(name: str, path: Path | None, classes: int) -> Found | None:
+def read_named(name: str, path: Path | None, classes: int) -> RawSplits | None:
     """Read the path, else ``$CLEAD_DATA/name``, checking the number of classes; None if neither is there."""
     data = os.environ.get("CLEAD_DATA")
     if path is None and data and (Path(data).expanduser() / name).exists():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import Found, InMemoryDataset, Part
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits
 from clead.data.datasets import DATASETS
 from clead.data.datasets.auto import read_named
 from clead.errors import UserError
@@ -64,7 +64,7 @@ class Cifar10(InMemoryDataset):
         None, "Where it is, in any layout that auto knows; by default $CLEAD_DATA/cifar10, else downloaded."
     )
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the images; raises UserError if they are nowhere and cannot be downloaded."""
         return _read("cifar10", self.path)
 
@@ -78,12 +78,12 @@ class Cifar100(InMemoryDataset):
         None, "Where it is, in any layout that auto knows; by default $CLEAD_DATA/cifar100, else downloaded."
     )
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the images; raises UserError if they are nowhere and cannot be downloaded."""
         return _read("cifar100", self.path)
 
 
-def _read(name: str, path: Path | None) -> Found:
+def _read(name: str, path: Path | None) -> RawSplits:
     archive = ARCHIVES[name]
     found = read_named(name, path, archive.classes)
     return read_archive(fetch(name, archive), archive) if found is None else found
@@ -120,14 +120,14 @@ def fetch(name: str, archive: Archive) -> Path:
             Path(partial).unlink(missing_ok=True)
 
 
-def read_archive(file: Path, archive: Archive) -> Found:
+def read_archive(file: Path, archive: Archive) -> RawSplits:
     """Parse records of label bytes and 3,072 pixels, channel by channel; nothing is unpacked to disk."""
     try:
         with tarfile.open(file) as tar:
             members = {name: _member(tar, name) for name in (*archive.train, archive.test, archive.names)}
         train = _records(b"".join(members[name] for name in archive.train), archive.label_bytes)
         test = _records(members[archive.test], archive.label_bytes)
-        return Found(train, test, tuple(members[archive.names].decode().split()))
+        return RawSplits(train, test, tuple(members[archive.names].decode().split()))
     except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
         raise UserError(f"{file}: not the CIFAR binary archive ({error}); delete the file and run again") from None
 
@@ -139,10 +139,10 @@ def _member(tar: tarfile.TarFile, name: str) -> bytes:
     return member.read()
 
 
-def _records(content: bytes, label_bytes: int) -> Part:
+def _records(content: bytes, label_bytes: int) -> RawSplit:
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
     images = records[:, label_bytes:].reshape(-1, 3, 32, 32).copy()
-    return Part(torch.from_numpy(images), torch.from_numpy(records[:, label_bytes - 1].astype(np.int64)))
+    return RawSplit(torch.from_numpy(images), torch.from_numpy(records[:, label_bytes - 1].astype(np.int64)))
 
 
 def _download(url: str, target: Path, name: str) -> None:

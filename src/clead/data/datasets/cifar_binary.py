@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import read_file
 from clead.data.datasets import READERS, Reader
 from clead.errors import UserError
@@ -83,7 +83,7 @@ def parse_records(content: bytes, label_bytes: int, file: Path) -> tuple[np.ndar
     return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
 
 
-def read_cifar_binary(path: Path, name: str) -> Found:
+def read_cifar_binary(path: Path, name: str) -> RawSplits:
     """Read the folder or the one called as unpacked in it; raises UserError if a file is missing or has another size."""
     files = FILES[name]
     folder = folder_of(path, files.folder, (*files.train, files.test))
@@ -96,17 +96,17 @@ def read_cifar_binary(path: Path, name: str) -> Found:
             continue
         content = [parse_records(read_file(folder / file), files.label_bytes, folder / file) for file in present_files]
         images, labels = (np.concatenate(each) for each in zip(*content, strict=True))
-        parts.append(Part(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
+        parts.append(RawSplit(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
     names = folder / files.names
     classes = read_file(names).decode(errors="replace").split() if names.is_file() else []
     return named(parts[0], parts[1], classes, names, name)
 
 
-def named(train: Part, test: Part, classes: Sequence[str], file: Path, name: str) -> Found:
+def named(train: RawSplit, test: RawSplit, classes: Sequence[str], file: Path, name: str) -> RawSplits:
     """Return the parts with the names in ``file``, else the published ones; UserError if it names another number of classes."""
     if classes and len(classes) != FILES[name].classes:
         raise UserError(f"{file} must name {FILES[name].classes} classes, got {len(classes)}; unpack the archive again")
-    return Found(train, test, tuple(classes) or CLASSES[name], ordered=True)
+    return RawSplits(train, test, tuple(classes) or CLASSES[name], ordered=True)
 
 
 def _register(name: str, files: Files) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from clead.data.array_pickle import read_values
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import read_file
 from clead.data.datasets import READERS, Reader
 from clead.data.datasets.cifar_binary import folder_of, named, present
@@ -42,7 +42,7 @@ FILES = {
 }
 
 
-def read_cifar_python(path: Path, name: str) -> Found:
+def read_cifar_python(path: Path, name: str) -> RawSplits:
     """Read the folder or the one called as unpacked in it; raises UserError if a file is missing or has another content."""
     files = FILES[name]
     folder = _folder(path, files)
@@ -55,7 +55,7 @@ def read_cifar_python(path: Path, name: str) -> Found:
             parts.append(no_images())
             continue
         images, labels = (np.concatenate(each) for each in zip(*content, strict=True))
-        parts.append(Part(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels)))
+        parts.append(RawSplit(torch.from_numpy(images.reshape(-1, 3, 32, 32)), torch.from_numpy(labels)))
     file = folder / files.names
     classes = _values(file).get(files.names_key, []) if file.is_file() else []
     texts = [each.decode("latin-1") if isinstance(each, bytes) else each for each in classes]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import map_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
@@ -59,7 +59,7 @@ def mnist_files(path: Path) -> list[Corrupted]:
     return []
 
 
-def read_corrupted(files: list[Corrupted], *, repeated: bool) -> Found:
+def read_corrupted(files: list[Corrupted], *, repeated: bool) -> RawSplits:
     """Read images of one or more corruptions as test images, with the columns corruption and severity.
 
     Args:
@@ -82,13 +82,13 @@ def read_corrupted(files: list[Corrupted], *, repeated: bool) -> Found:
     columns = {"corruption": [each.corruption for each, images in zip(files, stored, strict=True) for _ in images]}
     if any(severities):
         columns["severity"] = severities
-    test = Part(torch.from_numpy(together), numbered, columns=columns)
+    test = RawSplit(torch.from_numpy(together), numbered, columns=columns)
     names, count = sorted({each.corruption for each in files}), len(numbered)
     kinds = f"{len(names)} corruptions ({', '.join(names)})" if len(names) > 1 else f"the corruption {names[0]}"
     levels = f" at severities {', '.join(sorted(set(severities)))}" if any(severities) else ""
     note = f"the {count} test images are corrupted by {kinds}{levels}"
     training = [each.images.with_name("train_images.npy") for each in files]
-    return Found(
+    return RawSplits(
         no_images(),
         test,
         _names(files[0].images.parent.name, classes),

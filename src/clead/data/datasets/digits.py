@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from clead.data.base import Found, InMemoryDataset, Part, default_names, stratified
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, default_names, stratified
 from clead.data.datasets import DATASETS
 from clead.errors import MissingExtra
 from clead.settings import settings
@@ -21,7 +21,7 @@ class Digits(InMemoryDataset):
     The pixel values 0 … 16 become round(v · 255 / 16).
     """
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the digits; raises MissingExtra without scikit-learn."""
         try:
             from sklearn.datasets import load_digits
@@ -29,6 +29,6 @@ class Digits(InMemoryDataset):
             raise MissingExtra("scikit-learn", "data", "the digits dataset") from None
         digits = load_digits()
         images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None])
-        whole = Part(images, torch.from_numpy(digits.target.astype(np.int64)))
+        whole = RawSplit(images, torch.from_numpy(digits.target.astype(np.int64)))
         test, train = stratified(whole.labels, round(0.2 * len(images)), _SPLIT_SEED)
-        return Found(whole.subset(train), whole.subset(test), default_names(whole.labels))
+        return RawSplits(whole.subset(train), whole.subset(test), default_names(whole.labels))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from clead.atomic_io import read_regular
-from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role, split_words
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, no_images, resolve_path, split_role, split_words
 from clead.data.classes import class_order
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import EXTENSIONS, describe, display, files_below, holds_image, is_image, visible_folders
@@ -35,12 +35,12 @@ class Folder(InMemoryDataset):
 
     path: Path = setting(..., "The folder that holds train/ and test/, or a folder for each class.")
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the files' bytes; raises UserError if the folders are not as described."""
-        return read_folder(existing(self.path))
+        return read_folder(resolve_path(self.path))
 
 
-def read_folder(root: Path) -> Found:
+def read_folder(root: Path) -> RawSplits:
     """Read the files of SPLIT/CLASS/ or of CLASS/; classes are the folders' names of all splits, as ``class_order`` says.
 
     Raises:
@@ -80,7 +80,7 @@ def read_folder(root: Path) -> Found:
             f"{first} holds no class folder with images; put the images of each class into {first / 'CLASS'}"
         )
     val = parts["val"] if len(parts["val"].labels) else None
-    return Found(parts["train"], parts["test"], tuple(names), val, skipped, tuple(notes))
+    return RawSplits(parts["train"], parts["test"], tuple(names), val, skipped, tuple(notes))
 
 
 def _stepped_into(root: Path) -> Path:
@@ -100,7 +100,7 @@ def _files(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if entry.is_file()]
 
 
-def _read_unsplit(root: Path, base: Path) -> Found:
+def _read_unsplit(root: Path, base: Path) -> RawSplits:
     """Read CLASS/ in ``base``, which is ``root`` or below it: each folder with an image is a class."""
     folders = [folder for folder in visible_folders(base) if holds_image(folder)]
     if not folders:
@@ -118,7 +118,7 @@ def _read_unsplit(root: Path, base: Path) -> Found:
     notes = _refuse_inner_splits(base, folders)
     names = class_order(folder.name for folder in folders)
     parts, skipped = _read_files(root, {folder: ("train", folder.name) for folder in folders}, names, {})
-    return Found(parts["train"], no_images(), tuple(names), skipped=skipped, notes=notes, unsplit=True)
+    return RawSplits(parts["train"], no_images(), tuple(names), skipped=skipped, notes=notes, unsplit=True)
 
 
 def _refuse_one_class(base: Path, folders: Sequence[Path]) -> None:
@@ -231,7 +231,7 @@ def _class_folders(split: Path) -> list[Path]:
 
 def _read_files(
     root: Path, owners: Mapping[Path, tuple[Role, str]], names: list[str], splits: Mapping[Role, Path]
-) -> tuple[dict[Role, Part], tuple[str, ...]]:
+) -> tuple[dict[Role, RawSplit], tuple[str, ...]]:
     """Read the images in class folders, by class and then by path, and say of every other file below ``root`` why it is not read.
 
     Args:
@@ -251,7 +251,7 @@ def _read_files(
             else:
                 inside = start != root or not splits
                 skipped.append(f"{display(file)}: {reason or (_NO_CLASS if inside else _NO_SPLIT)}")
-    parts: dict[Role, Part] = {}
+    parts: dict[Role, RawSplit] = {}
     for role in ("train", "val", "test"):
         files = [(file, k) for k, name in enumerate(names) for file in sorted(images.get((role, name), ()))]
         try:
@@ -260,11 +260,11 @@ def _read_files(
             reason = f"cannot be read ({error.strerror})"
             raise UserError(f"{error.filename}: {reason}; mend its permissions or remove it") from None
         labels = torch.tensor([k for _, k in files], dtype=torch.int64)
-        parts[role] = Part(blobs, labels, [str(file) for file, _ in files])
+        parts[role] = RawSplit(blobs, labels, [str(file) for file, _ in files])
     return parts, tuple(sorted(skipped, key=lambda line: line.endswith("operating system")))
 
 
-def _check_split(role: Role, split: Path, folders: list[Path], part: Part, names: list[str]) -> list[str]:
+def _check_split(role: Role, split: Path, folders: list[Path], part: RawSplit, names: list[str]) -> list[str]:
     """Return what must be known of a split, a sentence each; raises UserError for a training class without an image."""
     counts = torch.bincount(part.labels, minlength=len(names)).tolist()
     empty = [folder for folder in folders if not counts[names.index(folder.name)]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import read_file, read_gzip
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
@@ -31,7 +31,7 @@ def folder_of(path: Path, names: tuple[str, ...]) -> Path | None:
     return None
 
 
-def read_idx(path: Path, *names: str) -> Found:
+def read_idx(path: Path, *names: str) -> RawSplits:
     """Read a folder of IDX files, or a file of images, whose set is read then.
 
     Raises:
@@ -60,8 +60,8 @@ def read_idx(path: Path, *names: str) -> Found:
         images[split], labels[split] = _part(folder, file)
     numbered, classes, notes = number_labels(*labels.values())
     named, named_notes = _named(folder, sets[0], classes)
-    parts = {split: Part(images[split], label) for split, label in zip(labels, numbered, strict=True)}
-    return Found(
+    parts = {split: RawSplit(images[split], label) for split, label in zip(labels, numbered, strict=True)}
+    return RawSplits(
         parts.get("train", no_images()),
         parts.get("test", no_images()),
         named,

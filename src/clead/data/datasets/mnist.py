@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clead.data.base import Found, InMemoryDataset
+from clead.data.base import InMemoryDataset, RawSplits
 from clead.data.datasets import DATASETS
 from clead.data.datasets.auto import read_named
 from clead.errors import UserError
@@ -18,7 +18,7 @@ class Mnist(InMemoryDataset):
 
     path: Path | None = setting(None, "Where it is, in any layout that auto knows; by default $CLEAD_DATA/mnist.")
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the images; raises UserError if they are nowhere."""
         found = read_named("mnist", self.path, 10)
         if found is None:

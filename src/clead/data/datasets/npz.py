@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, existing, no_images, split_role
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, no_images, resolve_path, split_role
 from clead.data.bounded import check_unpacked, read_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
@@ -37,9 +37,9 @@ class Npz(InMemoryDataset):
 
     path: Path = setting(..., "The .npz file, or the folder of .npy files.")
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the arrays; raises UserError if they are not as described."""
-        path = existing(self.path)
+        path = resolve_path(self.path)
         return read_npy_folder(path) if path.is_dir() else read_npz(path)
 
 
@@ -57,7 +57,7 @@ def key_of(name: str) -> tuple[str, str] | None:
     return (splits[0] if splits else "", roles[0])
 
 
-def read_npz(path: Path) -> Found:
+def read_npz(path: Path) -> RawSplits:
     """Read the file; pickled content is refused."""
     arrays, skipped = {}, []
     try:
@@ -84,7 +84,7 @@ def read_npz(path: Path) -> Found:
     return from_arrays(arrays, path, skipped)
 
 
-def read_npy_folder(path: Path) -> Found:
+def read_npy_folder(path: Path) -> RawSplits:
     """Read the ``.npy`` files of a folder whose names say what they are, as the keys of a ``.npz`` file."""
     arrays, skipped = {}, []
     for file in sorted(path.iterdir()):
@@ -101,7 +101,7 @@ def read_npy_folder(path: Path) -> Found:
     return from_arrays(arrays, path, skipped)
 
 
-def from_arrays(arrays: dict[str, np.ndarray], path: Path, skipped: Iterable[str]) -> Found:
+def from_arrays(arrays: dict[str, np.ndarray], path: Path, skipped: Iterable[str]) -> RawSplits:
     """Return the splits that named arrays make; raises UserError if one is missing, double or not as it must be."""
     keys: dict[tuple[str, str], str] = {}
     classes_key = None
@@ -140,8 +140,8 @@ def from_arrays(arrays: dict[str, np.ndarray], path: Path, skipped: Iterable[str
     ]
     names = None if classes_key is None else class_names(arrays[classes_key], f"{path}: {classes_key}")
     numbered, classes, notes, ordered = numbered_labels(labels, names, str(path))
-    parts = {split: Part(images[split], each) for split, each in zip(splits, numbered, strict=True)}
-    return Found(
+    parts = {split: RawSplit(images[split], each) for split, each in zip(splits, numbered, strict=True)}
+    return RawSplits(
         parts.get("train", no_images()),
         parts.get("test", no_images()),
         classes,

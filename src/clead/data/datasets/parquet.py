@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import Found, InMemoryDataset, Part, Role, existing, no_images, split_role
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, no_images, resolve_path, split_role
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import display, files_below, visible_folders
@@ -36,9 +36,9 @@ class Parquet(InMemoryDataset):
 
     path: Path = setting(..., "The folder that holds the Parquet files, or one file.")
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Return the encoded images; raises UserError for another layout, MissingExtra without pyarrow."""
-        return read_parquet(existing(self.path))
+        return read_parquet(resolve_path(self.path))
 
 
 class ParquetFiles(NamedTuple):
@@ -56,7 +56,7 @@ def has_parquet(path: Path) -> bool:
     return path.is_dir() and bool(_parquet_files(path))
 
 
-def read_parquet(path: Path) -> Found:
+def read_parquet(path: Path) -> RawSplits:
     """Read all shards of every split.
 
     Raises:
@@ -79,12 +79,12 @@ def read_parquet(path: Path) -> Found:
     else:
         numbered, classes = [by_name(files.folder, split.labels, names) for split in read.values()], tuple(names)
     parts = {
-        role: Part(split.images, labels, split.where, split.columns)
+        role: RawSplit(split.images, labels, split.where, split.columns)
         for (role, split), labels in zip(read.items(), numbered, strict=True)
     }
     taken = {shard.resolve() for shards in files.splits.values() for shard in shards}
     taken |= {file for split in read.values() for file in split.beside}
-    return Found(
+    return RawSplits(
         parts.get("train", no_images()),
         parts.get("test", no_images()),
         classes,

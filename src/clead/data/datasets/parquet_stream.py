@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import Found, InMemoryDataset, Part, Role, check, existing, renumber, say_left_out, say_remarks
+from clead.data.base import (
+    InMemoryDataset,
+    RawSplit,
+    RawSplits,
+    Role,
+    check,
+    renumber,
+    resolve_path,
+    say_left_out,
+    say_remarks,
+)
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS
 from clead.data.datasets.parquet import (
@@ -26,8 +36,8 @@ from clead.data.datasets.parquet import (
     parquet_files,
 )
 from clead.data.datasets.parquet import unread as _skipped
-from clead.data.decoding import Fit, decode
-from clead.data.labels import partly_labelled, stratified
+from clead.data.decoding import ResizeSpec, decode
+from clead.data.labels import hide_labels, stratified
 from clead.data.repeats import repeats
 from clead.data.streaming import Shards, StreamedImages, unreadable
 from clead.errors import UserError
@@ -59,7 +69,7 @@ class ParquetStream(InMemoryDataset):
     )
     decode_workers: int | None = setting(None, "Threads that decode images; None: one per core.", unit="threads", ge=1)
 
-    def read(self) -> Found:
+    def read(self) -> RawSplits:
         """Not for images that do not fit into memory: ``load`` reads."""
         raise NotImplementedError
 
@@ -79,7 +89,7 @@ class ParquetStream(InMemoryDataset):
                 f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out "
                 "and write the images of a group into one row group, or use --data.name parquet"
             )
-        files = parquet_files(existing(self.path))
+        files = parquet_files(resolve_path(self.path))
         splits, origin, notes = _roles(files)
         fit = None
         images, values, names, left_out = {}, {}, [], []
@@ -101,8 +111,8 @@ class ParquetStream(InMemoryDataset):
         if left_out:
             say_left_out(left_out, sum(map(len, values.values())) + len(left_out))
         labels, classes, more = _number(files.folder, names, values)
-        parts = {role: Part([], each) for role, each in labels.items()}
-        found = Found(parts["train"], parts["test"], classes, parts.get("val"), notes=(*notes, *more))
+        parts = {role: RawSplit([], each) for role, each in labels.items()}
+        found = RawSplits(parts["train"], parts["test"], classes, parts.get("val"), notes=(*notes, *more))
         check(found, limit_train=self.limit_train)
         notes = found.notes
         if self.classes is not None:
@@ -126,24 +136,24 @@ class ParquetStream(InMemoryDataset):
             digest.update(images[part].rows.numpy() if left_out else b"")
             digest.update(labels[part].numpy())
         digest.update(val.images.rows.numpy())
-        train = partly_labelled(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
+        train = hide_labels(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
         streamed: tuple[StreamedImages, ...] = (val.images, test.images)
         val, test = _decoded(val), _decoded(test)
         remarks = streamed[0].remarks + streamed[1].remarks
         notes = (*notes, *say_remarks(remarks, self.background), *repeats([val, test]))
-        skipped = _skipped(existing(self.path), {file.resolve() for found in splits.values() for file in found})
+        skipped = _skipped(resolve_path(self.path), {file.resolve() for found in splits.values() for file in found})
         return Splits(
             train, val, test, classes, digest.hexdigest(), tuple(left_out), skipped=skipped, notes=notes, origin=origin
         )
 
-    def _fit(self, shards: Shards) -> Fit:
+    def _fit(self, shards: Shards) -> ResizeSpec:
         """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
         if self.image_size is not None and self.channels is not None:
-            return Fit(self.image_size, self.resize, self.channels, self.background)
+            return ResizeSpec(self.image_size, self.resize, self.channels, self.background)
         row = 0
         while True:
             try:
-                first = decode(shards.blobs(np.array([row])), [shards.name(row)], Fit())
+                first = decode(shards.blobs(np.array([row])), [shards.name(row)], ResizeSpec())
                 break
             except UserError:
                 if not self.skip_unreadable or row == shards.rows - 1:
@@ -155,7 +165,7 @@ class ParquetStream(InMemoryDataset):
                 f"{shards.name(row)}: the image is {width}x{height} pixels, and images that are streamed must be square; set "
                 f"--data.image_size, for instance {min(height, width)}"
             )
-        return Fit(
+        return ResizeSpec(
             self.image_size or height, self.resize, self.channels or (1 if channels == 1 else 3), self.background
         )
 

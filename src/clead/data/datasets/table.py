@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clead.data.base import Found, Part, Role, no_images, split_role
+from clead.data.base import RawSplit, RawSplits, Role, no_images, split_role
 from clead.data.bounded import read_file
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
@@ -58,7 +58,7 @@ class Listed(NamedTuple):
     columns: dict[str, str]
 
 
-def read_table_folder(path: Path) -> Found:
+def read_table_folder(path: Path) -> RawSplits:
     """Read the table at ``path``, or those of a folder: train.csv and test.csv, or one for all.
 
     Raises:
@@ -95,7 +95,7 @@ def _unlisted(folder: Path, listed: set[str]) -> list[str]:
     ]
 
 
-def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str]) -> Found:
+def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str]) -> RawSplits:
     """Return the images in their splits; what has no split, if others have one, is for training."""
     listed, repeated = _without_repeats(listed, path)
     if repeated:
@@ -104,15 +104,15 @@ def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str
     whole = [_NUMBER.fullmatch(value) for value in values]
     numbers = [int(match[1]) for match in whole if match]
     (numbered,), classes, said = number_labels(numbers if len(numbers) == len(values) else values)
-    parts: dict[str, Part] = {}
+    parts: dict[str, RawSplit] = {}
     for split in ("train", "val", "test"):
         rows = [row for row, each in enumerate(listed) if (each.split or "train") == split]
         if rows:
             names = [listed[row].file for row in rows]
             keys = sorted({key for row in rows for key in listed[row].columns})
             columns = {key: [listed[row].columns.get(key, "") for row in rows] for key in keys}
-            parts[split] = Part([read_file(Path(name)) for name in names], numbered[rows], names, columns)
-    return Found(
+            parts[split] = RawSplit([read_file(Path(name)) for name in names], numbered[rows], names, columns)
+    return RawSplits(
         parts.get("train", no_images()),
         parts.get("test", no_images()),
         classes,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from clead.data.base import Found, Part, no_images
+from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import read_file
 from clead.data.datasets import READERS, Reader
 from clead.errors import UserError
@@ -20,7 +20,7 @@ def _root(path: Path) -> Path | None:
     return next((each for each in (path / _FOLDER, path) if (each / "val" / _ANNOTATIONS).is_file()), None)
 
 
-def read_tiny_imagenet(path: Path) -> Found:
+def read_tiny_imagenet(path: Path) -> RawSplits:
     """Read train/WNID/images/ and val/images/; classes in the order of wnids.txt, called as words.txt says, where they are there.
 
     Raises:
@@ -54,7 +54,9 @@ def read_tiny_imagenet(path: Path) -> Found:
         )
     test = _images(root / "test") if (root / "test").is_dir() else []
     skipped = (f"{root / 'test'}: {len(test)} images without labels",) if test else ()
-    return Found(_part(train), no_images(), _names(root, wnids), val=_part(val), skipped=skipped, ordered=bool(listed))
+    return RawSplits(
+        _part(train), no_images(), _names(root, wnids), val=_part(val), skipped=skipped, ordered=bool(listed)
+    )
 
 
 def _lines(file: Path) -> list[str]:
@@ -67,9 +69,9 @@ def _images(folder: Path) -> list[Path]:
     return [file for file in inside if file.suffix.lower() in _EXTENSIONS and file.is_file() and file.name[0] != "."]
 
 
-def _part(rows: list[tuple[Path, int]]) -> Part:
+def _part(rows: list[tuple[Path, int]]) -> RawSplit:
     labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
-    return Part([read_file(file) for file, _ in rows], labels, [str(file) for file, _ in rows])
+    return RawSplit([read_file(file) for file, _ in rows], labels, [str(file) for file, _ in rows])
 
 
 def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ class _Noise:
 
 
 @dataclass(frozen=True)
-class Offer:
+class AttackOption:
     """One attack of the list.
 
     Attributes:
@@ -61,15 +61,15 @@ class Offer:
     least: int = 1
 
 
-OFFERS: dict[str, Offer] = {
-    "pgd": Offer(
+OFFERS: dict[str, AttackOption] = {
+    "pgd": AttackOption(
         "PGD – many small steps",
         "Follows the model's own gradient uphill in small steps and stays within ε. The plain strong attack.",
         "gradient steps",
         lambda steps: PGD(steps=steps, keep="best"),
         lambda steps: steps + 1,
     ),
-    "apgd": Offer(
+    "apgd": AttackOption(
         "APGD – finds its own step size",
         "PGD that adapts its step size as it goes: the first attack of AutoAttack, the field's standard.",
         "gradient steps",
@@ -77,28 +77,28 @@ OFFERS: dict[str, Offer] = {
         lambda steps: steps + 1,
         least=4,  # the radius of L1 shrinks in three stages
     ),
-    "fgsm": Offer(
+    "fgsm": AttackOption(
         "FGSM – a single step",
         "One step along the gradient, as far as ε allows: the oldest and weakest of the gradient attacks.",
         "",
         lambda steps: FGSM(),
         lambda steps: 2,
     ),
-    "fab": Offer(
+    "fab": AttackOption(
         "FAB – the nearest wrong answer",
         "Looks for the closest image that one of the three most likely wrong classes gets; counts if it is within ε.",
         "steps for each of the three classes",
         lambda steps: FAB(steps=steps, targets=3),
         lambda steps: 3 * steps + 1,
     ),
-    "square": Offer(
+    "square": AttackOption(
         "Square – only asks questions",
         f"Sees no gradient, only the model's answers: changes random squares and keeps what helps; {_QUERIES} questions a step.",
         f"times {_QUERIES} questions",
         lambda steps: Square(queries=_QUERIES * steps),
         lambda steps: _QUERIES * steps,
     ),
-    "noise": Offer(
+    "noise": AttackOption(
         "Random noise – no attack at all",
         "Moves every pixel at random within ε. Nothing is aimed, so models rarely mind: compare it with an attack.",
         "",

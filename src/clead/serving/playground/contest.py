@@ -19,7 +19,7 @@ from clead.api.opened import evaluated_images
 from clead.api.results import read_record
 from clead.attacks.fmn import FMN
 from clead.attacks.pgd import PGD
-from clead.attacks.run import attack_images, check_finite, finite_images
+from clead.attacks.run import check_finite, finite_images, run_attack
 from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.base import fingerprint
@@ -31,7 +31,7 @@ from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.split import SplitModel, copied
 from clead.report.record import Estimate, Record
-from clead.serving.models import Guard, ServedModel
+from clead.serving.models import FittedDetector, ServedModel
 from clead.serving.playground.choices import (
     ATTACK_SECONDS,
     MAX_FILE,
@@ -60,13 +60,13 @@ _HALVINGS = 5
 
 
 @dataclass(frozen=True)
-class Entrant:
+class PlaygroundModel:
     """One model of the playground: its own copy, because an attack changes a model's mode while it runs."""
 
     name: str
     method: str
     model: SplitModel
-    guard: Guard | None
+    guard: FittedDetector | None
     record: Record | None
     device: torch.device
 
@@ -77,7 +77,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """All models, the test images that they share, and what may be chosen.
 
     Attributes:
@@ -90,7 +90,7 @@ class Contest:
         start: what the page begins with.
     """
 
-    entrants: tuple[Entrant, ...]
+    entrants: tuple[PlaygroundModel, ...]
     images: ImageSet
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
@@ -99,14 +99,14 @@ class Contest:
     start: AttackSettings
 
     @property
-    def pair(self) -> tuple[Entrant, ...]:
+    def pair(self) -> tuple[PlaygroundModel, ...]:
         """Return the one or two models that meet side by side."""
         return self.entrants[:2]
 
 
 def open_contest(
     runs: Sequence[str | Path], models: Mapping[str, ServedModel], overrides: Sequence[str] = ()
-) -> Contest:
+) -> Comparison:
     """Return the contest of ``runs``, whose opened ``models`` are in the same order.
 
     Raises UserError if there are more than eight, or if they differ in classes, shape or test images: one image is shown to all.
@@ -140,7 +140,7 @@ def open_contest(
         alone = copied(model.model).requires_grad_(False).eval()
         device = next((p.device for p in alone.parameters()), torch.device("cpu"))
         record = read_record(run.path) if evaluated else None
-        entrants.append(Entrant(model.name, method, alone, model.guard, record, device))
+        entrants.append(PlaygroundModel(model.name, method, alone, model.guard, record, device))
         if eps is None and (method != "standard" or len(runs) == 1):
             eps = config.threat.norm, Ratio(config.threat.eps)
     norm, radius = eps or (config.threat.norm, Ratio(config.threat.eps))
@@ -148,10 +148,10 @@ def open_contest(
     norm = norm if norm in allowed else "linf"
     start = AttackSettings(norm=norm, eps=allowed[norm].default)
     assert chosen is not None
-    return Contest(tuple(entrants), chosen, first.classes, first.shape, first, allowed, start)
+    return Comparison(tuple(entrants), chosen, first.classes, first.shape, first, allowed, start)
 
 
-def read_image(content: bytes, contest: Contest) -> tuple[Tensor, tuple[int, int]]:
+def read_image(content: bytes, contest: Comparison) -> tuple[Tensor, tuple[int, int]]:
     """Return an image file as (C, H, W) uint8, resized as the training's images were, and its own (width, height).
 
     Raises UserError, before anything is decoded, if the file is too long, has too many pixels, or is no image.
@@ -183,7 +183,7 @@ def read_image(content: bytes, contest: Contest) -> tuple[Tensor, tuple[int, int
         return image, opened.size
 
 
-class Sight(NamedTuple):
+class Prediction(NamedTuple):
     """What one model says of one image: probabilities (K,), the most probable class, and the detector's score, or None."""
 
     probabilities: list[float]
@@ -207,8 +207,8 @@ class Outcome:
     name: str
     label: int
     own: bool
-    clean: Sight
-    adversarial: Sight
+    clean: Prediction
+    adversarial: Prediction
     x_adv: Tensor
     attacked: bool
     size: float
@@ -222,7 +222,7 @@ class Outcome:
         return self.attacked and self.adversarial.answer != self.label
 
 
-class _Asked(nn.Module):
+class CountedModel(nn.Module):
     """A model that counts how often it is asked, says so, and stops an attack that takes too long."""
 
     def __init__(self, model: nn.Module, report: Callable[[int], None], deadline: float) -> None:
@@ -230,6 +230,7 @@ class _Asked(nn.Module):
         self.model, self.report, self.deadline, self.passes = model, report, deadline, 0
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, K); raises UserError once the time is up."""
         self.passes += 1
         if time.monotonic() > self.deadline:
             raise UserError("the attack took too long and was stopped; choose fewer steps, or fewer images")
@@ -238,7 +239,7 @@ class _Asked(nn.Module):
 
 
 def attack_image(
-    entrants: Sequence[Entrant],
+    entrants: Sequence[PlaygroundModel],
     image: Tensor,
     label: int | None,
     settings: AttackSettings,
@@ -281,7 +282,7 @@ def attack_image(
                 look(entrant, x_adv)[0],
                 x_adv[0],
                 attacked,
-                float(threat.size(x_adv - x)),
+                float(threat.distance(x_adv - x)),
                 time.monotonic() - started,
                 passes,
                 {other.name: look(other, x_adv)[0].answer for other in entrants if other is not entrant},
@@ -290,7 +291,7 @@ def attack_image(
     return found
 
 
-def look(entrant: Entrant, x: Tensor) -> list[Sight]:
+def look(entrant: PlaygroundModel, x: Tensor) -> list[Prediction]:
     """Return what the model and its detector say of images (n, C, H, W) in [0, 1]."""
     guard = entrant.guard
     with exact_float32(), torch.inference_mode():
@@ -304,13 +305,13 @@ def look(entrant: Entrant, x: Tensor) -> list[Sight]:
         raise UserError(f"{entrant.name} answers NaN or infinity to this image; choose another one")
     rows = logits.softmax(1).tolist()
     return [
-        Sight(row, answer, None if scores is None else scores[i])
+        Prediction(row, answer, None if scores is None else scores[i])
         for i, (row, answer) in enumerate(zip(rows, logits.argmax(1).tolist(), strict=True))
     ]
 
 
 @dataclass(frozen=True)
-class Decline:
+class EpsilonCurve:
     """How one model's probability of the right class falls with ε on one image.
 
     Attributes:
@@ -327,13 +328,13 @@ class Decline:
 
 
 def declines(
-    entrants: Sequence[Entrant],
+    entrants: Sequence[PlaygroundModel],
     image: Tensor,
     outcomes: Sequence[Outcome],
     settings: AttackSettings,
     largest: float,
     report: Report | None = None,
-) -> list[Decline]:
+) -> list[EpsilonCurve]:
     """Return for each model how it gives way on ``image`` (C, H, W) uint8 as ε grows to twice the chosen one.
 
     At each radius PGD of 20 steps, and the chosen attack's own image at the chosen one; FMN of 100 steps looks for the smallest
@@ -341,7 +342,7 @@ def declines(
     ones, since they hold it too. ``largest``: the largest radius that is allowed.
     """
     x = _pixels(image[None])
-    eps, measure = float(settings.eps), THREATS.get(settings.norm)(eps=0).size
+    eps, measure = float(settings.eps), THREATS.get(settings.norm)(eps=0).distance
     top = min(2 * eps, max(largest, eps))
     grid = sorted({*(top * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)), eps})
     found = []
@@ -358,33 +359,33 @@ def declines(
         points = [(0.0, outcome.clean), (outcome.size, outcome.adversarial)]
         if outcome.attacked:
 
-            def strike(
-                radius: float, entrant: Entrant = entrant, asked: _Asked = asked, y: Tensor = y
-            ) -> tuple[float, Sight]:
+            def attack_at(
+                radius: float, entrant: PlaygroundModel = entrant, asked: CountedModel = asked, y: Tensor = y
+            ) -> tuple[float, Prediction]:
                 threat = THREATS.get(settings.norm)(eps=radius)
                 attack = PGD(steps=_CURVE_STEPS, keep="best")
                 x_adv = _attack(attack, asked, x.to(entrant.device), y, threat, settings.seed).cpu()
                 return float(measure(x_adv - x)), look(entrant, x_adv)[0]
 
-            points += [strike(radius) for radius in grid[1:]]
+            points += [attack_at(radius) for radius in grid[1:]]
             with exact_float32():
                 nearest = float(distances(FMN(steps=_SEARCH_STEPS), asked, x.to(entrant.device), y, settings.norm))
             smallest = min([size for size, sight in points if sight.answer != label] + [nearest])
             held = max(radius for radius in grid if radius < smallest)
             for _ in range(_HALVINGS if smallest < float("inf") else 0):
-                points.append(strike((held + smallest) / 2))
+                points.append(attack_at((held + smallest) / 2))
                 broken = points[-1][1].answer != label
                 held, smallest = (held, min(smallest, points[-1][0])) if broken else ((held + smallest) / 2, smallest)
         else:
             smallest = 0.0
         slack = 1 + 1e-4  # a change at the ball's border, measured again in float32
         lowest = [min(s.probabilities[label] for size, s in points if size <= radius * slack + 1e-7) for radius in grid]
-        found.append(Decline(entrant.name, grid, lowest, smallest if smallest < float("inf") else None))
+        found.append(EpsilonCurve(entrant.name, grid, lowest, smallest if smallest < float("inf") else None))
     return found
 
 
 @dataclass(frozen=True)
-class Standing:
+class LeaderboardRow:
     """One line of the leaderboard: what was measured here, on few images, and what the run's record says, on more.
 
     ``held`` counts images that are right when clean and under the chosen attack; both are None before an attack was run.
@@ -398,15 +399,15 @@ class Standing:
     seconds: float = 0.0
 
 
-def standings(contest: Contest) -> list[Standing]:
+def standings(contest: Comparison) -> list[LeaderboardRow]:
     """Return the leaderboard as the runs' records have it, the most robust first, those without a record last."""
-    found = [Standing(entrant.name, entrant.method, entrant.record) for entrant in contest.entrants]
+    found = [LeaderboardRow(entrant.name, entrant.method, entrant.record) for entrant in contest.entrants]
     return sorted(found, key=lambda s: -s.record.robust_accuracy if s.record else 1.0)
 
 
 def attack_leaderboard(
-    contest: Contest, settings: AttackSettings, n: int, report: Report | None = None
-) -> list[Standing]:
+    contest: Comparison, settings: AttackSettings, n: int, report: Report | None = None
+) -> list[LeaderboardRow]:
     """Attack the first ``n`` test images on every model and return the leaderboard, the most robust first.
 
     Raises UserError if n is above 64 or the number of images, or if a model takes more than a minute.
@@ -429,7 +430,7 @@ def attack_leaderboard(
             answers = torch.tensor([sight.answer for sight in look(entrant, made)])
             held[right] = (answers == y[right]) & finite_images(made)
         found.append(
-            Standing(
+            LeaderboardRow(
                 entrant.name,
                 entrant.method,
                 entrant.record,
@@ -441,21 +442,23 @@ def attack_leaderboard(
     return sorted(found, key=lambda s: -s.held.accuracy if s.held else 1.0)
 
 
-def _asked(entrant: Entrant, expected: int, report: Report | None, place: int, of: int, words: str) -> _Asked:
+def _asked(
+    entrant: PlaygroundModel, expected: int, report: Report | None, place: int, of: int, words: str
+) -> CountedModel:
     """Return the model as an attack gets it; ``expected`` passes are the ``place``-th of ``of`` equal parts of the work."""
 
     def passed(count: int) -> None:
         if report is not None:
             report((place + min(count / max(expected, 1), 1.0)) / of, words)
 
-    return _Asked(entrant.model, passed, time.monotonic() + ATTACK_SECONDS)
+    return CountedModel(entrant.model, passed, time.monotonic() + ATTACK_SECONDS)
 
 
-def _attack(attack: Attack | Search, asked: _Asked, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:
+def _attack(attack: Attack | Search, asked: CountedModel, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:
     """Return x_adv, verified to be in the threat set."""
     generator = torch.Generator(x.device).manual_seed(seed)
     with exact_float32():
-        x_adv = attack_images(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, exact=True)
+        x_adv = run_attack(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, exact=True)
     check_finite(x_adv, type(attack).__name__)
     return x_adv
 

@@ -41,7 +41,7 @@ from clead.serving.playground.choices import (
     read_query,
     whole,
 )
-from clead.serving.playground.contest import Contest
+from clead.serving.playground.contest import Comparison
 from clead.serving.playground.fence import Fence
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
@@ -66,7 +66,7 @@ class Picked:
     lines: tuple[str, ...]
 
 
-def mounted(
+def create_playground_app(
     runs: Sequence[str | Path], settings: ServeSettings | None = None, overrides: Sequence[str] = ()
 ) -> FastAPI:
     """Return the server's application with the playground of ``runs`` under ``/playground``, where ``/`` leads.
@@ -119,7 +119,7 @@ def mounted(
     return app
 
 
-def page(contest: Contest) -> gr.Blocks:
+def page(contest: Comparison) -> gr.Blocks:
     """Return the page of ``contest``; one computation runs at a time, and sixteen wait at most."""
     # An attack changes its model's mode while it runs, and seeds the global generators.
     one_at_a_time = threading.Lock()
@@ -463,7 +463,7 @@ def _theme() -> gr.themes.Base:
     return theme.set(**dark, **labels, **{f"{name}_dark": "*primary_700" for name in list(dark)[:1]})
 
 
-def _head(contest: Contest) -> str:
+def _head(contest: Comparison) -> str:
     meet = "; ".join(f"<b>{escape(entrant.name)}</b> – {escape(pictures.trained(entrant))}" for entrant in contest.pair)
     rest = len(contest.entrants) - len(contest.pair)
     more = f" {rest} more on the leaderboard." if rest else ""
@@ -473,7 +473,7 @@ def _head(contest: Contest) -> str:
     )
 
 
-def _canvas(contest: Contest) -> str:
+def _canvas(contest: Comparison) -> str:
     channels, height, width = contest.shape
     images = contest.images.images
     edge = float(np.median(images[:256, :, (0, -1), :].numpy()))
@@ -502,13 +502,13 @@ def _drawn(data: Any) -> bytes:
         raise UserError("the drawing: broken data; start again") from None
 
 
-def _test_image(contest: Contest, index: int) -> Picked:
+def _test_image(contest: Comparison, index: int) -> Picked:
     label = int(contest.images.labels[index])
     lines = (f"Test image {index} of {len(contest.images)}", f"its class: {contest.classes[label]}")
     return Picked(contest.images.images[index], index, label, lines)
 
 
-def _given(contest: Contest, content: bytes, what: str) -> Picked:
+def _given(contest: Comparison, content: bytes, what: str) -> Picked:
     """Return a visitor's own image, and what became of it on the way to the model's shape."""
     image, (width, height) = computing.read_image(content, contest)
     channels, h, w = contest.shape
@@ -530,11 +530,11 @@ def _enlarged(image: Tensor) -> np.ndarray:
     return array.repeat(times, 0).repeat(times, 1)
 
 
-def _in_255ths(contest: Contest, norm: str) -> bool:
+def _in_255ths(contest: Comparison, norm: str) -> bool:
     return contest.shape[0] == 3 and norm == "linf"
 
 
-def _slider(contest: Contest, norm: str, eps: float) -> dict[str, Any]:
+def _slider(contest: Comparison, norm: str, eps: float) -> dict[str, Any]:
     """Return range, value and label of the slider for ε: L∞ of colour images in 255ths, all else as it is."""
     largest, words = contest.radii[norm].largest, NORM_WORDS[norm][1]
     if _in_255ths(contest, norm):
@@ -549,7 +549,7 @@ def _slider(contest: Contest, norm: str, eps: float) -> dict[str, Any]:
     return {"minimum": step, "maximum": largest, "value": round(eps, 6), "step": step, "label": f"ε: {words}"}
 
 
-def _typed(contest: Contest, norm: str, value: Any) -> Ratio:
+def _typed(contest: Comparison, norm: str, value: Any) -> Ratio:
     """Return the slider's value as a radius."""
     try:
         number = float(value)
@@ -561,7 +561,7 @@ def _typed(contest: Contest, norm: str, value: Any) -> Ratio:
         raise UserError(f"eps: must be a finite number, got {number}; type one") from None
 
 
-def _label(contest: Contest, truth: Any) -> int | None:
+def _label(contest: Comparison, truth: Any) -> int | None:
     if truth == _OWN:
         return None
     if truth not in contest.classes:

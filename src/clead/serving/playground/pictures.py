@@ -16,7 +16,14 @@ from clead.evaluation.suites import in_words
 from clead.report import drawing, words
 from clead.report.record import Estimate
 from clead.serving.playground.choices import NORM_WORDS, OFFERS, AttackSettings
-from clead.serving.playground.contest import Contest, Decline, Entrant, Outcome, Sight, Standing
+from clead.serving.playground.contest import (
+    Comparison,
+    EpsilonCurve,
+    LeaderboardRow,
+    Outcome,
+    PlaygroundModel,
+    Prediction,
+)
 
 _SHOWN = 5
 _METHODS = {
@@ -92,7 +99,7 @@ HEAD = (
 """Rules for what stands around the page's contents, where gradio does not let ``css`` reach."""
 
 
-def trained(entrant: Entrant | Standing) -> str:
+def trained(entrant: PlaygroundModel | LeaderboardRow) -> str:
     """Return in words how a model was trained."""
     if entrant.method == "standard":
         return "trained without attacks"
@@ -145,7 +152,7 @@ def verdict(outcomes: Sequence[Outcome], classes: Sequence[str], settings: Attac
     )
 
 
-def outcomes(found: Sequence[Outcome], contest: Contest, image: Tensor, settings: AttackSettings) -> str:
+def outcomes(found: Sequence[Outcome], contest: Comparison, image: Tensor, settings: AttackSettings) -> str:
     """Return each model's clean image, change and adversarial image side by side, with probabilities and the detector's verdict."""
     cards = [
         _card(outcome, entrant, contest, image, settings) for outcome, entrant in zip(found, contest.pair, strict=True)
@@ -153,7 +160,7 @@ def outcomes(found: Sequence[Outcome], contest: Contest, image: Tensor, settings
     return f'<div class="clead">{"".join(cards)}</div>'
 
 
-def curve(found: Sequence[Decline], entrants: Sequence[Entrant], settings: AttackSettings) -> str:
+def curve(found: Sequence[EpsilonCurve], entrants: Sequence[PlaygroundModel], settings: AttackSettings) -> str:
     """Return the plot of the right class's probability against ε, and the smallest ε that breaks each model, in words."""
     norm = NORM_WORDS[settings.norm][0]
     figure, axes = drawing.new_axes(470, 210)
@@ -196,7 +203,7 @@ def curve(found: Sequence[Decline], entrants: Sequence[Entrant], settings: Attac
     )
 
 
-def _described(found: Sequence[Decline], norm: str) -> str:
+def _described(found: Sequence[EpsilonCurve], norm: str) -> str:
     """Return what the plot shows, for those who cannot see it."""
     parts = [
         f"{decline.name} falls from {decline.probabilities[0]:.0%} at ε 0 to {decline.probabilities[-1]:.0%} at ε "
@@ -207,7 +214,7 @@ def _described(found: Sequence[Decline], norm: str) -> str:
     return f"Lowest probability of the right class found within {norm} ε: {'; '.join(parts)}"
 
 
-def leaderboard(rows: Sequence[Standing], settings: AttackSettings | None = None) -> str:
+def leaderboard(rows: Sequence[LeaderboardRow], settings: AttackSettings | None = None) -> str:
     """Return the leaderboard: what was measured here, if anything was, and what the runs' records say."""
     here = settings is not None and any(row.held is not None for row in rows)
     heads = ["", "model", "training"]
@@ -275,7 +282,9 @@ def _sentence(outcome: Outcome, classes: Sequence[str]) -> str:
     return f"{name} still says <b>{escape(classes[now.answer])}</b> ({sure} sure, {before} before)."
 
 
-def _card(outcome: Outcome, entrant: Entrant, contest: Contest, image: Tensor, settings: AttackSettings) -> str:
+def _card(
+    outcome: Outcome, entrant: PlaygroundModel, contest: Comparison, image: Tensor, settings: AttackSettings
+) -> str:
     clean = image.float() / 255
     drawn, k = change(outcome.x_adv - clean)
     kind, badge = (
@@ -320,7 +329,7 @@ def _picture(image: Tensor, alt: str) -> str:
     return f'<img class="pixels" style="--ratio:{width}/{height}" src="{png(array_of(image))}" alt="{escape(alt, quote=True)}">'
 
 
-def _bars(sight: Sight, outcome: Outcome, classes: Sequence[str]) -> str:
+def _bars(sight: Prediction, outcome: Outcome, classes: Sequence[str]) -> str:
     """Return the most probable classes; the right one, and the answers before and after, are always among them."""
     order = sorted(range(len(classes)), key=lambda k: -sight.probabilities[k])
     must = list(dict.fromkeys([outcome.label, outcome.clean.answer, outcome.adversarial.answer]))
@@ -341,7 +350,7 @@ def _bars(sight: Sight, outcome: Outcome, classes: Sequence[str]) -> str:
     return f'<ul class="bars">{"".join(lines)}</ul>'
 
 
-def _detected(outcome: Outcome, entrant: Entrant) -> str:
+def _detected(outcome: Outcome, entrant: PlaygroundModel) -> str:
     """Return what the detector says of both images."""
     guard, before, after = entrant.guard, outcome.clean.score, outcome.adversarial.score
     if guard is None or before is None or after is None:
@@ -365,7 +374,7 @@ def _detected(outcome: Outcome, entrant: Entrant) -> str:
     )
 
 
-def _smallest(decline: Decline, norm: str, settings: AttackSettings) -> str:
+def _smallest(decline: EpsilonCurve, norm: str, settings: AttackSettings) -> str:
     name = f"<b>{escape(decline.name)}</b>"
     if decline.smallest is None:
         return f"{name}: no change was found that makes its answer wrong."
