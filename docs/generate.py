@@ -135,12 +135,8 @@ def _settings() -> str:
 
 
 def _recipes() -> str:
-    parts = [
-        "# Recipes",
-        "The shipped recipes, as their headers describe them: what was measured, with n and seeds, or that it was not. "
-        "`clead train NAME` runs one, `clead train NAME --show` prints every key of it. "
-        "[Results](../results/headline.md) compares them.",
-    ]
+    sections: list[str] = []
+    rows = []
     for name in config.recipe_names():
         lines = config.recipe_text(name)[1].splitlines()
         header = [line.removeprefix("# ") for line in lines if line.startswith("# ")][1:]
@@ -151,8 +147,19 @@ def _recipes() -> str:
                 fields.append([key, text.strip()])
             else:
                 fields[-1][1] += f" {line.strip()}"
-        parts += [f"## {name}", "\n".join(f"- **{key}**: {_prose(text)}" for key, text in fields)]
-    return _page(parts)
+        sections += [f"## {name}", "\n".join(f"- **{key}**: {_prose(text)}" for key, text in fields)]
+        hardware = dict(fields)["hardware"].split(" (")[0]
+        measured = re.split(r"(?<=%) \(|(?<=run)[:;]", dict(fields)["measured"])[0].rstrip(".:;")
+        rows.append(f"| [{name}](#{name}) | {_cell(_prose(hardware))} | {_cell(_prose(measured))} |")
+    parts = [
+        "# Recipes",
+        "The shipped recipes, as their headers describe them: what was measured, with n and seeds, or that it was not. "
+        "`clead train NAME` runs one, `clead train NAME --show` prints every key of it. "
+        "[Results](../results/headline.md) compares them.",
+        "In brief; threat, n and seeds of each number are below:",
+        "\n".join(["| recipe | hardware and time | measured |", "|---|---|---|", *rows]),
+    ]
+    return _page([*parts, *sections])
 
 
 def _commands() -> str:

@@ -167,7 +167,8 @@ def prepared(page: str, trained: Path) -> None:
     Path("digit.png").write_bytes(Path("my/images/test/3/0.png").read_bytes())
     for name in ("benchmarks", "examples", "docs"):
         shutil.copytree(ROOT / name, name)  # a command may write where its results are
-    shutil.copy(ROOT / "constraints.txt", "constraints.txt")
+    for name in ("constraints.txt", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, name)
     _cifar(Path("cifar-data/cifar10"))
     os.environ["CLEAD_DATA"] = str(Path("cifar-data").resolve())
     classes = 2 if "photos" in text else 10
