@@ -22,7 +22,7 @@ ROOMS = {
     "config": "the configuration of a run: one frozen tree, YAML in and out",
     "checkpoint": "the run directory",
     "weights": "weights from elsewhere: read without running code, matched by name",
-    "report.record": "the schema of a record; the other files of `report` draw it",
+    "results": "the schema of records, statistics, and how numbers are written and drawn",
     "evaluation": "clean and robust accuracy, the worst case per image, intervals, paired tests, masking checks",
     "training": "the only place that calls backward and steps the optimiser",
     "report": "draws records: one self-contained HTML page, and its figures",

@@ -22,7 +22,7 @@ from clead import api, cli, config
 from clead.checkpoint import RunDir, load_weights
 from clead.evaluation import masking
 from clead.progress import progress
-from clead.report.record import CheckPart
+from clead.results.record import CheckPart
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16
 --attack.steps 1 --train.epochs 2 --train.validate_steps 1 --eval.steps 2 --eval.curve_points 2 --eval.curve_steps 1

@@ -35,7 +35,7 @@ from torch import nn
 import clead
 from clead import api, cli, config
 from clead.config import load_recipe
-from clead.report.record import Record
+from clead.results.record import Record
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -503,7 +503,7 @@ def test_the_site_loads_nothing_from_the_network(site):
 
 def test_the_site_has_what_the_pages_promise(site):
     page = (site / "reference" / "python.html").read_text()
-    for name in ("clead.evaluate", "clead.train", "clead.attacks.apgd.apgd", "clead.report.record.Record"):
+    for name in ("clead.evaluate", "clead.train", "clead.attacks.apgd.apgd", "clead.results.record.Record"):
         assert f'id="{name}"' in page, name
     assert (
         "--8&lt;--" not in (site / "contributing.html").read_text()

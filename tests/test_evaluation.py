@@ -18,7 +18,7 @@ from clead.evaluation.suites import NamedAttack, suite
 from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import ImageSet
 from clead.models.cost import CostMeter
-from clead.report.record import Record
+from clead.results.record import Record
 from clead.settings import Ratio
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2

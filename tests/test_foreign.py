@@ -17,7 +17,7 @@ from clead.cli.printing import print_comparison
 from clead.config import evaluation_config, load_recipe
 from clead.errors import UserError
 from clead.models.onnx import OnnxModel
-from clead.report.record import DataPart
+from clead.results.record import DataPart
 
 EVAL = ("--threat.eps", "0.05", "--eval.steps", "3", "--eval.curve_points", "0", "--eval.check_images", "0")
 NET = """

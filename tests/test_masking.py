@@ -21,7 +21,7 @@ from clead.models.cost import CostMeter
 from clead.models.normalize import Normalize
 from clead.models.seeding import fork_rng
 from clead.models.split import adapt
-from clead.report.record import CheckPart
+from clead.results.record import CheckPart
 from clead.threats.l0 import L0
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2

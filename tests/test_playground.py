@@ -20,8 +20,8 @@ import clead
 from clead.checkpoint import fingerprint
 from clead.cli import main
 from clead.errors import UserError
-from clead.evaluation.statistics import estimate
 from clead.models.split import weights
+from clead.results.statistics import estimate
 from clead.serving.models import open_models
 from clead.serving.playground import contest as computing
 from clead.serving.playground import pictures

@@ -25,12 +25,12 @@ from clead.evaluation.measurement import Measurement
 from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
-from clead.report.drawing import PALETTE
 from clead.report.html import RunResult, write_report
-from clead.report.record import MemoryPart, PredictionsPart, Record
 from clead.report.run import parse_eps
 from clead.report.sections.epsilon import epsilon
 from clead.report.sections.stages import draw_stages
+from clead.results.figure import PALETTE
+from clead.results.record import MemoryPart, PredictionsPart, Record
 from clead.threats import THREATS
 
 RECORDS = sorted((Path(__file__).parents[1] / "benchmarks/records").glob("cifar10-small-*-s0-standard.json"))

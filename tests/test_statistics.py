@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clead.errors import UserError
-from clead.evaluation.statistics import estimate, mcnemar
+from clead.results.statistics import estimate, mcnemar
 
 
 @given(n=st.integers(1, 400), data=st.data())

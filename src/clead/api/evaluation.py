@@ -47,7 +47,7 @@ from clead.models.seeding import fork_rng
 from clead.models.split import weights as model_weights
 from clead.models.split import wrapped
 from clead.output import tell
-from clead.report.record import Record, TransferredPart
+from clead.results.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.training.loop import device_of

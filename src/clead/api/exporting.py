@@ -19,7 +19,7 @@ from clead.evaluation.verdicts import to_float
 from clead.interfaces import Splits
 from clead.models.onnx import OnnxModel
 from clead.models.split import weights as model_weights
-from clead.report.record import Record
+from clead.results.record import Record
 
 PRECISIONS = {"onnx": ("float32", "int8"), "safetensors": ("float32", "bfloat16")}
 """onnxruntime's CPU has no bfloat16 convolutions; PyTorch reads 8-bit weights only with another library's help."""

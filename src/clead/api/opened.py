@@ -24,7 +24,7 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Splits, Threat
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
-from clead.report.record import TrainingPart
+from clead.results.record import TrainingPart
 from clead.training.loop import device_of, mean_std
 
 _log = logging.getLogger("clead")

@@ -13,9 +13,9 @@ from clead.atomic_io import JSON_LIMIT, check_inside, read_regular
 from clead.checkpoint import RunDir, load_weights
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement
-from clead.evaluation.statistics import mcnemar
 from clead.report import html
-from clead.report.record import Record
+from clead.results.record import Record
+from clead.results.statistics import mcnemar
 
 Read = TypeVar("Read", bound=BaseModel)
 

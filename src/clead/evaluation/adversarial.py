@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clead.atomic_io import check_output, write_output
 from clead.errors import MissingExtra, UserError
-from clead.report.record import Record
+from clead.results.record import Record
 
 _KEY = b"clead"
 

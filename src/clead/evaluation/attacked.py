@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import to_float
 from clead.interfaces import ImageSet
 from clead.progress import Tick
-from clead.report.record import Estimate
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 
 Flags = tuple[Tensor, Tensor]
 

@@ -35,13 +35,13 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
-from clead.report.record import Estimate
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float64]

@@ -25,14 +25,14 @@ from clead.data.base import stratified
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.progress import Tick, progress
-from clead.report.record import Estimate
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 from clead.settings import Ratio
 from clead.threats.geometry import flat, per_image
 

@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from clead.data.classes import class_order
-from clead.evaluation.statistics import mcnemar
+from clead.results.statistics import mcnemar
 
 PIXELS = 256
 _FEW = 8

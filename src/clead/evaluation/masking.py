@@ -22,7 +22,6 @@ from clead.attacks import ATTACKS, OBJECTIVES
 from clead.attacks.gradient import value_and_gradient
 from clead.attacks.pgd import PGD
 from clead.attacks.run import check_inputs, logits_of
-from clead.evaluation.statistics import mcnemar
 from clead.interfaces import Objective, Threat
 from clead.losses.precision import at_least_float32
 from clead.models.external import ModelError
@@ -30,7 +29,8 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import has_features, wrapped
 from clead.progress import Tick
-from clead.report.record import CheckPart
+from clead.results.record import CheckPart
+from clead.results.statistics import mcnemar
 from clead.settings import Ratio
 from clead.threats.geometry import box_slack, flat, per_image
 from clead.threats.linf import Linf

@@ -23,7 +23,7 @@ from clead.evaluation.smoothing import Certificates
 from clead.evaluation.state import ResumableResults, discard
 from clead.interfaces import ImageSet, Threat
 from clead.models.split import weights
-from clead.report.record import DataPart, ModelPart, ThreatPart
+from clead.results.record import DataPart, ModelPart, ThreatPart
 from clead.settings import Ratio
 
 SCHEMA_VERSION = 1

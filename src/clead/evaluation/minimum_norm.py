@@ -20,12 +20,12 @@ from clead.attacks.run import check_finite, check_inputs, finite_images, logits_
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.split import wrapped
 from clead.progress import progress
-from clead.report.record import CurvePoint, Estimate
+from clead.results.record import CurvePoint, Estimate
+from clead.results.statistics import estimate
 from clead.settings import Ratio
 from clead.threats import THREATS
 

@@ -45,7 +45,6 @@ from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import SINGLE_SHARD, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
 from clead.evaluation.state import Part, ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, describe, suite
 from clead.evaluation.verdicts import correct_mask, exact_float32, is_correct, run_microbatched, to_float
 from clead.interfaces import ImageSet, Search, Threat
@@ -55,7 +54,7 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng as global_seed
 from clead.models.split import SplitModel, has_features, weights, wrapped
 from clead.progress import Tick, progress, scaled
-from clead.report.record import (
+from clead.results.record import (
     AttackPart,
     CheckPart,
     ClassPart,
@@ -68,6 +67,7 @@ from clead.report.record import (
     ThreatPart,
     TrainingPart,
 )
+from clead.results.statistics import estimate
 from clead.settings import Ratio, validated
 from clead.threats.geometry import per_image
 

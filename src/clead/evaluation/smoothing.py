@@ -15,13 +15,13 @@ from clead.attacks.run import check_inputs, logits_of
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
-from clead.report.record import Estimate
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 
 ABSTAIN = -1
 """The class of an image about which the smoothed classifier does not decide."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from clead.attacks.rays import RayS
 from clead.attacks.square import Square
 from clead.errors import UserError
 from clead.interfaces import Attack, Search
-from clead.report.record import Record
+from clead.results.record import Record
 from clead.settings import Ratio
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
@@ -201,3 +202,17 @@ def in_words(record: Record) -> str:
 def listed(words: Sequence[str]) -> str:
     """Return a, b and c."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def suite_label(record: Record) -> str:
+    """Return the suite, to stand beside a figure that is not AutoAttack's; nothing for one that is."""
+    return "" if is_autoattack(record) else in_words(record)
+
+
+def under_suite(record: Record) -> str:
+    """Return the suite as a clause after ``under``, with its commas."""
+    text = in_words(record)
+    head = text.removesuffix(NOT_AUTOATTACK)
+    if head == text:
+        return f"{text},"
+    return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{text},"

@@ -12,12 +12,12 @@ from clead.attacks.pgd import PGD
 from clead.attacks.run import run_attack
 from clead.checkpoint import fingerprint, load_weights
 from clead.evaluation.state import read_header
-from clead.evaluation.statistics import estimate
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
-from clead.report.record import TransferredPart
+from clead.results.record import TransferredPart
+from clead.results.statistics import estimate
 
 PART = 256
 """Images that a training attacks and keeps together."""

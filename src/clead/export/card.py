@@ -10,7 +10,7 @@ from typing import Any
 from clead.errors import MissingExtra, printable
 from clead.evaluation.suites import in_words
 from clead.export.remeasured import Remeasured
-from clead.report.record import Estimate, Record
+from clead.results.record import Estimate, Record
 
 
 def card(

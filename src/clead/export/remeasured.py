@@ -8,11 +8,11 @@ from torch import nn
 
 from clead.config import Eval
 from clead.evaluation.robust import EvaluationTarget, evaluate_model
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.export.onnx import StraightThrough
 from clead.interfaces import ImageSet, Threat
-from clead.report.record import Estimate
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 from clead.settings import validated
 
 QUERY_STEPS = 20

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clead.evaluation.suites import in_words, other_steps
-from clead.report.record import Record
 from clead.report.run import RunResult
-from clead.report.words import first_sentence, percent
+from clead.results.format import first_sentence, percent
+from clead.results.record import Record
 
 
 def same_images(a: Record, b: Record) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from clead.atomic_io import JSON_LIMIT, read_regular, write_atomically
 from clead.errors import UserError
 from clead.output import csv_text
-from clead.report.drawing import Drawing
+from clead.results.figure import Drawing
 
 INDEX = "index.csv"
 """What is in the folder: the name of each figure, and what it shows. Only files that it names are ever removed."""

@@ -12,10 +12,8 @@ from typing import Any
 from clead.atomic_io import open_regular, write_output
 from clead.config import dump_yaml
 from clead.errors import MissingExtra, UserError, did_you_mean
-from clead.evaluation.suites import in_words
-from clead.report import words
+from clead.evaluation.suites import in_words, suite_label, under_suite
 from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
-from clead.report.drawing import PALETTE, PALETTE_DARK, Drawing, style
 from clead.report.figures import write_figures
 from clead.report.run import RunResult, plain
 from clead.report.sections.beyond import beyond
@@ -27,6 +25,8 @@ from clead.report.sections.epsilon import epsilon
 from clead.report.sections.pictures import galleries, maps
 from clead.report.sections.stages import stages
 from clead.report.sections.training import training
+from clead.results import format as formats
+from clead.results.figure import PALETTE, PALETTE_DARK, Drawing, style
 
 GENERATOR = '<meta name="generator" content="clead">'
 """Stands in every report: a file without it is not ours to replace."""
@@ -106,7 +106,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     names = ("percent", "interval", "duration", "p_value", "count", "settings", "size", "norm_of")
-    environment.filters |= {name: getattr(words, name) for name in names}
+    environment.filters |= {name: getattr(formats, name) for name in names}
     return environment.get_template("report.html.jinja")
 
 
@@ -141,10 +141,10 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         ),
         "overview": len(runs) > 1 or not on_survivors(records[0]),
         "suites": list(dict.fromkeys(in_words(record) for record in records)),
-        "others": list(dict.fromkeys(label for record in records if (label := words.suite_label(record)))),
+        "others": list(dict.fromkeys(label for record in records if (label := suite_label(record)))),
         "stages": stages(runs),
         "pairs": [
-            {**pair, "label": words.suite_label(by_name[pair["a"]])}
+            {**pair, "label": suite_label(by_name[pair["a"]])}
             for pair in pairs
             if comparable(by_name[pair["a"]], by_name[pair["b"]])
         ],
@@ -202,13 +202,13 @@ def _run(index: int, run: RunResult) -> dict[str, Any]:
         "index": index,
         "name": run.name,
         "record": record,
-        "threat": words.threat_of(record),
+        "threat": formats.threat_of(record),
         "method": record.training.method if record.training else str(configured),
         "yaml": dump_yaml(plain(run.config)) if run.config else "",
         "attacks": {} if on_survivors(record) else {attack.name: attack for attack in record.attacks},
         "suite": in_words(record),
-        "label": words.suite_label(record),
-        "under": words.under_suite(record),
+        "label": suite_label(record),
+        "under": under_suite(record),
         "failed": [check.name for check in record.checks if not check.passed],
         "measurements": [measured for kind in sorted(run.measurements) if (measured := run.measured(kind))],
     }

@@ -11,7 +11,7 @@ import numpy as np
 
 from clead.errors import UserError
 from clead.evaluation.measurement import Measurement
-from clead.report.record import Record
+from clead.results.record import Record
 
 
 @dataclass(frozen=True)

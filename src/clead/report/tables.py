@@ -10,7 +10,7 @@ from clead.evaluation.detection import Detection, DetectionPoint, DetectorPart
 from clead.evaluation.measurement import Measurement
 from clead.evaluation.minimum_norm import MinimumNormResult
 from clead.evaluation.smoothing import Certificates
-from clead.report.record import Estimate
+from clead.results.record import Estimate
 
 REJECTED = (0.05, 0.1)
 """Clean rejection rates at which the table shows a detector."""

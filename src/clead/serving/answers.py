@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from clead.report.record import Estimate
+from clead.results.record import Estimate
 
 Number = Annotated[float, Strict()]
 

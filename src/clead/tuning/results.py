@@ -16,7 +16,7 @@ from clead.atomic_io import write_atomically
 from clead.config import TUNE, dump_yaml
 from clead.errors import MissingExtra, printable
 from clead.output import csv_text
-from clead.report.drawing import PALETTE
+from clead.results.figure import PALETTE
 from clead.tuning.space import SearchSpec
 
 _STATES = {

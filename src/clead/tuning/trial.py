@@ -13,7 +13,7 @@ from clead.atomic_io import remove_tree_inside
 from clead.config import RunConfig
 from clead.errors import NotEnoughMemory, out_of_memory
 from clead.evaluation.state import UntrustedState
-from clead.report.record import Record
+from clead.results.record import Record
 from clead.training.loop import NonFiniteLoss
 from clead.tuning.space import SearchSpec
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from clead.evaluation.measurement import Measurement
 from clead.evaluation.smoothing import Certificates
-from clead.report.drawing import ESTIMATED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.report.run import RunResult
-from clead.report.words import percent
+from clead.results.figure import ESTIMATED, Drawing, draw, estimated, head, new_axes, percent_axis, style
+from clead.results.format import percent
 
 
 def certified(runs: Sequence[RunResult]) -> dict[str, Any] | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from clead.report.drawing import INK, MUTED, Drawing, draw, head, new_axes, style
-from clead.report.record import ClassPart
+from clead.evaluation.suites import suite_label
 from clead.report.run import RunResult
 from clead.report.sections.stages import bar_axes
-from clead.report.words import percent, suite_label
+from clead.results.figure import INK, MUTED, Drawing, draw, head, new_axes, style
+from clead.results.format import percent
+from clead.results.record import ClassPart
 
 MOST = 20
 """More classes than this are not drawn."""

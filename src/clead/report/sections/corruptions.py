@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from clead.evaluation.corruptions import CorruptionResult
-from clead.report.drawing import ESTIMATED, Drawing, draw, estimated, head, new_axes, style
 from clead.report.run import RunResult
 from clead.report.sections.classes import cell, cell_axes
-from clead.report.words import percent
+from clead.results.figure import ESTIMATED, Drawing, draw, estimated, head, new_axes, style
+from clead.results.format import percent
 
 
 def corruptions(runs: Sequence[RunResult]) -> list[dict[str, Any]]:

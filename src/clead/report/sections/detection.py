@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from clead.evaluation.detection import Detection
-from clead.report.drawing import ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.report.run import RunResult
-from clead.report.words import norm_of, percent
+from clead.results.figure import ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
+from clead.results.format import norm_of, percent
 
 _ATTACKS = {"oblivious": "attack does not know it", "aware": "attack knows it"}
 _NEAR = 0.05

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from clead.evaluation.minimum_norm import MinimumNormResult
-from clead.evaluation.statistics import estimate
-from clead.report.drawing import DASHES, ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
-from clead.report.record import Estimate
+from clead.evaluation.suites import suite_label
 from clead.report.run import RunResult
-from clead.report.words import norm_of, percent, suite_label
+from clead.results.figure import DASHES, ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
+from clead.results.format import norm_of, percent
+from clead.results.record import Estimate
+from clead.results.statistics import estimate
 
 _DOTTED: tuple[Any, ...] = ((0, (1, 1.3)), (0, (1, 2.2)), (0, (3, 1.2, 1, 1.2)), (0, (5, 1.2, 1, 1.2, 1, 1.2)))
 

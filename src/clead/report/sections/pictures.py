@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from clead.errors import MissingExtra
-from clead.report.drawing import INK, PALETTE, Drawing, draw, head, new_axes
 from clead.report.run import RunResult
 from clead.report.sections.classes import MOST
+from clead.results.figure import INK, PALETTE, Drawing, draw, head, new_axes
 
 GALLERY_BYTES = 2_500_000
 """Encoded size that the images of all galleries may take together; what does not fit is left out, and said."""

@@ -9,10 +9,10 @@ import numpy as np
 
 from clead.evaluation.suites import in_words
 from clead.report.comparison import on_survivors
-from clead.report.drawing import INK, LINE, MUTED, Drawing, draw, head, new_axes, style
-from clead.report.record import Record
 from clead.report.run import RunResult
-from clead.report.words import count, percent
+from clead.results.figure import INK, LINE, MUTED, Drawing, draw, head, new_axes, style
+from clead.results.format import count, percent
+from clead.results.record import Record
 
 
 def stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from clead.report.drawing import INK, Drawing, draw, head, new_axes, percent_axis, style
 from clead.report.run import RunResult
-from clead.report.words import percent
+from clead.results.figure import INK, Drawing, draw, head, new_axes, percent_axis, style
+from clead.results.format import percent
 
 _X_AXES = (
     ("forward_equivalents", "forward-equivalents per training image"),

@@ -26,11 +26,11 @@ from clead.data.base import fingerprint
 from clead.data.decoding import decode
 from clead.errors import UserError
 from clead.evaluation.minimum_norm import distances
-from clead.evaluation.statistics import estimate
 from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.split import SplitModel, copied
-from clead.report.record import Estimate, Record
+from clead.results.record import Estimate, Record
+from clead.results.statistics import estimate
 from clead.serving.models import FittedDetector, ServedModel
 from clead.serving.playground.choices import (
     ATTACK_SECONDS,

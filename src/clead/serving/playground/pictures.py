@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from clead.evaluation.suites import in_words
-from clead.report import drawing, words
-from clead.report.record import Estimate
+from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_axes, percent_axis, style
+from clead.results.format import duration, interval, percent, threat_of
+from clead.results.record import Estimate
 from clead.serving.playground.choices import NORM_WORDS, OFFERS, AttackSettings
 from clead.serving.playground.contest import (
     Comparison,
@@ -40,8 +41,8 @@ _METHODS = {
 
 def css() -> str:
     """Return the page's own rules, over gradio's colours, light and dark."""
-    light = "".join(f"--p{i}:{color};" for i, color in enumerate(drawing.PALETTE))
-    dark = "".join(f"--p{i}:{color};" for i, color in enumerate(drawing.PALETTE_DARK))
+    light = "".join(f"--p{i}:{color};" for i, color in enumerate(PALETTE))
+    dark = "".join(f"--p{i}:{color};" for i, color in enumerate(PALETTE_DARK))
     return (
         f".clead{{--ink:var(--body-text-color);--muted:#556070;--line:var(--border-color-primary);{light}"
         "color:var(--ink);font-size:15px;line-height:1.45}"
@@ -163,22 +164,22 @@ def outcomes(found: Sequence[Outcome], contest: Comparison, image: Tensor, setti
 def curve(found: Sequence[EpsilonCurve], entrants: Sequence[PlaygroundModel], settings: AttackSettings) -> str:
     """Return the plot of the right class's probability against ε, and the smallest ε that breaks each model, in words."""
     norm = NORM_WORDS[settings.norm][0]
-    figure, axes = drawing.new_axes(470, 210)
+    figure, axes = new_axes(470, 210)
     unit = 255 if settings.eps.text.endswith("/255") else 1
-    drawing.head(
+    head(
         axes,
         "Probability of the right class, the lowest found within ε",
         f"ε ({norm}{', in 255ths' if unit > 1 else ''})",
     )
-    drawing.percent_axis(axes)
-    axes.axvline(unit * settings.eps, color=drawing.MUTED, linewidth=1, linestyle=(0, (2, 2)))
-    axes.text(unit * settings.eps, 1.02, " chosen ε", color=drawing.MUTED, fontsize=9, va="top")
+    percent_axis(axes)
+    axes.axvline(unit * settings.eps, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.text(unit * settings.eps, 1.02, " chosen ε", color=MUTED, fontsize=9, va="top")
     rows, key, said = [], [], []
     for i, decline in enumerate(found):
         said.append(_smallest(decline, norm, settings))
         if decline.smallest == 0:  # not attacked, so it would be drawn as if nothing could move it
             continue
-        color, marker, dash = drawing.style(i)
+        color, marker, dash = style(i)
         at = [unit * radius for radius in decline.radii]
         axes.plot(at, decline.probabilities, color=color, marker=marker, markersize=4, linestyle=dash, linewidth=1.8)
         if decline.smallest is not None and decline.smallest <= decline.radii[-1]:
@@ -187,7 +188,7 @@ def curve(found: Sequence[EpsilonCurve], entrants: Sequence[PlaygroundModel], se
         key.append((decline.name, i))
     axes.set_xlim(0, 1.03 * unit * found[0].radii[-1])
     columns = ("model", f"epsilon ({settings.norm})", "probability of the right class")
-    drawn = drawing.draw(figure, "decline", _described(found, norm), columns, rows, key)
+    drawn = draw(figure, "decline", _described(found, norm), columns, rows, key)
     legend = "".join(
         f'<span><b style="background:var(--p{i})"></b>{escape(entrant.name)}, {escape(trained(entrant))}</span>'
         for i, entrant in enumerate(entrants)
@@ -229,7 +230,7 @@ def leaderboard(rows: Sequence[LeaderboardRow], settings: AttackSettings | None 
         if row.record is None:
             cells.append('<td colspan="3" class="small">not evaluated yet: clead evaluate does</td>')
         else:
-            suite = f"{words.threat_of(row.record)}; {in_words(row.record)}"
+            suite = f"{threat_of(row.record)}; {in_words(row.record)}"
             cells += [
                 _estimate(row.record.clean),
                 _estimate(row.record.worst),
@@ -255,8 +256,8 @@ def leaderboard(rows: Sequence[LeaderboardRow], settings: AttackSettings | None 
 def _estimate(found: Estimate | None) -> str:
     if found is None:
         return "<td></td>"
-    span = f'<span class="small">({words.interval(found)}, n = {found.n})</span>'
-    return f'<td class="n">{words.percent(found.accuracy)}<br>{span}</td>'
+    span = f'<span class="small">({interval(found)}, n = {found.n})</span>'
+    return f'<td class="n">{percent(found.accuracy)}<br>{span}</td>'
 
 
 def _attack(settings: AttackSettings) -> str:
@@ -267,7 +268,7 @@ def _attack(settings: AttackSettings) -> str:
 
 def _sentence(outcome: Outcome, classes: Sequence[str]) -> str:
     name, now, was = f"<b>{escape(outcome.name)}</b>", outcome.adversarial, outcome.clean
-    sure, before = words.percent(max(now.probabilities), 0), words.percent(max(was.probabilities), 0)
+    sure, before = percent(max(now.probabilities), 0), percent(max(was.probabilities), 0)
     if not outcome.attacked:
         right = escape(classes[outcome.label])
         return (
@@ -304,7 +305,7 @@ def _card(
     else:
         facts = ["grey is no change", size]
     if outcome.attacked:
-        facts.append(f"{outcome.passes} passes through the model, {words.duration(outcome.seconds)}")
+        facts.append(f"{outcome.passes} passes through the model, {duration(outcome.seconds)}")
     if outcome.attacked and outcome.size > 0:
         for name, answer in outcome.elsewhere.items():
             says = f"says {contest.classes[answer]}"
@@ -344,7 +345,7 @@ def _bars(sight: Prediction, outcome: Outcome, classes: Sequence[str]) -> str:
         name = escape(classes[k]) + (" ✓" if k == outcome.label else "")
         strong = f"<b>{name}</b>" if k == sight.answer else name
         lines.append(
-            f'<li class="{kind}"><span class="who">{strong}</span><span class="much">{words.percent(p)}</span>'
+            f'<li class="{kind}"><span class="who">{strong}</span><span class="much">{percent(p)}</span>'
             f'<span class="line"><i style="width:{100 * p:.1f}%"></i></span></li>'
         )
     return f'<ul class="bars">{"".join(lines)}</ul>'
@@ -369,7 +370,7 @@ def _detected(outcome: Outcome, entrant: PlaygroundModel) -> str:
     return (
         f'<p style="margin-top:10px">Detector – the clean image: {says(before)}{adversarial}.</p>'
         f'<p class="muted">It is {name}, fitted on {guard.fitted} training images; threshold {guard.threshold:.3g}, which about '
-        f"{words.percent(guard.rate, 0)} of clean images exceed. This attack does not know the detector; one that does can "
+        f"{percent(guard.rate, 0)} of clean images exceed. This attack does not know the detector; one that does can "
         "often pass it.</p>"
     )
 

@@ -1,4 +1,4 @@
-"""How numbers, threats and suites are written in a report."""
+"""How numbers and threats are written in tables and reports."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from clead.evaluation.suites import NOT_AUTOATTACK, in_words, is_autoattack
-from clead.report.record import Estimate, Record
+from clead.results.record import Estimate, Record
 
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
 
@@ -73,20 +72,6 @@ def threat_of(record: Record) -> str:
     """Return norm and radius as ``L∞ ε = 8/255``."""
     text = f"{norm_of(record.threat.norm)} ε = {record.threat.eps_text}"
     return text.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def suite_label(record: Record) -> str:
-    """Return the suite, to stand beside a figure that is not AutoAttack's; nothing for one that is."""
-    return "" if is_autoattack(record) else in_words(record)
-
-
-def under_suite(record: Record) -> str:
-    """Return the suite as a clause after ``under``, with its commas."""
-    words = in_words(record)
-    head = words.removesuffix(NOT_AUTOATTACK)
-    if head == words:
-        return f"{words},"
-    return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{words},"
 
 
 def first_sentence(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from scipy.stats import binomtest
 
 from clead.errors import UserError
-from clead.report.record import Estimate
+from clead.results.record import Estimate
 
 
 def estimate(flags: Sequence[bool]) -> Estimate:

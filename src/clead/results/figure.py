@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clead.errors import MissingExtra
 from clead.output import csv_text
-from clead.report.record import Estimate
+from clead.results.record import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
