@@ -26,12 +26,12 @@ import clead
 from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
 from clead.data.base import shuffle_if_sorted
-from clead.evaluation import robust
-from clead.evaluation.robust import EvaluationTarget, evaluate_model
+from clead.evaluation import evaluator
+from clead.evaluation.correctness import to_float
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import suite
-from clead.evaluation.verdicts import to_float
 from clead.interfaces import ImageSet
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.threats import THREATS
 
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}
@@ -76,7 +76,7 @@ def ours(model, images, labels, norm, eps, block, seed):
         attacks, notes = suite(*args, **kwargs)
         return [type(a)(a.name, Timed(a.attack, seconds, a.name), a.objective, a.cost) for a in attacks], notes
 
-    robust.suite = timed
+    evaluator.suite = timed
     try:
         start = time.process_time()
         settings = Eval(curve_points=0, check_images=0, gallery=0, batch_size=block, seed=seed)
@@ -88,7 +88,7 @@ def ours(model, images, labels, norm, eps, block, seed):
         ).record
         seconds["all"] = time.process_time() - start
     finally:
-        robust.suite = suite
+        evaluator.suite = suite
     flags = {part.name: part.flags for part in record.attacks}
     passes = {part.name: (part.forwards, part.backwards) for part in record.attacks}
     return {"clean": record.clean_flags, "flags": flags, "seconds": seconds, "passes": passes}

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.models import MODELS
 from clead.threats.linf import Linf
 

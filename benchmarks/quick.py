@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import clead
-from clead.attacks.run import logits_of
-from clead.models.cost import CostMeter
+from clead.attacks.runner import logits_of
+from clead.models.compute_cost import CostMeter
 from clead.models.resnet import ResNet10
 
 FULL = {"curve_images": 255, "check_images": 127}  # 256 and 128 count as not given

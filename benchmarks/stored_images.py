@@ -30,9 +30,9 @@ def main() -> None:
 
     from clead.api.opened import open_run
     from clead.checkpoint import RunDir, write_atomically
+    from clead.evaluation.correctness import to_float
     from clead.evaluation.state import read_header
     from clead.evaluation.transfer import stored_test, transferred
-    from clead.evaluation.verdicts import to_float
 
     torch.set_num_threads(1)
     folder = arguments.stored / "stored"

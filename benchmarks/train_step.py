@@ -27,7 +27,7 @@ from clead.attacks.pgd import PGD
 from clead.interfaces import Batch
 from clead.methods.clead import CLead
 from clead.models import MODELS
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.threats.linf import Linf
 
 EPS, STEP, STEPS, TAU, WEIGHT = 8 / 255, 2 / 255, 7, 0.1, 0.1

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from clead import config
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
-from clead.cli.application import app
+from clead.cli.app import app
 from clead.data.datasets import DATASETS
 from clead.methods import METHODS
 from clead.models import MODELS

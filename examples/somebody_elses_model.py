@@ -12,7 +12,7 @@ from torch import nn
 
 import clead
 from clead.config import evaluation_config
-from clead.models.custom import make_module
+from clead.models.user_model import make_module
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("model", nargs="?", help="FILE.py:FUNCTION that makes the network")

@@ -25,7 +25,7 @@ from clead.losses.contrastive import nt_xent
 from clead.methods.acl import ACL, CleanNorms, joint_nt_xent
 from clead.methods.base import StepContext
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.small_cnn import SmallCNN
 from clead.settings import validated

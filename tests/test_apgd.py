@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.attacks import apgd
 from clead.attacks.apgd import APGD, checkpoints, targeted
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.threats import THREATS
 

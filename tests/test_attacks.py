@@ -13,7 +13,7 @@ from clead.attacks import OBJECTIVES, fgsm, pgd
 from clead.attacks.fgsm import FGSM
 from clead.attacks.gradient import value_and_gradient
 from clead.attacks.pgd import PGD
-from clead.attacks.run import check_inputs, run_attack
+from clead.attacks.runner import check_inputs, run_attack
 from clead.errors import UserError
 from clead.models.modes import attack_mode
 from clead.models.split import adapt

@@ -12,7 +12,7 @@ import clead
 from clead.attacks.cw import CW
 from clead.attacks.fgsm import FGSM
 from clead.attacks.minimal import run_minimum_norm
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
@@ -21,11 +21,11 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import Batch, ImageSet
 from clead.methods.clead_published import CLeadPublished
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
-from clead.training import stored as stored_module
+from clead.training import offline_adversaries as stored_module
 from clead.training.loop import Interrupted
-from clead.training.stored import store_images
+from clead.training.offline_adversaries import store_images
 
 TEXT = """--model.width 4 --model.features 8 --data.limit_train 330 --data.limit_test 20 --data.batch_size 32
 --method.name clead_published --method.stored_attack.name fgsm --data.view.crop 2

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import clead
-from clead.cli import application
+from clead.cli import app
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def run(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["clead", "data", *map(str, arguments)])
         try:
-            application.main()
+            app.main()
             code = 0
         except SystemExit as end:
             code = end.code or 0

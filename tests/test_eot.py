@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clead.attacks import eot_pgd, pgd
 from clead.attacks.eot import EOTPGD, expectation
 from clead.attacks.gradient import value_and_gradient
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.models.seeding import fork_rng
 from clead.threats.linf import Linf

@@ -13,11 +13,11 @@ import clead
 from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
-from clead.evaluation.robust import EvaluationTarget, evaluate_model
+from clead.evaluation.correctness import accuracy_under_attack
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import NamedAttack, suite
-from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import ImageSet
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.results.record import Record
 from clead.settings import Ratio
 from clead.threats.l1 import L1

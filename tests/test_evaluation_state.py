@@ -21,8 +21,8 @@ from clead.checkpoint import load_weights, save_weights
 from clead.cli import main
 from clead.config import Eval, load_recipe
 from clead.errors import UserError
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
 from clead.evaluation.processes import Shard
-from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.state import ResumableResults, UntrustedState
 from clead.interfaces import ImageSet
 from clead.signature import is_signed, keyless, sign

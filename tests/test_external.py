@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.attacks import external
 from clead.attacks.external import External
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.models.seeding import fork_rng

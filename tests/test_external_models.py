@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import clead
 from clead import api
-from clead.attacks.run import AttackError, image_gradient, run_attack
+from clead.attacks.runner import AttackError, image_gradient, run_attack
 from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
@@ -374,12 +374,12 @@ IN_PLACE = {
 def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
     """The same figures as the module that does neither: certification, corruptions, distances, transformations, checks."""
     from clead.attacks.spatial import Spatial
+    from clead.evaluation.correctness import correct_mask
     from clead.evaluation.corruptions import evaluate_corruptions
     from clead.evaluation.masking import run_checks
     from clead.evaluation.minimum_norm import evaluate_minimum_norm
     from clead.evaluation.smoothing import certify
     from clead.evaluation.unrestricted import evaluate_unrestricted
-    from clead.evaluation.verdicts import correct_mask
 
     odd, usual = returning(IN_PLACE[how]), returning(lambda net, x: plain(net, (x - 0.5) / 0.25))
     data = splits(3).test

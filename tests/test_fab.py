@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clead.attacks import fab
 from clead.attacks.fab import FAB, to_hyperplane
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.threats import THREATS
 

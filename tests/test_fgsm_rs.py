@@ -16,7 +16,7 @@ from clead.interfaces import Batch
 from clead.methods.fgsm_rs import FGSMRS, misalignment
 from clead.methods.pgd_at import PGDAT
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.threats.l2 import L2
 from clead.threats.linf import Linf

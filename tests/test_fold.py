@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from clead.models import MODELS
-from clead.models.cost import CostMeter
-from clead.models.fold import _PAIRS, folded
+from clead.models.compute_cost import CostMeter
+from clead.models.fold_batch_norm import _PAIRS, folded
 from clead.models.modes import attack_mode
 from clead.models.split import adapt
 

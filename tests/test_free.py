@@ -18,9 +18,9 @@ from clead.interfaces import Batch
 from clead.methods.base import Method, StepContext
 from clead.methods.clead import CLead
 from clead.methods.free import Free
-from clead.methods.replay import PersistentDelta
+from clead.methods.free_adversary import PersistentDelta
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.threats import THREATS
 from clead.threats.linf import Linf

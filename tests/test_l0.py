@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clead.attacks import pgd
 from clead.attacks.pgd import PGD
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.settings import validated
 from clead.threats.l0 import L0

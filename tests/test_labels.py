@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clead
 from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
-from clead.data.labels import corrupt_labels, for_method, hide_labels, stratified
+from clead.data.label_sampling import corrupt_labels, for_method, hide_labels, stratified
 from clead.data.loaders import Loader
 from clead.data.views import Augmentation
 from clead.errors import UserError

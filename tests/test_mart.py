@@ -14,7 +14,7 @@ from clead.attacks.pgd import PGD
 from clead.interfaces import Batch
 from clead.methods.mart import MART, boosted_cross_entropy, wrong_probability
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.threats.linf import Linf
 

@@ -17,7 +17,7 @@ from clead.attacks import pgd
 from clead.errors import UserError
 from clead.evaluation import masking
 from clead.evaluation.masking import CHECKS, efforts, few, run_checks
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.normalize import Normalize
 from clead.models.seeding import fork_rng
 from clead.models.split import adapt

@@ -17,12 +17,12 @@ from clead.interfaces import Batch
 from clead.losses.contrastive import Keys, asymmetric, nt_xent, prototype, published, supcon
 from clead.methods.base import StepContext
 from clead.methods.clead import CLead
-from clead.methods.momentum import MomentumQueue, Prototypes
+from clead.methods.moco import MomentumQueue, Prototypes
 from clead.methods.pgd_at import PGDAT
 from clead.methods.standard import Standard
 from clead.methods.trades import TRADES
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.models.split import AdaptedModel, SplitModel
 from clead.settings import validated

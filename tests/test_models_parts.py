@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from clead.errors import UserError
 from clead.models import MODELS
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
-from clead.models.custom import Custom, allow_code
+from clead.models.compute_cost import CostMeter
 from clead.models.heads import ProjectionHead
 from clead.models.modes import attack_mode
 from clead.models.normalize import Normalize
 from clead.models.resnet import Residual
 from clead.models.small_cnn import SmallCNN
 from clead.models.split import AdaptedModel, SplitModel, adapt, weights
+from clead.models.user_model import Custom, allow_code
 
 SHAPE = (1, 8, 8)
 

@@ -23,11 +23,11 @@ from clead.errors import UserError
 from clead.models.split import weights
 from clead.results.statistics import estimate
 from clead.serving.models import open_models
-from clead.serving.playground import contest as computing
+from clead.serving.playground import comparison as computing
 from clead.serving.playground import pictures
 from clead.serving.playground.choices import OFFERS, AttackSettings, chosen, query, radii, read_query
-from clead.serving.playground.contest import attack_image, attack_leaderboard, declines, open_contest, read_image
-from clead.serving.playground.fence import LARGEST_EVENT, Fence, Uploads
+from clead.serving.playground.comparison import attack_image, attack_leaderboard, declines, open_contest, read_image
+from clead.serving.playground.gradio_path_filter import LARGEST_EVENT, Fence, Uploads
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
 

@@ -18,11 +18,11 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from clead import api
-from clead.cli.application import app
+from clead.cli.app import app
 from clead.config import Eval
 from clead.errors import MissingExtra, UserError
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
 from clead.evaluation.measurement import Measurement
-from clead.evaluation.robust import EvaluationTarget, evaluate_model
 from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
 from clead.report.html import RunResult, write_report

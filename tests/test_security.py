@@ -30,9 +30,9 @@ from clead.data.datasets.auto import read_any
 from clead.data.datasets.cifar import ARCHIVES, read_archive
 from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
-from clead.evaluation import adversarial
+from clead.evaluation import adversarial_dataset
 from clead.evaluation.state import ResumableResults
-from clead.models import custom
+from clead.models import user_model
 from clead.models.onnx import OnnxModel
 from clead.weights import read_weights
 
@@ -198,7 +198,7 @@ LOADERS = {
     "Parquet": lambda path, run: _shard(path),
     "images in Parquet": lambda path, run: _parquet_of(path),
     "images": lambda path, run: decode([path.read_bytes()], ["image"], ResizeSpec()),
-    "adversarial images": lambda path, run: adversarial.load(path),
+    "adversarial images": lambda path, run: adversarial_dataset.load(path),
     "ONNX": lambda path, run: OnnxModel(path),
     "archive": lambda path, run: _archive(path),
     "CIFAR of torchvision": lambda path, run: _cifar_python(path),
@@ -253,7 +253,7 @@ def test_the_source_has_no_way_to_run_data():
             bad |= called.endswith((".extractall", ".extract"))
             found += [f"{where} {called}"] if bad else []
     assert not found
-    assert issubclass(clead.config.text._Loader, yaml.SafeLoader)
+    assert issubclass(clead.config.yaml_io._Loader, yaml.SafeLoader)
 
 
 # ------------------------------------------------------------------------------------------------ bombs
@@ -331,7 +331,7 @@ def test_images_that_unpack_to_gigabytes_are_refused_unread():
     with pytest.raises(UserError, match=r"comment\.png: not a readable image"):
         decode([text.getvalue()], ["comment.png"], ResizeSpec())
     with pytest.raises(ValueError, match="9000x9000 pixels, should be 8x8"):
-        adversarial._pixels(png_header(9_000, 9_000), (1, 8, 8))
+        adversarial_dataset._pixels(png_header(9_000, 9_000), (1, 8, 8))
 
 
 def npy_header(shape, dtype="|u1"):
@@ -436,11 +436,11 @@ def make(num_classes):
 def given(tmp_path, monkeypatch):
     """What somebody gives away: a run whose configuration names code, which lies beside it, and a recipe that does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(custom, "_ALLOWED", set())
+    monkeypatch.setattr(user_model, "_ALLOWED", set())
     (tmp_path / "net.py").write_text(NET)
     config = load_recipe("digits-standard", [*TINY[4:], "--model.name", "net.py:make"])
     api.train(config, out="run", show=False)
-    monkeypatch.setattr(custom, "_ALLOWED", set())
+    monkeypatch.setattr(user_model, "_ALLOWED", set())
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     (tmp_path / "ran").unlink()
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
@@ -449,7 +449,7 @@ def given(tmp_path, monkeypatch):
 
 def clead_(arguments, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["clead", *shlex.split(arguments)])
-    monkeypatch.setattr(custom, "_ALLOWED", set())
+    monkeypatch.setattr(user_model, "_ALLOWED", set())
     sys.modules.pop("net", None)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -533,7 +533,7 @@ def test_files_of_one_name_are_two_modules(tmp_path):
         (tmp_path / folder).mkdir()
         code = f"from torch import nn\nclass Net(nn.Linear):\n    def __init__(self):\n        super().__init__(2, {width})\n"
         (tmp_path / folder / "net.py").write_text(code)
-        made.append(custom.make_module(f"{tmp_path / folder / 'net.py'}:Net", 2))
+        made.append(user_model.make_module(f"{tmp_path / folder / 'net.py'}:Net", 2))
     assert [net.out_features for net in copy.deepcopy(made)] == [3, 5]
     modules = {sys.modules[type(net).__module__] for net in made}
     assert len(modules) == 2 and {Path(m.__file__).parent.name for m in modules} == {"a", "b"}
@@ -557,7 +557,7 @@ def test_in_python(given):
 
 
 def test_only_strings_that_name_code_are_taken_for_it():
-    from clead.cli.application import _with_code
+    from clead.cli.app import _with_code
 
     line = ["train", "x", "--model.name", "resnet8", "--model.factory=a:b", "--out", "y"]
     assert _with_code(line) == ["--allow-code", "a:b", *line]

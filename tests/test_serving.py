@@ -227,7 +227,7 @@ def bomb():
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(client, bomb, monkeypatch):
     assert len(bomb) < 10**6
-    monkeypatch.setattr("clead.serving.reading.decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("clead.serving.request_parsing.decode", lambda *_: pytest.fail("decoded"))
     for body in (bomb, encoded(np.zeros((10_000, 10_000), bool))):  # above and below where Pillow itself gives up
         refused(client.post("/v1/predict", files=[("images", ("x.png", body))]), 413, "25000000 pixels", "image 0")
     many = [("images", ("x.png", encoded(np.zeros((3000, 3000), bool))))] * 3
@@ -354,7 +354,7 @@ def test_shapes_that_no_array_has_are_refused(client, shape):
 
 
 def test_millions_of_empty_lists_are_refused_unread(client, monkeypatch):
-    monkeypatch.setattr("clead.serving.reading.Arrays", None)  # would take seconds
+    monkeypatch.setattr("clead.serving.request_parsing.Arrays", None)  # would take seconds
     for body in (b'{"images": [' + b"[]," * 10**6 + b"[]]}", b'{"images": [[[[' + b"0," * 10**6 + b"0]]]]}"):
         answer = client.post("/v1/predict", content=body, headers={"content-type": "application/json"})
         refused(answer, 422, "at most 20 images of 1×8×8", "send fewer")
@@ -889,7 +889,7 @@ def test_what_would_end_the_process_while_reading_is_answered_500(run, monkeypat
         raise SystemExit(3)
 
     app = create_app([run], ServeSettings(threads=1, detector=None))
-    monkeypatch.setattr("clead.serving.reading.from_json", leaves)
+    monkeypatch.setattr("clead.serving.request_parsing.from_json", leaves)
     with TestClient(app, raise_server_exceptions=False) as client:
         body = {"images": np.zeros((size, 1, 80, 80)).tolist()}
         refused(client.post("/v1/predict", json=body), 500)
@@ -901,7 +901,7 @@ def test_too_little_memory_for_reading_is_said(run, monkeypatch):
         raise MemoryError
 
     app = create_app([run], ServeSettings(threads=1, detector=None))
-    monkeypatch.setattr("clead.serving.reading.from_npy", none_left)
+    monkeypatch.setattr("clead.serving.request_parsing.from_npy", none_left)
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.post("/v1/predict", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY)
         refused(answer, 503, "memory")

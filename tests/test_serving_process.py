@@ -249,7 +249,7 @@ def test_twice_as_many_connections_as_allowed_are_never_open(run):
 
 
 def test_a_body_that_drips_is_cut_off_before_the_time_for_all(run, monkeypatch):
-    monkeypatch.setattr("clead.serving.reading._GRACE", 0.2)
+    monkeypatch.setattr("clead.serving.request_parsing._GRACE", 0.2)
     with threaded(run, min_rate=10_000) as (_, _, port), opened(port, head(5000)) as connection:
         started = time.monotonic()
         with contextlib.suppress(OSError):
@@ -395,7 +395,7 @@ def test_a_log_that_nobody_reads_holds_up_nothing():
 
 
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch):
-    from clead.cli.application import app
+    from clead.cli.app import app
 
     def mistake(*arguments):
         with pytest.raises(UserError) as caught:

@@ -20,7 +20,7 @@ from clead.config import RunConfig, Stage, load_recipe
 from clead.errors import UserError
 from clead.evaluation.transfer import StoredTest, transferred
 from clead.interfaces import ImageSet
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.threats.linf import Linf
 from clead.training import loop, stages
 from clead.training.loop import Interrupted

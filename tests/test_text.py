@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from clead.config import RunConfig, dump_yaml, load_recipe, parse_overrides, parse_yaml
-from clead.config.text import parse_text, parse_value
+from clead.config.yaml_io import parse_text, parse_value
 from clead.errors import UserError
 from clead.settings import Ratio
 

@@ -1002,7 +1002,7 @@ def test_curves_that_cannot_be_written_cost_no_training(where, tmp_path, monkeyp
 
 
 def test_training_does_not_need_tensorboard(tmp_path, monkeypatch):
-    import clead.training.tracking as tracking
+    import clead.training.tensorboard as tracking
 
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     clead.train(load_recipe("digits-standard", [*TINY, "--train.epochs", "1"]), out=tmp_path / "run", show=False)

@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from clead.attacks import square as square_attack
-from clead.attacks.run import optimized
+from clead.attacks.runner import optimized
+from clead.attacks.square_cache import Prepared, WindowedModel
 from clead.models import MODELS as REGISTRY
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
-from clead.models.windowed import Prepared, WindowedModel
 
 
 class InPlace(nn.Module):
@@ -263,7 +263,7 @@ def test_square_finds_the_same_with_and_without(monkeypatch):
 
 
 def test_what_would_not_fit_into_memory_is_computed_as_usual(monkeypatch):
-    monkeypatch.setattr("clead.models.windowed._LIMIT", 1000)
+    monkeypatch.setattr("clead.attacks.square_cache._LIMIT", 1000)
     model, images = made("resnet8"), torch.rand(2, 3, 24, 24)
     with torch.no_grad():
         windowed = WindowedModel(Prepared(model))

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     )
     from clead.config import RunConfig, load_recipe
     from clead.errors import UserError
-    from clead.models.custom import allow_code
     from clead.models.split import adapt
+    from clead.models.user_model import allow_code
 
 # PyTorch takes over a second to import, so the names below are imported when they are first used.
 _WHERE = {
     "RunConfig": "clead.config",
     "UserError": "clead.errors",
     "adapt": "clead.models.split",
-    "allow_code": "clead.models.custom",
+    "allow_code": "clead.models.user_model",
     "certify_run": "clead.api",
     "compare": "clead.api",
     "corruptions_run": "clead.api",

@@ -18,7 +18,7 @@ from playwright.sync_api import Browser, expect, sync_playwright
 import clead
 from clead.serving.models import open_models
 from clead.serving.playground.choices import AttackSettings
-from clead.serving.playground.contest import Comparison, attack_image, open_contest
+from clead.serving.playground.comparison import Comparison, attack_image, open_contest
 from clead.serving.settings import ServeSettings
 
 expect.set_options(timeout=60_000)  # a busy machine takes more than the usual 5 seconds

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.attacks.unrestricted import attack_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Search

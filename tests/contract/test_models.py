@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from clead.models import MODELS
 from clead.models.build import build_model
-from clead.models.cost import CostMeter
-from clead.models.custom import allow_code
+from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.split import AdaptedModel, Classifier, SplitModel, weights
+from clead.models.user_model import allow_code
 
 SHAPE, CLASSES = (3, 12, 12), 5
 SMALL = {"width": 4, "widen": 1, "dropout": 0.3}

@@ -13,7 +13,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from clead.api.batches import images_and_labels
-from clead.api.foreign import load_external_model
+from clead.api.external_model import load_external_model
 from clead.api.opened import (
     data_name,
     data_notes,
@@ -26,19 +26,19 @@ from clead.api.opened import (
     split_facts,
 )
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_leftovers, write_atomically
-from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.runner import check_inputs, logits_of
 from clead.checkpoint import RunDir, fingerprint
 from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
 from clead.errors import UserError
-from clead.evaluation import adversarial
+from clead.evaluation import adversarial_dataset
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
+from clead.evaluation.evaluator import Evaluation, EvaluationTarget, digest, evaluate_model
 from clead.evaluation.processes import Shard, folders, rank, shards
-from clead.evaluation.robust import Evaluation, EvaluationTarget, digest, evaluate_model
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.transfer import stored_test, transfer, transferred
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Splits
 from clead.models.external import prepare
 from clead.models.model_input import ModelInput
@@ -316,7 +316,7 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
     trained = run.config()
     config = config or trained
     model = load_model(run, config, config.eval.weights, None)
-    x_adv, as_bytes, about = adversarial.load(Path(file))
+    x_adv, as_bytes, about = adversarial_dataset.load(Path(file))
     changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=len(x_adv)))
     images, _ = evaluated_images(run, changed, trained, None)
     if digest(images) != about["images"]:
@@ -390,7 +390,7 @@ def _evaluate_into(
     if fresh:
         discard(shard.folder(state) if shard else folders(state)[rank()])
     if save_adversarial is not None:
-        adversarial.check_writable(save_adversarial)
+        adversarial_dataset.check_writable(save_adversarial)
     if rank() == 0:
         remove_leftovers(folder, (f"{result}.json", f"{result}.safetensors"))
     evaluation = evaluate_model(
@@ -421,7 +421,7 @@ def _evaluate_into(
         write_atomically(folder / f"{result}.safetensors", to_safetensors(content))
     if save_adversarial is not None:
         assert evaluation.adversarial is not None
-        adversarial.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
+        adversarial_dataset.save(save_adversarial, evaluation.adversarial, images.labels, evaluation.record)
     for done in [*(shards(state) if options.get("merge") else ()), state, *folders(state)]:
         discard(done)
     return evaluation

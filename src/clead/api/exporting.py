@@ -15,7 +15,7 @@ from clead.api.opened import OpenedRun, data_name, open_run
 from clead.atomic_io import JSON_LIMIT, read_regular, remove_tree_inside
 from clead.checkpoint import environment, fingerprint, load_weights, save_weights
 from clead.errors import UserError
-from clead.evaluation.verdicts import to_float
+from clead.evaluation.correctness import to_float
 from clead.interfaces import Splits
 from clead.models.onnx import OnnxModel
 from clead.models.split import weights as model_weights

@@ -18,8 +18,8 @@ from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
 from clead.errors import UserError
+from clead.evaluation.evaluator import EvaluationTarget
 from clead.evaluation.measurement import Measurement, Result, measure
-from clead.evaluation.robust import EvaluationTarget
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Splits, Threat
 from clead.models.build import build_model

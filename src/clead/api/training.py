@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.atomic_io import locked, write_atomically
 from clead.attacks import ATTACKS
-from clead.attacks.run import image_gradient
+from clead.attacks.runner import image_gradient
 from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
 from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Search, Splits
-from clead.methods.contrast import find_layer
+from clead.methods.view_forward import find_layer
 from clead.models.external import backward_of
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
+from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.loop import AfterValidation, TrainResult, device_of, fit
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
-from clead.training.trainable import start_from, unfrozen_afterwards
 
 _log = logging.getLogger("clead")
 

@@ -404,7 +404,7 @@ def apgd(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {"steps": steps, "restarts": restarts, "loss": loss, "targets": targets, "eot": eot}
     with fork_rng(seed):  # the check of the logits draws too

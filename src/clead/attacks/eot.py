@@ -112,7 +112,7 @@ def eot_pgd(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {
         "draws": draws,

@@ -363,7 +363,7 @@ def fab(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {"steps": steps, "restarts": restarts, "targets": targets}
     return call(FAB, values, model, x, y, norm=norm, eps=eps, seed=seed)

@@ -66,7 +66,7 @@ def fgsm(
     >>> (fgsm(model, x, torch.tensor([0]), eps=0.1) - x).abs().max()
     tensor(0.1000)
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     length = step_size if step_size is not None else (1.25 if random_start else 1.0)
     values = {"random_start": random_start, "step_size": length}

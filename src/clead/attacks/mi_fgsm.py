@@ -75,7 +75,7 @@ def mi_fgsm(
     >>> (mi_fgsm(model, x, torch.tensor([0]), eps=0.1) - x).abs().max()
     tensor(0.1000)
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {"steps": steps, "step_size": step_size, "decay": decay}
     return call(MIFGSM, values, model, x, y, norm=norm, eps=eps, seed=0, objective=objective)

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import call, check_finite, check_inputs, logits_of, optimized
+from clead.attacks.runner import call, check_finite, check_inputs, logits_of, optimized
 from clead.errors import UserError
 from clead.interfaces import Model
 from clead.models.modes import attack_mode

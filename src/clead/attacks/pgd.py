@@ -112,7 +112,7 @@ def pgd(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {"steps": steps, "step_size": step_size, "step_schedule": step_schedule, "restarts": restarts}
     values |= {"random_start": random_start, "keep": keep}

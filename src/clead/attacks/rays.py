@@ -182,6 +182,6 @@ def rays(
     >>> model(x_adv).argmax(1), f"{(x_adv - x).abs().max():.2f}"
     (tensor([1]), '0.11')
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     return call(RayS, {"queries": queries}, model, x, y, norm=norm, eps=eps, seed=seed)

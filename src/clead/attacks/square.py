@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
+from clead.attacks.square_cache import Prepared, WindowedModel
 from clead.interfaces import Model, Threat
 from clead.losses.margin import margin
-from clead.models.windowed import Prepared, WindowedModel
 from clead.settings import setting, settings
 from clead.threats.geometry import per_image
 
@@ -354,7 +354,7 @@ def square(
     >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
     True
     """
-    from clead.attacks.run import call
+    from clead.attacks.runner import call
 
     values = {"queries": queries, "p_init": p_init, "restarts": restarts}
     return call(Square, values, model, x, y, norm=norm, eps=eps, seed=seed)

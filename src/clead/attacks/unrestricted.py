@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import blamed, check_finite, check_inputs, logits_of, marked, optimized
+from clead.attacks.runner import blamed, check_finite, check_inputs, logits_of, marked, optimized
 from clead.interfaces import Model
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from clead.cli.application import main
+from clead.cli.app import main
 
 __all__ = ["main"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
+from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, one_folder, only, runs_and_overrides, without
 from clead.cli.measure import measure
 from clead.cli.printing import print_record

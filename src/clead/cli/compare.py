@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import Json, app, echo, write_json
+from clead.cli.app import Json, app, echo, write_json
 from clead.cli.printing import print_comparison
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clead.cli.application import OPEN, Json, app, echo, interruptible, write_json
+from clead.cli.app import OPEN, Json, app, echo, interruptible, write_json
 from clead.cli.arguments import only, positional
 from clead.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, echo, interruptible
+from clead.cli.app import app, echo, interruptible
 from clead.cli.printing import print_comparison
 
 

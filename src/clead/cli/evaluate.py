@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from clead.cli.application import OPEN, Json, TrustState, app, echo, interruptible, write_json
+from clead.cli.app import OPEN, Json, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, model_options, one_folder, only, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean

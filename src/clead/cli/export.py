@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, echo, interruptible
+from clead.cli.app import app, echo, interruptible
 
 ESTIMATES = ("clean_before", "clean", "before", "transferred", "white_box", "queries", "worst")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clead.cli.application import app
+from clead.cli.app import app
 
 
 @app.command("list")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
+from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, one_folder, runs_and_overrides, split_commas, without
 from clead.cli.printing import about
 from clead.errors import UserError

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import OPEN, app, echo, interruptible
+from clead.cli.app import OPEN, app, echo, interruptible
 from clead.cli.serve import split_hosts
 from clead.errors import MissingExtra, UserError
 

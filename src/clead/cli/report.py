@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clead.cli.application import app, echo
+from clead.cli.app import app, echo
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clead.atomic_io import read_regular
-from clead.cli.application import OPEN, app, echo, interruptible
+from clead.cli.app import OPEN, app, echo, interruptible
 from clead.errors import MissingExtra, UserError
 
 

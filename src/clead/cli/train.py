@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clead.cli.application import OPEN, Out, app, echo, interruptible
+from clead.cli.app import OPEN, Out, app, echo, interruptible
 from clead.cli.arguments import allowance, positional
 from clead.errors import UserError
 

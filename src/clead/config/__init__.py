@@ -3,13 +3,13 @@
 YAML and command-line overrides go through the same validation, and every problem is listed at once.
 """
 
-from clead.config.groups import GROUPS, TUNE, Eval, Optim, Train
 from clead.config.overrides import parse_overrides
 from clead.config.recipes import evaluation_config, load_recipe, read_recipe, recipe_names, recipe_text
 from clead.config.reference import choice_keys, documented_keys, key_reference, rows_of
 from clead.config.run import RunConfig
+from clead.config.schema import GROUPS, TUNE, Eval, Optim, Train
 from clead.config.stages import Stage
-from clead.config.text import dump_yaml, parse_yaml, yaml_text
+from clead.config.yaml_io import dump_yaml, parse_yaml, yaml_text
 
 __all__ = [
     "GROUPS",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from clead.config.groups import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.text import parse_text, parse_value
+from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
+from clead.config.yaml_io import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
 

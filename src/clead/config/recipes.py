@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clead.config.overrides import apply_overrides, parse_overrides
 from clead.config.run import RunConfig
-from clead.config.text import parse_yaml, yaml_text
+from clead.config.yaml_io import parse_yaml, yaml_text
 from clead.errors import UserError, did_you_mean
 
 
@@ -43,7 +43,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     named = [value for path, value in parse_overrides(overrides) if path in (["model", "name"], ["model", "factory"])]
     if code := [value for value in named if isinstance(value, str) and ":" in value]:
-        from clead.models.custom import allow_code
+        from clead.models.user_model import allow_code
 
         allow_code(*code)
     return read_recipe(recipe, overrides)

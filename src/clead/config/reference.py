@@ -7,9 +7,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from clead.config.groups import DEFAULT_NAME, GROUPS, PLAIN_GROUPS, REGISTRY_GROUPS, plain
+from clead.config.schema import DEFAULT_NAME, GROUPS, PLAIN_GROUPS, REGISTRY_GROUPS, plain
 from clead.config.stages import STAGE_GROUPS
-from clead.config.text import dump_yaml
+from clead.config.yaml_io import dump_yaml
 from clead.settings import takes_text
 
 

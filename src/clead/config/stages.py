@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clead.config.groups import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.config.rules import joint_problems
+from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.errors import UserError, did_you_mean
 
 STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")

@@ -23,7 +23,7 @@ from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
 from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, find_duplicates
 from clead.data.groups import cut_groups, group_names, shared_groups
-from clead.data.labels import hide_labels, stratified
+from clead.data.label_sampling import hide_labels, stratified
 from clead.data.repeats import repeats
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean, memory_of, printable

@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
 from torch import nn
 
-from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.runner import check_inputs, logits_of
 from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import check_inputs, run_attack, verified
+from clead.attacks.runner import check_inputs, run_attack, verified
 from clead.data.base import stratified
 from clead.data.loaders import make_generator
 from clead.errors import UserError
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
 from clead.models.modes import attack_mode

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clead.errors import UserError
-from clead.evaluation.verdicts import exact_float32, to_float
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel

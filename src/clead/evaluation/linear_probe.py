@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.data.loaders import make_generator
 from clead.errors import MissingExtra, UserError
-from clead.evaluation.attacked import AttackedResult, Flags, in_batches
+from clead.evaluation.attack_accuracy import AttackedResult, Flags, in_batches
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Threat
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel

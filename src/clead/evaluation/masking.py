@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS, OBJECTIVES
 from clead.attacks.gradient import value_and_gradient
 from clead.attacks.pgd import PGD
-from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.runner import check_inputs, logits_of
 from clead.interfaces import Objective, Threat
 from clead.losses.precision import at_least_float32
 from clead.models.external import ModelError

@@ -14,11 +14,11 @@ from torch import nn
 
 from clead.checkpoint import command, environment, fingerprint, write_atomically
 from clead.errors import memory_of
-from clead.evaluation.attacked import AttackedResult
+from clead.evaluation.attack_accuracy import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection
+from clead.evaluation.evaluator import EvaluationTarget
 from clead.evaluation.minimum_norm import MinimumNormResult
-from clead.evaluation.robust import EvaluationTarget
 from clead.evaluation.smoothing import Certificates
 from clead.evaluation.state import ResumableResults, discard
 from clead.interfaces import ImageSet, Threat

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
 from clead.attacks.minimal import MinimumNorm, check_norm, run_minimum_norm
-from clead.attacks.run import check_finite, check_inputs, finite_images, logits_of
+from clead.attacks.runner import check_finite, check_inputs, finite_images, logits_of
 from clead.data.loaders import make_generator
 from clead.errors import UserError
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.split import wrapped
 from clead.progress import progress

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clead.config import Eval
+from clead.evaluation.correctness import MicrobatchLimit, to_float
 from clead.evaluation.suites import DRAWS, NamedAttack
-from clead.evaluation.verdicts import MicrobatchLimit, to_float
 from clead.interfaces import ImageSet, Threat
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clead.attacks.run import logits_of
+from clead.attacks.runner import logits_of
+from clead.evaluation.correctness import run_microbatched
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import Part
-from clead.evaluation.verdicts import run_microbatched
 
 _FIGURES = frozenset({"seconds", "forwards", "backwards", "calls", "largest"})
 """What a record needs of an attack's part; one that an earlier version left lacks some."""

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
-from clead.attacks.run import check_inputs, logits_of
+from clead.attacks.runner import check_inputs, logits_of
 from clead.data.loaders import make_generator
 from clead.errors import UserError
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.checkpoint import fingerprint, load_weights
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import read_header
 from clead.evaluation.suites import NamedAttack
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
 from clead.results.record import TransferredPart

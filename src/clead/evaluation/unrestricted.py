@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.run import AttackError, check_finite, check_inputs, finite_images, logits_of, optimized
+from clead.attacks.runner import AttackError, check_finite, check_inputs, finite_images, logits_of, optimized
 from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
 from clead.data.loaders import make_generator
 from clead.errors import UserError
-from clead.evaluation.attacked import AttackedResult, Flags, in_batches
+from clead.evaluation.attack_accuracy import AttackedResult, Flags, in_batches
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.errors import MissingExtra, UserError
-from clead.evaluation.verdicts import exact_float32
+from clead.evaluation.correctness import exact_float32
 from clead.models.split import SplitModel
 
 AGREE = 1e-4

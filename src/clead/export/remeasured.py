@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from clead.config import Eval
-from clead.evaluation.robust import EvaluationTarget, evaluate_model
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
 from clead.export.onnx import StraightThrough
 from clead.interfaces import ImageSet, Threat
 from clead.results.record import Estimate

@@ -15,8 +15,8 @@ from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import nt_xent
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views
-from clead.methods.contrast import forward
-from clead.models.fold import folded
+from clead.methods.view_forward import forward
+from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import Ratio, setting, settings

@@ -18,11 +18,11 @@ from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, 
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views, by_part
-from clead.methods.contrast import dimension, find_layer, forward, unit_vectors
+from clead.methods.free_adversary import PersistentDelta, replayed
 from clead.methods.labels import classes, known_labels, mean_of
-from clead.methods.momentum import MomentumQueue, Prototypes
-from clead.methods.replay import PersistentDelta, replayed
-from clead.models.fold import folded
+from clead.methods.moco import MomentumQueue, Prototypes
+from clead.methods.view_forward import dimension, find_layer, forward, unit_vectors
+from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings

@@ -14,7 +14,7 @@ from clead.interfaces import Attack, Batch, Search, StepOutput
 from clead.losses.contrastive import published
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views
-from clead.methods.contrast import forward
+from clead.methods.view_forward import forward
 from clead.models.split import SplitModel
 from clead.settings import Ratio, setting, settings, validated
 

@@ -14,7 +14,7 @@ from clead.losses.divergence import kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views, require_labels
-from clead.models.fold import folded
+from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings

@@ -16,7 +16,6 @@ from clead.evaluation.suites import in_words, suite_label, under_suite
 from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
 from clead.report.run import RunResult, plain
-from clead.report.sections.beyond import beyond
 from clead.report.sections.certified import certified
 from clead.report.sections.classes import classes, confusion
 from clead.report.sections.corruptions import corruptions
@@ -25,6 +24,7 @@ from clead.report.sections.epsilon import epsilon
 from clead.report.sections.pictures import galleries, maps
 from clead.report.sections.stages import stages
 from clead.report.sections.training import training
+from clead.report.sections.unrestricted import beyond
 from clead.results import format as formats
 from clead.results.figure import PALETTE, PALETTE_DARK, Drawing, style
 

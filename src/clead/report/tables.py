@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from clead.evaluation.attacked import AttackedResult
+from clead.evaluation.attack_accuracy import AttackedResult
 from clead.evaluation.corruptions import CorruptionResult
 from clead.evaluation.detection import Detection, DetectionPoint, DetectorPart
 from clead.evaluation.measurement import Measurement

@@ -16,14 +16,14 @@ from pydantic_core import to_json
 from clead import __version__
 from clead.errors import MissingExtra, did_you_mean
 from clead.serving import problems
-from clead.serving.answers import ExplainAnswer, ExplainQuery, Health, PredictAnswer, PredictQuery
+from clead.serving.auth_limits import Gate
 from clead.serving.batching import Batcher
-from clead.serving.gate import Gate
 from clead.serving.hosts import hosts_of
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from clead.serving.models import Outputs, ServedModel, open_models
 from clead.serving.problems import Problem, ProblemDetails
-from clead.serving.reading import NPY, Buffers, body_kind, read_body, read_images
+from clead.serving.request_parsing import NPY, Buffers, body_kind, read_body, read_images
+from clead.serving.schemas import ExplainAnswer, ExplainQuery, Health, PredictAnswer, PredictQuery
 from clead.serving.settings import ServeSettings
 
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from clead.config import RunConfig, load_recipe
 from clead.data.base import stratified
 from clead.data.decoding import ResizeSpec
 from clead.errors import MissingExtra, UserError
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.detection import DETECTORS, DetectionPoint, Detector, threshold_at
 from clead.evaluation.measurement import Detection, Measurement
-from clead.evaluation.verdicts import exact_float32
 from clead.export.onnx import AGREE, to_onnx
 from clead.interfaces import ImageSet, Splits
 from clead.models.split import SplitModel, weights

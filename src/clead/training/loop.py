@@ -22,7 +22,7 @@ from clead.attacks.pgd import PGD
 from clead.checkpoint import PROJECTION, RunDir, check_weights, save_weights
 from clead.config import RunConfig, Train
 from clead.data.base import shuffle_if_sorted
-from clead.data.labels import for_method
+from clead.data.label_sampling import for_method
 from clead.data.loaders import Loader, make_generator
 from clead.distributed import (
     SINGLE_PROCESS,
@@ -35,21 +35,21 @@ from clead.distributed import (
     synchronised,
 )
 from clead.errors import UserError, out_of_memory
+from clead.evaluation.correctness import accuracy_under_attack
 from clead.evaluation.knn import neighbours_accuracy
-from clead.evaluation.verdicts import accuracy_under_attack
 from clead.interfaces import Batch, Splits, StepOutput, Threat
 from clead.methods.base import StepContext, Views
-from clead.methods.replay import PersistentDelta
-from clead.models.cost import CostMeter
+from clead.methods.free_adversary import PersistentDelta
+from clead.models.compute_cost import CostMeter
 from clead.models.external import ModelError
 from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
 from clead.training.awp import perturbed_weights
+from clead.training.freezing import train_classifier_only
+from clead.training.offline_adversaries import store_images
 from clead.training.optim import make_optimizer, make_schedule
 from clead.training.overfitting import Cause, cause_of, collapsed, parted
-from clead.training.stored import store_images
-from clead.training.tracking import tensorboard
-from clead.training.trainable import train_classifier_only
+from clead.training.tensorboard import tensorboard
 
 _log = logging.getLogger("clead")
 _LOG_STEPS = 10

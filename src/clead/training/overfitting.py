@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
-from clead.attacks.run import run_attack
+from clead.attacks.runner import run_attack
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.loaders import make_generator
-from clead.evaluation.verdicts import correct_mask, is_correct, to_float
+from clead.evaluation.correctness import correct_mask, is_correct, to_float
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.seeding import fork_rng as global_seed
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clead.errors import UserError
-from clead.evaluation.verdicts import exact_float32, to_float
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.interfaces import Splits
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel

@@ -15,9 +15,9 @@ from clead.config import RunConfig
 from clead.distributed import World, init_world, local_device
 from clead.interfaces import Splits
 from clead.models.split import SplitModel, copied
+from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.loop import AfterValidation, Interrupted, TrainResult, device_of, fit
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
-from clead.training.trainable import start_from, unfrozen_afterwards
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
 

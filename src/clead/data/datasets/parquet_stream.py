@@ -37,7 +37,7 @@ from clead.data.datasets.parquet import (
 )
 from clead.data.datasets.parquet import unread as _skipped
 from clead.data.decoding import ResizeSpec, decode
-from clead.data.labels import hide_labels, stratified
+from clead.data.label_sampling import hide_labels, stratified
 from clead.data.repeats import repeats
 from clead.data.streaming import Shards, StreamedImages, unreadable
 from clead.errors import UserError

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clead.errors import UserError
 from clead.serving.app import create_app
-from clead.serving.playground import contest as computing
+from clead.serving.playground import comparison as computing
 from clead.serving.playground import pictures
 from clead.serving.playground.choices import (
     ATTACK_SECONDS,
@@ -41,8 +41,8 @@ from clead.serving.playground.choices import (
     read_query,
     whole,
 )
-from clead.serving.playground.contest import Comparison
-from clead.serving.playground.fence import Fence
+from clead.serving.playground.comparison import Comparison
+from clead.serving.playground.gradio_path_filter import Fence
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
 

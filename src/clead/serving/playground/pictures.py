@@ -17,7 +17,7 @@ from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_a
 from clead.results.format import duration, interval, percent, threat_of
 from clead.results.record import Estimate
 from clead.serving.playground.choices import NORM_WORDS, OFFERS, AttackSettings
-from clead.serving.playground.contest import (
+from clead.serving.playground.comparison import (
     Comparison,
     EpsilonCurve,
     LeaderboardRow,

@@ -22,9 +22,9 @@ from starlette.requests import Request
 
 from clead.data.decoding import WEB_FORMATS, decode
 from clead.errors import UserError
-from clead.serving.answers import Arrays
 from clead.serving.models import ServedModel
 from clead.serving.problems import Problem, first_error
+from clead.serving.schemas import Arrays
 from clead.serving.settings import ServeSettings
 
 T = TypeVar("T")

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from clead import __version__
 from clead.attacks.minimal import MinimumNorm, run_minimum_norm
-from clead.attacks.run import check_finite, finite_images, run_attack
+from clead.attacks.runner import check_finite, finite_images, run_attack
 from clead.checkpoint import fingerprint
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.loaders import make_generator
 from clead.errors import UserError
-from clead.evaluation.robust import digest
+from clead.evaluation.correctness import correct_mask, exact_float32, to_float
+from clead.evaluation.evaluator import digest
 from clead.evaluation.state import ResumableResults, differences, read_header
 from clead.evaluation.transfer import PART, STORED_TEST
-from clead.evaluation.verdicts import correct_mask, exact_float32, to_float
 from clead.interfaces import Attack, ImageSet, Search, Splits, Threat
 from clead.methods.clead_published import attack_of
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
 from clead.progress import progress

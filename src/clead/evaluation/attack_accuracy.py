@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from clead.evaluation.correctness import to_float
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.verdicts import to_float
 from clead.interfaces import ImageSet
 from clead.progress import Tick
 from clead.results.record import Estimate

@@ -24,7 +24,7 @@ from clead.attacks.fab import FAB
 from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.pgd import PGD
 from clead.attacks.rays import RayS
-from clead.attacks.run import (
+from clead.attacks.runner import (
     check_finite,
     check_inputs,
     check_norm,
@@ -40,15 +40,15 @@ from clead.config import Eval
 from clead.data.loaders import make_generator
 from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import diagnosis, masking, processes
+from clead.evaluation.correctness import correct_mask, exact_float32, is_correct, run_microbatched, to_float
 from clead.evaluation.extent import Extent, expected_parts, extent
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import SINGLE_SHARD, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
 from clead.evaluation.state import Part, ResumableResults
 from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.evaluation.verdicts import correct_mask, exact_float32, is_correct, run_microbatched, to_float
 from clead.interfaces import ImageSet, Search, Threat
-from clead.models.cost import CostMeter
+from clead.models.compute_cost import CostMeter
 from clead.models.external import ModelError
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng as global_seed

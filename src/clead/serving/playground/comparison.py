@@ -19,14 +19,14 @@ from clead.api.opened import evaluated_images
 from clead.api.results import read_record
 from clead.attacks.fmn import FMN
 from clead.attacks.pgd import PGD
-from clead.attacks.run import check_finite, finite_images, run_attack
+from clead.attacks.runner import check_finite, finite_images, run_attack
 from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.base import fingerprint
 from clead.data.decoding import decode
 from clead.errors import UserError
+from clead.evaluation.correctness import exact_float32
 from clead.evaluation.minimum_norm import distances
-from clead.evaluation.verdicts import exact_float32
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.split import SplitModel, copied
 from clead.results.record import Estimate, Record
@@ -45,7 +45,7 @@ from clead.serving.playground.choices import (
     whole,
 )
 from clead.serving.problems import Problem
-from clead.serving.reading import count_pixels
+from clead.serving.request_parsing import count_pixels
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
 from clead.threats import THREATS

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import OBJECTIVES
+from clead.attacks.square_cache import Prepared
 from clead.errors import UserError, out_of_memory
 from clead.interfaces import Attack, Model, Search, Threat
 from clead.models.external import ModelError, backward_of
-from clead.models.fold import folded
+from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
-from clead.models.windowed import Prepared
 from clead.settings import validated
 from clead.threats import THREATS
 

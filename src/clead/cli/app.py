@@ -68,7 +68,7 @@ def _program(
     ] = None,
 ) -> None:
     if allow_code:
-        from clead.models.custom import allow_code as allow
+        from clead.models.user_model import allow_code as allow
 
         allow(*allow_code)
 

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clead.serving.problems import Problem, answer
-from clead.serving.reading import Buffers, read_body
+from clead.serving.request_parsing import Buffers, read_body
 from clead.serving.settings import ServeSettings
 
 LARGEST_EVENT = 256 * 1024

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.run import finite_images, run_attack
+from clead.attacks.runner import finite_images, run_attack
 from clead.data.loaders import make_generator
 from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from clead.evaluation.attacked import AttackedResult
+from clead.evaluation.attack_accuracy import AttackedResult
 from clead.report.run import RunResult
 
 

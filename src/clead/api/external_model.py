@@ -11,10 +11,10 @@ from torch import nn
 
 from clead.errors import UserError
 from clead.models.class_names import class_names
-from clead.models.custom import make_module
 from clead.models.model_input import InputLayer, ModelInput
 from clead.models.onnx import OnnxModel, is_onnx
 from clead.models.split import AdaptedModel, SplitModel, wrapped
+from clead.models.user_model import make_module
 from clead.output import tell
 from clead.weights import load_into, read_weights
 
