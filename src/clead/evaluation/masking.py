@@ -513,7 +513,7 @@ def _black_box(probe: _Probe) -> CheckPart | None:
         if len(chosen):
             x, y = probe.x[chosen], probe.y[chosen]
             queries = _QUERIES if probe.earlier is None else _FEWER_QUERIES
-            x_adv = square(queries=queries).search(probe.model, x, y, probe.threat, generator=probe.generator)
+            x_adv = square(queries=queries).perturb(probe.model, x, y, probe.threat, generator=probe.generator)
             broken = int((~_hits(probe.model(x_adv), y)).sum())
         tried["square"] = broken
     if not tried:
