@@ -17,6 +17,7 @@ import clead
 from clead import distributed
 from clead.checkpoint import load_weights
 from clead.data.loaders import make_generator
+from clead.distributed import collectives, launch
 from clead.errors import UserError
 from clead.methods import METHODS
 from clead.threats.linf import Linf
@@ -321,7 +322,7 @@ def test_torchrun_starts_a_lost_worker_again_and_the_run_goes_on(backend, tmp_pa
 def test_what_is_left_in_torchruns_store_from_before_a_restart_does_not_matter(tmp_path):
     """The other process comes first, and finds the port of a store that is gone."""
     agent = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    agent.set(distributed._STORE_PORT, str(free_port()))
+    agent.set(launch._STORE_PORT, str(free_port()))
     code = """
 import datetime, os, sys, time, clead.distributed as d, torch
 time.sleep(3 * (os.environ["RANK"] == "0"))
@@ -346,8 +347,8 @@ d.exit_process(0)
 
 def test_a_missing_master_is_told(tmp_path):
     code = """
-import datetime, clead.distributed as d, torch
-d._MEETING = datetime.timedelta(seconds=2)
+import datetime, clead.distributed.launch, clead.distributed as d, torch
+clead.distributed.launch._MEETING = datetime.timedelta(seconds=2)
 d.init_world(torch.device("cpu"))
 """
     settings = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -359,7 +360,7 @@ def test_joining_keeps_views_apart_and_its_backward_is_that_of_the_whole_batch(m
     """Closed form, with the other process played by a second tensor."""
     views, images, size, width = 2, 3, 2, 4
     parts = [torch.randn(views * images, width, dtype=torch.float64) for _ in range(size)]
-    monkeypatch.setattr(distributed, "_gathered", lambda values, count: torch.stack([values, parts[1]]))
+    monkeypatch.setattr(collectives, "gathered", lambda values, count: torch.stack([values, parts[1]]))
     own = parts[0].clone().requires_grad_()
     joined = distributed.World(0, size).gather_with_grad(own, images)
     expected = [part[view * images : (view + 1) * images] for view in range(views) for part in parts]
