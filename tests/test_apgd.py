@@ -355,7 +355,7 @@ def test_one_forward_and_one_backward_per_step_of_the_images_that_stand(norm, st
     y = answers(model, x)
     recorded = Recorded(model)
     with torch.no_grad():
-        x_adv = APGD(steps=20).search(recorded, x, y, THREATS.get(norm)(eps=RADII[norm]), generator=generator())
+        x_adv = APGD(steps=20).perturb(recorded, x, y, THREATS.get(norm)(eps=RADII[norm]), generator=generator())
     rows = [len(z) for z in recorded.seen]
     standing = int((answers(model, x_adv) == y).sum())
     assert 0 < standing < len(x)

@@ -97,7 +97,7 @@ def test_one_image_at_a_time_it_asks_what_the_paper_asks(eps, queries):
     y, founds = labels(x), []
     for image, label in zip(x, y.tolist(), strict=True):
         model = Curved()
-        x_adv = RayS(queries=queries).search(
+        x_adv = RayS(queries=queries).perturb(
             model, image[None], torch.tensor([label]), Linf(eps=eps), generator=generator()
         )
         expected, found = slow(image, label, eps, queries)
@@ -109,7 +109,7 @@ def test_one_image_at_a_time_it_asks_what_the_paper_asks(eps, queries):
     # Together, until one of them draws, they are found as they are one by one, and at the same cost.
     if eps > 0.05:
         model = Curved()
-        together = RayS(queries=queries).search(model, x, y, Linf(eps=eps), generator=generator())
+        together = RayS(queries=queries).perturb(model, x, y, Linf(eps=eps), generator=generator())
         assert torch.equal(together, torch.stack(founds))
         spent = sum(len(slow(image, label, eps, queries)[0]) for image, label in zip(x, y.tolist(), strict=True))
         assert sum(len(z) for z in model.asked) == spent
@@ -125,17 +125,17 @@ def test_no_image_gets_more_than_its_queries(queries):
         held.append(len(z))
         return torch.tensor([[1.0, 0.0]]).expand(len(z), 2)
 
-    x_adv = RayS(queries=queries).search(constant, x, torch.zeros(6).long(), Linf(eps=0.1), generator=generator())
+    x_adv = RayS(queries=queries).perturb(constant, x, torch.zeros(6).long(), Linf(eps=0.1), generator=generator())
     assert torch.equal(x_adv, x) and held == [6] * queries
     falling = Curved()
-    x_adv = RayS(queries=queries).search(falling, x, labels(x), Linf(eps=0.04), generator=generator())
+    x_adv = RayS(queries=queries).perturb(falling, x, labels(x), Linf(eps=0.04), generator=generator())
     counts = [len(z) for z in falling.asked]
     stands = int((labels(x_adv) == labels(x)).sum())
     assert counts == sorted(counts, reverse=True) and len(counts) <= queries
     assert 0 < stands < 6 or queries < 40
     assert stands == 0 or len(counts) == queries
     wrong = Curved()
-    x_adv = RayS(queries=queries).search(wrong, x, (labels(x) + 1) % 5, Linf(eps=0.06), generator=generator())
+    x_adv = RayS(queries=queries).perturb(wrong, x, (labels(x) + 1) % 5, Linf(eps=0.06), generator=generator())
     assert torch.equal(x_adv, x) and [len(z) for z in wrong.asked] == [6]
 
 
@@ -200,9 +200,9 @@ def test_nothing_but_the_label_is_used(change):
 
     x, model = images(40), Curved()
     y = labels(x)
-    found = RayS(queries=300).search(model, x, y, Linf(eps=0.05), generator=generator())
+    found = RayS(queries=300).perturb(model, x, y, Linf(eps=0.05), generator=generator())
     asked, model.asked = model.asked, []
-    again = RayS(queries=300).search(other, x, y, Linf(eps=0.05), generator=generator())
+    again = RayS(queries=300).perturb(other, x, y, Linf(eps=0.05), generator=generator())
     assert 5 < int((found != x).flatten(1).any(1).sum()) < 35
     assert torch.equal(again, found) and torch.equal(torch.cat(model.asked), torch.cat(asked))
 
@@ -218,9 +218,9 @@ def test_where_the_answer_is_nan_the_search_has_found_something(one):
         return logits if one else torch.where(moved[:, None], torch.nan, logits)
 
     x = images(2)[:1]
-    x_adv = RayS(queries=5).search(model, x, torch.tensor([0]), Linf(eps=0.1), generator=generator())
+    x_adv = RayS(queries=5).perturb(model, x, torch.tensor([0]), Linf(eps=0.1), generator=generator())
     assert model(x_adv).isnan().any() and (x_adv - x).abs().max() <= 0.1 + 1e-6
-    nan = RayS(queries=5).search(lambda z: torch.full((len(z), 2), torch.nan), x, torch.tensor([0]), Linf(eps=0.1))
+    nan = RayS(queries=5).perturb(lambda z: torch.full((len(z), 2), torch.nan), x, torch.tensor([0]), Linf(eps=0.1))
     assert torch.equal(nan, x)  # wrong without an attack
 
 
@@ -229,13 +229,13 @@ def test_the_seed_decides_where_a_search_that_is_stuck_begins_again():
     asked = []
     for seed in (0, 0, 1):
         model = Curved()
-        RayS(queries=900).search(model, x, labels(x), Linf(eps=1e-4), generator=generator(seed))
+        RayS(queries=900).perturb(model, x, labels(x), Linf(eps=1e-4), generator=generator(seed))
         asked.append(torch.stack(model.asked))
     assert torch.equal(asked[0], asked[1])
     same = (asked[0] == asked[2]).flatten(1).all(1)
     assert same[:100].all() and not same[-100:].any()
     state = torch.get_rng_state()
-    RayS(queries=900).search(Curved(), x, labels(x), Linf(eps=1e-4), generator=generator())
+    RayS(queries=900).perturb(Curved(), x, labels(x), Linf(eps=1e-4), generator=generator())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -269,7 +269,7 @@ def test_every_value_is_turned_in_every_level(shape):
 
     lengths = [math.ceil(size / 2**level) for level in range(math.ceil(math.log2(size)) + 1)]
     blocks = sum(math.ceil(size / length) for length in lengths)
-    RayS(queries=2 + blocks).search(constant, x, torch.tensor([0]), Linf(eps=0.1), generator=generator())
+    RayS(queries=2 + blocks).perturb(constant, x, torch.tensor([0]), Linf(eps=0.1), generator=generator())
     turned = [point != asked[1] for point in asked[2:]]  # corners of the box: the first signs are all 1
     assert torch.equal(asked[1], torch.ones(size)) and len(turned) == blocks
     for length in lengths:
@@ -282,7 +282,7 @@ def test_more_queries_break_more():
     x = images(60)
     y = labels(x)
     left = [
-        int((labels(RayS(queries=n).search(Curved(), x, y, Linf(eps=0.05), generator=generator())) == y).sum())
+        int((labels(RayS(queries=n).perturb(Curved(), x, y, Linf(eps=0.05), generator=generator())) == y).sum())
         for n in (20, 60, 400)
     ]
     assert left[0] > left[1] > left[2]
