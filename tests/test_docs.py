@@ -160,7 +160,7 @@ def prepared(page: str, trained: Path) -> None:
     for name in ("mine", "other"):
         if f"--out runs/{name}" not in text and (ROOT / page).read_text().count(f"runs/{name}"):
             shutil.copytree(trained / name, f"runs/{name}")
-    colour = "own-" in page
+    colour = page in ("docs/data.md", "docs/own-images.md", "docs/own-model.md")
     _images(Path("photos"), ("cat", "dog"), (40, 30, 3) if colour else (8, 8))
     for place in ("my/images", "other/images"):
         _images(Path(place), tuple("0123456789"), (8, 8))
