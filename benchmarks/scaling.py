@@ -38,7 +38,7 @@ def worker(folder, steps):
     from clead.api.opened import build
     from clead.checkpoint import RunDir
     from clead.config import load_recipe
-    from clead.training.loop import fit
+    from clead.training.trainer import fit
 
     torch.set_num_threads(1)
     size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -30,7 +30,7 @@ from clead.models.modes import attack_mode
 from clead.models.small_cnn import SmallCNN
 from clead.settings import validated
 from clead.threats.linf import Linf
-from clead.training import loop
+from clead.training.step import cost_per_image
 
 THREAT, ATTACK = Linf(eps=0.1), PGD(steps=3)
 PLAIN = {"embedding_dim": 5}
@@ -309,7 +309,7 @@ def test_cost_in_forward_equivalents(dual, steps):
     })  # fmt: skip
     expected = 2 * (2 * steps) + 2 * 2 * 3
     before = [tensor.clone() for part in filter(None, (model, memory)) for tensor in part.state_dict().values()]
-    assert loop.cost_per_image(config, model, batch, memory) == expected
+    assert cost_per_image(config, model, batch, memory) == expected
     after = [tensor for part in filter(None, (model, memory)) for tensor in part.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     with CostMeter(model) as meter:

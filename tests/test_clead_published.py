@@ -24,8 +24,8 @@ from clead.models.build import build_model
 from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.training import offline_adversaries as stored_module
-from clead.training.loop import Interrupted
 from clead.training.offline_adversaries import store_images
+from clead.training.signals import Interrupted
 
 TEXT = """--model.width 4 --model.features 8 --data.limit_train 330 --data.limit_test 20 --data.batch_size 32
 --method.name clead_published --method.stored_attack.name fgsm --data.view.crop 2

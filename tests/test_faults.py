@@ -26,7 +26,7 @@ from clead.atomic_io import locked
 from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.errors import UserError
-from clead.training.loop import NonFiniteLoss
+from clead.training.finite import NonFiniteLoss
 
 ROOT = Path(__file__).parent.parent
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 20 --data.batch_size 16

@@ -20,7 +20,7 @@ from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.threats.l2 import L2
 from clead.threats.linf import Linf
-from clead.training import loop
+from clead.training import trainer
 
 EPS = 0.1
 THREAT, ATTACK = Linf(eps=EPS), FGSM(random_start=True, step_size="1.25")
@@ -244,8 +244,8 @@ def test_the_count_of_the_double_backward_agrees_with_multiplications():
 def test_catastrophic_overfitting_is_detected_and_the_weights_before_are_kept(tmp_path, monkeypatch):
     """Robust accuracy soars on training batches, as it does when the one step has become too weak, while validation's falls."""
     plan = iter([(0.9, 0.5), (0.9, 0.6), (0.9, 0.02), (0.9, 0.0)])
-    monkeypatch.setattr(loop, "accuracy_under_attack", lambda *args, **keys: next(plan))
-    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    monkeypatch.setattr(trainer, "accuracy_under_attack", lambda *args, **keys: next(plan))
+    monkeypatch.setattr(trainer, "LOG_STEPS", 1)
     real = FGSMRS.loss
 
     def soaring(self, *args, **keys):

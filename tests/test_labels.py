@@ -20,8 +20,8 @@ from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
-from clead.training import loop
-from clead.training.loop import Interrupted
+from clead.training.signals import Interrupted
+from clead.training.step import Step
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 80 --data.batch_size 16 --attack.steps 1
 --train.validate_every 1 --train.validate_steps 1 --train.device cpu --optim.lr 0.002 --optim.clip_norm null""")
@@ -328,7 +328,7 @@ def test_resume_is_exact(share, tmp_path):
     fit(tmp_path / "straight", *options, recipe="digits-clead")
     whole = stored(tmp_path / "straight")
     steps = RunDir(tmp_path / "straight").history()[-1]["step"]
-    count, step = 0, loop._forward_backward
+    count, step = 0, Step.forward_backward
 
     def stop(*arguments):
         nonlocal count
@@ -338,7 +338,7 @@ def test_resume_is_exact(share, tmp_path):
         return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, Interrupted)):
-        patch.setattr(loop, "_forward_backward", stop)
+        patch.setattr(Step, "forward_backward", stop)
         fit(tmp_path / "stopped", *options, recipe="digits-clead")
     assert RunDir(tmp_path / "stopped").has_state()
     fit(tmp_path / "stopped", *options, recipe="digits-clead", resume=True)

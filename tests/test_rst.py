@@ -16,7 +16,7 @@ from clead.config import load_recipe
 from clead.data.base import InMemoryDataset
 from clead.errors import UserError
 from clead.methods.clead import CLead
-from clead.training import loop
+from clead.training.step import Step
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 80 --data.batch_size 16 --attack.steps 1
 --train.validate_every 1 --train.validate_steps 1 --train.device cpu --optim.lr 0.01 --optim.clip_norm null
@@ -104,7 +104,7 @@ def test_half_of_a_batch_can_be_labelled_as_in_the_paper(teacher, tmp_path, monk
 def test_resume_is_exact_even_when_the_source_is_gone(teacher, tmp_path, monkeypatch):
     source = shutil.copytree(teacher, tmp_path / "source")
     student(source, tmp_path / "straight")
-    count, step = 0, loop._forward_backward
+    count, step = 0, Step.forward_backward
 
     def stop(*arguments):
         nonlocal count
@@ -114,7 +114,7 @@ def test_resume_is_exact_even_when_the_source_is_gone(teacher, tmp_path, monkeyp
         return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_forward_backward", stop)
+        patch.setattr(Step, "forward_backward", stop)
         student(source, tmp_path / "stopped", "--train.checkpoint_seconds", "0")
     shutil.rmtree(source)
     student(source, tmp_path / "stopped", "--train.checkpoint_seconds", "0", resume=True)
@@ -225,7 +225,7 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
     clead.train(by_hand, out=tmp_path / "hand", show=False)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "hand"))
 
-    step, count = loop._forward_backward, 0
+    step, count = Step.forward_backward, 0
 
     def stop(*arguments):
         nonlocal count
@@ -235,7 +235,7 @@ def test_a_stage_learns_from_the_labels_of_an_earlier_stage(tmp_path, capsys, mo
         return step(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "_forward_backward", stop)
+        patch.setattr(Step, "forward_backward", stop)
         clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False)
     clead.train(staged(tmp_path, "--train.checkpoint_seconds", "0"), out=tmp_path / "killed", show=False, resume=True)
     assert same(stored(tmp_path / "run"), stored(tmp_path / "killed"))

@@ -22,8 +22,8 @@ from clead.evaluation.transfer import StoredTest, transferred
 from clead.interfaces import ImageSet
 from clead.models.compute_cost import CostMeter
 from clead.threats.linf import Linf
-from clead.training import loop, stages
-from clead.training.loop import Interrupted
+from clead.training import stages, trainer
+from clead.training.signals import Interrupted
 
 RECIPE = """
 data: {name: digits, batch_size: 32, limit_train: 120, limit_test: 30}
@@ -315,7 +315,7 @@ def kill(monkeypatch, owner, name, count, *, before=False):
         (stages, "write_outcome", 1, False),  # between stages
         (stages, "write_metrics", 2, True),
         (stages, "_sum", 1, True),
-        (loop, "store_images", 1, False),
+        (trainer, "store_images", 1, False),
     ],
 )
 def test_a_kill_anywhere_and_resume_give_the_same_run(owner, name, count, before, done, recipe, tmp_path, monkeypatch):

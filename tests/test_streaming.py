@@ -17,12 +17,12 @@ from PIL import Image
 
 import clead
 from clead.config import load_recipe
+from clead.data.channels import mean_std
 from clead.data.datasets.parquet import Parquet
 from clead.data.datasets.parquet_stream import ParquetStream
 from clead.data.loaders import Loader
 from clead.data.streaming import StreamedImages
 from clead.errors import UserError
-from clead.training.loop import mean_std
 
 SIZE = 12
 

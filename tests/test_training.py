@@ -25,9 +25,10 @@ from clead.config import Optim, Train, load_recipe
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
-from clead.training import loop, overfitting
-from clead.training.loop import Interrupted, NonFiniteLoss
+from clead.training import overfitting, trainer
+from clead.training.finite import NonFiniteLoss
 from clead.training.optim import make_optimizer, make_schedule
+from clead.training.signals import Interrupted
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 16 --attack.steps 1
 --train.validate_every 1 --train.validate_steps 1 --train.device cpu --optim.name adamw --optim.lr 0.002
@@ -229,7 +230,7 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", arguments)
         patch.setattr(CLead, "loss", interrupted)
-        patch.setattr(loop, "_LOG_STEPS", 1)
+        patch.setattr(trainer, "LOG_STEPS", 1)
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 130
@@ -387,7 +388,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 def planned(monkeypatch, values):
     """Let the validations of a run say what is planned, (clean, robust) each."""
     left = iter(values)
-    monkeypatch.setattr(loop, "accuracy_under_attack", lambda *args, **keys: next(left))
+    monkeypatch.setattr(trainer, "accuracy_under_attack", lambda *args, **keys: next(left))
 
 
 def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, caplog):
@@ -399,7 +400,7 @@ def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, ca
         return output
 
     monkeypatch.setattr(CLead, "loss", soaring)
-    monkeypatch.setattr(loop, "_LOG_STEPS", 1)
+    monkeypatch.setattr(trainer, "LOG_STEPS", 1)
     planned(monkeypatch, [(0.9, 0.5), (0.9, 0.55), (0.9, 0.02), (0.9, 0.0)])
     with caplog.at_level(logging.WARNING, "clead"):
         run = fit(tmp_path / "run", "--method.name", "pgd_at", "--train.epochs", "4")
@@ -689,8 +690,8 @@ def test_the_profile_says_where_the_time_goes_and_keeps_nothing(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     found = clead.profile(tiny("--method.name", "pgd_at"))
     assert not list(tmp_path.iterdir())
-    assert set(found["parts"]) == {*loop.PARTS, "rest"} and all(spent >= 0 for spent in found["parts"].values())
-    assert all(found["parts"][name] > 0 for name in loop.PARTS)
+    assert set(found["parts"]) == {*trainer.PARTS, "rest"} and all(spent >= 0 for spent in found["parts"].values())
+    assert all(found["parts"][name] > 0 for name in trainer.PARTS)
     assert sum(found["parts"].values()) >= 0.99 * found["step_ms"] > 0
     assert found["forward_equivalents"] == pytest.approx(5)  # a step of PGD: 2, then forward and full backward: 3
     names = [name for name, _, _ in found["operators"]]
@@ -705,7 +706,7 @@ def test_profile_on_the_command_line(tmp_path, monkeypatch, capsys):
         main()
     assert stopped.value.code == 0
     printed = capsys.readouterr().out
-    assert all(part in printed for part in loop.PARTS) and "images/s" in printed
+    assert all(part in printed for part in trainer.PARTS) and "images/s" in printed
     assert not list(tmp_path.iterdir())
 
 

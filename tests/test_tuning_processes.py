@@ -19,7 +19,7 @@ import sqlalchemy as sql
 import torch
 
 from clead.checkpoint import load_weights
-from clead.training import loop
+from clead.training import trainer
 from clead.tuning import tune
 from clead.tuning.storage import open_storage
 
@@ -175,9 +175,9 @@ def test_a_killed_worker_continues_from_its_checkpoint(tmp_path):
         return tune("digits-clead", given, out=out, show=False, say=str)
 
     whole = study(tmp_path / "whole")
-    batches, batch = [], loop.Loader.batch
+    batches, batch = [], trainer.Loader.batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loader, "batch", lambda self, *a: batches.append(1) or batch(self, *a))
+        patch.setattr(trainer.Loader, "batch", lambda self, *a: batches.append(1) or batch(self, *a))
         again = study(killed)
     for one, two in zip(again.results, whole.results, strict=True):
         assert (one.values, one.state, one.score) == (two.values, two.state, two.score)

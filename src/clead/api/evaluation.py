@@ -31,6 +31,7 @@ from clead.checkpoint import RunDir, fingerprint
 from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
+from clead.devices import device_of
 from clead.errors import UserError
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
@@ -50,7 +51,6 @@ from clead.output import tell
 from clead.results.record import Record, TransferredPart
 from clead.settings import validated
 from clead.threats import THREATS
-from clead.training.loop import device_of
 
 
 def evaluate(

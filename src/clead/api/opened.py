@@ -16,7 +16,9 @@ from clead.atomic_io import read_json
 from clead.checkpoint import RunDir, check_weights, load_weights
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
+from clead.data.channels import mean_std
 from clead.data.classes import align_classes
+from clead.devices import device_of
 from clead.errors import UserError
 from clead.evaluation.evaluator import EvaluationTarget
 from clead.evaluation.measurement import Measurement, Result, measure
@@ -25,7 +27,6 @@ from clead.interfaces import ImageSet, Splits, Threat
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import TrainingPart
-from clead.training.loop import device_of, mean_std
 
 _log = logging.getLogger("clead")
 

@@ -18,6 +18,7 @@ from clead.attacks.runner import image_gradient
 from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
+from clead.devices import device_of
 from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Search, Splits
@@ -27,10 +28,10 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
 from clead.training.freezing import start_from, unfrozen_afterwards
-from clead.training.loop import AfterValidation, TrainResult, device_of, fit
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
+from clead.training.trainer import AfterValidation, TrainResult, fit
 
 _log = logging.getLogger("clead")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.objectives import NEED_FEATURES
+from clead.distributed import World
 from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
@@ -126,6 +127,14 @@ class Method(ABC):
             shape: (C, H, W).
         """
         return None
+
+    def gather_state(self, state: nn.Module, world: World) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of ``state``; all processes call it. By default they have the same."""
+        return state.state_dict()
+
+    def shard_state(self, saved: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+        """Return this process's part of what ``gather_state`` returned, whatever the number of processes was."""
+        return saved
 
     @abstractmethod
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
+from clead.distributed import World
 from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, supcon
 from clead.losses.divergence import kl_divergence
@@ -195,6 +196,19 @@ class CLead(Method):
         if self.queue:
             return MomentumQueue(model, self.queue, dim, self.momentum)
         return Prototypes(num_classes, dim)
+
+    def gather_state(self, state: nn.Module, world: World) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps: of δ, which each process has for its own images, all of it."""
+        saved = state.state_dict()
+        if not isinstance(state, PersistentDelta):
+            return saved
+        return {name: world.all_gather(values) for name, values in saved.items()}
+
+    def shard_state(self, saved: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+        """Return this process's part: of δ, that of its own images."""
+        if self.replays == 1:
+            return saved
+        return {name: values[world.local_slice(len(values))] for name, values in saved.items()}
 
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the clean, adversarial and augmented images, as far as some term needs them; labels are −1 where unknown."""

@@ -23,6 +23,7 @@ from clead.checkpoint import RunDir, fingerprint, load_weights
 from clead.config import RunConfig, load_recipe
 from clead.data.base import stratified
 from clead.data.decoding import ResizeSpec
+from clead.devices import device_of
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.correctness import exact_float32
 from clead.evaluation.detection import DETECTORS, DetectionPoint, Detector, threshold_at
@@ -33,7 +34,6 @@ from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.serving.logs import log
 from clead.serving.settings import ServeSettings
-from clead.training.loop import device_of
 
 
 class Outputs(NamedTuple):

@@ -14,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from clead.checkpoint import RunDir
 from clead.config import RunConfig
+from clead.devices import device_of
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
-from clead.training.loop import PARTS, PRECISION, device_of, fit
+from clead.training.trainer import PARTS, PRECISION, fit
 
 _WARM_UP = 3
 _OPERATORS = 12

@@ -14,7 +14,7 @@ from clead.config import RunConfig
 from clead.errors import NotEnoughMemory, out_of_memory
 from clead.evaluation.state import UntrustedState
 from clead.results.record import Record
-from clead.training.loop import NonFiniteLoss
+from clead.training.finite import NonFiniteLoss
 from clead.tuning.space import SearchSpec
 
 RUNGS = 10

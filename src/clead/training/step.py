@@ -1,0 +1,127 @@
+"""One training step without the optimiser: a batch → views → loss → gradients in the weights, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.profiler import record_function
+
+from clead.config import RunConfig
+from clead.distributed import SINGLE_PROCESS, Parted, World
+from clead.interfaces import Batch, StepOutput, Threat
+from clead.methods.base import StepContext, Views
+from clead.models.compute_cost import CostMeter
+from clead.models.split import SplitModel, copied
+from clead.training.awp import perturbed_weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all steps of a training have in common.
+
+    Attributes:
+        config: of the run.
+        model: in train mode; the gradients are left in its parameters.
+        method_state: what the method keeps from step to step, or None.
+        autocast: the precision of the forward.
+        scaler: of the loss, for float16.
+        world: the processes that train together.
+    """
+
+    config: RunConfig
+    model: SplitModel
+    method_state: nn.Module | None
+    autocast: contextlib.AbstractContextManager[Any]
+    scaler: torch.amp.GradScaler
+    world: World = SINGLE_PROCESS
+
+    def forward_backward(self, batch: Batch, generators: Sequence[torch.Generator], progress: float) -> StepOutput:
+        """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken.
+
+        The gradient of one of several processes is to be averaged with theirs.
+
+        Args:
+            batch: of this process.
+            generators: one for each part of the batch.
+            progress: part of the training that lies behind, in [0, 1).
+        """
+        config, model, world, size = self.config, self.model, self.world, len(batch.labels)
+        alone = world.world_size == 1
+        threat = config.threat if len(generators) == 1 else cast(Threat, Parted(config.threat, generators, size))
+        gather = None if alone else world.all_gather
+        context = StepContext(
+            threat, config.attack, generators[0], progress, self.method_state, len(generators), gather
+        )
+        with record_function("views"), self.autocast:
+            views = config.method.views(model, batch, context)
+        if not alone:
+            views = Views(views.images, _of_all(views.batch, world), views.batch)
+
+        def output() -> StepOutput:
+            join = None if alone else lambda outputs: world.gather_with_grad(outputs, size)
+            with record_function("loss"), self.autocast, model.gathering_outputs(join):
+                return config.method.loss(model, views, context)
+
+        buffers = self.method_state.buffers() if config.train.awp and self.method_state is not None else ()
+        saved = [(buffer, buffer.clone()) for buffer in buffers]
+        average = None if alone else world.all_reduce_mean
+        with perturbed_weights(model, lambda: self.scaler.scale(output().loss), config.train.awp, average):
+            for buffer, before in saved:  # the ascent leaves the method's buffers as they are, as it does the model's
+                buffer.copy_(before)
+            result = output()
+            with record_function("backward"):
+                self.scaler.scale(result.loss).backward()
+        return result
+
+
+def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_state: nn.Module | None = None) -> float:
+    """Return what one training step costs per image in forward-equivalents, measured on copies of model and method state.
+
+    Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps.
+    """
+    probe = copied(model).train()
+    state = None if method_state is None else copied(method_state)
+    others = [] if state is None else [module for module in state.modules() if isinstance(module, SplitModel)]
+    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
+        meters = [stack.enter_context(CostMeter(module)) for module in (probe, *others)]
+        generator = torch.Generator(batch.images.device).manual_seed(0)
+        scaler = torch.amp.GradScaler(enabled=False)
+        Step(config, probe, state, contextlib.nullcontext(), scaler).forward_backward(batch, [generator], 0.0)
+    return sum(meter.forward_equivalents for meter in meters) / len(batch.labels)
+
+
+def mean_output(outputs: Sequence[StepOutput]) -> StepOutput:
+    """Return the mean loss and metrics of the microbatches of a step."""
+    if len(outputs) == 1:
+        return outputs[0]
+    names = outputs[0].metrics
+    return StepOutput(
+        torch.stack([output.loss.detach() for output in outputs]).mean(),
+        {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names},
+    )
+
+
+def microbatches(batch: Batch, count: int) -> list[Batch]:
+    """Return the batch in ``count`` equal parts."""
+    if count == 1:
+        return [batch]
+    parts = [[None] * count if values is None else values.chunk(count) for values in batch]
+    return [Batch(*each) for each in zip(*parts, strict=True)]
+
+
+def first_images(batch: Batch, n: int) -> Batch:
+    """Return the first ``n`` images of a batch, with all that belongs to them."""
+    return batch._replace(**{name: values[:n] for name, values in batch._asdict().items() if values is not None})
+
+
+def _of_all(batch: Batch, world: World) -> Batch:
+    """Return the batch with what belongs to the labels, of all processes; the images stay those of this one."""
+    names = ("labels", "index", "soft_labels", "labelled")
+    return batch._replace(
+        **{name: world.all_gather(values) for name in names if (values := getattr(batch, name)) is not None}
+    )
