@@ -121,11 +121,11 @@ def test_no_image_gets_more_than_its_queries(norm, restarts):
     """A model that cannot be broken is asked exactly so often; each image that falls leaves at once."""
     x, y, threat = images(), torch.zeros(6, dtype=torch.int64), THREATS.get(norm)(eps=RADII[norm])
     held = Toy(bias=1e4)
-    x_adv = Square(queries=30, restarts=restarts).search(held, x, y, threat, generator=generator())
+    x_adv = Square(queries=30, restarts=restarts).perturb(held, x, y, threat, generator=generator())
     assert torch.equal(x_adv, x)
     assert [len(z) for z in held.asked] == [6] * (1 + 29 * restarts)
     falling = Toy(bias=12.0)
-    x_adv = Square(queries=30, restarts=restarts).search(falling, x, y, threat, generator=generator())
+    x_adv = Square(queries=30, restarts=restarts).perturb(falling, x, y, threat, generator=generator())
     counts = [len(z) for z in falling.asked]
     stands = margin(falling(x_adv), y) <= 0
     assert counts == sorted(counts, reverse=True) and counts[-1] >= int(stands.sum())
@@ -164,7 +164,7 @@ def test_a_linear_black_box_is_broken_where_the_optimum_is_known(channels):
             places = (z[:, None] - x[None]).flatten(2).abs().amax(2).argmin(1)  # which image it is a copy of
             return torch.stack([border[places], z.flatten(1) @ w], 1)  # noqa: B023  (called in this iteration only)
 
-        x_adv = Square(queries=1500).search(model, x, y, THREATS.get("linf")(eps=eps), generator=generator())
+        x_adv = Square(queries=1500).perturb(model, x, y, THREATS.get("linf")(eps=eps), generator=generator())
         assert (model(x_adv).argmax(1) == 1).all() == found
         assert torch.equal(x_adv, x) != found
         assert (x_adv - x).abs().max() <= eps + 1e-6
@@ -177,7 +177,7 @@ def test_where_the_answer_is_nan_the_search_has_found_something(norm):
         return torch.where((z == z0).flatten(1).all(1)[:, None], logits, torch.nan)
 
     z0 = images(2)[:1]
-    x_adv = Square(queries=5).search(
+    x_adv = Square(queries=5).perturb(
         model, z0, torch.tensor([0]), THREATS.get(norm)(eps=RADII[norm]), generator=generator()
     )
     assert model(x_adv).isnan().all()
