@@ -65,6 +65,12 @@ def test_every_room_exists():
     assert [name for name in ROOMS if name not in modules] == []
 
 
+def test_contributing_lists_the_rooms():
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    rows = [f"| `{name}` | {about} |" for name, about in ROOMS.items()]
+    assert "\n".join(rows) in text, "the rooms in CONTRIBUTING.md are old; run: python docs/generate.py"
+
+
 def test_interfaces_need_torch_only():
     tree = ast.parse((ROOT / f"{TORCH_ONLY}.py").read_text())
     tops = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
