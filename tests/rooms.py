@@ -16,6 +16,7 @@ ROOMS = {
     "progress": "a progress bar on a terminal, a line now and then in a log",
     "threats": "what an attacker may change: random start, gradient step, exact projection",
     "losses": "pure functions of tensors",
+    "tasks": "what a model's outputs and an image's target mean, and when an image is right",
     "models": "networks: pixels in [0, 1] go in, logits come out; normalisation is the first layer",
     "attacks": "an attack maximises an objective inside a threat set",
     "methods": "a method turns a batch into a loss",

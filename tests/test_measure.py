@@ -15,7 +15,6 @@ import torch
 
 from clead import api, cli
 from clead.attacks.patch import Patch
-from clead.attacks.unrestricted import fallen
 from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
@@ -26,6 +25,7 @@ from clead.evaluation.smoothing import certify
 from clead.evaluation.state import ResumableResults
 from clead.evaluation.unrestricted import evaluate_unrestricted
 from clead.interfaces import ImageSet
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.linf import Linf
 
 # Name of the JSON file -> arguments after the run.
@@ -422,7 +422,7 @@ def test_success_by_rounding_of_the_folded_model_is_searched_again(monkeypatch):
     monkeypatch.setattr(attacks, "optimized", lying)
     monkeypatch.setattr(module, "optimized", lying)
     x, y = torch.full((3, 1, 6, 6), 0.4), torch.zeros(3, dtype=torch.int64)
-    assert fallen(Bright()(x).flip(1), y).all()
+    assert not CLASSIFICATION.correct(Bright()(x).flip(1), y).any()
     result = evaluate_unrestricted(Bright(), ImageSet(x, y), Patch(size=2, steps=20), show=False)
     assert result.clean.accuracy == 1 and result.robust.accuracy == 0
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, UNRESTRICTED, spatial
 from clead.attacks.spatial import Spatial, transform
-from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
+from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.losses.margin import margin
 from clead.models.seeding import fork_rng
+from clead.tasks.classification import CLASSIFICATION
 
 GOOD_X, GOOD_Y = torch.full((3, 1, 8, 8), 0.5), torch.tensor([0, 1, 2])
 
@@ -153,7 +154,7 @@ def test_it_finds_what_foolbox_finds():
 def test_no_logit_that_is_not_finite_is_a_right_answer():
     inf, nan = math.inf, math.nan
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [nan, 0.0], [inf, 0.0], [1.0, -inf], [1.0, nan]])
-    assert fallen(logits, torch.zeros(6, dtype=torch.int64)).tolist() == [False, True, True, True, True, True]
+    assert CLASSIFICATION.correct(logits, torch.zeros(6, dtype=torch.int64)).tolist() == [True, *[False] * 5]
 
 
 @pytest.mark.parametrize("change", [{"degrees": 60}, {"pixels": 3}, {"angles": 4}, {"shifts": 2}])

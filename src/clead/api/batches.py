@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clead.errors import UserError
+from clead.tasks.classification import CLASSIFICATION
 
 _IMAGES = ("pixel_values", "images", "image", "img", "inputs", "input", "x", "data")
 _LABELS = ("labels", "label", "targets", "target", "y", "fine_label", "class")
@@ -31,7 +32,7 @@ def images_and_labels(images: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
         images, labels = _collected(images)
     x, y = _as_tensor("images", images).detach(), _as_tensor("labels", labels).detach()
     _check_layout(x)
-    return x, _class_numbers(y, len(x))
+    return x, CLASSIFICATION.as_target(y, len(x))
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
@@ -63,21 +64,6 @@ def _check_layout(x: Tensor) -> None:
         raise UserError(
             f"images must be float in [0, 1] or uint8, got {x.dtype}; give images.float() / 255 for pixels in [0, 255]"
         )
-
-
-def _class_numbers(y: Tensor, n: int) -> Tensor:
-    """Return labels as (N,) int64; raises UserError where another shape or type leaves it open what they mean."""
-    shape = tuple(y.shape)
-    if y.dim() == 2 and y.shape[1] > 1:
-        raise UserError(f"labels must be class numbers of shape ({n},), got {y.dtype} {shape}; give labels.argmax(1)")
-    if y.is_floating_point() or y.is_complex():
-        more = ".squeeze(1)" if y.dim() == 2 else ""
-        raise UserError(f"labels must be integers of shape ({n},), got {y.dtype} {shape}; give labels.long(){more}")
-    if (y.dim() == 2 and y.shape[1] == 1) or (y.dim() == 0 and n == 1):
-        y = y.reshape(-1)
-    if y.dim() != 1:
-        raise UserError(f"labels must be class numbers of shape ({n},), got {y.dtype} {shape}; give labels.flatten()")
-    return y.long()
 
 
 def _collected(batches: Any) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from clead.losses import margin as margins
 from clead.losses.precision import at_least_float32
 from clead.models.seeding import fork_rng
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image, sign
 from clead.threats.l1 import L1
 
@@ -178,7 +179,7 @@ class APGD:
             logits = at_least_float32(model(point))
             value = self._value(logits, path)
             gradient = torch.autograd.grad(value.sum(), point)[0] if slope else path.gradient
-        return value.detach(), gradient, _right(logits.detach(), path.labels).long()
+        return value.detach(), gradient, CLASSIFICATION.correct(logits.detach(), path.labels).long()
 
     def _value(self, logits: Tensor, path: _Path) -> Tensor:
         if self.targets:
@@ -188,13 +189,8 @@ class APGD:
     def _answer(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean logits of the clean images, (B, K), and which are wrong, (B,)."""
         answers = [at_least_float32(model(x)) for _ in range(self.eot)]
-        right = torch.stack([_right(logits, y) for logits in answers]).sum(0)
+        right = torch.stack([CLASSIFICATION.correct(logits, y) for logits in answers]).sum(0)
         return torch.stack(answers).mean(0), 2 * right <= self.eot
-
-
-def _right(logits: Tensor, y: Tensor) -> Tensor:
-    # argmax takes NaN for the largest: at the label it would pass for robustness.
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
 
 
 def targeted(loss: str, logits: Tensor, y: Tensor, aim: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
-from clead.losses.margin import margin
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat
 
 _INSIDE = 1 - 1e-6  # atanh of the box's border itself is infinite
@@ -49,7 +49,7 @@ class CW:
     def _run(self, model: Model, x: Tensor, y: Tensor, enough: float) -> BestAdversarial:
         found = BestAdversarial(x, "l2")
         everything = torch.arange(len(x), device=x.device)
-        found.offer(everything, x, margin(model(x), y))  # what is wrong already has distance 0
+        found.offer(everything, x, CLASSIFICATION.margin(model(x), y))  # what is wrong already has distance 0
         weight = torch.full_like(found.sizes, self.weight)
         low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
         for _ in range(self.search_steps):
@@ -74,7 +74,7 @@ class CW:
             with torch.enable_grad():
                 w.requires_grad_()
                 x_adv = (w.tanh() + 1) / 2
-                lead = margin(model(x_adv), y)
+                lead = CLASSIFICATION.margin(model(x_adv), y)
                 loss = flat(x_adv - x).square().sum(1) + weight * (-lead).clamp_min(0)
                 (w.grad,) = torch.autograd.grad(loss.sum(), w)
             crossed |= found.offer(index, x_adv.detach(), lead.detach())

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
-from clead.losses.margin import margin
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat, per_image, sign
 
 _BEYOND = 1e-4
@@ -57,7 +57,7 @@ class DeepFool:
             if step == 0:
                 count = min(self.candidates, logits.shape[1] - 1)
                 others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
-            right = ~found.offer(left, x_adv.detach(), margin(logits.detach(), y[left]))
+            right = ~found.offer(left, x_adv.detach(), CLASSIFICATION.margin(logits.detach(), y[left]))
             if step == self.steps or not right.any():  # synchronises the device
                 break
             total = total + self._to_the_boundary(logits, x_adv, y[left], others, norm)

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.interfaces import Model, Threat
 from clead.models.seeding import fork_rng
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 
 _INSTALL = {"torchattacks": "pip install --no-deps torchattacks", "foolbox": "pip install foolbox"}
@@ -156,7 +156,7 @@ class External:
             )
         x_adv = x.clone()
         logits = model(x)
-        here = (~fallen(logits, y)).nonzero()[:, 0]
+        here = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]
         if not len(here) or not threat.eps:  # synchronises the device
             return x_adv
         seed = 0

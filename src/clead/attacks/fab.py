@@ -12,6 +12,7 @@ from clead.errors import UserError
 from clead.interfaces import Model, Threat
 from clead.losses.precision import at_least_float32
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import flat, per_image, sign
 
@@ -82,7 +83,7 @@ class FAB:
         with torch.no_grad():
             found = x.clone()
             logits = at_least_float32(model(x))
-            rows = (~_wrong(logits, y)).nonzero()[:, 0]
+            rows = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]
             reach = torch.full((len(x),), torch.inf if eps is None else eps, device=x.device, dtype=x.dtype)
             wrong_classes = logits.scatter(1, y[:, None], -torch.inf).topk(logits.shape[1] - 1, dim=1).indices
             aims = wrong_classes[:, : self.targets].unbind(1) if self.targets else [None]
@@ -121,7 +122,7 @@ class FAB:
             else:
                 gap, normal, logits = size, size, at_least_float32(model(point))
             # Not `size <= eps`: a point of NaN, from a broken gradient, must come out, or the model would look robust.
-            hit = (_wrong(logits, y) & ~(size > eps)).nonzero()[:, 0]  # synchronises the device
+            hit = (~CLASSIFICATION.correct(logits, y) & ~(size > eps)).nonzero()[:, 0]  # synchronises the device
             if len(hit):
                 found[rows[hit]] = point[hit]
                 kept = torch.ones_like(y, dtype=torch.bool).index_fill_(0, hit, False)
@@ -152,7 +153,7 @@ class FAB:
         for _ in range(self.steps):
             gap, normal, _logits = _boundary(model, point, y, target, threat.norm)
             point = _step(x, point, gap, normal, threat.norm)
-            wrong = _wrong(at_least_float32(model(point)), y)
+            wrong = ~CLASSIFICATION.correct(at_least_float32(model(point)), y)
             size = threat.distance(point - x)
             hit = (wrong & ~(size > reach[rows])).nonzero()[:, 0]  # synchronises the device
             if len(hit):
@@ -161,18 +162,13 @@ class FAB:
             point = torch.lerp(point, x, per_image((1 - BETA) * wrong.to(x.dtype), x))
 
 
-def _wrong(logits: Tensor, y: Tensor) -> Tensor:
-    """Return which images are misclassified, (B,); a NaN is a wrong answer, as it is for the caller."""
-    return (logits.argmax(1) != y) | logits.isnan().any(1)
-
-
 def _shortened(model: Model, x: Tensor, y: Tensor, found: Tensor) -> Tensor:
     """Return ``found`` with its perturbation scaled down to where it starts to be wrong, by bisection."""
     with torch.no_grad():
         low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.ones_like(x[:, 0, 0, 0])
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            wrong = _wrong(model(torch.lerp(x, found, per_image(middle, x))), y)
+            wrong = ~CLASSIFICATION.correct(model(torch.lerp(x, found, per_image(middle, x))), y)
             low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
         return torch.lerp(x, found, per_image(high, x))
 

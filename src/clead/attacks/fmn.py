@@ -12,8 +12,8 @@ from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
 from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
-from clead.losses.margin import margin
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import box_slack, flat, per_image, sign
 
@@ -70,7 +70,7 @@ class FMN:
 
             x_left, y_left, here = x[left], y[left], delta[left]
             x_adv = (x_left + here).clamp(0, 1)  # it is there already, up to rounding
-            value, gradient = value_and_gradient(lambda z, y=y_left: margin(model(z), y), x_adv)
+            value, gradient = value_and_gradient(lambda z, y=y_left: CLASSIFICATION.margin(model(z), y), x_adv)
             wrong = found.offer(left, x_adv, value)
             best = found.sizes[left]
             # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.

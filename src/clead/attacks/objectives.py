@@ -19,18 +19,19 @@ from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.models.split import AdaptedModel, SplitModel
+from clead.tasks.classification import CLASSIFICATION
 
 
 @OBJECTIVES.register("cross_entropy")
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """−log p(y | x_adv) (Madry et al. 2018, arXiv:1706.06083)."""
-    return lambda x_adv: margins.cross_entropy(model(x_adv), y)
+    return lambda x_adv: CLASSIFICATION.loss(model(x_adv), y)
 
 
 @OBJECTIVES.register("margin")
 def margin(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
     """max_{k≠y} z_k − z_y (Carlini & Wagner 2017, arXiv:1608.04644)."""
-    return lambda x_adv: margins.margin(model(x_adv), y)
+    return lambda x_adv: CLASSIFICATION.margin(model(x_adv), y)
 
 
 @OBJECTIVES.register("dlr")
@@ -108,7 +109,7 @@ def embedding_logits(model: nn.Module, x: Tensor, y: Tensor, weight: float = 1.0
 
     def value(x_adv: Tensor) -> Tensor:
         features, logits = split.features_and_logits(x_adv)
-        return margins.cross_entropy(logits, y) + weight * cosine_distance(features, clean)
+        return CLASSIFICATION.loss(logits, y) + weight * cosine_distance(features, clean)
 
     return value
 
@@ -130,7 +131,7 @@ def prototype(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
         return nn.functional.normalize(at_least_float32(split.features(images)), dim=1) @ prototypes.T
 
     with torch.no_grad():
-        nearest = cosines(x).scatter(1, y[:, None], -torch.inf).argmax(1)
+        nearest = CLASSIFICATION.rival(cosines(x), y)
 
     def value(x_adv: Tensor) -> Tensor:
         near = cosines(x_adv)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.unrestricted import call_unrestricted, fallen
+from clead.attacks.unrestricted import call_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Model
-from clead.losses.margin import margin
 from clead.settings import Ratio, setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image, sign
 
 
@@ -55,7 +55,7 @@ class Patch:
         side = self.side(*x.shape[2:])
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
         here = torch.arange(len(x), device=x.device)
-        here = here[~fallen(model(x), y)]
+        here = here[CLASSIFICATION.correct(model(x), y)]
         for _ in range(self.restarts):
             if len(here):  # synchronises the device
                 here = self._restart(model, x, y, side, here, result, largest, generator)
@@ -81,10 +81,10 @@ class Patch:
             with torch.enable_grad():
                 x_adv.requires_grad_()
                 logits = model(x_adv)
-                value = margin(logits, y[here])
+                value = CLASSIFICATION.margin(logits, y[here])
                 (gradient,) = torch.autograd.grad(value.sum(), x_adv)
             x_adv, value = x_adv.detach(), value.detach().to(x.dtype)
-            fell = fallen(logits.detach(), y[here])
+            fell = ~CLASSIFICATION.correct(logits.detach(), y[here])
             better = fell | (value > largest[here])
             result[here[better]], largest[here[better]] = x_adv[better], value[better]
             content, place, value, here = content[~fell], place[~fell], value[~fell], here[~fell]
@@ -96,7 +96,7 @@ class Patch:
                 heading = torch.randint(4, (len(here),), generator=generator, device=x.device)
                 ways = self.stride * torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]], device=x.device)
                 there = torch.minimum((place + ways[heading]).clamp_min(0), room)
-                gain = margin(model(paste(x[here], content, there)), y[here]) - value
+                gain = CLASSIFICATION.margin(model(paste(x[here], content, there)), y[here]) - value
                 moved = gain > 0
                 place = torch.where(moved[:, None], there, place)
             stepped = (content + self.step_size * sign(slope)).clamp_(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.interfaces import Model, Threat
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 
 _TOLERANCE = 1e-3  # of a radius, as a length in L2: the authors'
 
@@ -42,13 +43,13 @@ class RayS:
         x_adv = x.clone()
         if threat.eps == 0:
             return x_adv
-        left = (~_wrong(model(x), y)).nonzero()[:, 0]
+        left = CLASSIFICATION.correct(model(x), y).nonzero()[:, 0]
         probes, y = _Rays(x[left], float(threat.eps), generator), y[left]
         for _ in range(self.queries - 1):
             if not len(left):
                 break
             points = probes.points()
-            wrong = _wrong(model(points), y)
+            wrong = ~CLASSIFICATION.correct(model(points), y)
             found = wrong & probes.inside()
             if found.any():  # synchronises the device
                 x_adv[left[found]] = points[found]
@@ -56,10 +57,6 @@ class RayS:
                 probes.keep(~found)
             probes.settle(wrong)
         return x_adv
-
-
-def _wrong(logits: Tensor, y: Tensor) -> Tensor:
-    return (logits.argmax(1) != y) | logits.isnan().any(1)  # no answer is no sign of robustness
 
 
 class _Rays:

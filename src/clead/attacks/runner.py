@@ -21,6 +21,7 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.settings import validated
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 _log = logging.getLogger("clead")
@@ -44,13 +45,6 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
         elif x.dim() != 4:
             hint += "; give x.reshape(-1, C, H, W)"
         raise UserError(f"images must be a float tensor (B, C, H, W), got {x.dtype} {tuple(x.shape)}{hint}")
-    if y.shape != (len(x),) or y.dtype != torch.int64:
-        hint = "; give one class number per image"
-        if len(y.shape) == 2 and len(y) == len(x):
-            hint = "; give y.argmax(1)" if y.shape[1] > 1 else "; give y.squeeze(1)"
-        elif y.shape == (len(x),):
-            hint = "; give y.long()"
-        raise UserError(f"labels must be int64 of shape ({len(x)},), got {y.dtype} {tuple(y.shape)}{hint}")
     if not len(x):
         raise UserError("there is no image to attack, got a batch of 0; give x of shape (B, C, H, W) with B at least 1")
     if not torch.isfinite(x).all():  # synchronises the device
@@ -65,19 +59,7 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
             else "give raw pixels and let the model normalise (clead.models.normalize.Normalize as its first layer)"
         )
         raise UserError(f"pixels must be in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
-    _check_labels(y, num_classes)
-
-
-def _check_labels(y: Tensor, num_classes: int | None) -> None:
-    least, most = int(y.min()), int(y.max())
-    if least < 0 or (num_classes is not None and most >= num_classes):
-        bound = "K" if num_classes is None else str(num_classes)
-        hint = "; give class numbers from 0 on"
-        if num_classes is not None and most >= num_classes:
-            hint = f"; the model has {num_classes} classes: give one of {most + 1} or more, or leave out images of other classes"
-        hint = "; they count from 1: give labels - 1" if least == 1 and most == num_classes else hint
-        hint = "; leave out images without a label" if least == -1 else hint
-        raise UserError(f"labels must be in [0, {bound}), got {least if least < 0 else most}{hint}")
+    CLASSIFICATION.check_target(y, len(x), num_classes)
 
 
 def check_norm(attack: Attack | Search, threat: Threat) -> None:
@@ -155,7 +137,7 @@ def run_attack(
     with fork_rng(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
         if not checked:
             check_inputs(x, y)
-            _check_labels(y, logits_of(model, x[:1]).shape[1])
+            CLASSIFICATION.check(logits_of(model, x[:1]), y)
         with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
             x, y = x.detach().clone(), y.detach().clone()
@@ -196,7 +178,7 @@ def marked(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         return x_adv
     x_adv = x_adv.clone()
     with fork_rng(0):
-        lost = lost[logits_of(model, x_adv[lost]).argmax(1) == y[lost]]
+        lost = lost[CLASSIFICATION.predict(logits_of(model, x_adv[lost])) == y[lost]]
         if not len(lost):
             return x_adv
         candidates = torch.empty(_MARKS, *x_adv.shape[1:]).uniform_(2, 1000)
@@ -204,7 +186,7 @@ def marked(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
             torch.randint_like(candidates[_MARKS // 2 :], 2) * 2 - 1
         )  # a root or a logarithm refuses these
         candidates = candidates.to(x_adv)
-        classes = logits_of(model, candidates).argmax(1)
+        classes = CLASSIFICATION.predict(logits_of(model, candidates))
     for index in lost.tolist():
         others = (classes != y[index]).nonzero()
         if not len(others):

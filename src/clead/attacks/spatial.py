@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.unrestricted import call_unrestricted, fallen
+from clead.attacks.unrestricted import call_unrestricted
 from clead.interfaces import Model
-from clead.losses.margin import margin
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 
 
 @UNRESTRICTED.register("spatial")
@@ -42,7 +42,7 @@ class Spatial:
         """Return for each image a transformation that it falls to, else that of the largest margin; nothing is drawn."""
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         grid, here = self.grid(), torch.arange(len(x), device=x.device)
-        here = here[~fallen(model(x), y)]
+        here = here[CLASSIFICATION.correct(model(x), y)]
         start = 0
         while start < len(grid) and len(here):  # synchronises the device
             together = max(1, len(x) // len(here))  # as images leave, more transformations share a batch
@@ -51,8 +51,8 @@ class Spatial:
             tried = torch.cat([transform(x[here], *pair) for pair in chunk.tolist()])
             labels = y[here].repeat(len(chunk))
             logits = model(tried)
-            value = margin(logits, labels).to(largest.dtype)
-            value = torch.where(fallen(logits, labels), torch.inf, value).view(len(chunk), len(here))
+            value = CLASSIFICATION.margin(logits, labels).to(largest.dtype)
+            value = torch.where(CLASSIFICATION.correct(logits, labels), value, torch.inf).view(len(chunk), len(here))
             best, which = value.max(0)
             better = best > largest[here]
             found = tried.view(len(chunk), len(here), *x.shape[1:])[which, torch.arange(len(here), device=x.device)]

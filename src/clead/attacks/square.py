@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from clead.attacks import ATTACKS
 from clead.attacks.square_cache import Prepared, WindowedModel
 from clead.interfaces import Model, Threat
-from clead.losses.margin import margin
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -60,7 +60,7 @@ class Square:
         x_adv = x.clone()
         if threat.eps == 0:
             return x_adv
-        left = _stands(margin(model(x), y)).nonzero()[:, 0]
+        left = _stands(CLASSIFICATION.margin(model(x), y)).nonzero()[:, 0]
         for _ in range(self.restarts):
             if len(left):
                 left = self._once(model, x, y, threat, left, x_adv, generator)
@@ -79,7 +79,7 @@ class Square:
         """Search once for the images at ``left``, write those found into ``x_adv``, return the index of the others."""
         moves = (_Signs if threat.norm == "linf" else _Bumps)(model, x[left], threat, generator)
         y = y[left]
-        value = margin(model(moves.best), y)
+        value = CLASSIFICATION.margin(model(moves.best), y)
         for proposal in range(self.queries - 1):
             stands = _stands(value)
             if not stands.all():  # synchronises the device
@@ -89,7 +89,7 @@ class Square:
             if not len(left) or proposal == self.queries - 2:
                 break
             moves.propose(window_fraction(self.p_init, proposal, self.queries))
-            new = margin(moves.answer(), y)
+            new = CLASSIFICATION.margin(moves.answer(), y)
             better = ~(new <= value)  # NaN is better: the search has found where the model fails
             value = torch.where(better, new, value)
             moves.settle(better)

@@ -36,11 +36,6 @@ class Unrestricted(Protocol):
         ...
 
 
-def fallen(logits: Tensor, y: Tensor) -> Tensor:
-    """Return which images are not classified as ``y``, (B,); NaN and infinite logits are no right answer."""
-    return (logits.argmax(1) != y) | ~torch.isfinite(logits).all(1)
-
-
 def attack_unrestricted(
     attack: Unrestricted,
     model: nn.Module,

@@ -16,6 +16,8 @@ from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 
 _CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that go together on a CPU
 
@@ -36,8 +38,8 @@ def exact_float32() -> Generator[None, None, None]:
         torch.set_float32_matmul_precision(products)
 
 
-def correct_mask(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tensor:
-    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest, or a pixel is.
+def correct_mask(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1, task: Task = CLASSIFICATION) -> Tensor:
+    """Return which images ``task`` says are right, (B,); not if an output is not finite, or a pixel is not.
 
     Of a randomised model: right in more than half of the draws.
     """
@@ -45,13 +47,8 @@ def correct_mask(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1) -> Tens
     votes = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     with attack_mode(model), torch.no_grad():
         for _ in range(draws):
-            votes += is_correct(model(x), y)
+            votes += task.correct(model(x), y)
     return (2 * votes > draws) & finite_images(x)
-
-
-def is_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Return where the largest logit is the label's and all are finite, (B,)."""
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
 
 
 @dataclass

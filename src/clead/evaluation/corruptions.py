@@ -32,7 +32,6 @@ from scipy import ndimage
 from torch import nn
 
 from clead.attacks.runner import check_inputs, logits_of
-from clead.attacks.unrestricted import fallen
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
@@ -42,6 +41,7 @@ from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.record import Estimate
 from clead.results.statistics import estimate
+from clead.tasks.classification import CLASSIFICATION
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float64]
@@ -360,7 +360,7 @@ def evaluate_corruptions(
             x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float() / 255
             y = images.labels[start : start + batch_size].to(device)
             with attack_mode(model), torch.no_grad():
-                flags += (~fallen(model(x), y)).tolist()  # synchronises the device
+                flags += CLASSIFICATION.correct(model(x), y).tolist()  # synchronises the device
             tick(len(batch))
         state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
         return estimate(flags)

@@ -34,6 +34,7 @@ from clead.progress import Tick, progress
 from clead.results.record import Estimate
 from clead.results.statistics import estimate
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat, per_image
 
 RATES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -556,7 +557,7 @@ class _DetectionPlan:
                 part, labels = x[here].to(self.device), y[here].to(self.device)
                 outputs = self.model.features_and_logits(part)
                 logits = outputs[1]
-                wrong.append(((logits.argmax(1) != labels) | ~torch.isfinite(logits).all(1)).cpu())
+                wrong.append((~CLASSIFICATION.correct(logits, labels)).cpu())
                 margins.append(margin(logits, labels).cpu())
                 scored = [detector.score(self.model, part, outputs) for detector in detectors]
                 scores.append(torch.stack(scored).nan_to_num(nan=-torch.inf).cpu() if scored else torch.empty(0))

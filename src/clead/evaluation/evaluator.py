@@ -40,7 +40,7 @@ from clead.config import Eval
 from clead.data.loaders import make_generator
 from clead.errors import UserError, memory_of, out_of_memory
 from clead.evaluation import diagnosis, masking, processes
-from clead.evaluation.correctness import correct_mask, exact_float32, is_correct, run_microbatched, to_float
+from clead.evaluation.correctness import correct_mask, exact_float32, run_microbatched, to_float
 from clead.evaluation.extent import Extent, expected_parts, extent
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.processes import SINGLE_SHARD, Shard
@@ -357,7 +357,7 @@ def _hints(
         x, y = plan.inputs(slice(start, start + diagnosis.PIXELS))
 
         def answer(x: Tensor) -> Tensor:
-            return run_microbatched(lambda x, y: logits_of(plan.model, x).argmax(1), x, y, plan.microbatch)
+            return run_microbatched(lambda x, y: plan.task.predict(logits_of(plan.model, x)), x, y, plan.microbatch)
 
         with global_seed(plan.settings.seed):
             hints.append(diagnosis.pixel_hint(answer, x, y, len(target.classes)))
@@ -404,8 +404,8 @@ def _clean(plan: EvaluationPlan, batch: int, target: EvaluationTarget) -> tuple[
         finite = torch.isfinite(logits).all(1)
         broken = (~finite).nonzero()[:, 0]
         # NaN is no answer: taken for any class but the right one.
-        predicted = torch.where(finite, logits.argmax(1), _rivals(logits, y))
-        flags = is_correct(logits, y) if plan.draws == 1 else _right(plan, x, y, plan.draws)
+        predicted = torch.where(finite, plan.task.predict(logits), plan.task.rival(logits, y))
+        flags = plan.task.correct(logits, y) if plan.draws == 1 else _right(plan, x, y, plan.draws)
     tensors = {"flags": flags.cpu(), "predicted": predicted.cpu()}
     return tensors, [here.start + index for index in broken.tolist()]
 
@@ -444,7 +444,7 @@ def _attack(
     if not robust.all():
         wrong = (~robust).to(plan.device)
         rivals = run_microbatched(
-            lambda x, y: _rivals(logits_of(plan.model, x), y), x_adv[wrong], y[wrong], plan.microbatch
+            lambda x, y: plan.task.rival(logits_of(plan.model, x), y), x_adv[wrong], y[wrong], plan.microbatch
         )
         predicted[chosen[~robust]] = rivals.cpu()
     # Pictures show the attack that broke the image, else the last one tried.
@@ -461,11 +461,6 @@ def _attack(
     }
     tensors = {"flags": flags, "predicted": predicted, "index": chosen[kept] + here.start, "x_adv": x_adv.cpu()[kept]}
     return tensors, data
-
-
-def _rivals(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the class of the largest logit but the label's, (B,)."""
-    return logits.scatter(1, y[:, None], -torch.inf).argmax(1)
 
 
 def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -494,7 +489,7 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
     if isinstance(named.attack, Search) and plan.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(plan.model), torch.no_grad(), optimized(plan.model, x, precision) as answer:
-            left = run_microbatched(lambda x, y: ~is_correct(answer(x), y), x_adv, y, plan.microbatch)
+            left = run_microbatched(lambda x, y: ~plan.task.correct(answer(x), y), x_adv, y, plan.microbatch)
         if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
         again = left & _right(plan, x_adv, y, draws=1)
@@ -504,7 +499,7 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
 
 
 def _right(plan: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
-    return run_microbatched(lambda x, y: correct_mask(plan.model, x, y, draws), x, y, plan.microbatch)
+    return run_microbatched(lambda x, y: correct_mask(plan.model, x, y, draws, plan.task), x, y, plan.microbatch)
 
 
 def _possible(attacks: Sequence[NamedAttack], model: nn.Module) -> tuple[list[NamedAttack], list[str]]:
@@ -582,7 +577,7 @@ def _curve(
                     at = replace(cast(Any, plan.threat), eps=radius)
                     generator = make_generator(plan.device, settings.seed, _CURVE, number, batch)
                     x_adv = _search(replace(plan, threat=at), NamedAttack(name, pgd, "margin"), x, y, generator)
-                    flags[here.start + chosen] = correct_mask(plan.model, x_adv, y).cpu()
+                    flags[here.start + chosen] = correct_mask(plan.model, x_adv, y, task=plan.task).cpu()
                 tick((here.stop - here.start) / (n * len(radii)), curve=radius.text)
             store.save(key, {"flags": flags}, {})
         else:
@@ -690,15 +685,16 @@ def _evaluation(
             )
         )
         robust = robust & flags
+    of_clean, of_robust = (plan.task.metrics(f, images.labels, len(target.classes)) for f in (clean, robust))
     per_class = [
         ClassPart(
             name=name,
-            n=int(chosen.sum()),
-            clean_accuracy=clean[chosen].float().mean().item(),
-            robust_accuracy=robust[chosen].float().mean().item(),
+            n=of_clean["class_n"][k],
+            clean_accuracy=of_clean["class_accuracy"][k],
+            robust_accuracy=of_robust["class_accuracy"][k],
         )
         for k, name in enumerate(target.classes)
-        if (chosen := images.labels == k).any()
+        if of_clean["class_n"][k]
     ]
     eps = Ratio(plan.threat.eps)
     record = Record(

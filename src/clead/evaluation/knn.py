@@ -11,6 +11,7 @@ from clead.evaluation.correctness import exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
+from clead.tasks.classification import CLASSIFICATION
 
 _CHUNK = 512  # images or queries at once
 
@@ -61,7 +62,7 @@ def knn_accuracy(features: Tensor, labels: Tensor, queries: Tensor, query_labels
         # The sum of at most k cosines, over 4·k, is in ±1/4: it parts equal counts and outvotes none.
         votes = torch.zeros(len(asked), num_classes, dtype=torch.float64, device=asked.device)
         votes.scatter_add_(1, labels[index], 1 + cosine.double() / (4 * k))
-        right += int((votes.argmax(1) == truth).sum())
+        right += int(CLASSIFICATION.correct(votes, truth).sum())
     return right / len(queries)
 
 

@@ -22,6 +22,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.progress import progress
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """C, the inverse strengths of the penalty, of which the validation images choose."""
@@ -183,7 +184,7 @@ def _chosen(
 
     def accuracy(linear: nn.Linear, features: Tensor, truth: Tensor) -> float:
         with torch.no_grad():
-            return (linear(features).argmax(1) == truth).double().mean().item()
+            return CLASSIFICATION.correct(linear(features), truth).double().mean().item()
 
     best: tuple[float, float, nn.Linear] | None = None
     for strength in sorted(strengths):

@@ -32,6 +32,7 @@ from clead.progress import Tick
 from clead.results.record import CheckPart
 from clead.results.statistics import mcnemar
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import box_slack, flat, per_image
 from clead.threats.linf import Linf
 
@@ -207,7 +208,7 @@ class _Probe:
         self.training, self.given = training, given  # the layers that came in train mode, and the logits in that mode
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.logits = at_least_float32(model(x))
-        self.flags = _hits(self.logits, y)
+        self.flags = CLASSIFICATION.correct(self.logits, y)
         self.right = self.flags.nonzero()[:, 0]
         self.m = len(self.right)
         self.earlier = None if standing is None else standing[self.right]
@@ -242,7 +243,7 @@ class _Probe:
             x_adv = attack(objective, x, threat, generator=self.generator)
             finite = torch.isfinite(flat(x_adv)).all(1)
             self.lost += int((~finite).sum())
-            left[left.clone()] = _hits(self.model(torch.where(per_image(finite, x), x_adv, x)), y)
+            left[left.clone()] = CLASSIFICATION.correct(self.model(torch.where(per_image(finite, x), x_adv, x)), y)
         return left
 
     def pgd(self, name: str, steps: int = 50) -> Tensor:
@@ -263,11 +264,6 @@ class _Probe:
         return self.standing["long"]
 
 
-def _hits(logits: Tensor, y: Tensor) -> Tensor:
-    """Return which images are classified right, (B,); not if a logit is NaN, which argmax takes for the largest."""
-    return (logits.argmax(1) == y) & torch.isfinite(logits).all(1)
-
-
 def _part(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: float | Tensor) -> CheckPart:
     values = {key: float(value) for key, value in numbers.items()}
     return CheckPart(name=name, passed=bool(passed), numbers=values, explanation=f"{seen}. {good if passed else bad}.")
@@ -281,7 +277,7 @@ def _mode(probe: _Probe) -> CheckPart:
         ):  # the same draws as for the given mode: noise that the mode has no part in is no difference
             fixed = probe.model(torch.cat([probe.x, probe.x]))[: len(probe.x)]
         changed = float(_distances(given, fixed).max())
-        agree = float((given.argmax(1) == fixed.argmax(1)).float().mean())
+        agree = float((CLASSIFICATION.predict(given) == CLASSIFICATION.predict(fixed)).float().mean())
     return _part(
         "mode",
         changed <= 1e-3,
@@ -364,7 +360,7 @@ def _logits(probe: _Probe) -> CheckPart:
 def _normalisation(probe: _Probe) -> CheckPart:
     x, y, n = probe.x, probe.y, len(probe.x)
     given = int(probe.flags.sum())
-    found = {name: _hits(probe.model(changed), y) for name, changed in _variants(x).items()}
+    found = {name: CLASSIFICATION.correct(probe.model(changed), y) for name, changed in _variants(x).items()}
     best = max(found, key=lambda name: int(found[name].sum()))
     count = int(found[best].sum())
     # One answer for all images is right as often as its class is there: no proof of a better range.
@@ -444,7 +440,7 @@ def _noise(probe: _Probe) -> CheckPart:
     standing = torch.ones_like(probe.pgd("margin") if probe.earlier is None else probe.earlier)
     for _ in range(10 if probe.m else 0):
         noisy = probe.threat.random_start(probe.x[probe.right], generator=probe.generator)
-        standing &= _hits(probe.model(noisy), probe.y[probe.right])
+        standing &= CLASSIFICATION.correct(probe.model(noisy), probe.y[probe.right])
     broken = ~(probe.white_box() if probe.earlier is None else probe.earlier)
     noise, gradient = int((~standing).sum()), int(broken.sum())
     enough = noise <= few(probe.m) or 2 * noise <= gradient or gradient >= probe.m - few(probe.m)
@@ -514,7 +510,7 @@ def _black_box(probe: _Probe) -> CheckPart | None:
             x, y = probe.x[chosen], probe.y[chosen]
             queries = _QUERIES if probe.earlier is None else _FEWER_QUERIES
             x_adv = square(queries=queries).perturb(probe.model, x, y, probe.threat, generator=probe.generator)
-            broken = int((~_hits(probe.model(x_adv), y)).sum())
+            broken = int((~CLASSIFICATION.correct(probe.model(x_adv), y)).sum())
         tried["square"] = broken
     if not tried:
         return None

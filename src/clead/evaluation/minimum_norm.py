@@ -27,6 +27,7 @@ from clead.progress import progress
 from clead.results.record import CurvePoint, Estimate
 from clead.results.statistics import estimate
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 _STRETCHES = (0.0, 1e-4, 1e-3, 1e-2)
@@ -98,7 +99,7 @@ def distances(
     x, measure = images.float(), THREATS.get(norm)(eps=0).distance
     logits = logits_of(model, x)
     check_inputs(x, labels, logits.shape[1])
-    right = _right(logits, labels).nonzero()[:, 0]  # synchronises the device
+    right = CLASSIFICATION.correct(logits, labels).nonzero()[:, 0]  # synchronises the device
     out = torch.zeros(len(x), device=x.device)
     if not len(right):
         return out
@@ -109,7 +110,7 @@ def distances(
         left = size.isinf()
         candidate = (x + (1 + stretch) * (x_adv - x)).clamp(0, 1) if stretch else x_adv
         moved = measure(candidate - x)
-        size = torch.where(left & ~_right(logits_of(model, candidate), y), moved, size)
+        size = torch.where(left & ~CLASSIFICATION.correct(logits_of(model, candidate), y), moved, size)
     # Where the gradient is not finite nothing is known: the image counts as broken by the smallest change there is.
     out[right] = torch.where(finite_images(x_adv), size, torch.finfo(size.dtype).tiny)
     check_finite(x_adv, type(attack).__name__)
@@ -235,10 +236,6 @@ def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
         attack = known[attack]()
     check_norm(attack, norm)
     return next((name for name, kind in known.items() if kind is type(attack)), type(attack).__name__), attack
-
-
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.argmax(1) == labels) & torch.isfinite(logits).all(1)
 
 
 def _median(sizes: Tensor) -> float | None:

@@ -12,6 +12,8 @@ from clead.config import Eval
 from clead.evaluation.correctness import MicrobatchLimit, to_float
 from clead.evaluation.suites import DRAWS, NamedAttack
 from clead.interfaces import ImageSet, Threat
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class EvaluationPlan:
     batch_size: int
     num_saved: int
     """Adversarial images are kept for the first so many."""
+    task: Task = CLASSIFICATION
     microbatch: MicrobatchLimit = field(default_factory=MicrobatchLimit)
 
     @property

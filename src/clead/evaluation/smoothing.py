@@ -22,6 +22,7 @@ from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.record import Estimate
 from clead.results.statistics import estimate
+from clead.tasks.classification import CLASSIFICATION
 
 ABSTAIN = -1
 """The class of an image about which the smoothed classifier does not decide."""
@@ -241,7 +242,7 @@ def _counts(
                 "logits must be finite, got NaN or infinity for a noisy image, whose pixels are "
                 "not clipped to [0, 1]; look for sqrt, log or division at 0 in the model"
             )
-        counts += torch.bincount(logits.argmax(1), minlength=k)
+        counts += torch.bincount(CLASSIFICATION.predict(logits), minlength=k)
     return counts
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
 from clead.attacks.runner import AttackError, check_finite, check_inputs, finite_images, logits_of, optimized
-from clead.attacks.unrestricted import Unrestricted, attack_unrestricted, fallen
+from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.attack_accuracy import AttackedResult, Flags, in_batches
@@ -25,6 +25,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 
 
 def evaluate_unrestricted(
@@ -107,7 +108,7 @@ def _holds(
     # The search leaves an image as soon as the folded model is wrong about it, which may be rounding only: search again.
     with attack_mode(model), torch.no_grad():
         with optimized(model, x) as answer:
-            seen = fallen(answer(x_adv), y)
+            seen = ~CLASSIFICATION.correct(answer(x_adv), y)
         again = seen & correct_mask(model, x_adv, y)
         if again.any():
             x_adv[again] = attack.worst(model, x[again], y[again], generator=generator)

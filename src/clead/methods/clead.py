@@ -27,6 +27,7 @@ from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 
 Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon"]
 INNER = "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent or SupCon at τ"
@@ -266,7 +267,7 @@ class CLead(Method):
             add("contrastive", self.contrastive_weight * ramp, contrast)
         for name, key in (("clean", "clean_accuracy"), ("adversarial", "robust_accuracy")):
             if name in outputs:
-                right = outputs[name].logits.argmax(1) == batch.labels
+                right = CLASSIFICATION.correct(outputs[name].logits, batch.labels)
                 metrics[key] = mean_of(right.float(), batch.labelled)
         if self.pseudo_label_confidence is not None and batch.labelled is not None:
             metrics["pseudo_labelled"] = ((batch.labels >= 0) & ~batch.labelled).float().mean()

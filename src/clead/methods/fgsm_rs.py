@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clead.interfaces import Batch, StepOutput
-from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
@@ -18,6 +17,7 @@ from clead.methods.base import StepContext, Views
 from clead.methods.clead import INNER, CLead, Inner
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat
 
 _IGNORED = -100  # by cross_entropy
@@ -90,7 +90,7 @@ def misalignment(model: nn.Module, x: Tensor, neighbour: Tensor, y: Tensor) -> T
         (B,) float32 in [0, 2], differentiable by the weights (a double backward); 0 where one of the gradients is 0.
     """
     points = torch.cat([x, neighbour]).detach().requires_grad_()
-    value = margins.cross_entropy(model(points.clone()), torch.cat([y, y])).sum()
+    value = CLASSIFICATION.loss(model(points.clone()), torch.cat([y, y])).sum()
     (gradient,) = torch.autograd.grad(value, points, create_graph=True)
     gradient = at_least_float32(flat(gradient))
     # The cosine does not change when gradients are scaled, but those of a confident model would underflow in it.

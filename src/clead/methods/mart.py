@@ -18,6 +18,7 @@ from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
+from clead.tasks.classification import CLASSIFICATION
 
 
 @METHODS.register("mart")
@@ -64,8 +65,8 @@ class MART(Method):
             weighted = (kl_divergence(clean, adversarial) * wrong_probability(clean, targets)).mean()
             loss = loss + self.kl_weight * weighted
             metrics["weighted_kl"] = weighted.detach()
-            metrics["clean_accuracy"] = (clean.argmax(1) == y).float().mean()
-        metrics["robust_accuracy"] = (adversarial.argmax(1) == y).float().mean()
+            metrics["clean_accuracy"] = CLASSIFICATION.correct(clean, y).float().mean()
+        metrics["robust_accuracy"] = CLASSIFICATION.correct(adversarial, y).float().mean()
         return StepOutput(loss, metrics)
 
 

@@ -25,6 +25,7 @@ from clead.serving.problems import Problem, ProblemDetails
 from clead.serving.request_parsing import NPY, Buffers, body_kind, read_body, read_images
 from clead.serving.schemas import ExplainAnswer, ExplainQuery, Health, PredictAnswer, PredictQuery
 from clead.serving.settings import ServeSettings
+from clead.tasks.classification import CLASSIFICATION
 
 T = TypeVar("T")
 
@@ -302,7 +303,7 @@ class _Service:
 
     def predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
         """Return one ``Prediction`` per image, as plain data."""
-        best = outputs.probabilities.argmax(1).tolist()
+        best = CLASSIFICATION.predict(outputs.probabilities).tolist()
         rows = outputs.probabilities.astype("float64").round(6).tolist()
         predictions: list[dict[str, Any]] = [
             {"label": model.classes[k], "probability": row[k], "probabilities": row, "suspicion": None}

@@ -28,6 +28,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 
 _STREAM = 8  # random starts of stored images, apart from the streams of training
@@ -122,7 +123,7 @@ def _known(model: SplitModel, x: Tensor, y: Tensor) -> Tensor:
     if not (y < 0).any():
         return y
     with attack_mode(model), torch.no_grad():
-        return torch.where(y < 0, model(x).argmax(1), y)
+        return torch.where(y < 0, CLASSIFICATION.predict(model(x)), y)
 
 
 def _attacked(

@@ -14,9 +14,10 @@ from clead.attacks.runner import run_attack
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.loaders import make_generator
-from clead.evaluation.correctness import correct_mask, is_correct, to_float
+from clead.evaluation.correctness import correct_mask, to_float
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.models.seeding import fork_rng as global_seed
+from clead.tasks.classification import CLASSIFICATION
 
 _IMAGES = 256  # training images that are looked at
 _STREAM = 9  # of random starts, apart from those of training
@@ -159,7 +160,7 @@ def _train_mode_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int
         model.train()
         with torch.no_grad():
             flags = [
-                is_correct(model(a.clone()), b)
+                CLASSIFICATION.correct(model(a.clone()), b)
                 for a, b in zip(x.tensor_split(count), y.tensor_split(count), strict=True)
             ]
     finally:

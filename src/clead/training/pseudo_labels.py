@@ -15,6 +15,7 @@ from clead.interfaces import Splits
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.output import tell
+from clead.tasks.classification import CLASSIFICATION
 
 PSEUDO_LABELS = "pseudo_labels.safetensors"
 """In the directory of a run or of a stage: the pseudo-labels that it was trained with, and how many of them are right."""
@@ -37,7 +38,9 @@ def pseudo_labels(
     train = splits.train
     assert train.labelled is not None
     with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
-        labels = torch.cat([model(to_float(part.to(device))).argmax(1).cpu() for part in train.images.split(512)])
+        labels = torch.cat(
+            [CLASSIFICATION.predict(model(to_float(part.to(device)))).cpu() for part in train.images.split(512)]
+        )
     unlabelled = ~train.labelled
     about = {
         "from": name,

@@ -48,6 +48,7 @@ from clead.serving.problems import Problem
 from clead.serving.request_parsing import count_pixels
 from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 Report = Callable[[float, str], None]
@@ -306,7 +307,7 @@ def look(entrant: PlaygroundModel, x: Tensor) -> list[Prediction]:
     rows = logits.softmax(1).tolist()
     return [
         Prediction(row, answer, None if scores is None else scores[i])
-        for i, (row, answer) in enumerate(zip(rows, logits.argmax(1).tolist(), strict=True))
+        for i, (row, answer) in enumerate(zip(rows, CLASSIFICATION.predict(logits).tolist(), strict=True))
     ]
 
 
