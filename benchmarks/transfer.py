@@ -71,14 +71,13 @@ def measure(recipe: str, overrides: list[str], seed: int, run: Path, data: Path)
 
     torch.set_num_threads(1)
     import clead
-    from clead.api.measurements import probe_run
 
     config = clead.load_recipe(recipe, [*overrides, "--train.seed", str(seed)])
     trained = clead.train(config, out=run, resume=True, show=False)
     other = clead.load_recipe(run / "config.yaml", [*OTHER, "--data.path", str(data)])
     row = {"forward_equivalents": trained.outcome.forward_equivalents, "suites": {}}
     for strength in STRENGTHS:
-        found = probe_run(run, config=other, strengths=(strength,), show=False).result.model_dump()
+        found = clead.measure(run, "probe", config=other, strengths=(strength,), show=False).result.model_dump()
         row |= {"n": found["n"], "split": "test", "attack": found["attack"], "fitted": found["settings"]["fitted"]}
         row.setdefault("clean_accuracy", found["clean"]["accuracy"])
         row.setdefault("robust_accuracy", found["robust"]["accuracy"])

@@ -26,9 +26,9 @@ def measure(run: Path, norms: list[str], degrees: float, pixels: float) -> dict:
 
     torch.set_num_threads(1)
     import clead
-    from clead.api.measurements import corruptions_run, unrestricted_run
     from clead.attacks.spatial import Spatial
     from clead.config import load_recipe
+    from clead.measurements.unrestricted import UnrestrictedAttack
 
     config = load_recipe(run / "config.yaml", ["--eval.check_images", "0", "--eval.curve_points", "0"])
     found = {}
@@ -39,8 +39,9 @@ def measure(run: Path, norms: list[str], degrees: float, pixels: float) -> dict:
         found[norm] = clead.evaluate_run(
             run, config=other, result=f"unforeseen-{name}", show=False
         ).record.robust_accuracy
-    found["spatial"] = unrestricted_run(run, Spatial(degrees=degrees, pixels=pixels), show=False).result.robust.accuracy
-    found["corruptions"] = corruptions_run(run, show=False).result.mean_accuracy
+    spatial = Spatial(degrees=degrees, pixels=pixels)
+    found["spatial"] = clead.measure(run, UnrestrictedAttack(attack=spatial), show=False).result.robust.accuracy
+    found["corruptions"] = clead.measure(run, "corruptions", show=False).result.mean_accuracy
     return found
 
 

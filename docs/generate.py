@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from typer import Context
 from typer.main import get_command
 
 from clead import config
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
 from clead.cli.app import app
 from clead.data.datasets import DATASETS
+from clead.measurements import MEASUREMENTS
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.threats import THREATS
@@ -46,6 +48,7 @@ def pages() -> dict[str, str]:
     """Return file name -> text of every generated page."""
     return {
         "attacks.md": _attacks(),
+        "measurements.md": _measurements(),
         "methods.md": _methods(),
         "settings.md": _settings(),
         "recipes.md": _recipes(),
@@ -94,6 +97,23 @@ def _attacks() -> str:
     parts += ["## Objectives", "What a gradient attack maximises: `clead attack RUN --objective NAME`."]
     for name, function in OBJECTIVES.items():
         parts += [f"### {name}", *_docstring(function)]
+    return _page(parts)
+
+
+def _measurements() -> str:
+    parts = [
+        "# Measurements",
+        "What is measured besides robust accuracy. Each is a command, `clead NAME RUN`, and a call, `clead.measure(run, \"NAME\")`; "
+        "each leaves `RUN/results/NAME.json`, goes on where a stopped call was, and adds a section to the report. Which to choose is "
+        "told in [What else can I measure?](../measurements.md)",
+    ]
+    for name, cls in MEASUREMENTS.items():
+        parts += [f"## {name}", *_docstring(cls, formula=False)]
+        if name == "attack":  # its one setting is an attack, which has a page of its own
+            parts.append("The attacks: [In no norm ball](attacks.md#in-no-norm-ball).")
+            continue
+        keys = ", ".join(f"`--{key}`" for key in cls.keys)
+        parts += [_table(config.rows_of(cls)), f"Besides data, images and weights, these keys of the settings matter: {keys}."]
     return _page(parts)
 
 
@@ -173,7 +193,7 @@ def _commands() -> str:
     for name, command in program.commands.items():
         parts += [f"## clead {name}", *(_prose(" ".join(part.split())) for part in (command.help or "").split("\n\n"))]
         rows = []
-        for option in command.params:
+        for option in command.get_params(Context(command)):
             options = [*option.opts, *option.secondary_opts]
             if option.param_type_name == "argument":
                 options = [option.name.upper()]

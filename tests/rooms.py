@@ -26,6 +26,7 @@ ROOMS = {
     "weights": "weights from elsewhere: read without running code, matched by name",
     "results": "the schema of records, statistics, and how numbers are written and drawn",
     "evaluation": "clean and robust accuracy, the worst case per image, intervals, paired tests, masking checks",
+    "measurements": "what else is measured: certified radii, corruptions, detection, distances …; one file or folder each",
     "training": "the only place that calls backward and steps the optimiser",
     "report": "draws records: one self-contained HTML page, and its figures",
     "export": "models as files for others: ONNX, safetensors, a model card",

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clead.errors import UserError
-from clead.evaluation.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evaluate_corruptions
 from clead.interfaces import ImageSet
+from clead.measurements.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evaluate_corruptions
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -209,7 +209,7 @@ def test_zoom_blur_keeps_the_middle_more_than_the_border():
 
 @pytest.mark.parametrize("side", [8, 32, 33])
 def test_plasma_fills_the_unit_interval_and_is_rougher_with_less_decay(side):
-    from clead.evaluation.corruptions import _plasma
+    from clead.measurements.corruptions.transforms import _plasma
 
     maps = {decay: _plasma(side, decay, rng(1)) for decay in (1.5, 3.0)}
     for plasma in maps.values():
@@ -219,7 +219,7 @@ def test_plasma_fills_the_unit_interval_and_is_rougher_with_less_decay(side):
 
 
 def test_fog_by_its_formula():
-    from clead.evaluation.corruptions import _plasma
+    from clead.measurements.corruptions.transforms import _plasma
 
     image = picture()
     mist = _plasma(32, 1.75, rng(4))[:, :, None]
@@ -313,12 +313,12 @@ def test_evaluation_counts_what_the_corrupted_images_are_called():
     assert [(cell.name, cell.severity) for cell in result.cells] == [
         (name, severity) for name in ("brightness", "contrast", "fog") for severity in (1, 5)
     ]
-    assert result.table()["contrast"] == [1.0, 1.0]
+    assert result.accuracies()["contrast"] == [1.0, 1.0]
     expected = []
     for severity in (1, 5):
         images = [corrupt(i.permute(1, 2, 0).numpy(), "brightness", severity, rng()) for i in data.images]
         expected.append(float(np.mean([image.mean() / 255 <= 0.5 for image in images])))
-    assert result.table()["brightness"] == pytest.approx(expected) and expected[1] < 1
+    assert result.accuracies()["brightness"] == pytest.approx(expected) and expected[1] < 1
     assert result.mean_accuracy == pytest.approx(np.mean([cell.accuracy.accuracy for cell in result.cells]))
     assert type(result).model_validate_json(result.model_dump_json()) == result
 
@@ -343,7 +343,7 @@ def test_what_is_drawn_does_not_depend_on_the_batches_or_on_what_else_is_asked()
 
 def test_all_75_cells():
     result = evaluate_corruptions(Bright(), image_set(2), show=False)
-    assert len(result.cells) == 75 and list(result.table()) == list(CORRUPTIONS)
+    assert len(result.cells) == 75 and list(result.accuracies()) == list(CORRUPTIONS)
 
 
 def test_nan_logits_are_wrong_answers():
@@ -354,7 +354,7 @@ def test_nan_logits_are_wrong_answers():
 
     data = ImageSet(torch.full((3, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     result = evaluate_corruptions(Broken(), data, names=["brightness"], severities=[1, 5], show=False)
-    assert result.clean.accuracy == 1 and result.table() == {"brightness": [1.0, 0.0]}
+    assert result.clean.accuracy == 1 and result.accuracies() == {"brightness": [1.0, 0.0]}
 
 
 @pytest.mark.parametrize(

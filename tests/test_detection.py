@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
 from clead.errors import UserError
-from clead.evaluation.detection import (
+from clead.interfaces import ImageSet
+from clead.measurements.detection import (
     DETECTORS,
     Detection,
     Disagreement,
@@ -27,7 +28,6 @@ from clead.evaluation.detection import (
     fpr_at_tpr,
     threshold_at,
 )
-from clead.interfaces import ImageSet
 from clead.models.split import SplitModel, adapt
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2

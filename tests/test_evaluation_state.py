@@ -388,7 +388,7 @@ def test_the_command_line_refuses_a_forged_state(run, monkeypatch, capsys):
 def test_other_measurements_do_not_continue_a_forged_state(run, monkeypatch):
     options: dict[str, Any] = {"severities": (1,), "names": ("contrast", "fog"), "show": False}
     options["config"] = config(run, "--eval.images", "10")
-    whole = api.corruptions_run(run, **options)
+    whole = api.measure(run, "corruptions", **options)
     put = ResumableResults.save
 
     def killed(self, key, *part):
@@ -397,12 +397,12 @@ def test_other_measurements_do_not_continue_a_forged_state(run, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(ResumableResults, "save", killed)
-        api.corruptions_run(run, **options)
+        api.measure(run, "corruptions", **options)
     (file,) = (run / "results" / "corruptions.state").glob("*.safetensors")
     rewrite(file, all_robust)
     with pytest.raises(UserError, match="not made by you on this machine"):
-        api.corruptions_run(run, **options)
-    assert api.corruptions_run(run, **options, fresh=True).result == whole.result
+        api.measure(run, "corruptions", **options)
+    assert api.measure(run, "corruptions", **options, fresh=True).result == whole.result
 
 
 # ------------------------------------------------------------------------------------------------ the key

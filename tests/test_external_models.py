@@ -375,11 +375,11 @@ def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
     """The same figures as the module that does neither: certification, corruptions, distances, transformations, checks."""
     from clead.attacks.spatial import Spatial
     from clead.evaluation.correctness import correct_mask
-    from clead.evaluation.corruptions import evaluate_corruptions
     from clead.evaluation.masking import run_checks
-    from clead.evaluation.minimum_norm import evaluate_minimum_norm
-    from clead.evaluation.smoothing import certify
-    from clead.evaluation.unrestricted import evaluate_unrestricted
+    from clead.measurements.certification import certify
+    from clead.measurements.corruptions import evaluate_corruptions
+    from clead.measurements.distances import evaluate_minimum_norm
+    from clead.measurements.unrestricted import evaluate_unrestricted
 
     odd, usual = returning(IN_PLACE[how]), returning(lambda net, x: plain(net, (x - 0.5) / 0.25))
     data = splits(3).test

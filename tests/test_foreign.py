@@ -335,7 +335,7 @@ def test_comparison_and_measurements_say_which_images(tmp_path, capsys):
     api.train(config, out=tmp_path / "run", show=False)
     changed = load_recipe(str(tmp_path / "run" / "config.yaml"), [*EVAL, "--suite", "pgd"][:-2])
     record = api.evaluate_run(tmp_path / "run", config=changed, show=False).record
-    measured = api.distances_run(tmp_path / "run", config=changed, show=False)
+    measured = api.measure(tmp_path / "run", "distances", config=changed, show=False)
     assert record.data.origin == measured.data.origin == "train" and record.data.which == measured.data.which
     assert any("fixed fifth of the training images" in note for note in measured.notes)
     assert api.compare([record])["rows"][0]["images"] == record.data.which

@@ -124,7 +124,7 @@ def test_detectors_are_fitted_on_labelled_images_only(tmp_path):
     fit(tmp_path / "run", "--data.limit_train", "400", "--data.labelled", "0.3", "--train.epochs", "1")
     given = {"detectors": ["nearest_neighbours"], "restarts": 1, "show": False}
     config = tiny("--data.limit_train", "400", "--data.labelled", "0.3", "--eval.images", "20", "--eval.steps", "1")
-    found = clead.api.detect_run(tmp_path / "run", config=config, **given)
+    found = clead.api.measure(tmp_path / "run", "detect", config=config, **given)
     assert found.result.fitted == round(0.3 * 360)
 
 

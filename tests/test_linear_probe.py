@@ -16,10 +16,10 @@ from clead import api, cli
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.evaluation import linear_probe
-from clead.evaluation.linear_probe import evaluate_linear_probe, fit_linear
-from clead.evaluation.measurement import Measurement
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
+from clead.measurements.base import MeasurementRecord
+from clead.measurements.probe import evaluate_linear_probe, fit_linear
 from clead.models.split import AdaptedModel
 from clead.threats.linf import Linf
 
@@ -209,7 +209,7 @@ def test_the_command_measures_other_data_of_other_classes(run, parity, tmp_path,
         monkeypatch, capsys, "probe", run, "--data.name", "npz", "--data.path", parity, *words, "--json", copy_
     )
     assert code == 0, err
-    record = Measurement.model_validate(json.loads((run / "results" / "probe.json").read_text()))
+    record = MeasurementRecord.model_validate(json.loads((run / "results" / "probe.json").read_text()))
     assert json.loads(copy_.read_text()) == json.loads(record.model_dump_json())
     assert record.data.classes == ["even", "odd"] and record.data.n == 40 and record.data.name == "parity.npz"
     assert record.threat.eps == 0.05 and record.settings["strengths"] == [0.01, 1.0] and record.settings["steps"] == 3
@@ -238,7 +238,7 @@ def test_the_command_measures_other_data_of_other_classes(run, parity, tmp_path,
 def test_mistakes_on_the_command_line(run, parity, monkeypatch, capsys):
     for words, message in (
         (["--eval.split", "val"], "eval.split: the validation images choose C, got val; use test"),
-        (["--strengths", "1,a"], "--strengths must be numbers above 0, with commas, got '1,a'"),
+        (["--strengths", "1,a"], "strengths.1: input should be a valid number"),
         (["--strengths", "-1"], "C must be above 0, got -1.0"),
         (["--method.kl_weight", "1"], "--method.kl_weight: changes nothing here"),
         (["--data.path", str(parity), "--data.image_size", "12"], "was trained on images of shape (1, 8, 8)"),

@@ -18,13 +18,13 @@ from clead.attacks.patch import Patch
 from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
-from clead.evaluation.detection import Mahalanobis, evaluate_detection
-from clead.evaluation.measurement import Measurement
-from clead.evaluation.minimum_norm import evaluate_minimum_norm
-from clead.evaluation.smoothing import certify
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.unrestricted import evaluate_unrestricted
 from clead.interfaces import ImageSet
+from clead.measurements.base import MeasurementRecord
+from clead.measurements.certification import certify
+from clead.measurements.detection import Mahalanobis, evaluate_detection
+from clead.measurements.distances import evaluate_minimum_norm
+from clead.measurements.unrestricted import evaluate_unrestricted
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.linf import Linf
 
@@ -132,7 +132,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_record_says_what_was_measured_on_what(name, alone, trained):
     record = alone[name]
-    Measurement.model_validate(record)
+    MeasurementRecord.model_validate(record)
     model = api.load(trained, weights=record["model"]["weights"])
     assert (record["kind"], record["run"], record["schema_version"]) == (name, "run", 1)
     assert record["command"].startswith(f"clead {name.split('-')[0]} ")
@@ -336,7 +336,7 @@ def test_the_state_of_another_measurement_is_refused(name, change, says, run, co
         (("detect", "--eval.split", "val"), "use test"),
         (("detect", "--threat.eps", "8"), "did you mean 8/255"),
         (("corruptions", "--severities", "1,6"), "a severity must be 1, 2, 3, 4 or 5, got 6"),
-        (("corruptions", "--severities", "1,high"), "a severity must be 1, 2, 3, 4 or 5, got 'high'"),
+        (("corruptions", "--severities", "1,high"), "severities.1: input should be a valid integer"),
         (("corruptions", "--severities", "2,2"), "may be named once"),
         (("corruptions", "--severities", ""), "at least one corruption and one severity are needed"),
         (("distances", "--attacks", "fnm"), "unknown attack 'fnm'; did you mean 'fmn'"),
@@ -413,7 +413,7 @@ def test_success_by_rounding_of_the_folded_model_is_searched_again(monkeypatch):
     from contextlib import contextmanager
 
     from clead.attacks import unrestricted as attacks
-    from clead.evaluation import unrestricted as module
+    from clead.measurements import unrestricted as module
 
     @contextmanager
     def lying(model, x, precision=torch.float32):

@@ -19,8 +19,8 @@ from clead.attacks.deepfool import DeepFool
 from clead.attacks.fmn import FMN
 from clead.attacks.minimal import MinimumNorm, run_minimum_norm
 from clead.errors import UserError
-from clead.evaluation.minimum_norm import MinimumNormResult, curve, distances, evaluate_minimum_norm
 from clead.interfaces import ImageSet, Search
+from clead.measurements.distances import MinimumNormResult, curve, distances, evaluate_minimum_norm
 from clead.threats import THREATS
 
 ORDER = {"linf": math.inf, "l2": 2, "l1": 1}

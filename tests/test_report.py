@@ -22,9 +22,9 @@ from clead.cli.app import app
 from clead.config import Eval
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
-from clead.evaluation.measurement import Measurement
 from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
+from clead.measurements.base import MeasurementRecord
 from clead.report.html import RunResult, write_report
 from clead.report.run import parse_eps
 from clead.report.sections.epsilon import epsilon
@@ -553,7 +553,7 @@ def measured(record, n=200):
         },
     }  # fmt: skip
     return {
-        kind: Measurement.model_validate(
+        kind: MeasurementRecord.model_validate(
             {
                 "kind": kind, "run": record.run, "created": "2025-06-02", "command": f"clead {kind} runs/x", "seed": 0,
                 "settings": {"attacks": ["a", "b"], "steps": None, "sigma": 0.25, "attack": {"name": "spatial"}},

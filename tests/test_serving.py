@@ -21,7 +21,7 @@ from PIL import Image
 
 import clead
 from clead.errors import UserError
-from clead.evaluation.detection import Mahalanobis, threshold_at
+from clead.measurements.detection import Mahalanobis, threshold_at
 from clead.serving import ServeSettings, create_app
 from clead.serving.batching import Batcher
 from clead.serving.hosts import hosts_of
@@ -182,8 +182,9 @@ def test_neighbours_are_the_most_similar_training_images(client, run, splits):
 
 
 def test_what_detect_measured_is_said_of_the_same_weights_only(run, tmp_path):
-    record = clead.detect_run(
+    record = clead.measure(
         run,
+        "detect",
         config=clead.load_recipe(str(run / "config.yaml"), ["--eval.steps", "2"]),
         detectors=["mahalanobis"],
         restarts=1,

@@ -11,8 +11,8 @@ from scipy.stats import beta, binom, norm
 from torch import Tensor, nn
 
 from clead.errors import UserError
-from clead.evaluation.smoothing import ABSTAIN, Certificates, certify, lower_bound, predict, radius_of
 from clead.interfaces import ImageSet
+from clead.measurements.certification import ABSTAIN, Certificates, certify, lower_bound, predict, radius_of
 
 SIGMA = 0.25
 

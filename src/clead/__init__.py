@@ -16,19 +16,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from clead import attacks
     from clead.api import (
-        certify_run,
         compare,
-        corruptions_run,
-        detect_run,
-        distances_run,
         evaluate,
         evaluate_run,
         export_run,
         inspect_data,
         load,
+        measure,
         profile,
         train,
-        unrestricted_run,
         write_report,
     )
     from clead.config import RunConfig, load_recipe
@@ -42,20 +38,16 @@ _WHERE = {
     "UserError": "clead.errors",
     "adapt": "clead.models.split",
     "allow_code": "clead.models.user_model",
-    "certify_run": "clead.api",
     "compare": "clead.api",
-    "corruptions_run": "clead.api",
-    "detect_run": "clead.api",
-    "distances_run": "clead.api",
     "evaluate": "clead.api",
     "evaluate_run": "clead.api",
     "export_run": "clead.api",
     "inspect_data": "clead.api",
     "load": "clead.api",
     "load_recipe": "clead.config",
+    "measure": "clead.api",
     "profile": "clead.api",
     "train": "clead.api",
-    "unrestricted_run": "clead.api",
     "write_report": "clead.api",
 }
 
@@ -66,22 +58,22 @@ __all__ = [
     "adapt",
     "allow_code",
     "attacks",
-    "certify_run",
     "compare",
-    "corruptions_run",
-    "detect_run",
-    "distances_run",
     "evaluate",
     "evaluate_run",
     "export_run",
     "inspect_data",
     "load",
     "load_recipe",
+    "measure",
     "profile",
     "train",
-    "unrestricted_run",
     "write_report",
 ]
+
+
+# What these do, ``measure`` does since version 0.2; they warn, and go with version 0.3.
+_OLD = ("certify_run", "corruptions_run", "detect_run", "distances_run", "unrestricted_run")
 
 
 def __getattr__(name: str) -> Any:
@@ -89,6 +81,8 @@ def __getattr__(name: str) -> Any:
         return import_module("clead.attacks")
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
+    if name in _OLD:
+        return getattr(import_module("clead.api.measurements"), name)
     raise AttributeError(f"module 'clead' has no attribute {name!r}")
 
 

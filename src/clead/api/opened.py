@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from clead.data.classes import align_classes
 from clead.devices import device_of
 from clead.errors import UserError
 from clead.evaluation.evaluator import EvaluationTarget
-from clead.evaluation.measurement import Measurement, Result, measure
-from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet, Splits, Threat
+from clead.interfaces import ImageSet, Splits
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import TrainingPart
@@ -74,39 +72,6 @@ class OpenedRun:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.splits.classes)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Return what every measurement is given."""
-        return {"seed": self.config.eval.seed, "device": self.device}
-
-    def measure(
-        self,
-        kind: str,
-        work: Callable[[ResumableResults], Result],
-        settings: dict[str, Any],
-        *,
-        threat: Threat | None = None,
-        fresh: bool,
-        trust_state: bool = False,
-        out: str | Path | None = None,
-    ) -> Measurement:
-        """Return what ``work`` finds, in a record that is kept as ``results/KIND.json`` of the run; see ``measure``."""
-        return measure(
-            kind,
-            work,
-            model=self.model,
-            images=self.images,
-            target=self.target,
-            settings=settings,
-            seed=self.config.eval.seed,
-            device=self.device,
-            threat=threat,
-            path=results_folder(self.run, out) / f"{kind}.json",
-            fresh=fresh,
-            trust_state=trust_state,
-            notes=self.notes,
-        )
 
 
 def open_run(

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular
 from clead.checkpoint import RunDir, load_weights
 from clead.errors import UserError
-from clead.evaluation.measurement import Measurement
+from clead.measurements import MEASUREMENTS
+from clead.measurements.base import MeasurementRecord
 from clead.report import html
 from clead.results.record import Record
 from clead.results.statistics import mcnemar
@@ -140,13 +141,13 @@ def write_report(
     )
 
 
-def _measurements(folder: Path) -> dict[str, Measurement]:
-    """Return what ``clead distances``, ``corruptions``, ``detect``, ``certify``, ``probe`` and ``attack`` left in a folder."""
-    names = ("distances", "corruptions", "detect", "certify", "probe")
-    paths = [path for name in names if (path := folder / f"{name}.json").exists()]
-    # An attack within a norm ball leaves a record of clead evaluate under such a name.
-    paths += [path for path in sorted(folder.glob("attack-*.json")) if b'"suite"' not in read_regular(path, JSON_LIMIT)]
-    return {path.stem: _read(Measurement, path, "a measurement of clead") for path in paths}
+def _measurements(folder: Path) -> dict[str, MeasurementRecord]:
+    """Return what the commands of measurements left in a folder."""
+    names = MEASUREMENTS.names()
+    paths = [path for path in sorted(folder.glob("*.json")) if path.stem.partition("-")[0] in names]
+    # An attack within a norm ball leaves a record of clead evaluate, which names its suite.
+    paths = [path for path in paths if "-" not in path.stem or b'"suite"' not in read_regular(path, JSON_LIMIT)]
+    return {path.stem: _read(MeasurementRecord, path, "a measurement of clead") for path in paths}
 
 
 def _records(sources: Sequence[str | Path | Record]) -> list[Record]:

@@ -11,12 +11,11 @@ import typer
 
 from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, one_folder, only, runs_and_overrides, without
-from clead.cli.measure import measure
 from clead.cli.printing import print_record
 from clead.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from clead.config import RunConfig
+    pass
 
 _STRONG_PGD = (
     *("--attack.name", "pgd", "--attack.steps", "50", "--attack.step_size", "null", "--attack.restarts", "1"),
@@ -40,9 +39,11 @@ def attack(
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
     from clead import api
     from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
+    from clead.cli.measure import measure_runs
     from clead.config import parse_overrides
     from clead.evaluation.suites import NamedAttack, attack_name
     from clead.interfaces import Search
+    from clead.measurements.unrestricted import UnrestrictedAttack
     from clead.settings import validated
 
     if objective is not None:
@@ -76,12 +77,8 @@ def attack(
                 )
         del given["name"]
         unrestricted = validated(UNRESTRICTED.get(name), given, "attack")
-        keys = ("attack", "eval.batch_size")
-
-        def work(run: str, config: RunConfig) -> Any:
-            return api.unrestricted_run(run, unrestricted, config=config, fresh=fresh, trust_state=trust_state, out=out)
-
-        measure(runs, overrides, keys, work, json_file, out)
+        measurement = UnrestrictedAttack(attack=unrestricted)
+        measure_runs(measurement, runs, overrides, fresh=fresh, trust_state=trust_state, out=out, json_file=json_file)
         return
     if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
         raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")

@@ -1,155 +1,102 @@
-"""Commands that measure runs otherwise: certify, detect, corruptions, probe, distances."""
+"""Commands of measurements: certify, corruptions, detect, … Each is made from the settings of its class."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperCommand
+from typer.main import get_command
 
 from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
 from clead.cli.arguments import changed, one_folder, runs_and_overrides, split_commas, without
 from clead.cli.printing import about
 from clead.errors import UserError
+from clead.measurements import MEASUREMENTS, catalogue
 
 if TYPE_CHECKING:
-    from clead.config import RunConfig
+    from clead.measurements.base import Measurement
 
 
-@app.command(context_settings=OPEN)
-def certify(
-    context: typer.Context,
-    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, in pixel units of [0, 1].")] = 0.25,
-    n: Annotated[
-        int, typer.Option("--n", help="Noisy copies per image, which bound the class's probability.")
-    ] = 10_000,
-    n0: Annotated[int, typer.Option("--n0", help="Noisy copies per image, which choose the class.")] = 100,
-    alpha: Annotated[float, typer.Option(help="Probability, per image, that the certificate is wrong.")] = 0.001,
-    fresh: Fresh = False,
-    trust_state: TrustState = False,
-    out: ResultsOut = None,
-    json_file: Json = None,
-) -> None:
-    """Certify runs in L2 by randomised smoothing: clead certify RUN ... [--sigma 0.25] [--eval.images 500]."""
-    from clead import api
+class _MeasurementCommand(TyperCommand):
+    """The command of a measurement. Its options are read when it is called, or its help is: that imports PyTorch."""
 
-    def work(run: str, config: RunConfig) -> Any:
-        if config.data.augment.gaussian != sigma > 0:
-            trained = config.data.augment.gaussian
-            echo(
-                f"note: {run} was trained with noise σ {trained:g} (data.augment.gaussian), not {sigma:g}: expect small radii"
-            )
-        return api.certify_run(
-            run, config=config, sigma=sigma, n=n, n0=n0, alpha=alpha, fresh=fresh, trust_state=trust_state, out=out
+    _complete = False
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the settings, then those that every measurement has."""
+        if not self._complete:
+            self.params[:0] = _options(MEASUREMENTS.get(self.name or ""))
+            self._complete = True
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: Any) -> None:
+        """Measure the runs."""
+        from clead.settings import validated
+
+        cls = MEASUREMENTS.get(self.name or "")
+        given = {key: ctx.params[key] for key in cls.__pydantic_fields__ if ctx.params[key] is not None}
+        lists = {key for key, kind in get_type_hints(cls).items() if _is_list(kind)}
+        settings = {key: split_commas(value) if key in lists else value for key, value in given.items()}
+        runs, overrides = runs_and_overrides(ctx.args)
+        common = {key: ctx.params[key] for key in ("fresh", "trust_state", "out", "json_file")}
+        measure_runs(validated(cls, settings), runs, overrides, **common)
+
+
+def _options(cls: Any) -> list[Any]:
+    """Return one option for each setting; several values stand in one text, with commas."""
+    parameters = []
+    for key, setting in cls.__pydantic_fields__.items():
+        default, kind = setting.default, setting.annotation
+        if _is_list(kind):
+            default, kind = None if default is None else ",".join(map(str, default)), str | None
+        option = typer.Option(f"--{key.replace('_', '-')}", help=setting.description)
+        parameters.append(
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
         )
 
-    runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("eval.batch_size",), work, json_file, out)
+    def command(**values: Any) -> None: ...
+
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    program = typer.Typer(add_completion=False)
+    program.command()(command)
+    return list(get_command(program).params)
 
 
-@app.command(context_settings=OPEN)
-def detect(
-    context: typer.Context,
-    detectors: Annotated[
-        str, typer.Option(help="Which, with commas: mahalanobis, nearest_neighbours, disagreement.")
-    ] = "mahalanobis,nearest_neighbours,disagreement",
-    fresh: Fresh = False,
-    trust_state: TrustState = False,
-    out: ResultsOut = None,
-    json_file: Json = None,
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind in (annotation, *get_args(annotation)))
+
+
+def _common(
+    fresh: Fresh = False, trust_state: TrustState = False, out: ResultsOut = None, json_file: Json = None
 ) -> None:
-    """Attack runs and detectors of attacks together: clead detect RUN ... [--eval.images 300, the default]."""
-    from clead import api
-
-    def work(run: str, config: RunConfig) -> Any:
-        return api.detect_run(
-            run, config=config, detectors=split_commas(detectors), fresh=fresh, trust_state=trust_state, out=out
-        )
-
-    runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
+    """Hold the options that every measurement has."""
 
 
-@app.command(context_settings=OPEN)
-def corruptions(
-    context: typer.Context,
-    severities: Annotated[str, typer.Option(help="Which of 1 to 5, with commas.")] = "1,2,3,4,5",
-    fresh: Fresh = False,
-    trust_state: TrustState = False,
-    out: ResultsOut = None,
-    json_file: Json = None,
-) -> None:
-    """Measure runs under 15 common corruptions: clead corruptions RUN ... [--severities 1,3,5]."""
-    from clead import api
-
-    def work(run: str, config: RunConfig) -> Any:
-        levels: list[Any] = [int(part) if part.isdecimal() else part for part in split_commas(severities)]
-        return api.corruptions_run(run, config=config, severities=levels, fresh=fresh, trust_state=trust_state, out=out)
-
-    runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("eval.batch_size",), work, json_file, out)
+for _name, _help in catalogue().items():
+    if _name != "attack":  # attacks in no norm ball belong to clead attack
+        app.command(_name, cls=_MeasurementCommand, context_settings=OPEN, help=_help)(_common)
 
 
-@app.command(context_settings=OPEN)
-def probe(
-    context: typer.Context,
-    strengths: Annotated[
-        str, typer.Option(help="C of the logistic regression, with commas; validation images choose.")
-    ] = "0.001,0.01,0.1,1,10",
-    fresh: Fresh = False,
-    trust_state: TrustState = False,
-    out: ResultsOut = None,
-    json_file: Json = None,
-) -> None:
-    """Fit a linear classifier on runs' frozen features, and attack through both: clead probe RUN ... [--data.path OTHER]."""
-    from clead import api
-
-    def work(run: str, config: RunConfig) -> Any:
-        return api.probe_run(
-            run, config=config, strengths=_numbers(strengths), fresh=fresh, trust_state=trust_state, out=out
-        )
-
-    runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
-
-
-@app.command(context_settings=OPEN)
-def distances(
-    context: typer.Context,
-    attacks: Annotated[str, typer.Option(help="Which, with commas: fmn, deepfool, fab, cw.")] = "fmn",
-    fresh: Fresh = False,
-    trust_state: TrustState = False,
-    out: ResultsOut = None,
-    json_file: Json = None,
-) -> None:
-    """Find how far wrong answers are, robust accuracy at every eps: clead distances RUN ... [--attacks fmn,deepfool]."""
-    from clead import api
-
-    def work(run: str, config: RunConfig) -> Any:
-        return api.distances_run(
-            run, config=config, attacks=split_commas(attacks), fresh=fresh, trust_state=trust_state, out=out
-        )
-
-    runs, overrides = runs_and_overrides(context.args)
-    measure(runs, overrides, ("threat", "eval.steps", "eval.batch_size"), work, json_file, out)
-
-
-def measure(
+def measure_runs(
+    measurement: Measurement,
     runs: list[str],
     overrides: list[str],
-    keys: tuple[str, ...],
-    work: Callable[[str, RunConfig], Any],
+    *,
+    fresh: bool,
+    trust_state: bool,
+    out: Path | None,
     json_file: Path | None,
-    out: Path | None = None,
 ) -> None:
-    """Measure runs, print what was found, and keep it. ``keys``: groups and keys that matter, besides data and images."""
+    """Measure runs, print what was found, and keep it."""
+    from clead import api
     from clead.config import documented_keys, parse_overrides
     from clead.output import console
-    from clead.report.tables import summary
 
-    used = ("data", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *keys)
+    used = ("data", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *measurement.keys)
     # A key that nobody knows is told so by the configuration.
     known = {f"{group}.{key}" for group, _, key, *_ in documented_keys()} | {"threat.norm", "attack.name"}
     given = [".".join(path) for path, _ in parse_overrides(overrides)]
@@ -161,21 +108,15 @@ def measure(
     configs = [changed(run, without(overrides, "--attack.")) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
+        for caution in measurement.cautions(config):
+            echo(f"note: {run}: {caution}")
         with interruptible():
-            measurement = work(run, config)
-        table, sentence = summary(measurement)
-        console(width=100).print(table)
-        echo(about(measurement))
-        for note in measurement.notes:
+            record = api.measure(run, measurement, config=config, fresh=fresh, trust_state=trust_state, out=out)
+        console(width=100).print(record.result.table(record))
+        echo(about(record))
+        for note in record.notes:
             echo(f"note: {note}")
-        echo(f"record: {out or Path(run) / 'results'}/{measurement.kind}.json\n{sentence}")
-        contents.append(json.loads(measurement.model_dump_json()))
+        echo(f"record: {out or Path(run) / 'results'}/{record.kind}.json\n{record.result.sentence(record)}")
+        contents.append(json.loads(record.model_dump_json()))
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in split_commas(text)]
-    except ValueError:
-        raise UserError(f"--strengths must be numbers above 0, with commas, got {text!r}") from None

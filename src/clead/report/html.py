@@ -16,17 +16,15 @@ from clead.evaluation.suites import in_words, suite_label, under_suite
 from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
 from clead.report.run import RunResult, plain
-from clead.report.sections.certified import certified
 from clead.report.sections.classes import classes, confusion
-from clead.report.sections.corruptions import corruptions
-from clead.report.sections.detection import detection, legend
 from clead.report.sections.epsilon import epsilon
+from clead.report.sections.measurements import measurements
 from clead.report.sections.pictures import galleries, maps
 from clead.report.sections.stages import stages
 from clead.report.sections.training import training
-from clead.report.sections.unrestricted import beyond
 from clead.results import format as formats
 from clead.results.figure import PALETTE, PALETTE_DARK, Drawing, style
+from clead.results.section import Row, Section
 
 GENERATOR = '<meta name="generator" content="clead">'
 """Stands in every report: a file without it is not ours to replace."""
@@ -105,7 +103,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("percent", "interval", "duration", "p_value", "count", "settings", "size", "norm_of")
+    names = ("percent", "interval", "duration", "p_value", "count", "settings_text", "size", "norm_of")
     environment.filters |= {name: getattr(formats, name) for name in names}
     return environment.get_template("report.html.jinja")
 
@@ -117,6 +115,8 @@ def _drawings(value: Any) -> Iterator[Drawing]:
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _drawings(item)
+    elif isinstance(value, Section):
+        yield from (plot.drawing for block in value.blocks if isinstance(block, Row) for plot in block.plots)
 
 
 def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         else:
             groups.append([i])
     by_name = {run.name: run.record for run in runs}
-    detected = detection(runs)
+    measured = measurements(runs)
     context = {
         "runs": [_run(i, run) for i, run in enumerate(runs)],
         "groups": groups,
@@ -155,11 +155,9 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         "classes": classes(runs),
         "confusion": confusion(runs),
         "maps": maps(runs),
-        "detection": detected,
-        "detectors": [{**_swatch(index), "name": name} for name, index in legend(detected)],
-        "certified": certified(runs),
-        "corruptions": corruptions(runs),
-        "beyond": beyond(runs),
+        "measurements": [
+            (section, [{**_swatch(index), "name": name} for name, index in section.legend]) for section in measured
+        ],
         "created": max(record.created for record in records),
         "palette": list(zip(PALETTE, PALETTE_DARK, strict=True)),
         "generator": GENERATOR,
@@ -175,10 +173,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         "classes": ("Per class", context["classes"]),
         "confusion": ("Confusion", context["confusion"]),
         "embedding": ("Embedding map", context["maps"]),
-        "detection": ("Detection of attacks", context["detection"]),
-        "certified": ("Certified robustness", context["certified"]),
-        "corruptions": ("Common corruptions", context["corruptions"]),
-        "beyond": ("Other attacks", context["beyond"]),
+        **{section.id: (section.heading, True) for section in measured},
         "cost": ("Attacks and cost", True),
         "made": ("How it was made", True),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from clead.errors import UserError
-from clead.evaluation.measurement import Measurement
+from clead.measurements.base import MeasurementRecord
 from clead.results.record import Record
 
 
@@ -26,8 +26,7 @@ class RunResult:
             ``embedding_labels`` (m,).
         history: the lines of ``metrics.jsonl``.
         config: the configuration as nested groups (data, model, threat …).
-        measurements: the other measurements by the names of their files without ``.json``: ``distances``, ``corruptions``,
-            ``detect``, ``certify``, ``probe``, ``attack-NAME``.
+        measurements: the other measurements by the names of their files without ``.json``, such as ``certify``.
     """
 
     name: str
@@ -35,9 +34,9 @@ class RunResult:
     artifacts: dict[str, np.ndarray] = field(default_factory=dict)
     history: list[dict] = field(default_factory=list)
     config: dict = field(default_factory=dict)
-    measurements: Mapping[str, Measurement] = field(default_factory=dict)
+    measurements: Mapping[str, MeasurementRecord] = field(default_factory=dict)
 
-    def measured(self, kind: str) -> Measurement | None:
+    def measured(self, kind: str) -> MeasurementRecord | None:
         """Return a measurement of the weights that were evaluated; None if there is none, or it is of other weights."""
         found = self.measurements.get(kind)
         return found if found and found.model.fingerprint == self.record.model.fingerprint else None

@@ -164,6 +164,27 @@ def percent_axis(axes: Axes) -> None:
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
 
 
+def cell(axes: Any, x: float, y: float, share: float, text: str, color: str) -> None:
+    """Draw one cell of a map, shaded so weakly that its number can be read on light and dark."""
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=color, alpha=0.03 + 0.37 * share, linewidth=0))
+    if text:
+        written = axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=INK)
+        written.set_in_layout(False)  # it lies inside its cell: measuring hundreds of them takes seconds
+
+
+def cell_axes(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """Make the axes of a map of cells, the first row on top."""
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(colors=INK, labelsize=8.5)
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+
+
 def _plain_text(figure: Figure) -> None:
     from matplotlib.text import Text
 

@@ -44,12 +44,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,}{space}h{space}{minutes % 60}{space}min"
 
 
-def settings(values: Mapping[str, Any]) -> str:
+def settings_text(values: Mapping[str, Any]) -> str:
     """Return settings as ``steps 50, loss dlr``; what is not set is left out."""
     parts = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            parts.append(settings(value))
+            parts.append(settings_text(value))
         elif value is not None:
             listed = value if isinstance(value, (list, tuple)) else [value]
             text = " + ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in listed)

@@ -26,10 +26,10 @@ from clead.data.decoding import ResizeSpec
 from clead.devices import device_of
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.correctness import exact_float32
-from clead.evaluation.detection import DETECTORS, DetectionPoint, Detector, threshold_at
-from clead.evaluation.measurement import Detection, Measurement
 from clead.export.onnx import AGREE, to_onnx
 from clead.interfaces import ImageSet, Splits
+from clead.measurements.base import MeasurementRecord
+from clead.measurements.detection import DETECTORS, Detection, DetectionPoint, Detector, threshold_at
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.serving.logs import log
@@ -322,7 +322,7 @@ def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> Measure
     """Return what ``results/detect.json`` says of this detector on these very weights, if it does."""
     path = run.path / "results" / "detect.json"
     try:
-        record = Measurement.model_validate_json(read_regular(path, JSON_LIMIT))
+        record = MeasurementRecord.model_validate_json(read_regular(path, JSON_LIMIT))
     except (OSError, ValidationError):
         return None
     if not isinstance(record.result, Detection) or record.model.fingerprint != fingerprint(weights(model)):

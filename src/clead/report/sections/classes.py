@@ -10,7 +10,7 @@ import numpy as np
 from clead.evaluation.suites import suite_label
 from clead.report.run import RunResult
 from clead.report.sections.stages import bar_axes
-from clead.results.figure import INK, MUTED, Drawing, draw, head, new_axes, style
+from clead.results.figure import MUTED, Drawing, cell, cell_axes, draw, head, new_axes, style
 from clead.results.format import percent
 from clead.results.record import ClassPart
 
@@ -102,27 +102,6 @@ def _matrix(run: RunResult, index: int, matrix: np.ndarray, what: str, label: st
     head(axes, f"{run.name}, {what}", "taken for")
     columns = ("true class", "taken for", "number (images)", "share of the true class (fraction)")
     return draw(figure, f"confusion-{index + 1}-{what.replace(' ', '-')}", label, columns, rows)
-
-
-def cell(axes: Any, x: float, y: float, share: float, text: str, color: str) -> None:
-    """Draw one cell of a map, shaded so weakly that its number can be read on light and dark."""
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=color, alpha=0.03 + 0.37 * share, linewidth=0))
-    if text:
-        written = axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=INK)
-        written.set_in_layout(False)  # it lies inside its cell: measuring hundreds of them takes seconds
-
-
-def cell_axes(axes: Any, columns: Sequence[str], rows: Sequence[str]) -> None:
-    """Make the axes of a map of cells, the first row on top."""
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(colors=INK, labelsize=8.5)
-    axes.grid(visible=False)
-    axes.spines["bottom"].set_visible(False)
 
 
 def shortened(text: str, most: int) -> str:

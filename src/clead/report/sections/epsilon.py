@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from clead.evaluation.minimum_norm import MinimumNormResult
 from clead.evaluation.suites import suite_label
 from clead.report.run import RunResult
 from clead.results.figure import DASHES, ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.results.format import norm_of, percent
-from clead.results.record import Estimate
+from clead.results.record import Estimate, ThreatPart
+from clead.results.section import DistanceCurves
 from clead.results.statistics import estimate
 
 _DOTTED: tuple[Any, ...] = ((0, (1, 1.3)), (0, (1, 2.2)), (0, (3, 1.2, 1, 1.2)), (0, (5, 1.2, 1, 1.2, 1, 1.2)))
@@ -38,7 +38,7 @@ class Line:
 def epsilon(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return one plot and one table of robust accuracy against ε per norm."""
     norms = [run.record.threat.norm.lower() for run in runs if run.record.curve]
-    norms += [found.norm.lower() for run in runs if (found := _distances(run))]
+    norms += [curves.norm.lower() for run in runs for curves, _ in _distances(run)]
     return [_norm(runs, norm, f"epsilon-{norm}") for norm in dict.fromkeys(norms)]
 
 
@@ -48,8 +48,8 @@ def _norm(runs: Sequence[RunResult], norm: str, name: str) -> dict[str, Any]:
         if run.record.threat.norm.lower() == norm:
             texts |= {run.record.threat.eps: run.record.threat.eps_text}
             texts |= {point.eps: point.eps_text for point in run.record.curve}
-        elif (found := run.measured("distances")) and found.threat and _distances(run):
-            texts |= {found.threat.eps: found.threat.eps_text}
+        else:
+            texts |= {threat.eps: threat.eps_text for _, threat in _distances(run) if threat}
     limit = max(max(texts), 2 * min(texts)) if texts else 1.0
     lines = [line for i, run in enumerate(runs) for line in _lines(i, run, norm, limit)]
     indices = list(dict.fromkeys(line.run for line in lines))
@@ -93,20 +93,18 @@ def _lines(index: int, run: RunResult, norm: str, limit: float) -> list[Line]:
             if points[0][0] > 0:
                 points.insert(0, (0.0, record.clean))
             lines.append(Line(index, attack, points))
-    found = _distances(run)
-    if found and found.norm.lower() == norm:
-        radii = sorted({0.0, limit, *(point.eps for point in found.curve if point.eps <= limit)})
-        parts = {part.attack: part.distances for part in found.attacks}
-        if len(parts) > 1:
-            parts["nearest of " + " and ".join(parts)] = found.distances
-        for attack, distances in parts.items():
-            lines.append(Line(index, attack, [(eps, _beyond(distances, eps)) for eps in radii], distances))
+    for curves, _ in _distances(run):
+        if curves.norm.lower() == norm:
+            radii = sorted({0.0, limit, *(radius for radius in curves.radii if radius <= limit)})
+            for attack, distances in curves.attacks.items():
+                lines.append(Line(index, attack, [(eps, _beyond(distances, eps)) for eps in radii], distances))
     return lines
 
 
-def _distances(run: RunResult) -> MinimumNormResult | None:
-    found = run.measured("distances")
-    return found.result if found and isinstance(found.result, MinimumNormResult) else None
+def _distances(run: RunResult) -> list[tuple[DistanceCurves, ThreatPart | None]]:
+    """Return what measurements say of the distances to wrong answers, each with its threat."""
+    records = [record for kind in run.measurements if (record := run.measured(kind))]
+    return [(curves, record.threat) for record in records if (curves := record.result.distance_curves())]
 
 
 def _beyond(distances: Sequence[float | None], eps: float) -> Estimate:

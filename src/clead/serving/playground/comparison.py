@@ -26,8 +26,8 @@ from clead.data.base import fingerprint
 from clead.data.decoding import decode
 from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32
-from clead.evaluation.minimum_norm import distances
 from clead.interfaces import Attack, ImageSet, Search, Threat
+from clead.measurements.distances import distances
 from clead.models.split import SplitModel, copied
 from clead.results.record import Estimate, Record
 from clead.results.statistics import estimate

@@ -6,9 +6,9 @@ Every distance is verified: the adversarial image is classified again by the pla
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,26 +22,39 @@ from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
+from clead.measurements import MEASUREMENTS
+from clead.measurements.base import (
+    Measurement,
+    MeasurementRecord,
+    MeasurementTarget,
+    Result,
+    image_floats,
+    measured_device,
+    new_table,
+    plain_settings,
+)
 from clead.models.split import wrapped
-from clead.progress import progress
+from clead.progress import Tick, progress
 from clead.results.record import CurvePoint, Estimate
+from clead.results.section import DistanceCurves
 from clead.results.statistics import estimate
-from clead.settings import Ratio
+from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
+
+if TYPE_CHECKING:
+    from rich.table import Table as TerminalTable
 
 _STRETCHES = (0.0, 1e-4, 1e-3, 1e-2)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Distances(_Part):
+class Distances(BaseModel):
     """One attack's verified distance of each image: 0 where it is wrong when clean, None where nothing was found.
 
     ``median`` is the radius at which half of the images are broken; None if fewer are.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     attack: str
     settings: dict[str, Any]
@@ -52,7 +65,7 @@ class Distances(_Part):
     seconds: float
 
 
-class MinimumNormResult(_Part):
+class MinimumNormResult(Result):
     """The distance of each image, the smallest over the attacks, and robust accuracy against the radius.
 
     ``curve`` holds at most 200 points of the exact step function, the first at radius 0 (clean accuracy), the last at the
@@ -67,6 +80,61 @@ class MinimumNormResult(_Part):
     median: float | None
     distances: list[float | None]
     curve: list[CurvePoint]
+
+    def table(self, record: MeasurementRecord) -> TerminalTable:
+        """Return the median distance of each attack, and accuracy at some radii."""
+        radii = _radii(record)
+        names = [f"right at {radius:.4g}" for radius in radii]
+        table = new_table(record, f"distances in {self.norm}", "attack", "median", *names, "seconds")
+        for one in self.attacks:
+            shown = [_right_at(one.distances, radius) for radius in radii]
+            table.add_row(one.attack, _length(one.median), *shown, f"{one.seconds:.1f}")
+        shown = [_right_at(self.distances, radius) for radius in radii]
+        table.add_row("nearest of all", _length(self.median), *shown, f"{record.seconds:.1f}", style="bold")
+        return table
+
+    def sentence(self, record: MeasurementRecord) -> str:
+        """Return the median distance, and accuracy at some radii."""
+        right = ", ".join(f"{_right_at(self.distances, radius)} at radius {radius:.4g}" for radius in _radii(record))
+        half = "fewer than half fall at any distance" if self.median is None else f"half fall within {self.median:.4g}"
+        return (
+            f"{record.about}: {half} of {self.norm} (median distance) under "
+            f"{' and '.join(one.attack for one in self.attacks)}; right: {right}."
+        )
+
+    def distance_curves(self) -> DistanceCurves:
+        """Return the distances by attack, and the nearest of all if there are several attacks."""
+        attacks = {one.attack: one.distances for one in self.attacks}
+        if len(attacks) > 1:
+            attacks["nearest of " + " and ".join(attacks)] = self.distances
+        return DistanceCurves(self.norm, [point.eps for point in self.curve], attacks)
+
+
+@MEASUREMENTS.register("distances")
+@settings
+class MinimumNormDistances(Measurement):
+    """Find how far wrong answers are, robust accuracy at every eps: ``clead distances RUN ... [--attacks fmn,deepfool]``.
+
+    The norm is that of the threat. ``--eval.steps`` replaces each attack's own number of steps.
+    """
+
+    result: ClassVar = MinimumNormResult
+    keys: ClassVar = ("threat", "eval.steps", "eval.batch_size")
+
+    attacks: tuple[str, ...] = setting(("fmn",), "Which, with commas: fmn, deepfool, fab, cw.")
+
+    def run(self, target: MeasurementTarget, state: ResumableResults) -> MinimumNormResult:
+        """Run each attack on each image."""
+        return evaluate_minimum_norm(
+            target.model,
+            target.images,
+            target.threat.norm,
+            self.attacks,
+            steps=target.steps,
+            classes=target.num_classes,
+            state=state,
+            **target.options,
+        )
 
 
 def distances(
@@ -180,37 +248,30 @@ def evaluate_minimum_norm(
     if steps is not None:
         chosen = [(name, replace(cast(Any, attack), steps=steps)) for name, attack in chosen]
     model = wrapped(model)
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts, sizes = [], []
-    title = f"minimum {norm} of {len(images)} images"
+    device = measured_device(model, device)
+    results, sizes = [], []
     state = state or ResumableResults(None, {})
+    title = f"minimum {norm} of {len(images)} images"
     with state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
+
+        def search(number: int, batch: int, x: Tensor, y: Tensor) -> Tensor:
+            x, y = image_floats(x.to(device)), y.to(device)
+            check_inputs(x, y, classes)
+            generator = make_generator(device, seed, number, batch)
+            return distances(chosen[number][1], model, x, y, norm, generator=generator)
+
         for number, (name, attack) in enumerate(chosen):
-            keys = []
-            for batch, first in enumerate(range(0, len(images), batch_size)):
-                part = images.subset(torch.arange(first, min(first + batch_size, len(images))))
-                keys.append(f"{number:02d}-{batch:06d}")
-                if keys[-1] not in state.parts:
-                    start = time.monotonic()
-                    x, y = part.images.to(device), part.labels.to(device)
-                    x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
-                    check_inputs(x, y, classes)
-                    found = distances(attack, model, x, y, norm, generator=make_generator(device, seed, number, batch))
-                    state.save(keys[-1], {"distances": found}, {"seconds": time.monotonic() - start})
-                tick(len(part), attack=name)
-            sizes.append(torch.cat([state.parts[key][0]["distances"] for key in keys]))
-            parts.append(
+            size, seconds = _in_batches(images, batch_size, search, number, state, tick, name)
+            sizes.append(size)
+            results.append(
                 Distances(
                     attack=name,
-                    settings={
-                        key: value.text if isinstance(value, Ratio) else value
-                        for key, value in asdict(cast(Any, attack)).items()
-                    },
+                    settings=plain_settings(attack),
                     n=len(images),
-                    found=int(sizes[-1].isfinite().sum()),
-                    median=_median(sizes[-1]),
-                    distances=_finite(sizes[-1]),
-                    seconds=sum(state.parts[key][1]["seconds"] for key in keys),
+                    found=int(size.isfinite().sum()),
+                    median=_median(size),
+                    distances=_finite(size),
+                    seconds=seconds,
                 )
             )
     nearest = torch.stack(sizes).amin(0)
@@ -219,11 +280,34 @@ def evaluate_minimum_norm(
         seed=seed,
         n=len(images),
         clean=estimate((nearest > 0).tolist()),
-        attacks=parts,
+        attacks=results,
         median=_median(nearest),
         distances=_finite(nearest),
         curve=_points(nearest, "+".join(name for name, _ in chosen)),
     )
+
+
+def _in_batches(
+    images: ImageSet,
+    batch_size: int,
+    search: Callable[[int, int, Tensor, Tensor], Tensor],
+    number: int,
+    state: ResumableResults,
+    tick: Tick,
+    name: str,
+) -> tuple[Tensor, float]:
+    """Return the distance of each image under attack ``number``, and the seconds that took; finished batches are in ``state``."""
+    keys = []
+    for batch, first in enumerate(range(0, len(images), batch_size)):
+        part = images.subset(torch.arange(first, min(first + batch_size, len(images))))
+        keys.append(f"{number:02d}-{batch:06d}")
+        if keys[-1] not in state.parts:
+            start = time.monotonic()
+            size = search(number, batch, part.images, part.labels)
+            state.save(keys[-1], {"distances": size}, {"seconds": time.monotonic() - start})
+        tick(len(part), attack=name)
+    size = torch.cat([state.parts[key][0]["distances"] for key in keys])
+    return size, sum(state.parts[key][1]["seconds"] for key in keys)
 
 
 def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
@@ -255,3 +339,17 @@ def _points(nearest: Tensor, attack: str, most: int = 200) -> list[CurvePoint]:
         CurvePoint(eps=radius, eps_text=f"{radius:.4g}", attack=attack, robust=estimate((nearest > radius).tolist()))
         for radius in radii[index].tolist()
     ]
+
+
+def _radii(record: MeasurementRecord) -> list[float]:
+    """Return the radii that are printed: 0 and around the threat's eps."""
+    eps = 0.0 if record.threat is None else record.threat.eps
+    return sorted({0.0, *(eps * part for part in (0.5, 1, 2))})
+
+
+def _right_at(distances: list[float | None], radius: float) -> str:
+    return f"{sum(d is None or d > radius for d in distances) / len(distances):.1%}"
+
+
+def _length(distance: float | None) -> str:
+    return "–" if distance is None else f"{distance:.4g}"

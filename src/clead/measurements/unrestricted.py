@@ -6,8 +6,7 @@ again in float32.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +16,47 @@ from clead.attacks.runner import AttackError, check_finite, check_inputs, finite
 from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
 from clead.data.loaders import make_generator
 from clead.errors import UserError
-from clead.evaluation.attack_accuracy import AttackedResult, Flags, in_batches
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
+from clead.measurements import MEASUREMENTS
+from clead.measurements.attack_accuracy import AttackedResult, Flags, attack_accuracy
+from clead.measurements.base import Measurement, MeasurementTarget, check_classes, measured_device, plain_settings
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
-from clead.settings import Ratio
+from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
+
+
+@MEASUREMENTS.register("attack")
+@settings
+class UnrestrictedAttack(Measurement):
+    """Attack runs by images that keep to no norm ball: ``clead attack RUN ... --attack.name spatial``.
+
+    The attack's own settings say which images it may make.
+    """
+
+    result: ClassVar = AttackedResult
+    keys: ClassVar = ("attack", "eval.batch_size")
+
+    attack: Unrestricted = setting(..., "The attack, such as ``clead.attacks.spatial.Spatial()``.")
+
+    def run(self, target: MeasurementTarget, state: ResumableResults) -> AttackedResult:
+        """Attack each image that is right when clean."""
+        return evaluate_unrestricted(
+            target.model, target.images, self.attack, classes=target.num_classes, state=state, **target.options
+        )
+
+    @property
+    def kind(self) -> str:
+        """``attack-`` and the attack's name."""
+        return f"attack-{described(self.attack)[0]}"
+
+    def decides(self, target: MeasurementTarget) -> dict[str, Any]:
+        """Return the attack with its settings."""
+        name, values = described(self.attack)
+        return {"attack": {"name": name, **values}, "batch_size": target.batch_size}
 
 
 def evaluate_unrestricted(
@@ -62,15 +93,15 @@ def evaluate_unrestricted(
         )
     name, values = described(attack)
     model = wrapped(model)
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = measured_device(model, device)
     first = to_float(images.images[:1].to(device))
     check_inputs(first, images.labels[:1].to(device))
     k = logits_of(model, first).shape[1]
-    if classes is not None and classes != k:
-        raise UserError(f"the model returns {k} logits, the data has {classes} classes; give data of its classes")
+    check_classes(classes, k)
     attack.allows(first, first)  # raises if the attack does not fit into the image
 
-    def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
+    def verdicts(stored: Tensor, labels: Tensor, batch: int) -> Flags:
+        x, y = to_float(stored.to(device)), labels.to(device)
         check_inputs(x, y, k)
         right = correct_mask(model, x, y)
         held = right.clone()
@@ -80,14 +111,13 @@ def evaluate_unrestricted(
 
     state = state or ResumableResults(None, {})
     with state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=show) as tick:
-        return in_batches(
+        return attack_accuracy(
             images,
             verdicts,
             attack=name,
             settings=values,
             batch_size=batch_size,
             seed=seed,
-            device=device,
             state=state,
             tick=tick,
         )
@@ -96,8 +126,7 @@ def evaluate_unrestricted(
 def described(attack: Unrestricted) -> tuple[str, dict[str, Any]]:
     """Return the attack's registered name and its settings as plain data."""
     name = next((name for name, kind in UNRESTRICTED.items() if kind is type(attack)), type(attack).__name__)
-    values = asdict(cast(Any, attack))
-    return name, {key: value.text if isinstance(value, Ratio) else value for key, value in values.items()}
+    return name, plain_settings(attack)
 
 
 def _holds(

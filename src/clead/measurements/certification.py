@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,30 +18,51 @@ from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
+from clead.measurements import MEASUREMENTS
+from clead.measurements.base import (
+    Measured,
+    Measurement,
+    MeasurementRecord,
+    MeasurementTarget,
+    Result,
+    cells,
+    check_classes,
+    image_floats,
+    measured_device,
+    new_table,
+    plain_settings,
+)
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
+from clead.results.figure import ESTIMATED, Drawing, draw, estimated, head, new_axes, percent_axis, style
+from clead.results.format import percent
 from clead.results.record import Estimate
+from clead.results.section import Cell, Plot, Row, Section, Table
 from clead.results.statistics import estimate
+from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
+
+if TYPE_CHECKING:
+    from rich.table import Table as TerminalTable
+
+    from clead.config import RunConfig
 
 ABSTAIN = -1
 """The class of an image about which the smoothed classifier does not decide."""
 _BLOCK = 10  # images that are kept together in the state
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CertifiedPoint(_Part):
+class CertifiedPoint(BaseModel):
     """The fraction of images that are right and certified beyond ``radius``, an L2 length over pixels in [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     radius: float = Field(ge=0)
     certified: Estimate
 
 
-class Certificates(_Part):
+class Certificates(Result):
     """What ``certify`` found; lists are per image, in the order of the images.
 
     ``predicted`` is −1 and ``radii`` 0 where the classifier abstains; ``lower`` bounds from below the probability, over the
@@ -63,6 +85,94 @@ class Certificates(_Part):
     average_radius: float
     curve: list[CertifiedPoint]
     seconds: float
+
+    def table(self, record: MeasurementRecord) -> TerminalTable:
+        """Return certified accuracy at each radius."""
+        columns = ("radius", "right and certified", "95 % interval")
+        table = new_table(record, f"certified in L2, noise σ {self.sigma:g}", *columns)
+        for point in self.curve:
+            table.add_row(f"{point.radius:.4g}", *cells(point.certified))
+        table.add_row("none: right", *cells(self.accuracy))
+        table.add_row("none: abstains", *cells(self.abstained))
+        return table
+
+    def sentence(self, record: MeasurementRecord) -> str:
+        """Return certified accuracy at whole multiples of σ, and the smoothed model's own accuracy at 0."""
+        points = [point for step, point in enumerate(self.curve) if step % 4 == 0]
+        radii = ", ".join(f"{point.certified.accuracy:.1%} at L2 radius {point.radius:g}" for point in points)
+        return (
+            f"{record.about}: smoothed with noise σ {self.sigma:g}, right and certified: {radii or 'none'} "
+            f"(n0 {self.n0}, n {self.n}, each certificate fails with probability ≤ {self.alpha:g}); "
+            f"abstains on {self.abstained.accuracy:.1%}; average certified radius {self.average_radius:.3f}."
+        )
+
+    @classmethod
+    def section(cls, measured: Sequence[Measured]) -> Section:
+        """Return one plot and one table of all runs that were certified."""
+        results = [(one, cast(Certificates, one.record.result)) for one in measured]
+        captions = [
+            f"{one.name}: noise σ = {result.sigma:g}, {result.images:,} {one.record.data.split} images, {result.n:,} draws each, "
+            f"abstains on {percent(result.abstained.accuracy)}, average certified radius {result.average_radius:.3f}"
+            for one, result in results
+        ]
+        rows: list[list[Cell]] = [
+            [
+                f"{radius:.4g}",
+                *(next((p.certified for p in result.curve if p.radius == radius), None) for _, result in results),
+            ]
+            for radius in sorted({point.radius for _, result in results for point in result.curve})
+        ]
+        label = f"Certified accuracy against the L2 radius. {'; '.join(captions)}."
+        plot = Plot(_draw(results, label), f"Bands are 95\N{NO-BREAK SPACE}% intervals. {'; '.join(captions)}.")
+        table = Table(
+            ["radius", *(one.name for one, _ in results)],
+            rows,
+            caption="Right and certified beyond each L2 radius",
+            label="Certified accuracy, numbers",
+        )
+        alphas = " or ".join(str(alpha) for alpha in sorted({result.alpha for _, result in results}))
+        intro = (
+            "Randomised smoothing: the answer is a vote over noisy copies of the image. For the images counted at a radius it is "
+            "proven, not only tested, that no L2 perturbation up to that radius changes a right answer; each proof fails with "
+            f"probability at most {alphas}. This is another classifier than the one attacked above."
+        )
+        legend = [(one.name, one.index) for one, _ in results]
+        return Section("certified", "Certified robustness", 20, intro, [Row([plot], table=table)], legend)
+
+
+@MEASUREMENTS.register("certify")
+@settings
+class Certification(Measurement):
+    """Certify runs in L2 by randomised smoothing: ``clead certify RUN ... [--sigma 0.25] [--eval.images 500]``.
+
+    The smoothed classifier answers what the model says most often of noisy copies of the image; around each image there is a
+    proven L2 radius within which its answer stays (Cohen et al. 2019, arXiv:1902.02918). Train with the same noise,
+    ``--data.augment.gaussian``, or the radii are small.
+    """
+
+    result: ClassVar = Certificates
+    batch_size: ClassVar[int] = 1000
+
+    sigma: float = setting(0.25, "Standard deviation of the noise, in pixel units of [0, 1].")
+    n: int = setting(10_000, "Noisy copies per image, which bound the class's probability.")
+    n0: int = setting(100, "Noisy copies per image, which choose the class.")
+    alpha: float = setting(0.001, "Probability, per image, that the certificate is wrong.")
+
+    def run(self, target: MeasurementTarget, state: ResumableResults) -> Certificates:
+        """Certify each image."""
+        settings = plain_settings(self)
+        return certify(
+            target.model, target.images, **settings, num_classes=target.num_classes, state=state, **target.options
+        )
+
+    def cautions(self, config: RunConfig) -> list[str]:
+        """Say so if the run was trained with other noise."""
+        trained = config.data.augment.gaussian
+        if trained != self.sigma > 0:
+            return [
+                f"it was trained with noise σ {trained:g} (data.augment.gaussian), not {self.sigma:g}: expect small radii"
+            ]
+        return []
 
 
 def lower_bound(count: int, n: int, alpha: float) -> float:
@@ -131,11 +241,10 @@ def certify(
     if not all(0 <= radius < math.inf for radius in grid):
         raise UserError(f"radii must be finite and at least 0, got {grid}; give radii=[0, {sigma}]")
     model = wrapped(model)
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    x, y = _pixels(images.images), images.labels
+    device = measured_device(model, device)
+    x, y = image_floats(images.images), images.labels
     k = logits_of(model, x[:1].to(device)).shape[1] if len(x) else 1
-    if num_classes is not None and num_classes != k:
-        raise UserError(f"the model returns {k} logits, the data has {num_classes} classes; give data of its classes")
+    check_classes(num_classes, k)
     check_inputs(x, y, k)
 
     def vote(index: int) -> list[int]:
@@ -145,28 +254,12 @@ def certify(
         return [guess, int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])]
 
     state = state or ResumableResults(None, {})
-    predicted, right, lower, radius = [], [], [], []
-    with (
-        state.opened(),
-        exact_float32(),
-        progress("certify", len(x), show=show) as tick,
-        attack_mode(model),
-        torch.no_grad(),
-    ):
-        for first in range(0, len(x), _BLOCK):
-            key, start, votes = f"{first:06d}", time.monotonic(), []
-            kept = state.parts[key][0]["votes"].tolist() if key in state.parts else None
-            for index in range(first, min(first + _BLOCK, len(x))):
-                guess, count = kept[index - first] if kept else vote(index)
-                votes.append([guess, count])
-                lower.append(lower_bound(count, n, alpha))
-                decided = lower[-1] > 0.5
-                predicted.append(guess if decided else ABSTAIN)
-                radius.append(radius_of(lower[-1], sigma) if decided else 0.0)
-                right.append(predicted[-1] == int(y[index]))
-                tick(certified_accuracy=sum(right) / len(right))
-            if not kept:
-                state.save(key, {"votes": torch.tensor(votes)}, {"seconds": time.monotonic() - start})
+    with state.opened(), exact_float32(), attack_mode(model), torch.no_grad():
+        votes = _votes(y, vote, lambda count: lower_bound(count, n, alpha) > 0.5, state, show=show)
+    lower = [lower_bound(count, n, alpha) for _, count in votes]
+    predicted = [guess if bound > 0.5 else ABSTAIN for (guess, _), bound in zip(votes, lower, strict=True)]
+    radius = [radius_of(bound, sigma) if bound > 0.5 else 0.0 for bound in lower]
+    right = [guess == int(label) for guess, label in zip(predicted, y, strict=True)]
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
         CertifiedPoint(radius=at, certified=estimate([r and at < R for r, R in zip(right, radius, strict=True)]))
@@ -189,6 +282,30 @@ def certify(
         curve=curve,
         seconds=sum(data["seconds"] for _, data in state.parts.values()),
     )
+
+
+def _votes(
+    labels: Tensor,
+    vote: Callable[[int], list[int]],
+    decides: Callable[[int], bool],
+    state: ResumableResults,
+    *,
+    show: bool,
+) -> list[list[int]]:
+    """Return each image's class and how many noisy copies are of it; what ``state`` has already is not computed again."""
+    votes: list[list[int]] = []
+    right = 0
+    with progress("certify", len(labels), show=show) as tick:
+        for first in range(0, len(labels), _BLOCK):
+            key, start = f"{first:06d}", time.monotonic()
+            stored = state.parts[key][0]["votes"].tolist() if key in state.parts else None
+            for index in range(first, min(first + _BLOCK, len(labels))):
+                votes.append(stored[index - first] if stored else vote(index))
+                right += votes[-1][0] == int(labels[index]) and decides(votes[-1][1])
+                tick(certified_accuracy=right / len(votes))
+            if not stored:
+                state.save(key, {"votes": torch.tensor(votes[first:])}, {"seconds": time.monotonic() - start})
+    return votes
 
 
 def predict(
@@ -258,5 +375,20 @@ def _check(sigma: float, alpha: float, **counts: int) -> None:
             raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")
 
 
-def _pixels(images: Tensor) -> Tensor:
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+def _draw(results: Sequence[tuple[Measured, Certificates]], label: str) -> Drawing:
+    """Draw the fraction right and certified beyond each radius, with its interval; radii in pixels in [0, 1]."""
+    figure, axes = new_axes(390, 270)
+    rows = []
+    for one, result in results:
+        color, marker, dash = style(one.index)
+        radii = [point.radius for point in result.curve]
+        points = [point.certified for point in result.curve]
+        low, high = [e.low for e in points], [e.high for e in points]
+        axes.fill_between(radii, low, high, color=color, alpha=0.14, linewidth=0)
+        middle = [e.accuracy for e in points]
+        axes.plot(radii, middle, color=color, marker=marker, markersize=4, linestyle=dash, linewidth=1.8)
+        rows += [(one.name, result.sigma, r, *estimated(e)) for r, e in zip(radii, points, strict=True)]
+    percent_axis(axes)
+    head(axes, "Certified accuracy against the radius", "L2 radius (pixels in [0, 1])")
+    columns = ("run", "noise sigma (pixels in [0, 1])", "L2 radius (pixels in [0, 1])", *ESTIMATED)
+    return draw(figure, "certified", label, columns, rows, [(one.name, one.index) for one, _ in results])

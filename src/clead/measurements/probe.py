@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -14,20 +15,61 @@ from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
 from clead.data.loaders import make_generator
 from clead.errors import MissingExtra, UserError
-from clead.evaluation.attack_accuracy import AttackedResult, Flags, in_batches
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Threat
+from clead.measurements import MEASUREMENTS
+from clead.measurements.attack_accuracy import AttackedResult, Flags, attack_accuracy
+from clead.measurements.base import Measurement, MeasurementTarget, measured_device
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.progress import progress
-from clead.settings import Ratio
+from clead.settings import Ratio, setting, settings
 from clead.tasks.classification import CLASSIFICATION
 
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """C, the inverse strengths of the penalty, of which the validation images choose."""
 OBJECTIVES = ("cross_entropy", "margin")
 _CHUNK = 512  # images forwarded at once
+
+
+@MEASUREMENTS.register("probe")
+@settings
+class LinearProbe(Measurement):
+    """Fit a linear classifier on runs' frozen features, and attack through both: ``clead probe RUN ... [--data.path OTHER]``.
+
+    The data may be of other classes than the run's, if the images have the same shape: its training images are fitted, its
+    validation images choose C, its test images are measured. ``--eval.steps`` is the length of PGD, 50 if not given.
+    """
+
+    result: ClassVar = AttackedResult
+    keys: ClassVar = ("threat", "eval.steps", "eval.batch_size")
+    steps: ClassVar = 50
+    other_classes: ClassVar[bool] = True
+    validation_images: ClassVar[str] = "choose C"
+
+    strengths: tuple[float, ...] = setting(
+        STRENGTHS, "C of the logistic regression, with commas; validation images choose."
+    )
+
+    def run(self, target: MeasurementTarget, state: ResumableResults) -> AttackedResult:
+        """Fit, choose C, and attack."""
+        return evaluate_linear_probe(
+            cast(SplitModel, target.model),
+            target.splits.train,
+            target.splits.val,
+            target.images,
+            target.threat,
+            num_classes=target.num_classes,
+            steps=target.steps or 50,
+            strengths=self.strengths,
+            state=state,
+            **target.options,
+        )
+
+    def decides(self, target: MeasurementTarget) -> dict[str, Any]:
+        """Return also how many labels are known: what is fitted on decides as much as the images that are measured."""
+        return {**super().decides(target), **target.labels}
 
 
 class Probe(nn.Module):
@@ -130,7 +172,7 @@ def evaluate_linear_probe(
         )
     if not strengths or min(strengths) <= 0:
         raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}; give --strengths 0.1,1,10")
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = measured_device(model, device)
     train = train.labelled_subset()
     if len(train.labels.unique()) < 2:
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
@@ -147,7 +189,8 @@ def evaluate_linear_probe(
         linear.load_state_dict(tensors)
         probe = Probe(model, linear).to(device).eval()
 
-        def verdicts(x: Tensor, y: Tensor, batch: int) -> Flags:
+        def verdicts(stored: Tensor, labels: Tensor, batch: int) -> Flags:
+            x, y = to_float(stored.to(device)), labels.to(device)
             right = correct_mask(probe, x, y)
             held = right.clone()
             for number, objective in enumerate(OBJECTIVES):
@@ -159,14 +202,13 @@ def evaluate_linear_probe(
                     held[held.clone()] = correct_mask(probe, x_adv, y[held])
             return right, held
 
-        return in_batches(
+        return attack_accuracy(
             images,
             verdicts,
             attack=f"PGD-{steps}, {threat.norm} {Ratio(threat.eps).text}, through encoder and linear probe",
             settings={key: about[key] for key in ("C", "fitted", "training_accuracy", "validation_accuracy")},
             batch_size=batch_size,
             seed=seed,
-            device=device,
             state=state,
             tick=tick,
         )

@@ -1,4 +1,4 @@
-"""The 15 common corruptions at 5 severities: accuracy on images that nature, not an adversary, has spoilt.
+"""The 15 common corruptions at 5 severities, as functions of an image.
 
 Source: Hendrycks & Dietterich 2019, arXiv:1903.12261, with the severities of CIFAR-10-C. Computed from NumPy, SciPy and Pillow, so
 that any images can be corrupted and nothing is downloaded. Constants in pixels are for a smaller side of 32; larger images
@@ -19,29 +19,15 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 from scipy import ndimage
-from torch import nn
 
-from clead.attacks.runner import check_inputs, logits_of
 from clead.errors import UserError, did_you_mean
-from clead.evaluation.correctness import exact_float32
-from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet
-from clead.models.modes import attack_mode
-from clead.models.split import wrapped
-from clead.progress import progress
-from clead.results.record import Estimate
-from clead.results.statistics import estimate
-from clead.tasks.classification import CLASSIFICATION
 
 Pixels = NDArray[np.uint8]
 Values = NDArray[np.float64]
@@ -49,7 +35,7 @@ Corruption = Callable[[Pixels, int, np.random.Generator], Pixels]
 """Maps an image (H, W, C) uint8, C 1 or 3, a severity in 1 … 5 and a source of randomness to an image of the same shape."""
 
 SEVERITIES = (1, 2, 3, 4, 5)
-_SMALLEST = 8
+SMALLEST_SIDE = 8
 
 
 def gaussian_noise(image: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
@@ -227,41 +213,6 @@ CORRUPTIONS: dict[str, Corruption] = {
 """In the order of the paper's tables. A random stream belongs to the position, so names are added at the end only."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CorruptionCell(_Part):
-    """Accuracy on all images under one corruption of one severity."""
-
-    name: str
-    severity: int = Field(ge=1, le=5)
-    accuracy: Estimate
-
-
-class CorruptionResult(_Part):
-    """Accuracy under common corruptions: ``cells`` by corruption, then severity.
-
-    ``mean_accuracy`` is the plain mean of all cells (1 − the paper's mCE without its division by AlexNet's errors, as is usual on
-    CIFAR-10-C). It has no interval: the cells share their images.
-    """
-
-    n: int = Field(ge=1)
-    seed: int
-    names: list[str]
-    severities: list[int]
-    clean: Estimate
-    cells: list[CorruptionCell]
-    mean_accuracy: float = Field(ge=0, le=1)
-
-    def table(self) -> dict[str, list[float]]:
-        """Return corruption -> accuracy at each of ``severities``."""
-        rows: dict[str, list[float]] = {name: [] for name in self.names}
-        for cell in self.cells:
-            rows[cell.name].append(cell.accuracy.accuracy)
-        return rows
-
-
 def corrupt(image: Pixels, name: str, severity: int, rng: np.random.Generator) -> Pixels:
     """Return one corrupted image.
 
@@ -278,122 +229,23 @@ def corrupt(image: Pixels, name: str, severity: int, rng: np.random.Generator) -
     >>> int(corrupt(grey, "brightness", 5, np.random.default_rng(0))[0, 0, 0])  # 0.2 + 0.3 = 127.5 / 255
     128
     """
-    _check([name], [severity])
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or min(image.shape[:2]) < _SMALLEST:
+    check_choice([name], [severity])
+    if (
+        image.dtype != np.uint8
+        or image.ndim != 3
+        or image.shape[2] not in (1, 3)
+        or min(image.shape[:2]) < SMALLEST_SIDE
+    ):
         raise UserError(
-            f"an image to corrupt must be uint8 (H, W, 1 or 3) with sides of at least {_SMALLEST} pixels, "
+            f"an image to corrupt must be uint8 (H, W, 1 or 3) with sides of at least {SMALLEST_SIDE} pixels, "
             f"got {image.dtype} {image.shape}; "
             "give np.uint8((255 * image).round()) of shape (H, W, C)"
         )
     return CORRUPTIONS[name](image, severity, rng)
 
 
-def evaluate_corruptions(
-    model: nn.Module,
-    images: ImageSet,
-    *,
-    severities: Sequence[int] = SEVERITIES,
-    names: Sequence[str] | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    show: bool = True,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-) -> CorruptionResult:
-    """Measure accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
-
-    What is drawn for an image depends on (seed, corruption, severity, its position) alone: not on batch size or device.
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); in eval mode, left bit-identical.
-        images: (N, C, H, W) uint8, C 1 or 3, sides of at least 8 pixels.
-        severities: which of 1 to 5.
-        names: which of ``CORRUPTIONS``; all 15 if None.
-        batch_size: images per forward pass.
-        seed: of noise, directions, textures.
-        show: whether to show progress.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished pairs of corruption and severity: a call that was stopped goes on from there; None: nothing is kept.
-
-    Raises UserError on unknown names or severities, images of another kind, or a model that returns no logits (B, K).
-    """
-    names = list(CORRUPTIONS) if names is None else list(names)
-    _check(names, severities)
-    if batch_size < 1 or seed < 0:
-        raise UserError(
-            f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}; leave them out for 256 and 0"
-        )
-    pixels = images.images
-    if (
-        not len(images)
-        or pixels.dtype != torch.uint8
-        or pixels.dim() != 4
-        or pixels.shape[1] not in (1, 3)
-        or min(pixels.shape[2:]) < _SMALLEST
-    ):
-        raise UserError(
-            f"images to corrupt must be uint8 (N, 1 or 3, H, W) with sides of at least {_SMALLEST} pixels, "
-            f"got {pixels.dtype} {tuple(pixels.shape)}; give (255 * images).round().to(torch.uint8)"
-        )
-    model = wrapped(model)
-    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    first = pixels[:1].to(device).float() / 255
-    check_inputs(first, images.labels[:1].to(device))
-    classes = logits_of(model, first).shape[1]
-    if int(images.labels.min()) < 0 or int(images.labels.max()) >= classes:
-        raise UserError(
-            f"labels must be in [0, {classes}), got {int(images.labels.min())} … {int(images.labels.max())}; "
-            "give labels - 1 if they count from 1, or data of the model's classes"
-        )
-    arrays = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
-
-    state = state or ResumableResults(None, {})
-
-    def right(key: str, corrupted: Callable[[int], Pixels]) -> Estimate:
-        if key in state.parts:
-            tick(len(arrays))
-            return estimate(state.parts[key][0]["flags"].tolist())
-        flags: list[bool] = []
-        begun = time.monotonic()
-        for start in range(0, len(arrays), batch_size):
-            batch = np.stack([corrupted(index) for index in range(start, min(start + batch_size, len(arrays)))])
-            x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(device).float() / 255
-            y = images.labels[start : start + batch_size].to(device)
-            with attack_mode(model), torch.no_grad():
-                flags += CLASSIFICATION.correct(model(x), y).tolist()  # synchronises the device
-            tick(len(batch))
-        state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
-        return estimate(flags)
-
-    cells = []
-    total = len(arrays) * (1 + len(names) * len(severities))
-    with state.opened(), exact_float32(), progress("corruptions", total, show=show) as tick:
-        clean = right("clean", lambda index: arrays[index])
-        for name in names:
-            corruption, position = CORRUPTIONS[name], list(CORRUPTIONS).index(name)
-            for severity in severities:
-
-                def corrupted(
-                    index: int, corruption: Corruption = corruption, key: tuple[int, int] = (position, severity)
-                ) -> Pixels:
-                    return corruption(arrays[index], key[1], np.random.default_rng([seed, *key, index]))
-
-                key = f"{name}-{severity}"
-                cell = CorruptionCell(name=name, severity=severity, accuracy=right(key, corrupted))
-                tick(0, corruption=f"{name} {severity}", accuracy=cell.accuracy.accuracy)
-                cells.append(cell)
-    return CorruptionResult(
-        n=len(images),
-        seed=seed,
-        names=names,
-        severities=list(severities),
-        clean=clean,
-        cells=cells,
-        mean_accuracy=float(np.mean([cell.accuracy.accuracy for cell in cells])),
-    )
-
-
-def _check(names: Sequence[str], severities: Sequence[Any]) -> None:
+def check_choice(names: Sequence[str], severities: Sequence[Any]) -> None:
+    """Raise UserError for names or severities that are unknown, repeated or none."""
     if not names or not severities:
         raise UserError(
             "at least one corruption and one severity are needed, got none; give names=['fog'], severities=[1, 3, 5]"

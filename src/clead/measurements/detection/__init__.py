@@ -1,0 +1,259 @@
+"""Tell adversarial images from clean ones by a model's features, and attack the model and its detector together.
+
+A detector that is tested only against attacks which do not know it says nothing: Carlini & Wagner 2017 (arXiv:1705.07263) broke
+ten. So every figure here comes twice, against attacks on the classifier alone (oblivious) and against one that knows the detector
+and its threshold (aware).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from clead.attacks.pgd import PGD
+from clead.data.base import stratified
+from clead.errors import UserError, did_you_mean
+from clead.evaluation.correctness import exact_float32
+from clead.evaluation.state import ResumableResults
+from clead.interfaces import Attack, ImageSet, Search, Threat
+from clead.measurements import MEASUREMENTS
+from clead.measurements.base import Measurement, MeasurementTarget, image_floats, measured_device
+from clead.measurements.detection.attack import Evasion, evaded
+from clead.measurements.detection.detectors import (
+    DETECTORS,
+    Detector,
+    Disagreement,
+    Mahalanobis,
+    NearestNeighbours,
+)
+from clead.measurements.detection.plan import CleanImages, DetectionPlan
+from clead.measurements.detection.result import DetectedAttack, Detection, DetectionPoint, DetectorResult
+from clead.measurements.detection.separation import auroc, fpr_at_tpr, threshold_at
+from clead.models.modes import attack_mode
+from clead.models.split import SplitModel
+from clead.progress import progress
+from clead.results.statistics import estimate
+from clead.settings import Ratio, setting, settings
+
+__all__ = [
+    "DETECTORS",
+    "RATES",
+    "Detection",
+    "DetectionMeasurement",
+    "DetectionPoint",
+    "Detector",
+    "Disagreement",
+    "Mahalanobis",
+    "NearestNeighbours",
+    "auroc",
+    "evaluate_detection",
+    "fpr_at_tpr",
+    "threshold_at",
+]
+
+RATES = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""Fractions of the clean images that a detector may reject; each has its threshold, and its own aware attack."""
+NamedAttacks = Sequence[tuple[str, Attack | Search, str]]
+
+
+@MEASUREMENTS.register("detect")
+@settings
+class DetectionMeasurement(Measurement):
+    """Attack runs and detectors of attacks together: ``clead detect RUN ... [--eval.images 300, the default]``.
+
+    Detectors are fitted on the training images that have a label, their thresholds set on the validation images, both clean.
+    Each test image is attacked in ``--eval.steps`` steps, 100 if not given, once per threshold of each detector.
+    """
+
+    result: ClassVar = Detection
+    keys: ClassVar = ("threat", "eval.steps", "eval.batch_size")
+    images: ClassVar = 300
+    steps: ClassVar = 100
+    validation_images: ClassVar[str] = "set the detectors' thresholds"
+
+    detectors: tuple[str, ...] = setting(tuple(DETECTORS), f"Which, with commas: {', '.join(DETECTORS)}.")
+    restarts: int = setting(3, "Restarts of the attack that knows the detector.")
+
+    @field_validator("detectors")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in DETECTORS:
+                raise UserError(f"unknown detector {name!r}; {did_you_mean(name, DETECTORS)}")
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"name each detector once, at least one of {', '.join(DETECTORS)}, got {', '.join(names) or 'none'}; "
+                "take out the repeated"
+            )
+        return names
+
+    def run(self, target: MeasurementTarget, state: ResumableResults) -> Detection:
+        """Fit, set thresholds, attack."""
+        return evaluate_detection(
+            target.model,
+            target.splits.train.labelled_subset(),
+            target.images,
+            target.threat,
+            calibration=target.splits.val,
+            detectors=[DETECTORS[name]() for name in self.detectors],
+            steps=target.steps or 100,
+            restarts=self.restarts,
+            state=state,
+            **target.options,
+        )
+
+
+def evaluate_detection(
+    model: nn.Module,
+    reference: ImageSet,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    calibration: ImageSet | None = None,
+    detectors: Sequence[Detector] | None = None,
+    attacks: NamedAttacks | None = None,
+    rates: Sequence[float] = RATES,
+    steps: int = 100,
+    restarts: int = 3,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | None = None,
+    state: ResumableResults | None = None,
+    show: bool = True,
+) -> Detection:
+    """Fit detectors on clean images and measure them against attacks that do not, and that do, know them.
+
+    Detectors and thresholds see clean images only. Per detector and image the smallest score of any misclassified image found in
+    the threat set is kept: the image is lost at every threshold from there on. The aware attack runs at each threshold anew, from
+    the best point so far and from random ones, so that the curve has no point that was not attacked; it includes what the oblivious
+    attacks found. So the figures are upper bounds, as every robust accuracy is.
+
+    Args:
+        model: a ``SplitModel``, whose features are used; left bit-identical.
+        reference: clean images, with their labels, on which detectors are fitted: training images.
+        images: what to attack; all of them.
+        threat: norm and radius.
+        calibration: other clean images that set the thresholds, such as the validation images; None: half of ``reference`` is kept
+            back for it, since an image is its own neighbour.
+        detectors: None: ``Mahalanobis``, ``NearestNeighbours`` and ``Disagreement`` with their defaults.
+        attacks: the oblivious ones, each (name, attack, objective); None: PGD of ``steps`` with cross-entropy and with the margin.
+        rates: clean rejection rates in [0, 1).
+        steps: of the aware attack, per threshold, strategy and restart.
+        restarts: of the aware attack; the first starts at the best point so far, the others at random points, each towards another
+            class, the most likely first.
+        batch_size: images attacked at once.
+        seed: of the random starts and of the halves.
+        device: where to compute; that of the model's parameters if None.
+        state: keeps finished batches of each attack: a call that was stopped goes on from there; None: nothing is kept.
+        show: whether to show progress.
+
+    Raises UserError if the model has no features, on invalid images, and on values out of range.
+    """
+    if not isinstance(model, SplitModel):
+        raise UserError(
+            f"detection needs a model split into features and classifier, got a {type(model).__name__}; "
+            "wrap it with clead.adapt(model, sample_shape=(C, H, W))"
+        )
+    rates = sorted(set(rates))
+    if not rates or not all(0 <= rate < 1 for rate in rates):
+        raise UserError(
+            f"rates must be one or more clean rejection rates in [0, 1), got {rates}; give rates=[0.01, 0.05]"
+        )
+    for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")
+    if calibration is None:
+        first, second = stratified(reference.labels, len(reference) // 2, seed)
+        reference, calibration = reference.subset(first), reference.subset(second)
+    device = measured_device(model, device)
+    detectors = [kind() for kind in DETECTORS.values()] if detectors is None else list(detectors)
+    if attacks is None:
+        pgd = PGD(steps=steps, keep="best")
+        attacks = [(f"PGD-{steps} {name}", pgd, name) for name in ("cross_entropy", "margin")]
+
+    images = ImageSet(image_floats(images.images), images.labels)
+    state = state or ResumableResults(None, {})
+    plan = DetectionPlan(model, threat, images, device, state, batch_size, seed, restarts)
+    with exact_float32(), attack_mode(model):
+        plan.fit(detectors, reference)
+        calibrated = plan.look(detectors, calibration)[2]
+        clean = CleanImages(*plan.look(detectors, images))
+    total = len(images) * (len(attacks) + len(detectors) * len(rates))
+    with state.opened(), exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
+        oblivious = [
+            plan.oblivious(number, attack, clean.wrong, detectors, tick) for number, attack in enumerate(attacks)
+        ]
+        results = []
+        for d, detector in enumerate(detectors):
+            thresholds = [threshold_at(calibrated[d], rate) for rate in rates]
+            spread = calibrated[d].std().item() if len(calibrated[d]) > 1 else 0.0
+            scale = (max(clean.margins.abs().mean().item(), 1e-12), max(spread, 1e-12))
+            evasions = [Evasion(model, detector, threat, threshold, scale, steps) for threshold in thresholds]
+            known = plan.start(d, clean, oblivious)
+            lowest = plan.aware(evasions, d, len(attacks) + d, known, tick)
+            separated = [
+                _separation(name, clean.scores[d], found.scores[d][found.wrong & ~clean.wrong])
+                for (name, _, _), found in zip(attacks, oblivious, strict=True)
+            ]
+            separated.append(_separation("aware", clean.scores[d], lowest[~clean.wrong & ~lowest.isposinf()]))
+            points = [
+                _point(rate, threshold, clean.scores[d], clean.wrong, (known[1], lowest))
+                for rate, threshold in zip(rates, thresholds, strict=True)
+            ]
+            results.append(
+                DetectorResult(name=detector.name, settings=_settings(detector), attacks=separated, curve=points)
+            )
+    broken = torch.stack([clean.wrong, *(found.wrong for found in oblivious)]).any(0)
+    eps = Ratio(threat.eps)
+    return Detection(
+        images=len(images),
+        fitted=len(reference),
+        calibrated=len(calibration),
+        norm=threat.norm,
+        eps=float(eps),
+        eps_text=eps.text,
+        steps=steps,
+        restarts=restarts,
+        seed=seed,
+        clean=estimate((~clean.wrong).tolist()),
+        robust=estimate((~broken).tolist()),
+        detectors=results,
+        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+    )
+
+
+def _settings(detector: Detector) -> dict[str, Any]:
+    known = fields(cast(Any, detector)) if is_dataclass(detector) else ()
+    return {each.name: getattr(detector, each.name) for each in known if each.init}
+
+
+def _separation(name: str, clean: Tensor, adversarial: Tensor) -> DetectedAttack:
+    if not len(adversarial):
+        return DetectedAttack(name=name, n=0, auroc=None, fpr95=None)
+    return DetectedAttack(
+        name=name,
+        n=len(adversarial),
+        auroc=auroc(clean, adversarial),
+        fpr95=fpr_at_tpr(clean, adversarial),
+    )
+
+
+def _point(
+    rate: float, threshold: float, scores: Tensor, wrong: Tensor, lowest: tuple[Tensor, Tensor]
+) -> DetectionPoint:
+    """Return what is left at a threshold; ``lowest``: least scores under the oblivious and the aware attacks."""
+    accepted = scores <= threshold
+    return DetectionPoint(
+        rate=rate,
+        threshold=None if math.isinf(threshold) else threshold,
+        clean_rejected=estimate((~accepted).tolist()),
+        accepted_accuracy=estimate((~wrong[accepted]).tolist()) if accepted.any() else None,
+        oblivious=estimate((~evaded(lowest[0], threshold)).tolist()),
+        aware=estimate((~evaded(lowest[1], threshold)).tolist()),
+    )
