@@ -15,7 +15,7 @@ from torch import nn
 from clead import api, cli
 from clead.config import load_recipe
 from clead.errors import UserError
-from clead.evaluation import linear_probe
+from clead.measurements import probe as linear_probe
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements.base import MeasurementRecord
