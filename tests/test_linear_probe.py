@@ -15,9 +15,9 @@ from torch import nn
 from clead import api, cli
 from clead.config import load_recipe
 from clead.errors import UserError
-from clead.measurements import probe as linear_probe
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
+from clead.measurements import probe as linear_probe
 from clead.measurements.base import MeasurementRecord
 from clead.measurements.probe import evaluate_linear_probe, fit_linear
 from clead.models.split import AdaptedModel
