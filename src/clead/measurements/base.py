@@ -224,11 +224,6 @@ def measured_device(model: nn.Module, device: torch.device | None) -> torch.devi
     return device or next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def image_floats(images: Any) -> torch.Tensor:
-    """Return images as float32 in [0, 1]; uint8 is divided by 255, float is taken as it is."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
 @memory_of("the measurement", "eval.batch_size", "eval.images")
 def measure_target(
     measurement: Measurement, target: MeasurementTarget, path: Path, *, fresh: bool, trust_state: bool = False

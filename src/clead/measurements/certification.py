@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clead.attacks.runner import check_inputs, logits_of
 from clead.data.loaders import make_generator
 from clead.errors import UserError
-from clead.evaluation.correctness import exact_float32
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements import MEASUREMENTS
@@ -27,7 +27,6 @@ from clead.measurements.base import (
     Result,
     cells,
     check_classes,
-    image_floats,
     measured_device,
     new_table,
     plain_settings,
@@ -242,7 +241,7 @@ def certify(
         raise UserError(f"radii must be finite and at least 0, got {grid}; give radii=[0, {sigma}]")
     model = wrapped(model)
     device = measured_device(model, device)
-    x, y = image_floats(images.images), images.labels
+    x, y = to_float(images.images), images.labels
     k = logits_of(model, x[:1].to(device)).shape[1] if len(x) else 1
     check_classes(num_classes, k)
     check_inputs(x, y, k)
@@ -256,31 +255,37 @@ def certify(
     state = state or ResumableResults(None, {})
     with state.opened(), exact_float32(), attack_mode(model), torch.no_grad():
         votes = _votes(y, vote, lambda count: lower_bound(count, n, alpha) > 0.5, state, show=show)
+    seconds = sum(data["seconds"] for _, data in state.parts.values())
+    return _certificates(votes, y, grid, sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, seconds=seconds)
+
+
+def _certificates(
+    votes: list[list[int]], labels: Tensor, radii: Sequence[float], *, sigma: float, n: int, alpha: float, **about: Any
+) -> Certificates:
+    """Return what the votes certify; ``votes``: class and number of noisy copies that are of it, of each image."""
     lower = [lower_bound(count, n, alpha) for _, count in votes]
     predicted = [guess if bound > 0.5 else ABSTAIN for (guess, _), bound in zip(votes, lower, strict=True)]
     radius = [radius_of(bound, sigma) if bound > 0.5 else 0.0 for bound in lower]
-    right = [guess == int(label) for guess, label in zip(predicted, y, strict=True)]
+    right = [guess == int(label) for guess, label in zip(predicted, labels, strict=True)]
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
         CertifiedPoint(radius=at, certified=estimate([r and at < R for r, R in zip(right, radius, strict=True)]))
-        for at in grid
+        for at in radii
     ]
     return Certificates(
         sigma=sigma,
-        n0=n0,
         n=n,
         alpha=alpha,
-        seed=seed,
-        images=len(x),
+        images=len(votes),
         predicted=predicted,
         right=right,
         lower=lower,
         radii=radius,
         accuracy=estimate(right),
         abstained=estimate([p == ABSTAIN for p in predicted]),
-        average_radius=sum(R for r, R in zip(right, radius, strict=True) if r) / len(x),
+        average_radius=sum(R for r, R in zip(right, radius, strict=True) if r) / len(votes),
         curve=curve,
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+        **about,
     )
 
 

@@ -19,7 +19,7 @@ from clead.attacks.minimal import MinimumNorm, check_norm, run_minimum_norm
 from clead.attacks.runner import check_finite, check_inputs, finite_images, logits_of
 from clead.data.loaders import make_generator
 from clead.errors import UserError
-from clead.evaluation.correctness import exact_float32
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements import MEASUREMENTS
@@ -28,7 +28,6 @@ from clead.measurements.base import (
     MeasurementRecord,
     MeasurementTarget,
     Result,
-    image_floats,
     measured_device,
     new_table,
     plain_settings,
@@ -255,7 +254,7 @@ def evaluate_minimum_norm(
     with state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
 
         def search(number: int, batch: int, x: Tensor, y: Tensor) -> Tensor:
-            x, y = image_floats(x.to(device)), y.to(device)
+            x, y = to_float(x.to(device)), y.to(device)
             check_inputs(x, y, classes)
             generator = make_generator(device, seed, number, batch)
             return distances(chosen[number][1], model, x, y, norm, generator=generator)

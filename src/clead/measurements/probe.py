@@ -172,7 +172,7 @@ def evaluate_linear_probe(
         )
     if not strengths or min(strengths) <= 0:
         raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}; give --strengths 0.1,1,10")
-    device = measured_device(model, device)
+    where = measured_device(model, device)
     train = train.labelled_subset()
     if len(train.labels.unique()) < 2:
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
@@ -181,26 +181,18 @@ def evaluate_linear_probe(
     with state.opened(), exact_float32(), attack_mode(model), progress("linear probe", len(images), show=show) as tick:
         if "probe" not in state.parts:
             begun = time.monotonic()
-            linear, about = _chosen(model, train, validation, num_classes, strengths, device)
+            linear, about = _chosen(model, train, validation, num_classes, strengths, where)
             about["seconds"] = time.monotonic() - begun
             state.save("probe", linear.state_dict(), about)
         tensors, about = state.parts["probe"]
         linear = nn.Linear(tensors["weight"].shape[1], num_classes)
         linear.load_state_dict(tensors)
-        probe = Probe(model, linear).to(device).eval()
+        probe = Probe(model, linear).to(where).eval()
 
         def verdicts(stored: Tensor, labels: Tensor, batch: int) -> Flags:
-            x, y = to_float(stored.to(device)), labels.to(device)
-            right = correct_mask(probe, x, y)
-            held = right.clone()
-            for number, objective in enumerate(OBJECTIVES):
-                if held.any():  # synchronises the device
-                    generator = make_generator(device, seed, number, batch)
-                    x_adv = run_attack(
-                        attack, probe, x[held], y[held], threat, objective=objective, generator=generator, checked=True
-                    )
-                    held[held.clone()] = correct_mask(probe, x_adv, y[held])
-            return right, held
+            x, y = to_float(stored.to(where)), labels.to(where)
+            streams = [make_generator(where, seed, number, batch) for number in range(len(OBJECTIVES))]
+            return _withstands(probe, x, y, attack, threat, streams)
 
         return attack_accuracy(
             images,
@@ -212,6 +204,21 @@ def evaluate_linear_probe(
             state=state,
             tick=tick,
         )
+
+
+def _withstands(
+    probe: Probe, x: Tensor, y: Tensor, attack: PGD, threat: Threat, streams: Sequence[torch.Generator]
+) -> Flags:
+    """Return which images are right when clean, and which after PGD on each objective too, (B,)."""
+    right = correct_mask(probe, x, y)
+    robust = right.clone()
+    for objective, generator in zip(OBJECTIVES, streams, strict=True):
+        if robust.any():  # synchronises the device
+            x_adv = run_attack(
+                attack, probe, x[robust], y[robust], threat, objective=objective, generator=generator, checked=True
+            )
+            robust[robust.clone()] = correct_mask(probe, x_adv, y[robust])
+    return right, robust
 
 
 def _chosen(

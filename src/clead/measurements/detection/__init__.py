@@ -7,24 +7,21 @@ and its threshold (aware).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from clead.attacks.pgd import PGD
 from clead.data.base import stratified
 from clead.errors import UserError, did_you_mean
-from clead.evaluation.correctness import exact_float32
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements import MEASUREMENTS
-from clead.measurements.base import Measurement, MeasurementTarget, image_floats, measured_device
-from clead.measurements.detection.attack import Evasion, evaded
+from clead.measurements.base import Measurement, MeasurementTarget, measured_device
 from clead.measurements.detection.detectors import (
     DETECTORS,
     Detector,
@@ -32,8 +29,8 @@ from clead.measurements.detection.detectors import (
     Mahalanobis,
     NearestNeighbours,
 )
-from clead.measurements.detection.plan import CleanImages, DetectionPlan
-from clead.measurements.detection.result import DetectedAttack, Detection, DetectionPoint, DetectorResult
+from clead.measurements.detection.plan import AttackedImages, CleanImages, DetectionPlan
+from clead.measurements.detection.result import Detection, DetectionPoint
 from clead.measurements.detection.separation import auroc, fpr_at_tpr, threshold_at
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -161,13 +158,7 @@ def evaluate_detection(
             "wrap it with clead.adapt(model, sample_shape=(C, H, W))"
         )
     rates = sorted(set(rates))
-    if not rates or not all(0 <= rate < 1 for rate in rates):
-        raise UserError(
-            f"rates must be one or more clean rejection rates in [0, 1), got {rates}; give rates=[0.01, 0.05]"
-        )
-    for name, value in (("steps", steps), ("restarts", restarts), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")
+    _check(rates, steps=steps, restarts=restarts, batch_size=batch_size)
     if calibration is None:
         first, second = stratified(reference.labels, len(reference) // 2, seed)
         reference, calibration = reference.subset(first), reference.subset(second)
@@ -177,9 +168,9 @@ def evaluate_detection(
         pgd = PGD(steps=steps, keep="best")
         attacks = [(f"PGD-{steps} {name}", pgd, name) for name in ("cross_entropy", "margin")]
 
-    images = ImageSet(image_floats(images.images), images.labels)
+    images = ImageSet(to_float(images.images), images.labels)
     state = state or ResumableResults(None, {})
-    plan = DetectionPlan(model, threat, images, device, state, batch_size, seed, restarts)
+    plan = DetectionPlan(model, threat, images, device, state, batch_size, seed, steps, restarts)
     with exact_float32(), attack_mode(model):
         plan.fit(detectors, reference)
         calibrated = plan.look(detectors, calibration)[2]
@@ -189,71 +180,36 @@ def evaluate_detection(
         oblivious = [
             plan.oblivious(number, attack, clean.wrong, detectors, tick) for number, attack in enumerate(attacks)
         ]
-        results = []
-        for d, detector in enumerate(detectors):
-            thresholds = [threshold_at(calibrated[d], rate) for rate in rates]
-            spread = calibrated[d].std().item() if len(calibrated[d]) > 1 else 0.0
-            scale = (max(clean.margins.abs().mean().item(), 1e-12), max(spread, 1e-12))
-            evasions = [Evasion(model, detector, threat, threshold, scale, steps) for threshold in thresholds]
-            known = plan.start(d, clean, oblivious)
-            lowest = plan.aware(evasions, d, len(attacks) + d, known, tick)
-            separated = [
-                _separation(name, clean.scores[d], found.scores[d][found.wrong & ~clean.wrong])
-                for (name, _, _), found in zip(attacks, oblivious, strict=True)
-            ]
-            separated.append(_separation("aware", clean.scores[d], lowest[~clean.wrong & ~lowest.isposinf()]))
-            points = [
-                _point(rate, threshold, clean.scores[d], clean.wrong, (known[1], lowest))
-                for rate, threshold in zip(rates, thresholds, strict=True)
-            ]
-            results.append(
-                DetectorResult(name=detector.name, settings=_settings(detector), attacks=separated, curve=points)
-            )
-    broken = torch.stack([clean.wrong, *(found.wrong for found in oblivious)]).any(0)
-    eps = Ratio(threat.eps)
+        results = [
+            plan.measure(d, detector, calibrated[d], clean, oblivious, rates, tick)
+            for d, detector in enumerate(detectors)
+        ]
+    return _summary(plan, clean, oblivious, fitted=len(reference), calibrated=len(calibration), detectors=results)
+
+
+def _summary(plan: DetectionPlan, clean: CleanImages, oblivious: Sequence[AttackedImages], **found: Any) -> Detection:
+    broken = torch.stack([clean.wrong, *(each.wrong for each in oblivious)]).any(0)
+    eps = Ratio(plan.threat.eps)
     return Detection(
-        images=len(images),
-        fitted=len(reference),
-        calibrated=len(calibration),
-        norm=threat.norm,
+        images=len(plan.images),
+        norm=plan.threat.norm,
         eps=float(eps),
         eps_text=eps.text,
-        steps=steps,
-        restarts=restarts,
-        seed=seed,
+        steps=plan.steps,
+        restarts=plan.restarts,
+        seed=plan.seed,
         clean=estimate((~clean.wrong).tolist()),
         robust=estimate((~broken).tolist()),
-        detectors=results,
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+        seconds=sum(data["seconds"] for _, data in plan.state.parts.values()),
+        **found,
     )
 
 
-def _settings(detector: Detector) -> dict[str, Any]:
-    known = fields(cast(Any, detector)) if is_dataclass(detector) else ()
-    return {each.name: getattr(detector, each.name) for each in known if each.init}
-
-
-def _separation(name: str, clean: Tensor, adversarial: Tensor) -> DetectedAttack:
-    if not len(adversarial):
-        return DetectedAttack(name=name, n=0, auroc=None, fpr95=None)
-    return DetectedAttack(
-        name=name,
-        n=len(adversarial),
-        auroc=auroc(clean, adversarial),
-        fpr95=fpr_at_tpr(clean, adversarial),
-    )
-
-
-def _point(
-    rate: float, threshold: float, scores: Tensor, wrong: Tensor, lowest: tuple[Tensor, Tensor]
-) -> DetectionPoint:
-    """Return what is left at a threshold; ``lowest``: least scores under the oblivious and the aware attacks."""
-    accepted = scores <= threshold
-    return DetectionPoint(
-        rate=rate,
-        threshold=None if math.isinf(threshold) else threshold,
-        clean_rejected=estimate((~accepted).tolist()),
-        accepted_accuracy=estimate((~wrong[accepted]).tolist()) if accepted.any() else None,
-        oblivious=estimate((~evaded(lowest[0], threshold)).tolist()),
-        aware=estimate((~evaded(lowest[1], threshold)).tolist()),
-    )
+def _check(rates: Sequence[float], **counts: int) -> None:
+    if not rates or not all(0 <= rate < 1 for rate in rates):
+        raise UserError(
+            f"rates must be one or more clean rejection rates in [0, 1), got {rates}; give rates=[0.01, 0.05]"
+        )
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}; give {name}=1 or more")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,14 +14,17 @@ from torch import Tensor
 from clead.attacks.runner import check_inputs, run_attack, verified
 from clead.data.loaders import make_generator
 from clead.errors import UserError
+from clead.evaluation.correctness import to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
-from clead.measurements.base import image_floats
 from clead.measurements.detection.attack import STRATEGIES, Evasion, evaded
 from clead.measurements.detection.detectors import Detector
+from clead.measurements.detection.result import DetectedAttack, DetectionPoint, DetectorResult
+from clead.measurements.detection.separation import auroc, fpr_at_tpr, threshold_at
 from clead.models.split import SplitModel
 from clead.progress import Tick
+from clead.results.statistics import estimate
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 
@@ -38,6 +42,7 @@ class CleanImages:
 class AttackedImages:
     """What an oblivious attack made: images (N, C, H, W), which are misclassified (N,), and each detector's scores (N,)."""
 
+    name: str
     x_adv: Tensor
     wrong: Tensor
     scores: list[Tensor]
@@ -54,12 +59,13 @@ class DetectionPlan:
     state: ResumableResults
     batch_size: int
     seed: int
+    steps: int
     restarts: int
 
     def fit(self, detectors: Sequence[Detector], reference: ImageSet) -> None:
         """Fit on the features of clean images."""
         self._check(reference)
-        x, features = image_floats(reference.images[:]), []
+        x, features = to_float(reference.images[:]), []
         with torch.no_grad():
             for rows in _slices(len(x), self.batch_size):
                 features.append(self.model.features(x[rows].to(self.device)))
@@ -79,7 +85,7 @@ class DetectionPlan:
     def look(self, detectors: Sequence[Detector], images: ImageSet) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return which clean images are misclassified (N,), their margins (N,), and each detector's scores (N,)."""
         self._check(images)
-        wrong, margins, scores = self._verdict(detectors, image_floats(images.images), images.labels)
+        wrong, margins, scores = self._verdict(detectors, to_float(images.images), images.labels)
         for values, what in (
             (margins, "logits"),
             *((s, f"scores of {d.name}") for d, s in zip(detectors, scores, strict=True)),
@@ -117,7 +123,33 @@ class DetectionPlan:
                 self.state.save(key, {"x_adv": x_adv[rows].clone()}, {"seconds": time.monotonic() - start})
             tick(rows.stop - rows.start, attack=name)
         flags, _, scores = self._verdict(detectors, x_adv, y)
-        return AttackedImages(x_adv, flags, scores)
+        return AttackedImages(name, x_adv, flags, scores)
+
+    def measure(
+        self,
+        d: int,
+        detector: Detector,
+        calibrated: Tensor,
+        clean: CleanImages,
+        oblivious: Sequence[AttackedImages],
+        rates: Sequence[float],
+        tick: Tick,
+    ) -> DetectorResult:
+        """Return what detector ``d`` is worth at each clean rejection rate; ``calibrated``: its scores that set the thresholds."""
+        scores, right = clean.scores[d], ~clean.wrong
+        thresholds = [threshold_at(calibrated, rate) for rate in rates]
+        spread = calibrated.std().item() if len(calibrated) > 1 else 0.0
+        scale = (max(clean.margins.abs().mean().item(), 1e-12), max(spread, 1e-12))
+        evasions = [Evasion(self.model, detector, self.threat, at, scale, self.steps) for at in thresholds]
+        known = self.start(d, clean, oblivious)
+        lowest = self.aware(evasions, d, len(oblivious) + d, known, tick)
+        separated = [_separation(each.name, scores, each.scores[d][each.wrong & right]) for each in oblivious]
+        separated.append(_separation("aware", scores, lowest[right & ~lowest.isposinf()]))
+        points = [
+            _point(rate, threshold, scores, clean.wrong, (known[1], lowest))
+            for rate, threshold in zip(rates, thresholds, strict=True)
+        ]
+        return DetectorResult(name=detector.name, settings=_settings(detector), attacks=separated, curve=points)
 
     def start(self, d: int, clean: CleanImages, oblivious: Sequence[AttackedImages]) -> tuple[Tensor, Tensor]:
         """Return the most accepted misclassified image that is known for each image (N, C, H, W), and its score (N,)."""
@@ -196,7 +228,38 @@ class DetectionPlan:
         return torch.cat(wrong), torch.cat(margins), list(torch.cat(scores, dim=1).float()) if detectors else []
 
     def _check(self, images: ImageSet) -> None:
-        check_inputs(image_floats(images.images), images.labels, self.model.num_classes)
+        check_inputs(to_float(images.images), images.labels, self.model.num_classes)
+
+
+def _settings(detector: Detector) -> dict[str, Any]:
+    known = fields(cast(Any, detector)) if is_dataclass(detector) else ()
+    return {each.name: getattr(detector, each.name) for each in known if each.init}
+
+
+def _separation(name: str, clean: Tensor, adversarial: Tensor) -> DetectedAttack:
+    if not len(adversarial):
+        return DetectedAttack(name=name, n=0, auroc=None, fpr95=None)
+    return DetectedAttack(
+        name=name,
+        n=len(adversarial),
+        auroc=auroc(clean, adversarial),
+        fpr95=fpr_at_tpr(clean, adversarial),
+    )
+
+
+def _point(
+    rate: float, threshold: float, scores: Tensor, wrong: Tensor, lowest: tuple[Tensor, Tensor]
+) -> DetectionPoint:
+    """Return what is left at a threshold; ``lowest``: least scores under the oblivious and the aware attacks."""
+    accepted = scores <= threshold
+    return DetectionPoint(
+        rate=rate,
+        threshold=None if math.isinf(threshold) else threshold,
+        clean_rejected=estimate((~accepted).tolist()),
+        accepted_accuracy=estimate((~wrong[accepted]).tolist()) if accepted.any() else None,
+        oblivious=estimate((~evaded(lowest[0], threshold)).tolist()),
+        aware=estimate((~evaded(lowest[1], threshold)).tolist()),
+    )
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
