@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import types
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typer.main import get_command
 
 from clead import config
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
+from clead.attacks.capabilities import capabilities
+from clead.attacks.functions import functions
 from clead.cli.app import app
 from clead.data.datasets import DATASETS
 from clead.measurements import MEASUREMENTS
@@ -31,6 +35,7 @@ from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/test_onnx_wild.p
 from rooms import ROOMS  # noqa: E402  the order that tests/test_architecture.py holds
 
 REFERENCE = Path(__file__).parent / "reference"
+STUB = Path(__file__).parent.parent / "src/clead/attacks/__init__.pyi"
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
 _REGISTRIES = {"data": DATASETS, "model": MODELS, "threat": THREATS}
@@ -70,6 +75,41 @@ def contributing() -> str:
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
+def stub() -> str:
+    """Return the text of src/clead/attacks/__init__.pyi: what editors know of the functions, which are made when imported."""
+    parts = [
+        "# Written by docs/generate.py from the settings classes: change those, not this file.",
+        "from typing import Any, Literal\n\nfrom torch import Tensor, nn\n",
+        "from clead.attacks.eot import expectation as expectation",
+        "from clead.attacks.external import external as external",
+        "from clead.registry import Registry\n",
+        *(f"{name}: Registry[Any]" for name in ("ATTACKS", "OBJECTIVES", "UNRESTRICTED")),
+    ]
+    for name, function in functions().items():
+        lines = []
+        for parameter in inspect.signature(function).parameters.values():
+            default = "" if parameter.default is parameter.empty else f" = {_written(parameter.default)}"
+            lines.append(f"    {parameter.name}: {_type_text(parameter.annotation)}{default},")
+        body = ["", f"def {name}(", *lines[:3], "    *,", *lines[3:], ") -> Tensor:"]
+        doc = ('r"""' if "\\" in (function.__doc__ or "") else '"""') + (function.__doc__ or "")
+        first, *rest = f'{doc}\n"""'.splitlines()
+        parts += [*body, f"    {first}", *(f"    {line}" if line else "" for line in rest)]
+    return "\n".join(parts) + "\n"
+
+
+def _written(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _type_text(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return f"Literal[{', '.join(map(_written, typing.get_args(hint)))}]"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_type_text, typing.get_args(hint)))
+    names = {"Module": "nn.Module", "NoneType": "None"}
+    return names.get(hint.__name__, hint.__name__)
+
+
 def _attacks() -> str:
     parts = [
         "# Attacks",
@@ -81,10 +121,13 @@ def _attacks() -> str:
         "[method](methods.md). The others search by themselves.",
     ]
     for name, cls in ATTACKS.items():
-        kind = "Searches by itself." if hasattr(cls, "perturb") else "In training, too."
-        norms = getattr(cls, "norms", None)
-        for_norms = f" Made for {', '.join(norms)}." if norms else ""
-        parts += [f"### {name}", *_docstring(cls), f"*{kind}{for_norms}*", _table(_keys("attack", name))]
+        able = capabilities(cls)
+        facts = ["Searches by itself." if able.searches else "In training, too."]
+        facts += [f"Made for {', '.join(able.norms)}."] if able.norms else []
+        facts += ["Needs no gradient."] if not able.needs_gradient else []
+        facts += ["Finds the smallest perturbation, too."] if able.minimum_norm else []
+        facts += ["Can aim at a class: `--target`."] if able.targeted else []
+        parts += [f"### {name}", *_docstring(cls), f"*{' '.join(facts)}*", _table(_keys("attack", name))]
     parts += [
         "### Attacks of other libraries",
         "`--attack.name foolbox:NAME` and `torchattacks:NAME` run any attack of these libraries on the same images; what they "
@@ -307,3 +350,4 @@ if __name__ == "__main__":
         (REFERENCE / page).write_text(text)
         print(f"{REFERENCE / page}: {len(text.splitlines())} lines")
     CONTRIBUTING.write_text(contributing())
+    STUB.write_text(stub())

@@ -17,9 +17,9 @@ from clead.attacks import cw, deepfool, fmn, pgd
 from clead.attacks.cw import CW
 from clead.attacks.deepfool import DeepFool
 from clead.attacks.fmn import FMN
-from clead.attacks.minimal import MinimumNorm, run_minimum_norm
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
-from clead.interfaces import ImageSet, Search
+from clead.interfaces import ImageSet, MinimumNorm, Search
 from clead.measurements.distances import MinimumNormResult, curve, distances, evaluate_minimum_norm
 from clead.threats import THREATS
 
@@ -452,8 +452,8 @@ def test_smallest_leaves_model_and_images_as_they_are():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.inference_mode():
         inside = x * 1
-        x_adv = run_minimum_norm(FMN(steps=20), model, inside, y, "l2")
-    assert torch.equal(x_adv, run_minimum_norm(FMN(steps=20), model, x.requires_grad_(), y, "l2"))
+        x_adv = run_attack(FMN(steps=20), model, inside, y, "l2")
+    assert torch.equal(x_adv, run_attack(FMN(steps=20), model, x.requires_grad_(), y, "l2"))
     assert not x_adv.requires_grad and x.grad is None and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clead.attacks import patch
 from clead.attacks.patch import Patch, cut, paste
-from clead.attacks.unrestricted import attack_unrestricted
+from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.models.seeding import fork_rng
 
@@ -125,7 +125,7 @@ def test_a_convolutional_network_falls_to_a_larger_patch_sooner():
     fallen = []
     for size in (1, 2, 5):
         attack = Patch(size=size, steps=10, restarts=2)
-        x_adv = attack_unrestricted(attack, model, x, y)
+        x_adv = run_attack(attack, model, x, y, None)
         assert attack.allows(x_adv, x).all()
         fallen.append(int((predicted(model, x_adv) != y).sum()))
     assert fallen[0] < fallen[1] < fallen[2]

@@ -15,10 +15,10 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, UNRESTRICTED, spatial
+from clead.attacks.runner import run_attack
 from clead.attacks.spatial import Spatial, transform
-from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
 from clead.errors import UserError
-from clead.interfaces import Search
+from clead.interfaces import Search, Unrestricted
 from clead.losses.margin import margin
 from clead.models.seeding import fork_rng
 from clead.tasks.classification import CLASSIFICATION
@@ -105,7 +105,7 @@ def test_the_search_is_exhaustive(seed):
     with torch.no_grad():
         for pair in attack.grid().tolist():
             worst = torch.maximum(worst, margin(model(transform(x, *pair)), y))
-        x_adv = attack_unrestricted(attack, model, x, y)
+        x_adv = run_attack(attack, model, x, y, None)
         after = margin(model(x_adv), y)
     held = worst < 0
     assert 0 < held.sum() < 40
@@ -185,7 +185,7 @@ def test_the_model_and_the_caller_are_left_untouched(name):
     results = []
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
-            results.append(attack_unrestricted(attack, model, x * 1, y * 1))
+            results.append(run_attack(attack, model, x * 1, y * 1, None))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]), "not deterministic"
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight)) and model[1].training
@@ -194,7 +194,7 @@ def test_the_model_and_the_caller_are_left_untouched(name):
     x_adv = results[0]
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and attack.allows(x_adv, x).all()
-    double = attack_unrestricted(attack, net().double(), x.double(), y)
+    double = run_attack(attack, net().double(), x.double(), y, None)
     assert double.dtype == torch.float64
 
 
@@ -209,7 +209,7 @@ def test_images_wrong_already_are_returned_and_nan_is_no_right_answer(name):
     x[1, 0, 0, 0] = 0.6  # the logits of the clean image are not finite
     kind = UNRESTRICTED.get(name)
     attack = kind(angles=3, shifts=3) if name == "spatial" else kind(steps=3, restarts=1)
-    x_adv = attack_unrestricted(attack, Broken(), x, torch.tensor([1, 0, 0]))
+    x_adv = run_attack(attack, Broken(), x, torch.tensor([1, 0, 0]), None)
     assert torch.equal(x_adv[:2], x[:2]) and not torch.equal(x_adv[2], x[2])
 
 

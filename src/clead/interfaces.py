@@ -178,6 +178,37 @@ class Search(Protocol):
         ...
 
 
+@runtime_checkable
+class MinimumNorm(Protocol):
+    """An attack that looks for the nearest adversarial image, whatever its distance."""
+
+    def minimal(
+        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the nearest misclassified image found in [0, 1], (B, C, H, W), and x itself where none was found."""
+        ...
+
+
+@runtime_checkable
+class Unrestricted(Protocol):
+    """An attack whose images lie in no norm ball: a transformation of the whole image, a patch that may change pixels at will.
+
+    It has no threat. Its settings describe the images that it may return; it can find its worst image among them, and can tell
+    whether an image belongs to them, so that a caller can verify results. ``clead.attacks.UNRESTRICTED`` finds them by name.
+    """
+
+    def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return x_adv, (B, C, H, W) in [0, 1]: misclassified where the search succeeded, else the worst image that it saw.
+
+        ``model`` is in evaluation mode with frozen parameters, under no_grad. Images misclassified already may be returned.
+        """
+        ...
+
+    def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return which images of ``x_adv`` are in the set around ``x``, up to rounding, (B,) bool."""
+        ...
+
+
 class Dataset(Protocol):
     """Frozen settings that load into memory."""
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
 from clead.attacks.runner import run_attack
-from clead.attacks.unrestricted import attack_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Search
 from clead.models.external import ModelError
@@ -257,27 +256,27 @@ def unrestricted(request: pytest.FixtureRequest) -> Any:
 def test_unrestricted_leaves_model_untouched(unrestricted, kind):
     model, (x, y) = make_model(kind), images()
     before = snapshot(model, x, y)
-    x_adv = attack_unrestricted(unrestricted, model, x, y, generator=generator())
+    x_adv = run_attack(unrestricted, model, x, y, None, generator=generator())
     assert snapshot(model, x, y) == before
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and x_adv.grad_fn is None
     assert x_adv.min() >= 0 and x_adv.max() <= 1 and unrestricted.allows(x_adv, x).all()
     assert x_adv.data_ptr() != x.data_ptr()
     torch.rand(3), np.random.rand(3), random.random()
-    again = attack_unrestricted(unrestricted, model, x, y, generator=generator())
+    again = run_attack(unrestricted, model, x, y, None, generator=generator())
     assert torch.equal(again, x_adv), "not deterministic in the seed"
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_unrestricted_in_any_mode_of_the_caller_and_of_the_model(unrestricted, mode):
     model, (x, y) = make_model(), images()
-    expected = attack_unrestricted(unrestricted, make_model().eval(), x, y)  # no generator: a fixed seed
+    expected = run_attack(unrestricted, make_model().eval(), x, y, None)  # no generator: a fixed seed
     with mode():
         inside_x, inside_y = x * 1, y * 1  # inference tensors in inference mode
         before = snapshot(model, inside_x)
-        assert torch.equal(attack_unrestricted(unrestricted, model, inside_x, inside_y), expected)
+        assert torch.equal(run_attack(unrestricted, model, inside_x, inside_y, None), expected)
         assert snapshot(model, inside_x) == before
     x.requires_grad_()
-    x_adv = attack_unrestricted(unrestricted, model, x, y)
+    x_adv = run_attack(unrestricted, model, x, y, None)
     assert torch.equal(x_adv, expected) and not x_adv.requires_grad and x.grad is None
 
 
@@ -296,10 +295,10 @@ def test_an_exception_inside_unrestricted_leaves_model_untouched(unrestricted, f
     before = snapshot(model, x, y)
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        attack_unrestricted(unrestricted, model, x, y, generator=generator())
+        run_attack(unrestricted, model, x, y, None, generator=generator())
     assert snapshot(model, x, y) == before
 
 
 def test_unrestricted_in_double_precision(unrestricted):
     model, (x, y) = make_model().double(), images()
-    assert attack_unrestricted(unrestricted, model, x.double(), y).dtype == torch.float64
+    assert run_attack(unrestricted, model, x.double(), y, None).dtype == torch.float64

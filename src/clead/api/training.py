@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.atomic_io import locked, write_atomically
 from clead.attacks import ATTACKS
+from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import image_gradient
 from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
@@ -21,7 +22,7 @@ from clead.data.base import say_skipped
 from clead.devices import device_of
 from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
-from clead.interfaces import Search, Splits
+from clead.interfaces import Splits
 from clead.methods.view_forward import find_layer
 from clead.models.external import backward_of
 from clead.models.modes import attack_mode
@@ -175,8 +176,8 @@ def _check_starts(config: RunConfig) -> None:
 
 def _check_start(config: RunConfig) -> None:
     """Raise UserError if the inner attack has no objective, or starts where it is flat and would climb rounding errors."""
-    if config.method.uses_attack and isinstance(config.attack, Search):
-        usable = ", ".join(name for name, kind in ATTACKS.items() if not issubclass(kind, Search))
+    if config.method.uses_attack and capabilities(config.attack).searches:
+        usable = ", ".join(name for name, kind in ATTACKS.items() if not capabilities(kind).searches)
         raise UserError(
             f"attack.name: training needs an attack that maximises the method's objective ({usable}), got "
             f"{config.to_dict()['attack']['name']}, which searches by itself; use it with clead attack"

@@ -1,7 +1,14 @@
-"""The attacks, one file each: an attack maximises an objective inside a threat set.
+"""The attacks, one file each: an attack maximises an objective inside a threat set, or looks for a mistake by itself.
 
 Two ways to call them: as settings inside a run (``PGD(steps=10)(objective, x, threat)``), and as plain functions of a model,
-``clead.attacks.pgd(model, x, y, eps=8/255)``, that return adversarial images.
+``clead.attacks.pgd(model, x, y, eps="8/255")``, that return adversarial images. The functions are derived from the settings.
+
+>>> import torch, clead
+>>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+>>> x = torch.full((1, 1, 2, 2), 0.5)
+>>> x_adv = clead.attacks.pgd(model, x, torch.tensor([0]), eps="8/255", steps=5)
+>>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
+True
 """
 
 from __future__ import annotations
@@ -14,38 +21,12 @@ ATTACKS: Registry[Any] = Registry("attack", "clead.attacks")
 OBJECTIVES: Registry[Any] = Registry("objective", "clead.attacks")
 UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 
-from clead.attacks.apgd import apgd  # noqa: E402
-from clead.attacks.cw import cw  # noqa: E402
-from clead.attacks.deepfool import deepfool  # noqa: E402
-from clead.attacks.eot import eot_pgd, expectation  # noqa: E402
+from clead.attacks.eot import expectation  # noqa: E402  (the files register themselves in the registries above)
 from clead.attacks.external import external  # noqa: E402
-from clead.attacks.fab import fab  # noqa: E402
-from clead.attacks.fgsm import fgsm  # noqa: E402  (the files register themselves in the registries above)
-from clead.attacks.fmn import fmn  # noqa: E402
-from clead.attacks.mi_fgsm import mi_fgsm  # noqa: E402
-from clead.attacks.patch import patch  # noqa: E402
-from clead.attacks.pgd import pgd  # noqa: E402
-from clead.attacks.rays import rays  # noqa: E402
-from clead.attacks.spatial import spatial  # noqa: E402
-from clead.attacks.square import square  # noqa: E402
+from clead.attacks.functions import functions  # noqa: E402
 
-__all__ = [
-    "ATTACKS",
-    "OBJECTIVES",
-    "UNRESTRICTED",
-    "apgd",
-    "cw",
-    "deepfool",
-    "eot_pgd",
-    "expectation",
-    "external",
-    "fab",
-    "fgsm",
-    "fmn",
-    "mi_fgsm",
-    "patch",
-    "pgd",
-    "rays",
-    "spatial",
-    "square",
-]
+_FUNCTIONS = functions()  # imports every file, so that a name such as pgd below is the function and not the module
+globals().update(_FUNCTIONS)
+
+__all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "expectation", "external"]
+__all__ += list(_FUNCTIONS)

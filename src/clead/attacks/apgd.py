@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.errors import UserError
@@ -15,6 +14,7 @@ from clead.losses import margin as margins
 from clead.losses.precision import at_least_float32
 from clead.models.seeding import fork_rng
 from clead.settings import setting, settings
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image, sign
 from clead.threats.l1 import L1
@@ -22,11 +22,8 @@ from clead.threats.l1 import L1
 RHO = 0.75
 """A step size is kept if more than this part of the steps since the last checkpoint rose (arXiv:2003.01690, condition 1)."""
 _MOMENTUM = 0.75
-_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": margins.cross_entropy,
-    "margin": margins.margin,
-    "dlr": margins.dlr,
-}
+_LOSSES = {"cross_entropy": "loss", "margin": "margin"}
+"""Losses that are the task's; DLR is one of logits."""
 _LARGEST = 255.0  # of an L1 threat
 _PIXELS = (1, 2, 3)
 
@@ -62,6 +59,8 @@ class APGD:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    targeted: ClassVar[bool] = True
+    returns_clean: ClassVar[bool] = True
     steps: int = setting(100, "gradient steps of each run", ge=1, unit="steps")
     restarts: int = setting(1, "runs per target, each from another random point", ge=1, unit="runs")
     loss: Literal["cross_entropy", "margin", "dlr"] = setting(
@@ -73,7 +72,14 @@ class APGD:
     eot: int = setting(1, "draws of a randomised model per step, whose gradients are averaged", ge=1, unit="draws")
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found.
 
@@ -87,12 +93,13 @@ class APGD:
             generator = torch.Generator(x.device).manual_seed(0)
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))  # synchronises the device
         with torch.no_grad(), fork_rng(seed):
-            logits, wrong = self._answer(model, x, y)
+            logits, wrong = self._answer(model, x, y, task)
             classes = logits.shape[1]
-            self._check(classes)
+            chosen = min(self.targets, classes - 1) if task is CLASSIFICATION else 0  # a given target replaces them
+            self._check(classes, bool(chosen) or task is not CLASSIFICATION)
             left = (~wrong).nonzero()[:, 0]
             others = logits.scatter(1, y[:, None], -torch.inf)
-            aims = others.topk(min(self.targets, classes - 1), dim=1).indices.unbind(1) if self.targets else [y]
+            aims = others.topk(chosen, dim=1).indices.unbind(1) if chosen else [y]
             for aim in aims:
                 for _ in range(self.restarts):
                     if not len(left):
@@ -103,11 +110,11 @@ class APGD:
                         draws.uniform_(-1, 1, generator=generator)
                     else:
                         draws.normal_(generator=generator)
-                    left = self._run(model, x, y, aim, threat, draws, left, x_adv)
+                    left = self._run(model, x, (task, y, aim), threat, draws, left, x_adv)
         return x_adv
 
-    def _check(self, classes: int) -> None:
-        needed, kind = (4, "targeted DLR") if self.targets else (3, "DLR")
+    def _check(self, classes: int, aims: bool) -> None:
+        needed, kind = (4, "targeted DLR") if aims else (3, "DLR")
         if self.loss == "dlr" and classes < needed:
             raise UserError(f"the {kind} loss needs at least {needed} classes, got {classes}; use the margin instead")
 
@@ -115,23 +122,28 @@ class APGD:
         self,
         model: Model,
         x: Tensor,
-        y: Tensor,
-        aim: Tensor,
+        goal: tuple[Task, Tensor, Tensor],
         threat: Threat,
         draws: Tensor,
         left: Tensor,
         x_adv: Tensor,
     ) -> Tensor:
-        """Climb once from ``draws`` for the images ``left``, put what breaks the model into ``x_adv``; return which still stand."""
+        """Climb once from ``draws`` for the images ``left``, put what breaks the model into ``x_adv``; return which still stand.
+
+        ``goal`` is the task, the labels and the classes to aim at, the labels themselves if none are, (B,) both.
+        """
+        task, y, aim = goal
         eps, origin, labels, aims = float(threat.eps), x[left], y[left], aim[left]
         if threat.norm != "l1":
             path: _Path = _Smooth(left, origin, labels, aims, draws[left], threat.norm, eps)
+            path.task = task
             return self._climb(model, path, self.steps, x_adv)
         short = self.steps * 3 // 10
         phases = [(3 * eps, short), (2 * eps, short), (eps, self.steps - 2 * short)] if short else [(eps, self.steps)]
         point = origin + draws[left]
         for radius, steps in phases:
             path = _Sparse(left, origin, labels, aims, point, L1(eps=min(radius, _LARGEST)))
+            path.task = task
             left = self._climb(model, path, steps, x_adv if radius == eps else None)
             point = path.best
         return left
@@ -158,7 +170,7 @@ class APGD:
         if x_adv is None or self.eot == 1:
             return path.left
         # Leaving with the first estimate that looks wrong would choose the luckiest of many: the best point is judged anew.
-        _, wrong = self._answer(model, path.best, path.labels)
+        _, wrong = self._answer(model, path.best, path.labels, path.task)
         x_adv[path.left[wrong]] = path.best[wrong]
         return path.left[~wrong]
 
@@ -179,17 +191,20 @@ class APGD:
             logits = at_least_float32(model(point))
             value = self._value(logits, path)
             gradient = torch.autograd.grad(value.sum(), point)[0] if slope else path.gradient
-        return value.detach(), gradient, CLASSIFICATION.correct(logits.detach(), path.labels).long()
+        return value.detach(), gradient, path.task.correct(logits.detach(), path.labels).long()
 
     def _value(self, logits: Tensor, path: _Path) -> Tensor:
-        if self.targets:
-            return targeted(self.loss, logits, path.labels, path.aims)
-        return _LOSSES[self.loss](logits, path.labels)
+        task = path.task
+        if task is not CLASSIFICATION and self.loss == "dlr":
+            return task.margin(logits, path.labels) / _spread(logits)
+        if task is not CLASSIFICATION or not self.targets:
+            return (margins.dlr if self.loss == "dlr" else getattr(task, _LOSSES[self.loss]))(logits, path.labels)
+        return targeted(self.loss, logits, path.labels, path.aims)
 
-    def _answer(self, model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, model: Model, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Return the mean logits of the clean images, (B, K), and which are wrong, (B,)."""
         answers = [at_least_float32(model(x)) for _ in range(self.eot)]
-        right = torch.stack([CLASSIFICATION.correct(logits, y) for logits in answers]).sum(0)
+        right = torch.stack([task.correct(logits, y) for logits in answers]).sum(0)
         return torch.stack(answers).mean(0), 2 * right <= self.eot
 
 
@@ -203,19 +218,27 @@ def targeted(loss: str, logits: Tensor, y: Tensor, aim: Tensor) -> Tensor:
     lead = (logits.gather(1, aim[:, None]) - logits.gather(1, y[:, None]))[:, 0]
     if loss == "margin":
         return lead
+    return lead / _spread(logits)
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Return z_π1 − (z_π3 + z_π4) / 2, by which the targeted DLR is divided, (n,)."""
     ordered = logits.topk(4, dim=1).values
-    return lead / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    return ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12
 
 
 class _Path:
     """Where each of n images is on its way, and the best point of its way so far. Tensors are (n, …): ``keep`` drops rows.
 
     Attributes:
+        task: what is right; of a targeted attack ``labels`` are the classes to aim at.
         left: which images these are, (n,).
         origin: the clean images; ``labels`` and ``aims`` are (n,).
         point: where the images are, ``gradient`` the loss's there.
         best: the point of largest loss so far, with ``best_gradient`` and ``best_value``.
     """
+
+    task: Task = CLASSIFICATION
 
     def __init__(self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, point: Tensor) -> None:
         self.left, self.origin, self.labels, self.aims = left, origin, labels, aims
@@ -359,49 +382,3 @@ class _Sparse(_Path):
         self.step = torch.where(sparser, self.eps, (self.step / 1.5).clamp_min(self.eps / 10))
         self.restart(sparser)
         self.used = used
-
-
-def apgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    steps: int = 100,
-    restarts: int = 1,
-    loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy",
-    targets: int = 0,
-    eot: int = 1,
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by Auto-PGD (Croce & Hein 2020, arXiv:2003.01690; L1: Croce & Hein 2021, arXiv:2103.01208).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, l2 or l1.
-        steps: gradient steps of each run.
-        restarts: runs per target.
-        loss: cross_entropy, margin or dlr; dlr needs 3 classes, and 4 with targets.
-        targets: 0: away from the label; else one run for each of so many most likely wrong classes, at most K − 1.
-        eot: draws of a randomised model per step, whose gradients are averaged.
-        seed: of the random starts and of a model's own draws; the global generators are restored.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]: misclassified where the attack succeeded, else x itself. Raises UserError on pixels outside
-        [0, 1], NaN, wrong labels, an eps of the wrong scale, or too few classes for the loss.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> x_adv = apgd(model, x, torch.tensor([0]), eps="8/255", steps=5)
-    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
-    True
-    """
-    from clead.attacks.runner import call
-
-    values = {"steps": steps, "restarts": restarts, "loss": loss, "targets": targets, "eot": eot}
-    with fork_rng(seed):  # the check of the logits draws too
-        return call(APGD, values, model, x, y, norm=norm, eps=eps, seed=seed)

@@ -6,12 +6,13 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import BestAdversarial, call_minimal
+from clead.attacks.best_adversarial import BestAdversarial
 from clead.interfaces import Model, Threat
 from clead.settings import setting, settings
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat
 
@@ -29,27 +30,43 @@ class CW:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("l2",)
+    targeted: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
     steps: int = setting(1000, "Adam steps for one weight of the margin", ge=1, unit="steps")
     search_steps: int = setting(9, "weights of the margin that are tried per image", ge=1, unit="weights")
     step_size: float = setting(0.01, "Adam's step size", unit="units of w, whose tanh is the image", gt=0)
     weight: float = setting(1e-3, "first weight c of the margin against the squared distance", gt=0)
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
-        return self._run(model, x, y, float(threat.eps)).within(float(threat.eps))
+        return self._run(model, x, y, task, float(threat.eps)).within(float(threat.eps))
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, *, norm: str = "l2", generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: str = "l2",
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
-        return self._run(model, x, y, 0.0).images
+        return self._run(model, x, y, task, 0.0).images
 
-    def _run(self, model: Model, x: Tensor, y: Tensor, enough: float) -> BestAdversarial:
+    def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, enough: float) -> BestAdversarial:
         found = BestAdversarial(x, "l2")
         everything = torch.arange(len(x), device=x.device)
-        found.offer(everything, x, CLASSIFICATION.margin(model(x), y))  # what is wrong already has distance 0
+        found.offer(everything, x, task.margin(model(x), y))  # what is wrong already has distance 0
         weight = torch.full_like(found.sizes, self.weight)
         low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
         for _ in range(self.search_steps):
@@ -57,13 +74,20 @@ class CW:
             if not len(left):
                 break
             crossed = torch.zeros_like(weight, dtype=torch.bool)
-            crossed[left] = self._descend(model, x[left], y[left], weight[left], left, found)
+            crossed[left] = self._descend(model, x[left], y[left], weight[left], left, found, task)
             high, low = torch.where(crossed, weight, high), torch.where(crossed, low, weight)
             weight = torch.where(high.isinf(), 10 * weight, (low + high) / 2)
         return found
 
     def _descend(
-        self, model: Model, x: Tensor, y: Tensor, weight: Tensor, index: Tensor, found: BestAdversarial
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        found: BestAdversarial,
+        task: Task,
     ) -> Tensor:
         """Minimise for one weight per image, offering every point of the path; returns which images were ever wrong, (B,)."""
         w = ((2 * x - 1) * _INSIDE).atanh()
@@ -74,7 +98,7 @@ class CW:
             with torch.enable_grad():
                 w.requires_grad_()
                 x_adv = (w.tanh() + 1) / 2
-                lead = CLASSIFICATION.margin(model(x_adv), y)
+                lead = task.margin(model(x_adv), y)
                 loss = flat(x_adv - x).square().sum(1) + weight * (-lead).clamp_min(0)
                 (w.grad,) = torch.autograd.grad(loss.sum(), w)
             crossed |= found.offer(index, x_adv.detach(), lead.detach())
@@ -84,42 +108,3 @@ class CW:
                 before = loss.detach()
             adam.step()
         return crossed
-
-
-def cw(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str | None = None,
-    norm: str = "l2",
-    steps: int = 1000,
-    search_steps: int = 9,
-    step_size: float = 0.01,
-    weight: float = 1e-3,
-) -> Tensor:
-    """Look for the nearest adversarial image in L2 (Carlini & Wagner 2017, arXiv:1608.04644); thorough and slow.
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: None: return the nearest found, however far; else only what lies within this radius, in pixel units of [0, 1].
-        norm: l2, the only one.
-        steps: Adam steps for one weight of the margin.
-        search_steps: weights of the margin that are tried per image.
-        step_size: Adam's step size.
-        weight: first weight of the margin against the squared distance.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
-        outside [0, 1], NaN, wrong labels or another norm.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    >>> _ = nn.init.eye_(model[1].weight)  # the first two pixels are the logits
-    >>> x = torch.tensor([0.6, 0.4, 0.0, 0.0]).reshape(1, 1, 2, 2)
-    >>> print(f"{(cw(model, x, torch.tensor([0]), steps=100) - x).norm():.2f}")
-    0.14
-    """
-    values = {"steps": steps, "search_steps": search_steps, "step_size": step_size, "weight": weight}
-    return call_minimal(CW, values, model, x, y, norm=norm, eps=eps)

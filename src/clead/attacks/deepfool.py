@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import BestAdversarial, call_minimal
+from clead.attacks.best_adversarial import BestAdversarial
 from clead.interfaces import Model, Threat
 from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
@@ -28,6 +28,7 @@ class DeepFool:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    deterministic: ClassVar[bool] = True
     steps: int = setting(50, "linearisations", ge=1, unit="steps")
     overshoot: float = setting(0.02, "part of the perturbation that is added to cross the boundary", ge=0)
     candidates: int = setting(10, "other classes tried, those of largest logits; fewer if there are fewer", ge=1)
@@ -84,40 +85,3 @@ class DeepFool:
             step = torch.where(per_image(closer, step), along, step)
             nearest = torch.where(closer, distance, nearest)
         return step
-
-
-def deepfool(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str | None = None,
-    norm: str = "l2",
-    steps: int = 50,
-    overshoot: float = 0.02,
-    candidates: int = 10,
-) -> Tensor:
-    """Look for a small perturbation by linearising ``model`` (DeepFool, Moosavi-Dezfooli et al. 2016, arXiv:1511.04599).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: None: return what is found, however far; else only what lies within this radius, in pixel units of [0, 1].
-        norm: l2 or linf.
-        steps: linearisations.
-        overshoot: part of the perturbation that is added to cross the boundary.
-        candidates: other classes tried, those of largest logits.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
-        outside [0, 1], NaN, wrong labels or another norm.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    >>> _ = nn.init.eye_(model[1].weight)  # the first two pixels are the logits
-    >>> x = torch.tensor([0.6, 0.4, 0.0, 0.0]).reshape(1, 1, 2, 2)
-    >>> print(f"{(deepfool(model, x, torch.tensor([0])) - x).norm():.3f}")
-    0.144
-    """
-    values = {"steps": steps, "overshoot": overshoot, "candidates": candidates}
-    return call_minimal(DeepFool, values, model, x, y, norm=norm, eps=eps)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.attacks.pgd import PGD
@@ -68,59 +66,3 @@ class EOTPGD(PGD):
         return PGD.__call__(
             self, expectation(objective, self.draws, generator=generator), x, threat, generator=generator
         )
-
-
-def eot_pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    draws: int = 20,
-    steps: int = 50,
-    step_size: float | str | None = None,
-    restarts: int = 1,
-    random_start: bool = True,
-    objective: str = "cross_entropy",
-    keep: Literal["last", "best"] = "best",
-    seed: int = 0,
-) -> Tensor:
-    """Attack a randomised ``model`` by PGD on the mean over draws (Athalye et al. 2018, arXiv:1802.00420).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K), drawing from the global generators; left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, l2 or l1.
-        draws: draws of the model per step.
-        steps: gradient steps per restart.
-        step_size: in pixel units; None: 2.5 · eps / steps.
-        restarts: independent random starts.
-        random_start: start from a random point of the ball instead of the image.
-        objective: cross_entropy, margin, dlr, kl, embedding or contrastive.
-        keep: return the point of the largest mean objective of the path or the last.
-        seed: of the random starts and of the model's draws; the global generators are restored.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]. Raises UserError on pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> x_adv = eot_pgd(model, x, torch.tensor([0]), eps="8/255", draws=2, steps=5)
-    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
-    True
-    """
-    from clead.attacks.runner import call
-
-    values = {
-        "draws": draws,
-        "steps": steps,
-        "step_size": step_size,
-        "restarts": restarts,
-        "random_start": random_start,
-        "keep": keep,
-    }
-    with fork_rng(seed):  # the check of the logits and the clean prediction of some objectives draw too
-        return call(EOTPGD, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

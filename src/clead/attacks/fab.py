@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.errors import UserError
 from clead.interfaces import Model, Threat
 from clead.losses.precision import at_least_float32
 from clead.settings import setting, settings
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import flat, per_image, sign
@@ -42,6 +43,8 @@ class FAB:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    targeted: ClassVar[bool] = True
+    returns_clean: ClassVar[bool] = True
     steps: int = setting(100, "steps of each run", ge=1, unit="steps")
     restarts: int = setting(1, "runs per target, all but the first from a random point", ge=1, unit="runs")
     targets: int = setting(
@@ -49,15 +52,29 @@ class FAB:
     )
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return x_adv, (B, C, H, W) in the threat set around ``x``: misclassified where one was found, else ``x``."""
         if not threat.eps:
             return x.clone()
-        return self._nearest(model, x, y, threat, float(threat.eps), generator)
+        return self._nearest(_Problem(model, x, y, threat, task), float(threat.eps), generator)
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, *, norm: str = "linf", generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: str = "linf",
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the nearest misclassified images found, however far they are; ``x`` where there is none or it is one itself.
 
@@ -66,27 +83,30 @@ class FAB:
             x: (B, C, H, W) float in [0, 1].
             y: (B,) int64 in [0, K).
             norm: linf, l2 or l1: what near means.
+            task: what is right; of a targeted attack ``y`` is the class to aim at.
             generator: of the random starts, on the device of ``x``; a fixed seed if None.
         """
         threat: Any = THREATS.get(norm)
         if norm not in self.norms:
             raise UserError(f"FAB is an attack for {', '.join(self.norms)}, got {norm}; give norm {self.norms[0]}")
-        found = self._nearest(model, x, y, threat(eps=0), None, generator)
-        return _shortened(model, x, y, found)
+        problem = _Problem(model, x, y, threat(eps=0), task)
+        return _shortened(problem, self._nearest(problem, None, generator))
 
-    def _nearest(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, eps: float | None, generator: torch.Generator | None
-    ) -> Tensor:
+    def _nearest(self, problem: _Problem, eps: float | None, generator: torch.Generator | None) -> Tensor:
         """Run every target and restart; an image leaves with its first adversarial point within ``eps``, if not None."""
+        model, x, y, threat, task = problem
         if generator is None:
             generator = torch.Generator(x.device).manual_seed(0)
         with torch.no_grad():
             found = x.clone()
             logits = at_least_float32(model(x))
-            rows = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]
+            rows = task.correct(logits, y).nonzero()[:, 0]
             reach = torch.full((len(x),), torch.inf if eps is None else eps, device=x.device, dtype=x.dtype)
             wrong_classes = logits.scatter(1, y[:, None], -torch.inf).topk(logits.shape[1] - 1, dim=1).indices
-            aims = wrong_classes[:, : self.targets].unbind(1) if self.targets else [None]
+            if task is not CLASSIFICATION:
+                aims: list[Tensor] = [wrong_classes[:, :0]]  # a given target replaces the most likely wrong classes
+            else:
+                aims = list(wrong_classes[:, : self.targets, None].unbind(1)) if self.targets else [wrong_classes]
             for aim in aims:
                 for restart in range(self.restarts):
                     if not len(rows):
@@ -94,35 +114,26 @@ class FAB:
                     start = x[rows]
                     if restart:
                         start = _random_start(start, threat.norm, reach[rows], generator)
-                    target = wrong_classes if aim is None else aim[:, None]
                     if eps is None:
-                        self._run(model, x, y, target, start, threat, rows, found, reach)
+                        self._run(problem, aim, start, rows, found, reach)
                     else:
-                        rows = self._run_within(model, x, y, target, start, threat, rows, found, eps)
+                        rows = self._run_within(problem, aim, start, rows, found, eps)
         return found
 
     def _run_within(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        target: Tensor,
-        point: Tensor,
-        threat: Threat,
-        rows: Tensor,
-        found: Tensor,
-        eps: float,
+        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, found: Tensor, eps: float
     ) -> Tensor:
         """Walk the images ``rows`` from ``point`` towards ``target``, (B, T) classes; return the rows that nothing broke."""
+        model, x, y, threat, task = problem
         x, y, target = x[rows], y[rows], target[rows]
         for step in range(self.steps + 1):
             size = threat.distance(point - x)
             if step < self.steps:
-                gap, normal, logits = _boundary(model, point, y, target, threat.norm)
+                gap, normal, logits = _boundary(model, point, (task, y, target), threat.norm)
             else:
                 gap, normal, logits = size, size, at_least_float32(model(point))
             # Not `size <= eps`: a point of NaN, from a broken gradient, must come out, or the model would look robust.
-            hit = (~CLASSIFICATION.correct(logits, y) & ~(size > eps)).nonzero()[:, 0]  # synchronises the device
+            hit = (~task.correct(logits, y) & ~(size > eps)).nonzero()[:, 0]  # synchronises the device
             if len(hit):
                 found[rows[hit]] = point[hit]
                 kept = torch.ones_like(y, dtype=torch.bool).index_fill_(0, hit, False)
@@ -137,23 +148,15 @@ class FAB:
         return rows
 
     def _run(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        target: Tensor,
-        point: Tensor,
-        threat: Threat,
-        rows: Tensor,
-        found: Tensor,
-        reach: Tensor,
+        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, found: Tensor, reach: Tensor
     ) -> None:
         """Walk the images ``rows`` from ``point`` towards ``target``; write what is found nearer than ``reach``."""
+        model, x, y, threat, task = problem
         x, y, target = x[rows], y[rows], target[rows]
         for _ in range(self.steps):
-            gap, normal, _logits = _boundary(model, point, y, target, threat.norm)
+            gap, normal, _logits = _boundary(model, point, (task, y, target), threat.norm)
             point = _step(x, point, gap, normal, threat.norm)
-            wrong = ~CLASSIFICATION.correct(at_least_float32(model(point)), y)
+            wrong = ~task.correct(at_least_float32(model(point)), y)
             size = threat.distance(point - x)
             hit = (wrong & ~(size > reach[rows])).nonzero()[:, 0]  # synchronises the device
             if len(hit):
@@ -162,13 +165,24 @@ class FAB:
             point = torch.lerp(point, x, per_image((1 - BETA) * wrong.to(x.dtype), x))
 
 
-def _shortened(model: Model, x: Tensor, y: Tensor, found: Tensor) -> Tensor:
+class _Problem(NamedTuple):
+    """What is attacked: of a targeted attack (``task``) ``y`` is the class to aim at, and the classes ``target`` are none."""
+
+    model: Model
+    x: Tensor
+    y: Tensor
+    threat: Threat
+    task: Task
+
+
+def _shortened(problem: _Problem, found: Tensor) -> Tensor:
     """Return ``found`` with its perturbation scaled down to where it starts to be wrong, by bisection."""
+    model, x, y, _, task = problem
     with torch.no_grad():
         low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.ones_like(x[:, 0, 0, 0])
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            wrong = ~CLASSIFICATION.correct(model(torch.lerp(x, found, per_image(middle, x))), y)
+            wrong = ~task.correct(model(torch.lerp(x, found, per_image(middle, x))), y)
             low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
         return torch.lerp(x, found, per_image(high, x))
 
@@ -184,15 +198,21 @@ def _random_start(x: Tensor, norm: str, reach: Tensor, generator: torch.Generato
     return (x + per_image(radius, x) * unit).clamp_(0, 1)
 
 
-def _boundary(model: Model, point: Tensor, y: Tensor, target: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+def _boundary(
+    model: Model, point: Tensor, goal: tuple[Task, Tensor, Tensor], norm: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Linearise z_t − z_y at ``point``: value (B,), gradient (B, d) of the nearest of the classes ``target`` (B, T); and logits.
+
+    goal: the task, y and ``target``. Of a targeted attack, T = 0, it is z_y − max_{k≠y} z_k: the other class may change.
 
     Nearest by |value| / dual norm of the gradient (arXiv:1907.02044, eq. 7), which is the distance to the boundary without a box.
     """
+    task, y, target = goal
     with torch.enable_grad():
         point = point.detach().requires_grad_()
         logits = at_least_float32(model(point))
-        values = logits.gather(1, target) - logits.gather(1, y[:, None])
+        towards = logits.gather(1, target) - logits.gather(1, y[:, None])
+        values = towards if target.shape[1] else task.margin(logits, y)[:, None]
         count = values.shape[1]
         (slope,) = torch.autograd.grad(values[:, 0].sum(), point, retain_graph=count > 1)
         values = values.to(point.dtype)
@@ -322,44 +342,3 @@ _PROJECTIONS = {"linf": _linf, "l2": _l2, "l1": _l1}
 def _settled(done: Tensor, count: int) -> bool:
     """Ask whether all is done: at every pass on a CPU, at every fourth elsewhere, because it synchronises the device."""
     return (done.device.type == "cpu" or count % 4 == 3) and bool(done.all())
-
-
-def fab(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    steps: int = 100,
-    restarts: int = 1,
-    targets: int = 9,
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by projections onto its linearised decision boundaries (FAB, Croce & Hein 2020, arXiv:1907.02044).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, l2 or l1.
-        steps: steps of each run.
-        restarts: runs per target, all but the first from a random point of the ball of radius eps / 2.
-        targets: classes to aim at, the most likely wrong ones, at most K − 1 (FAB-T); 0: the nearest boundary at each step (FAB).
-        seed: of the random starts.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]: misclassified inside the ball where the attack succeeded, else ``x``. Raises UserError on
-        pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> x_adv = fab(model, x, torch.tensor([0]), eps="8/255", steps=5)
-    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
-    True
-    """
-    from clead.attacks.runner import call
-
-    values = {"steps": steps, "restarts": restarts, "targets": targets}
-    return call(FAB, values, model, x, y, norm=norm, eps=eps, seed=seed)

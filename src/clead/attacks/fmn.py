@@ -6,13 +6,14 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
+from clead.attacks.best_adversarial import BestAdversarial
 from clead.attacks.gradient import value_and_gradient
-from clead.attacks.minimal import BestAdversarial, call_minimal
 from clead.interfaces import Model, Threat
 from clead.settings import setting, settings
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import box_slack, flat, per_image, sign
@@ -38,23 +39,39 @@ class FMN:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1", "l0")
+    targeted: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
     steps: int = setting(100, "gradient steps", ge=1, unit="steps")
     step_size: float = setting(1.0, "length of the first step", unit="Euclidean length over pixels in [0, 1]", gt=0)
     gamma: float = setting(0.05, "part by which the ball shrinks or grows in the first step", gt=_LAST_GAMMA, lt=1)
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
-        return self._run(model, x, y, threat.norm, float(threat.eps)).within(float(threat.eps))
+        return self._run(model, x, y, task, threat.norm, float(threat.eps)).within(float(threat.eps))
 
     def minimal(
-        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: str,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return the nearest misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
-        return self._run(model, x, y, norm, 0.0).images
+        return self._run(model, x, y, task, norm, 0.0).images
 
-    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str, enough: float) -> BestAdversarial:
+    def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, norm: str, enough: float) -> BestAdversarial:
         found = BestAdversarial(x, norm)
         measure = THREATS.get(norm)(eps=0).distance
         farthest = measure(torch.maximum(x, 1 - x))
@@ -70,7 +87,7 @@ class FMN:
 
             x_left, y_left, here = x[left], y[left], delta[left]
             x_adv = (x_left + here).clamp(0, 1)  # it is there already, up to rounding
-            value, gradient = value_and_gradient(lambda z, y=y_left: CLASSIFICATION.margin(model(z), y), x_adv)
+            value, gradient = value_and_gradient(lambda z, y=y_left: task.margin(model(z), y), x_adv)
             wrong = found.offer(left, x_adv, value)
             best = found.sizes[left]
             # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
@@ -120,40 +137,3 @@ def _project(x: Tensor, delta: Tensor, radius: Tensor, norm: str) -> Tensor:
         )
         low, high = torch.where(over, part, low), torch.where(over, high, part)
     return shrunk(high).view_as(delta) * sign(delta)
-
-
-def fmn(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str | None = None,
-    norm: str = "linf",
-    steps: int = 100,
-    step_size: float = 1.0,
-    gamma: float = 0.05,
-) -> Tensor:
-    """Look for the nearest adversarial image (fast minimum-norm attack, Pintor et al. 2021, arXiv:2102.12827).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: None: return the nearest found, however far; else only what lies within this radius, in pixel units of [0, 1].
-        norm: linf, l2, l1 or l0.
-        steps: gradient steps.
-        step_size: Euclidean length of the first step.
-        gamma: part by which the ball shrinks or grows in the first step.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found or the image is wrong already. Raises UserError on pixels
-        outside [0, 1], NaN, wrong labels or another norm.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    >>> _ = nn.init.eye_(model[1].weight)  # the first two pixels are the logits
-    >>> x = torch.tensor([0.6, 0.4, 0.0, 0.0]).reshape(1, 1, 2, 2)
-    >>> print(f"{(fmn(model, x, torch.tensor([0]), norm='l2') - x).norm():.3f}")
-    0.141
-    """
-    values = {"steps": steps, "step_size": step_size, "gamma": gamma}
-    return call_minimal(FMN, values, model, x, y, norm=norm, eps=eps)

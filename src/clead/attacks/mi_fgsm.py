@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
@@ -20,6 +22,8 @@ class MIFGSM:
     The paper clips nothing, because α = eps / steps cannot leave the ball; here every point is projected into ball ∩ box.
     """
 
+    targeted: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
     steps: int = setting(10, "gradient steps", ge=1, unit="steps")
     step_size: Ratio | None = setting(
         None, "length of a step; none: eps / steps (Dong 2018)", unit="pixels in [0, 1], in the threat's norm", gt=0
@@ -40,42 +44,3 @@ class MIFGSM:
             direction = self.decay * direction + gradient / per_image(length, gradient)
             x_adv = threat.project(threat.ascend(x_adv, direction, step_size), x)
         return x_adv
-
-
-def mi_fgsm(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    steps: int = 10,
-    step_size: float | str | None = None,
-    decay: float = 1.0,
-    objective: str = "cross_entropy",
-) -> Tensor:
-    """Attack ``model`` by gradient ascent with momentum (Dong et al. 2018, arXiv:1710.06081); its images transfer well.
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``; pixels for l0.
-        norm: linf, l2, l1 or l0.
-        steps: gradient steps.
-        step_size: in pixel units; None: eps / steps.
-        decay: part of the collected direction that a step keeps.
-        objective: cross_entropy, margin, dlr, kl, embedding or contrastive.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]. Raises UserError on pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> (mi_fgsm(model, x, torch.tensor([0]), eps=0.1) - x).abs().max()
-    tensor(0.1000)
-    """
-    from clead.attacks.runner import call
-
-    values = {"steps": steps, "step_size": step_size, "decay": decay}
-    return call(MIFGSM, values, model, x, y, norm=norm, eps=eps, seed=0, objective=objective)

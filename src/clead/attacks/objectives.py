@@ -19,19 +19,20 @@ from clead.losses import margin as margins
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.models.split import AdaptedModel, SplitModel
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 
 
 @OBJECTIVES.register("cross_entropy")
-def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
-    """−log p(y | x_adv) (Madry et al. 2018, arXiv:1706.06083)."""
-    return lambda x_adv: CLASSIFICATION.loss(model(x_adv), y)
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor, task: Task = CLASSIFICATION) -> Objective:
+    """−log p(y | x_adv) (Madry et al. 2018, arXiv:1706.06083); of a targeted attack log p(target | x_adv)."""
+    return lambda x_adv: task.loss(model(x_adv), y)
 
 
 @OBJECTIVES.register("margin")
-def margin(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
-    """max_{k≠y} z_k − z_y (Carlini & Wagner 2017, arXiv:1608.04644)."""
-    return lambda x_adv: CLASSIFICATION.margin(model(x_adv), y)
+def margin(model: nn.Module, x: Tensor, y: Tensor, task: Task = CLASSIFICATION) -> Objective:
+    """max_{k≠y} z_k − z_y (Carlini & Wagner 2017, arXiv:1608.04644); of a targeted attack z_target − max_{k≠target} z_k."""
+    return lambda x_adv: task.margin(model(x_adv), y)
 
 
 @OBJECTIVES.register("dlr")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.unrestricted import call_unrestricted
 from clead.errors import UserError
 from clead.interfaces import Model
 from clead.settings import Ratio, setting, settings
@@ -136,41 +135,3 @@ def cut(x: Tensor, place: Tensor, side: int) -> Tensor:
     """Return the squares (B, C, side, side) of ``x`` at ``place``, (B, 2) int64: top, left."""
     image, rows, columns = _window(place, side)
     return x[image, :, rows, columns].permute(0, 3, 1, 2)
-
-
-def patch(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    size: float | str = "1/16",
-    steps: int = 100,
-    step_size: float | str = 0.05,
-    stride: int = 2,
-    restarts: int = 5,
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by a square patch per image, its place optimised too (Rao et al. 2020, arXiv:2005.02313).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        size: fraction of the image's area if below 1, else pixels of the side.
-        steps: gradient steps per restart.
-        step_size: of the pixels in the patch, in pixel units of [0, 1].
-        stride: pixels that the patch moves at once; 0: it stays where it started.
-        restarts: independent random places and contents.
-        seed: of places, contents and directions.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1], that differs from ``x`` in one square. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, settings out of range or a patch larger than the image.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    >>> x = torch.full((1, 1, 4, 4), 0.5)
-    >>> int((patch(model, x, torch.tensor([0]), size=2, steps=3) != x).sum()) <= 4
-    True
-    """
-    values = {"size": size, "steps": steps, "step_size": step_size, "stride": stride, "restarts": restarts}
-    return call_unrestricted(Patch, values, model, x, y, seed=seed)

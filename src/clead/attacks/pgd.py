@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.attacks.gradient import value_and_gradient
@@ -23,6 +23,7 @@ class PGD:
     MNIST at eps 0.3, they find what constant ones miss (docs/method.md, "Step sizes").
     """
 
+    targeted: ClassVar[bool] = True
     steps: int = setting(10, "gradient steps", ge=1, unit="steps")
     step_size: Ratio | None = setting(
         None,
@@ -68,52 +69,3 @@ def _better(x_adv: Tensor, value: Tensor, best: Tensor, best_value: Tensor) -> t
     # NaN counts as best: hidden behind an earlier point, a model whose gradient is broken would look robust.
     better = (value > best_value) | value.isnan()
     return torch.where(per_image(better, x_adv), x_adv, best), torch.where(better, value, best_value)
-
-
-def pgd(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    steps: int = 50,
-    step_size: float | str | None = None,
-    step_schedule: Literal["constant", "linear"] = "constant",
-    restarts: int = 1,
-    random_start: bool = True,
-    objective: str = "cross_entropy",
-    keep: Literal["last", "best"] = "best",
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by projected gradient ascent (Madry et al. 2018, arXiv:1706.06083).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, l2 or l1.
-        steps: gradient steps per restart.
-        step_size: in pixel units; None: 2.5 · eps / steps (eps for l0 and for falling steps).
-        step_schedule: steps of one size, or falling linearly from ``step_size`` to ``step_size / steps``.
-        restarts: independent random starts.
-        random_start: start from a random point of the ball instead of the image.
-        objective: cross_entropy, margin, dlr, kl, embedding or contrastive.
-        keep: return the best point of the path or the last.
-        seed: of the random starts.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]. Raises UserError on pixels outside [0, 1], NaN, wrong labels or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> x_adv = pgd(model, x, torch.tensor([0]), eps="8/255", steps=5)
-    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
-    True
-    """
-    from clead.attacks.runner import call
-
-    values = {"steps": steps, "step_size": step_size, "step_schedule": step_schedule, "restarts": restarts}
-    values |= {"random_start": random_start, "keep": keep}
-    return call(PGD, values, model, x, y, norm=norm, eps=eps, seed=seed, objective=objective)

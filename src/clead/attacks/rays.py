@@ -6,7 +6,7 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.interfaces import Model, Threat
@@ -32,6 +32,7 @@ class RayS:
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
     needs_gradient: ClassVar[bool] = False
+    returns_clean: ClassVar[bool] = True
     queries: int = setting(
         10_000, "answers of the model per image, that to the clean image included", ge=2, unit="queries"
     )
@@ -145,40 +146,3 @@ class _Rays:
             self.signs[image] = torch.where(minus, -1, 1).to(self.signs)
         self.radius = self.radius.masked_fill(stuck, torch.inf)
         self.level = self.level.masked_fill(stuck, -1)
-
-
-def rays(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    queries: int = 10_000,
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by its labels alone: rays of signs to the nearest boundary (Chen & Gu 2020, arXiv:2006.12792).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K), of which only the largest one's place is used; left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, the only one.
-        queries: answers of the model per image, that to the clean image included, at least 2; the paper's number is 10,000.
-        seed: of the signs at which a search that is stuck begins again; the first search has no randomness.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]: misclassified where the search succeeded, else ``x``. Raises UserError on pixels outside
-        [0, 1], NaN, wrong labels, another norm or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    >>> _ = nn.init.eye_(model[1].weight)  # the first two pixels are the logits
-    >>> x = torch.tensor([0.6, 0.4, 0.5, 0.5]).reshape(1, 1, 2, 2)
-    >>> x_adv = rays(model, x, torch.tensor([0]), eps=0.11, queries=100)
-    >>> model(x_adv).argmax(1), f"{(x_adv - x).abs().max():.2f}"
-    (tensor([1]), '0.11')
-    """
-    from clead.attacks.runner import call
-
-    return call(RayS, {"queries": queries}, model, x, y, norm=norm, eps=eps, seed=seed)

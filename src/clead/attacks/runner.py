@@ -6,25 +6,28 @@ import logging
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from clead.attacks import OBJECTIVES
+from clead.attacks import ATTACKS, OBJECTIVES
+from clead.attacks.capabilities import capabilities, check_norm, name_of
 from clead.attacks.square_cache import Prepared
 from clead.errors import UserError, out_of_memory
-from clead.interfaces import Attack, Model, Search, Threat
+from clead.interfaces import Attack, MinimumNorm, Model, Search, Threat, Unrestricted
 from clead.models.external import ModelError, backward_of
 from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
-from clead.settings import validated
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 _log = logging.getLogger("clead")
+TARGETED_OBJECTIVES = ("cross_entropy", "margin")
+"""Objectives that can lead towards a class."""
 _MARKS = 64
 """Images that are tried as one that a model takes for another class than a given one."""
 
@@ -62,17 +65,6 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
     CLASSIFICATION.check_target(y, len(x), num_classes)
 
 
-def check_norm(attack: Attack | Search, threat: Threat) -> None:
-    """Raise UserError if the attack is not made for this norm."""
-    norms = getattr(attack, "norms", None)
-    if norms is not None and threat.norm not in norms:
-        name = getattr(attack, "name", None) or type(attack).__name__
-        raise UserError(
-            f"{name} is an attack for {', '.join(norms)}, got {threat.norm}; "
-            f"give --threat.norm {norms[0]}, or another attack"
-        )
-
-
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     """Return the logits (B, K) of ``model`` in eval mode, without gradients; raises UserError if it fails or returns no such."""
     model = wrapped(model)
@@ -96,40 +88,46 @@ def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def run_attack(
-    attack: Attack | Search,
+    attack: Attack | Search | MinimumNorm | Unrestricted,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    threat: Threat,
+    threat: Threat | str | None,
     *,
     objective: str = "cross_entropy",
+    task: Task = CLASSIFICATION,
     generator: torch.Generator | None = None,
     checked: bool = False,
     precision: torch.dtype = torch.float32,
     exact: bool = False,
 ) -> Tensor:
-    """Run an attack on a model inside the threat set around ``x``.
+    """Run an attack of any kind on a model; ``capabilities(attack)`` says which kind it is.
 
     Args:
         attack: how a named objective is maximised, or a search that needs none.
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
         x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        threat: the set of allowed images around ``x``.
+        y: (B,) int64 in [0, K); of a targeted ``task`` the class to aim at.
+        threat: the set of allowed images around ``x``; or the name of a norm, for an attack that looks for the smallest
+            perturbation in it; or None, for an attack that has a set of its own.
         objective: a name of ``OBJECTIVES``; a search ignores it.
+        task: what is right. ``TOWARDS_CLASS`` makes the attack a targeted one.
         generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
         checked: skip the checks of ``x`` and ``y`` because the caller has made them, and looks for images that are NaN.
         precision: what the search computes in (autocast below float32); its result has to be verified in float32 then.
         exact: search with the model as it is, not as ``optimized`` makes it.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1] inside the threat set, verified. An image at which the gradient is not finite counts as
-        broken: it is NaN, or far outside [0, 1] where argmax of its NaN logits would be its label (see ``marked``). Raises
-        UserError on wrong shapes, ranges or names, if the attack is not made for this norm or returns an image outside, or if
-        the gradient is finite at no image.
+        x_adv, (B, C, H, W) in [0, 1]; verified to be inside a threat set. An attack for the smallest perturbation returns x
+        where it found nothing. An image at which the gradient is not finite counts as broken: it is NaN, or far outside [0, 1]
+        where argmax of its NaN logits would be its label (see ``marked``). Raises UserError on wrong shapes, ranges or names,
+        if the attack cannot do what is asked or returns an image outside, or if the gradient is finite at no image.
     """
-    check_norm(attack, threat)
-    make = OBJECTIVES.get(objective)
+    able, name = capabilities(attack), name_of(attack)
+    check_applicable(attack, threat, task, objective)
+    ball = not (threat is None or isinstance(threat, str))
+    # Handed over only where it is not the plain one, so that a search which takes no task serves that.
+    aim: dict[str, Any] = {} if task is CLASSIFICATION else {"task": task}
     model = wrapped(model)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
@@ -137,23 +135,60 @@ def run_attack(
     with fork_rng(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
         if not checked:
             check_inputs(x, y)
-            CLASSIFICATION.check(logits_of(model, x[:1]), y)
+            task.check(logits_of(model, x[:1]), y)
         with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
             x, y = x.detach().clone(), y.detach().clone()
             given = x.clone()
             with blamed(model, x), nullcontext(model) if exact else optimized(model, x, precision) as answer:
-                if isinstance(attack, Search):
+                if not ball or able.searches:
                     with torch.no_grad():
-                        x_adv = attack.perturb(answer, x, y, threat, generator=generator)
+                        x_adv = _search(attack, answer, x, y, threat, generator=generator, **aim)
                 else:
-                    x_adv = attack(make(model, x, y), x, threat, generator=generator)
-    name = getattr(attack, "name", None) or type(attack).__name__
-    x_adv = verified(x_adv, given, threat, name)
+                    value = OBJECTIVES.get(objective)(model, x, y, **aim)
+                    x_adv = cast(Attack, attack)(value, x, threat, generator=generator)
+    if ball:
+        x_adv = verified(x_adv, given, threat, name)
     if not checked:
-        check_finite(x_adv, name if isinstance(attack, Search) else f"{objective!r}")
-        x_adv = marked(model, x_adv, y)
+        check_finite(x_adv, name if not ball or able.searches else repr(objective))
+        if task is CLASSIFICATION:
+            x_adv = marked(model, x_adv, y)
     return x_adv
+
+
+def _search(attack: Any, model: Model, x: Tensor, y: Tensor, threat: Threat | str | None, **options: Any) -> Tensor:
+    """Return what the attack finds by the method of its kind."""
+    if threat is None:
+        return attack.worst(model, x, y, **options)
+    if isinstance(threat, str):
+        return attack.minimal(model, x, y, norm=threat, **options)
+    return attack.perturb(model, x, y, threat, **options)
+
+
+def check_applicable(attack: Any, threat: Threat | str | None, task: Task, objective: str) -> None:
+    """Raise UserError if the attack cannot be made in this norm, without a radius, or towards a class."""
+    able, name = capabilities(attack), name_of(attack)
+    if able.unrestricted != (threat is None):
+        needs = "keeps to images of its own, without a norm" if able.unrestricted else "needs a norm and a radius"
+        raise UserError(f"{name} {needs}, got threat {threat}; give threat=None for attacks such as Spatial only")
+    if isinstance(threat, str):
+        THREATS.get(threat)
+        if not able.minimum_norm:
+            raise UserError(
+                f"{name} looks for no smallest perturbation, got norm {threat} without a radius; give a threat such as "
+                'Linf(eps="8/255"), or an attack such as FMN'
+            )
+    if threat is not None:
+        check_norm(attack, threat if isinstance(threat, str) else threat.norm)
+    if task is CLASSIFICATION:
+        return
+    if not able.targeted:
+        usable = ", ".join(key for key, kind in ATTACKS.items() if capabilities(kind).targeted)
+        raise UserError(f"{name} cannot aim at a class; leave out the target, or use one of {usable}")
+    if not able.searches and objective not in TARGETED_OBJECTIVES:
+        raise UserError(
+            f"objective {objective!r} knows no target; give --objective {TARGETED_OBJECTIVES[0]} or {TARGETED_OBJECTIVES[1]}"
+        )
 
 
 @contextmanager
@@ -295,24 +330,3 @@ def _takes_channels_last(model: nn.Module, image: Tensor) -> bool:
             return False
         raise  # a forward that fails for another reason than the layout
     return True
-
-
-def call(
-    kind: Any,
-    values: dict[str, Any],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    norm: str,
-    eps: float | str,
-    seed: int,
-    objective: str = "cross_entropy",
-) -> Tensor:
-    """Run an attack given by its class and settings: the body of every ``clead.attacks.NAME(model, x, y, …)``.
-
-    Returns x_adv, (B, C, H, W) in [0, 1] inside the threat set. Raises UserError on any value that is out of its range.
-    """
-    attack, threat = validated(kind, values), validated(THREATS.get(norm), {"eps": eps})
-    generator = torch.Generator(x.device).manual_seed(seed) if isinstance(x, Tensor) else None
-    return run_attack(attack, model, x, y, threat, objective=objective, generator=generator)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.unrestricted import call_unrestricted
 from clead.interfaces import Model
 from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
@@ -26,6 +26,8 @@ class Spatial:
     to, the largest transformations first; whether an image falls is the same.
     """
 
+    needs_gradient: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
     degrees: float = setting(30.0, "largest rotation to either side", unit="degrees", ge=0, le=180)
     pixels: float = setting(3.0, "largest shift in either direction, along each axis", unit="pixels", ge=0)
     angles: int = setting(31, "angles tried, evenly spaced; 1: no rotation", unit="angles", ge=1)
@@ -90,36 +92,3 @@ def transform(x: Tensor, degrees: float, right: float, down: float) -> Tensor:
     theta = x.new_tensor(matrix).expand(len(x), 2, 3)
     where = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, where, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
-
-
-def spatial(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    degrees: float = 30,
-    pixels: float = 3,
-    angles: int = 31,
-    shifts: int = 5,
-) -> Tensor:
-    """Attack ``model`` by rotations and shifts, exhaustively over a grid (Engstrom et al. 2019, arXiv:1712.02779).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        degrees: largest rotation to either side.
-        pixels: largest shift in either direction, along each axis.
-        angles: angles tried, evenly spaced.
-        shifts: shifts tried along each axis, evenly spaced; in all angles · shifts² forward passes of an image that holds.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]: misclassified if any pair of the grid is. Raises UserError on pixels outside [0, 1], NaN,
-        wrong labels or settings out of range.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2))
-    >>> spatial(model, torch.rand(2, 1, 3, 3), torch.tensor([0, 1]), pixels=1, angles=3, shifts=3).shape
-    torch.Size([2, 1, 3, 3])
-    """
-    values = {"degrees": degrees, "pixels": pixels, "angles": angles, "shifts": shifts}
-    return call_unrestricted(Spatial, values, model, x, y)

@@ -7,12 +7,13 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clead.attacks import ATTACKS
 from clead.attacks.square_cache import Prepared, WindowedModel
 from clead.interfaces import Model, Threat
 from clead.settings import setting, settings
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 
@@ -47,6 +48,9 @@ class Square:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    needs_gradient: ClassVar[bool] = False
+    targeted: ClassVar[bool] = True
+    returns_clean: ClassVar[bool] = True
     queries: int = setting(
         5000, "answers of the model per image and restart, clean image and start included", ge=2, unit="queries"
     )
@@ -54,16 +58,23 @@ class Square:
     restarts: int = setting(1, "independent searches; only images still robust go into the next", ge=1, unit="searches")
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return misclassified images of the threat set, (B, C, H, W), and ``x`` itself where none was found."""
         x_adv = x.clone()
         if threat.eps == 0:
             return x_adv
-        left = _stands(CLASSIFICATION.margin(model(x), y)).nonzero()[:, 0]
+        left = _stands(task.margin(model(x), y)).nonzero()[:, 0]
         for _ in range(self.restarts):
             if len(left):
-                left = self._once(model, x, y, threat, left, x_adv, generator)
+                left = self._once(model, x, y, threat, left, x_adv, generator, task)
         return x_adv
 
     def _once(
@@ -75,11 +86,12 @@ class Square:
         left: Tensor,
         x_adv: Tensor,
         generator: torch.Generator | None,
+        task: Task,
     ) -> Tensor:
         """Search once for the images at ``left``, write those found into ``x_adv``, return the index of the others."""
         moves = (_Signs if threat.norm == "linf" else _Bumps)(model, x[left], threat, generator)
         y = y[left]
-        value = CLASSIFICATION.margin(model(moves.best), y)
+        value = task.margin(model(moves.best), y)
         for proposal in range(self.queries - 1):
             stands = _stands(value)
             if not stands.all():  # synchronises the device
@@ -89,7 +101,7 @@ class Square:
             if not len(left) or proposal == self.queries - 2:
                 break
             moves.propose(window_fraction(self.p_init, proposal, self.queries))
-            new = CLASSIFICATION.margin(moves.answer(), y)
+            new = task.margin(moves.answer(), y)
             better = ~(new <= value)  # NaN is better: the search has found where the model fails
             value = torch.where(better, new, value)
             moves.settle(better)
@@ -317,44 +329,3 @@ def _bumps(side: int, power: int, order: int) -> Tensor:
     pair = torch.cat([*upper, -bump(side - side // 2)])
     pair /= torch.linalg.vector_norm(pair, order)
     return torch.stack([pair, pair.T])
-
-
-def square(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    eps: float | str,
-    norm: str = "linf",
-    queries: int = 5000,
-    p_init: float = 0.8,
-    restarts: int = 1,
-    seed: int = 0,
-) -> Tensor:
-    """Attack ``model`` by random search over square windows, without gradients (Andriushchenko et al. 2020, arXiv:1912.00049).
-
-    Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
-        x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K).
-        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``.
-        norm: linf, l2 or l1.
-        queries: answers of the model per image and restart, those to the clean image and the start included, at least 2.
-        p_init: fraction of the image that the first windows cover, in (0, 1].
-        restarts: independent searches; only images still robust go into the next.
-        seed: of the windows and signs.
-
-    Returns:
-        x_adv, (B, C, H, W) in [0, 1]: misclassified where the search succeeded, else ``x``. Raises UserError on pixels outside
-        [0, 1], NaN, wrong labels or an eps of the wrong scale.
-
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
-    >>> x = torch.full((1, 1, 2, 2), 0.5)
-    >>> x_adv = square(model, x, torch.tensor([0]), eps="8/255", queries=20)
-    >>> bool((x_adv - x).abs().max() <= 8 / 255 + 1e-6)
-    True
-    """
-    from clead.attacks.runner import call
-
-    values = {"queries": queries, "p_init": p_init, "restarts": restarts}
-    return call(Square, values, model, x, y, norm=norm, eps=eps, seed=seed)

@@ -39,10 +39,10 @@ def attack(
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
     from clead import api
     from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
+    from clead.attacks.capabilities import capabilities
     from clead.cli.measure import measure_runs
     from clead.config import parse_overrides
     from clead.evaluation.suites import NamedAttack, attack_name
-    from clead.interfaces import Search
     from clead.measurements.unrestricted import UnrestrictedAttack
     from clead.settings import validated
 
@@ -107,7 +107,7 @@ def attack(
     contents = []
     for run, config in zip(runs, configs, strict=True):
         used = foreign or config.attack
-        if objective is not None and isinstance(used, Search):
+        if objective is not None and capabilities(used).searches:
             raise UserError(
                 f"--objective: {attack_name(used)} searches by itself and maximises none, got {objective}; leave it out"
             )

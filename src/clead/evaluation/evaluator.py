@@ -18,23 +18,18 @@ from torch import Tensor, nn
 
 from clead import __version__
 from clead.attacks import OBJECTIVES
-from clead.attacks.apgd import APGD
-from clead.attacks.external import External
-from clead.attacks.fab import FAB
+from clead.attacks.capabilities import capabilities, check_norm, weakness_warning
 from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.pgd import PGD
-from clead.attacks.rays import RayS
 from clead.attacks.runner import (
     check_finite,
     check_inputs,
-    check_norm,
     finite_images,
     image_gradient,
     logits_of,
     optimized,
     run_attack,
 )
-from clead.attacks.square import Square
 from clead.checkpoint import command, environment, fingerprint
 from clead.config import Eval
 from clead.data.loaders import make_generator
@@ -47,7 +42,7 @@ from clead.evaluation.processes import SINGLE_SHARD, Shard
 from clead.evaluation.rechecked import attack_agrees, clean_agrees
 from clead.evaluation.state import Part, ResumableResults
 from clead.evaluation.suites import LOWER_PRECISION, NamedAttack, attack_name, describe, suite
-from clead.interfaces import ImageSet, Search, Threat
+from clead.interfaces import ImageSet, Threat
 from clead.models.compute_cost import CostMeter
 from clead.models.external import ModelError
 from clead.models.modes import attack_mode
@@ -183,7 +178,7 @@ def evaluate_model(
         attacks, notes = suite(settings.suite, threat.norm, len(target.classes), steps=settings.steps)
         attacks, without = _possible(attacks, model)
         notes += without
-    doubts = (named.attack.weakness_warning(threat) for named in attacks if isinstance(named.attack, External))
+    doubts = (weakness_warning(named.attack, threat) for named in attacks)
     notes += [doubt for doubt in doubts if doubt]
     plan = EvaluationPlan(
         model,
@@ -486,11 +481,12 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
 
     precision = getattr(torch, plan.settings.precision)
     x_adv = run(x, y, precision=precision)
-    if isinstance(named.attack, Search) and plan.draws == 1:
+    able = capabilities(named.attack)
+    if able.searches and plan.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(plan.model), torch.no_grad(), optimized(plan.model, x, precision) as answer:
             left = run_microbatched(lambda x, y: ~plan.task.correct(answer(x), y), x_adv, y, plan.microbatch)
-        if isinstance(named.attack, (APGD, FAB, Square, RayS)):  # they return the image itself where they failed
+        if able.returns_clean:  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
         again = left & _right(plan, x_adv, y, draws=1)
         if again.any():
@@ -527,8 +523,9 @@ def _check_applicable(plan: EvaluationPlan) -> tuple[bool, list[str]]:
         check_inputs(x, y)
     logits_of(plan.model, x)
     for named in plan.attacks:
-        check_norm(named.attack, plan.threat)
-        if not isinstance(named.attack, Search):
+        able = capabilities(named.attack)
+        check_norm(named.attack, plan.threat.norm)
+        if not able.searches:
             with attack_mode(plan.model):
                 OBJECTIVES.get(named.objective)(
                     plan.model, x, y.clamp_min(0)
@@ -542,11 +539,7 @@ def _check_applicable(plan: EvaluationPlan) -> tuple[bool, list[str]]:
                 "model?), so attacks that climb it find nothing: believe --eval.suite queries only"
             ]
         return True, []
-    need = [
-        named.name
-        for named in plan.attacks
-        if getattr(named.attack, "needs_gradient", not isinstance(named.attack, Square))
-    ]
+    need = [named.name for named in plan.attacks if capabilities(named.attack).needs_gradient]
     if need:
         raise UserError(
             f"the model gives no gradient to its images (it detaches them, runs under no_grad, or is no PyTorch code), which "

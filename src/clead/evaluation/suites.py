@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
 from clead.attacks.apgd import APGD
+from clead.attacks.capabilities import capabilities
 from clead.attacks.fab import FAB
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
@@ -73,7 +74,7 @@ def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> st
         return f"{kind}{times}{draws}"
     if isinstance(attack, FAB):
         return f"FAB-T{times}" if attack.targets else f"FAB{times}"
-    if isinstance(attack, Search):
+    if capabilities(attack).searches:
         return getattr(attack, "label", None) or getattr(attack, "name", None) or type(attack).__name__
     if isinstance(attack, FGSM) and objective == "cross_entropy":
         return "FGSM"
@@ -83,7 +84,7 @@ def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> st
 def describe(named: NamedAttack) -> dict[str, Any]:
     """Return an attack's settings as plain data, for the record and for comparing two evaluations."""
     attack = named.attack
-    objective = {} if isinstance(attack, Search) else {"objective": named.objective}
+    objective = {} if capabilities(attack).searches else {"objective": named.objective}
     if isinstance(description := getattr(attack, "description", None), dict):
         return {**objective, "attack": type(attack).__name__, **description}
     if not is_dataclass(attack) or isinstance(attack, type):

@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import MinimumNorm, check_norm, run_minimum_norm
-from clead.attacks.runner import check_finite, check_inputs, finite_images, logits_of
+from clead.attacks.capabilities import capabilities, check_norm
+from clead.attacks.runner import check_finite, check_inputs, finite_images, logits_of, run_attack
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32, to_float
 from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet
+from clead.interfaces import ImageSet, MinimumNorm
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import (
     Measurement,
@@ -171,7 +171,7 @@ def distances(
     if not len(right):
         return out
     x, y = x[right], labels[right]
-    x_adv = run_minimum_norm(attack, model, x, y, norm, generator=generator, checked=True)
+    x_adv = run_attack(attack, model, x, y, norm, generator=generator, checked=True)
     size = torch.full((len(x),), torch.inf, device=x.device)
     for stretch in _STRETCHES:
         left = size.isinf()
@@ -311,7 +311,7 @@ def _in_batches(
 
 def _attack(attack: str | MinimumNorm, norm: str) -> tuple[str, MinimumNorm]:
     """Return the attack under its name, checked before any work is done."""
-    known = {name: kind for name, kind in ATTACKS.items() if hasattr(kind, "minimal")}
+    known = {name: kind for name, kind in ATTACKS.items() if capabilities(kind).minimum_norm}
     if isinstance(attack, str):
         if attack not in known:
             ATTACKS.get(attack)

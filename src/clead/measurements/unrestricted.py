@@ -12,13 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
-from clead.attacks.runner import AttackError, check_finite, check_inputs, finite_images, logits_of, optimized
-from clead.attacks.unrestricted import Unrestricted, attack_unrestricted
+from clead.attacks.runner import (
+    AttackError,
+    check_finite,
+    check_inputs,
+    finite_images,
+    logits_of,
+    optimized,
+    run_attack,
+)
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet
+from clead.interfaces import ImageSet, Unrestricted
 from clead.measurements import MEASUREMENTS
 from clead.measurements.attack_accuracy import AttackedResult, Flags, attack_accuracy
 from clead.measurements.base import Measurement, MeasurementTarget, check_classes, measured_device, plain_settings
@@ -133,7 +140,7 @@ def _holds(
     attack: Unrestricted, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, name: str
 ) -> Tensor:
     """Return which images, all right when clean, are right after the attack too, (B,)."""
-    x_adv = attack_unrestricted(attack, model, x, y, generator=generator, checked=True)
+    x_adv = run_attack(attack, model, x, y, None, generator=generator, checked=True)
     # The search leaves an image as soon as the folded model is wrong about it, which may be rounding only: search again.
     with attack_mode(model), torch.no_grad():
         with optimized(model, x) as answer:

@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import field_validator
 
 from clead.attacks import ATTACKS
-from clead.attacks.minimal import MinimumNorm
+from clead.attacks.capabilities import capabilities
 from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Search, StepOutput
 from clead.losses.contrastive import published
@@ -58,7 +58,7 @@ class CLeadPublished(Method):
 
     def __post_init__(self) -> None:
         """Refuse a clip that would change nothing."""
-        if self.stored_clip and not isinstance(attack_of(self.stored_attack), MinimumNorm):
+        if self.stored_clip and not capabilities(attack_of(self.stored_attack)).minimum_norm:
             raise ValueError(
                 f"stored_clip is for attacks for the smallest perturbation: {self.stored_attack['name']} stays in the threat set, "
                 "got stored_clip=True; leave it out"

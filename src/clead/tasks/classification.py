@@ -112,5 +112,30 @@ class Classification:
         return "an image is right if the largest of its K logits, all of them finite, is its label's"
 
 
+class TowardsClass(Classification):
+    """Classification as a targeted attack sees it: ``target`` is the class that the image is to be taken for.
+
+    An image is "wrong", so that the attack has succeeded, if its largest logit is the target's and all are finite.
+    """
+
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Log softmax(outputs)_target of each image, (B,): rises as the target takes over."""
+        return -super().loss(outputs, target)
+
+    def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """z_target − max_{k≠target} z_k of each image, (B,); above 0 iff the image is taken for the target."""
+        return -super().margin(outputs, target)
+
+    def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return which images are not taken for the target, (B,) bool."""
+        return ~super().correct(outputs, target)
+
+    def describe(self) -> str:
+        """Return in one line what is right."""
+        return "an image is right if it is not taken for the class that the attack aims at"
+
+
 CLASSIFICATION = Classification()
-"""The task without settings, shared."""
+"""The task, which has no settings, shared."""
+TOWARDS_CLASS = TowardsClass()
+"""What a targeted attack is run on, with the classes to aim at as targets."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clead import __version__
-from clead.attacks.minimal import MinimumNorm, run_minimum_norm
+from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import check_finite, finite_images, run_attack
 from clead.checkpoint import fingerprint
 from clead.config import RunConfig
@@ -151,9 +151,9 @@ def _made(
     clip: bool,
     generator: torch.Generator,
 ) -> Tensor:
-    if not isinstance(attack, MinimumNorm):
+    able = capabilities(attack)
+    if not able.minimum_norm:
         return run_attack(attack, model, x, y, threat, generator=generator, checked=True)
-    norms: Any = getattr(attack, "norms", None)
-    norm = threat.norm if norms is None or threat.norm in norms else norms[0]
-    x_adv = run_minimum_norm(attack, model, x, y, norm, generator=generator, checked=True)
+    norm = threat.norm if able.norms is None or threat.norm in able.norms else able.norms[0]
+    x_adv = run_attack(attack, model, x, y, norm, generator=generator, checked=True)
     return threat.project(x_adv, x) if clip else x_adv

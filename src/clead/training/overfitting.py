@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clead.attacks.capabilities import capabilities
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
 from clead.config import RunConfig
@@ -142,7 +143,7 @@ def _explained(measured: dict[str, float], n: int, steps: int) -> tuple[str, str
 def _attacked(
     attack: Attack | Search, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, objective: str, seed: int
 ) -> Tensor:
-    options: dict[str, Any] = {} if isinstance(attack, Search) else {"objective": objective}
+    options: dict[str, Any] = {} if capabilities(attack).searches else {"objective": objective}
     generator = make_generator(x.device, seed, _STREAM)
     return run_attack(attack, model, x, y, threat, generator=generator, checked=True, **options)
 
