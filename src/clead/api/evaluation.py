@@ -32,7 +32,7 @@ from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import align_classes
 from clead.devices import device_of
-from clead.errors import UserError
+from clead.errors import UserError, did_you_mean
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.evaluator import Evaluation, EvaluationTarget, digest, evaluate_model
@@ -137,6 +137,7 @@ def evaluate_run(
     data: Splits | None = None,
     out: str | Path | None = None,
     attacks: Sequence[NamedAttack] | None = None,
+    target: str | int | None = None,
     transfer_from: Sequence[str | Path] = (),
     result: str = "evaluation",
     fresh: bool = False,
@@ -157,6 +158,7 @@ def evaluate_run(
         data: loaded images instead of ``config.data``.
         out: directory of the record and the state, instead of ``RUN/results``.
         attacks: instead of the suite that ``config.eval`` names; each on all images.
+        target: name or number of the class that all ``attacks`` aim at; images of that class are left out, and a note says so.
         transfer_from: runs whose adversarial images are tried on this one, after the suite.
         result: file name of the record, without ``.json``.
         fresh: forget what a stopped evaluation has left.
@@ -178,16 +180,21 @@ def evaluate_run(
     if attacks is None and opened.config.eval.split == "test":
         stored = stored_test(opened.run.path / "stored", opened.splits.fingerprint)
     tried = None if stored is None else transferred(opened.model, opened.images, stored, opened.config.threat, device)
+    images, notes, about = opened.images, opened.notes, opened.target
+    if target is not None:
+        images, attacks, left_out = _towards(images, attacks or (), target, opened.splits.classes)
+        notes = [*notes, left_out]
+        about = dataclasses.replace(about, total=None)  # they are not the first images of the split any more
     return _evaluate_into(
         folder,
         result,
         opened.model,
-        opened.images,
+        images,
         opened.config,
-        opened.target,
+        about,
         part,
         tried=tried,
-        notes=opened.notes,
+        notes=notes,
         fresh=fresh,
         save_adversarial=None if save_adversarial is None else Path(save_adversarial),
         attacks=attacks,
@@ -345,6 +352,37 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         "eps": threat.eps,
         "outside": int((~((size <= threat.eps * (1 + 1e-5) + 1e-6) & in_box)).sum()),
     }
+
+
+def _towards(
+    images: ImageSet, attacks: Sequence[NamedAttack], target: str | int, classes: Sequence[str]
+) -> tuple[ImageSet, list[NamedAttack], str]:
+    """Return the images of other classes, the attacks aimed at the class ``target``, and how many images are left out."""
+    number = class_number(target, classes)
+    name = classes[number]
+    other = (images.labels != number).nonzero()[:, 0]
+    if not len(other):
+        raise UserError(
+            f"--target {target}: all {len(images)} images are of that class; aim at another, or give more images"
+        )
+    aimed = [dataclasses.replace(each, name=f"{each.name} towards {name}", target=number) for each in attacks]
+    left_out = len(images) - len(other)
+    return (
+        images.subset(other),
+        aimed,
+        f"{left_out} of {len(images)} images are of class {name}, the target, and are left out",
+    )
+
+
+def class_number(target: str | int, classes: Sequence[str]) -> int:
+    """Return the number of a class given by its name or, where no class is called so, its number; raises UserError if unknown."""
+    if str(target) in classes and not isinstance(target, int):
+        return list(classes).index(str(target))
+    if str(target).isdigit() and int(target) < len(classes):
+        return int(target)
+    raise UserError(
+        f"--target {target}: no class of the data; {did_you_mean(str(target), classes)} or a number from 0 to {len(classes) - 1}"
+    )
 
 
 class ShardDone(Exception):

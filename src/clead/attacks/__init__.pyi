@@ -105,7 +105,7 @@ def deepfool(
     overshoot: float = 0.02,
     candidates: int = 10,
 ) -> Tensor:
-    """X ← x + |f_k| / ‖w_k‖_q^q · |w_k|^(q−1) · sign(w_k), the class k nearest by |f_k| / ‖w_k‖_q, until the class changes.
+    """x ← x + |f_k| / ‖w_k‖_q^q · |w_k|^(q−1) · sign(w_k), the class k nearest by |f_k| / ‖w_k‖_q, until the class changes.
 
     Source: Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, algorithm 2 and eq. 10-12; f_k = z_k − z_y and w_k = ∇f_k; q = 2
     for l2 and 1 for linf. Departures: every point is clipped to [0, 1], which the paper ignores; the overshoot applies to every
@@ -304,7 +304,7 @@ def mi_fgsm(
     objective: str = "cross_entropy",
     target: int | Tensor | None = None,
 ) -> Tensor:
-    """G ← μ·g + ∇J / ‖∇J‖₁, x ← x + α·ascent(g) (Dong et al. 2018, arXiv:1710.06081, algorithm 1 and eq. 9).
+    """g ← μ·g + ∇J / ‖∇J‖₁, x ← x + α·ascent(g) (Dong et al. 2018, arXiv:1710.06081, algorithm 1 and eq. 9).
 
     The paper clips nothing, because α = eps / steps cannot leave the ball; here every point is projected into ball ∩ box.
 
@@ -454,7 +454,7 @@ def spatial(
     angles: int = 31,
     shifts: int = 5,
 ) -> Tensor:
-    """Max over a grid of (θ, δu, δv) of the margin of the image rotated by θ and shifted by (δu, δv).
+    """max over a grid of (θ, δu, δv) of the margin of the image rotated by θ and shifted by (δu, δv).
 
     Source: Engstrom et al. 2019, arXiv:1712.02779, section 3: (u', v') = R(θ)(u, v) + (δu, δv), bilinear, black outside, and
     their grid of 31 angles in ±30° and 5 × 5 shifts in ±3 pixels (on CIFAR-10; about a tenth of the side). Exhaustive, since

@@ -27,6 +27,12 @@ _STRONG_PGD = (
 def attack(
     context: typer.Context,
     objective: Annotated[str | None, typer.Option(help="What the attack maximises; cross_entropy by default.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Aim at this class, by name or number: success is that it is predicted; its own images are left out."
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
     verify: Annotated[
         Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
@@ -36,15 +42,17 @@ def attack(
     out: ResultsOut = None,
     json_file: Json = None,
 ) -> None:
-    """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--objective margin]."""
+    """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--target CLASS]."""
     from clead import api
     from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
     from clead.attacks.capabilities import capabilities
+    from clead.attacks.runner import check_applicable
     from clead.cli.measure import measure_runs
     from clead.config import parse_overrides
     from clead.evaluation.suites import NamedAttack, attack_name
     from clead.measurements.unrestricted import UnrestrictedAttack
     from clead.settings import validated
+    from clead.tasks.classification import TOWARDS_CLASS
 
     if objective is not None:
         OBJECTIVES.get(objective)
@@ -52,7 +60,11 @@ def attack(
     if verify:
         if fresh:
             raise UserError("--fresh: with --verify nothing is attacked, so nothing is left of it; leave it out")
-        useless = [f"--{key}" for key, given in (("save", save), ("objective", objective)) if given is not None]
+        useless = [
+            f"--{key}"
+            for key, given in (("save", save), ("objective", objective), ("target", target))
+            if given is not None
+        ]
         keys = ("eval.split", "eval.weights", "train.device")
         paths = [".".join(path) for path, _ in parse_overrides(overrides)]
         useless += [f"--{path}" for path in paths if not path.startswith("data.") and path not in keys]
@@ -75,6 +87,10 @@ def attack(
                 raise UserError(
                     f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
                 )
+        if target is not None:
+            raise UserError(
+                f"--target: the {name} attack cannot aim at a class; leave it out, or give --attack.name pgd"
+            )
         del given["name"]
         unrestricted = validated(UNRESTRICTED.get(name), given, "attack")
         measurement = UnrestrictedAttack(attack=unrestricted)
@@ -111,13 +127,17 @@ def attack(
             raise UserError(
                 f"--objective: {attack_name(used)} searches by itself and maximises none, got {objective}; leave it out"
             )
+        if target is not None:
+            check_applicable(used, config.threat, TOWARDS_CLASS, objective or "cross_entropy")
         name = attack_name(used, objective or "cross_entropy")
-        result = "attack-" + re.sub(r"[^a-z0-9]+", "-", name.lower().replace("×", "x"))
+        aim = "" if target is None else f"-towards-{target}"
+        result = "attack-" + re.sub(r"[^a-z0-9]+", "-", f"{name}{aim}".lower().replace("×", "x"))
         with interruptible():
             evaluation = api.evaluate_run(
                 run,
                 config=config,
                 attacks=[NamedAttack(name, used, objective or "cross_entropy")],
+                target=target,
                 result=result,
                 fresh=fresh,
                 trust_state=trust_state,

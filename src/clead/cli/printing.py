@@ -16,11 +16,14 @@ def print_record(record: Any) -> None:
     for column in ("attack", "accuracy", "95 % interval", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right")
     table.add_row("none (clean)", *_shown(record.clean), "")
+    targeted = [part for part in record.attacks if "target" in part.settings]
     for part in record.attacks:
-        table.add_row(part.name, *_shown(part.robust), f"{part.seconds:.1f}")
+        label = f"{part.name}: right when clean, and not taken for it" if part in targeted else part.name
+        table.add_row(label, *_shown(part.robust), f"{part.seconds:.1f}")
     if record.transferred is not None:
         table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
-    table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
+    if not targeted:
+        table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
     console().print(table)
     print(about(record))
     for note in record.notes:

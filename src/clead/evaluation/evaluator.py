@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from clead import __version__
 from clead.attacks import OBJECTIVES
-from clead.attacks.capabilities import capabilities, check_norm, weakness_warning
+from clead.attacks.capabilities import capabilities, weakness_warning
 from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import (
+    check_applicable,
     check_finite,
     check_inputs,
     finite_images,
@@ -64,6 +65,7 @@ from clead.results.record import (
 )
 from clead.results.statistics import estimate
 from clead.settings import Ratio, validated
+from clead.tasks import Task
 from clead.threats.geometry import per_image
 
 _log = logging.getLogger("clead")
@@ -400,7 +402,7 @@ def _clean(plan: EvaluationPlan, batch: int, target: EvaluationTarget) -> tuple[
         broken = (~finite).nonzero()[:, 0]
         # NaN is no answer: taken for any class but the right one.
         predicted = torch.where(finite, plan.task.predict(logits), plan.task.rival(logits, y))
-        flags = plan.task.correct(logits, y) if plan.draws == 1 else _right(plan, x, y, plan.draws)
+        flags = plan.task.correct(logits, y) if plan.draws == 1 else _right(plan, x, y, plan.draws, plan.task)
     tensors = {"flags": flags.cpu(), "predicted": predicted.cpu()}
     return tensors, [here.start + index for index in broken.tolist()]
 
@@ -428,7 +430,8 @@ def _attack(
     generator = make_generator(plan.device, plan.settings.seed, stage, batch)
     with CostMeter(plan.model) as meter:
         x_adv = _search(plan, named, x, y, generator)
-        robust = _right(plan, x_adv, y, plan.draws).cpu()
+        task, aim = named.goal(plan.task, y)
+        robust = _right(plan, x_adv, aim, plan.draws, task).cpu()
     finite = finite_images(x_adv)  # elsewhere the gradient is NaN: the image counts as broken, and is kept as it was
     if batch == stage == 0 and (len(chosen) > 1 or len(plan.images) == 1):
         check_finite(x_adv, named.name)  # raises if it is so of all: a model of which nothing can be known
@@ -460,6 +463,7 @@ def _attack(
 
 def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
     """Run the attack, in smaller pieces if the device is out of memory, and again where its success was one of rounding only."""
+    task, y = named.goal(plan.task, y)
 
     def run(x: Tensor, y: Tensor, **how: Any) -> Tensor:
         return run_microbatched(
@@ -470,6 +474,7 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
                 y,
                 plan.threat,
                 objective=named.objective,
+                task=task,
                 generator=generator,
                 checked=True,
                 **how,
@@ -485,17 +490,17 @@ def _search(plan: EvaluationPlan, named: NamedAttack, x: Tensor, y: Tensor, gene
     if able.searches and plan.draws == 1:
         # A search leaves an image as soon as the model it sees (folded, in lower precision) is wrong about it.
         with attack_mode(plan.model), torch.no_grad(), optimized(plan.model, x, precision) as answer:
-            left = run_microbatched(lambda x, y: ~plan.task.correct(answer(x), y), x_adv, y, plan.microbatch)
+            left = run_microbatched(lambda x, y: ~task.correct(answer(x), y), x_adv, y, plan.microbatch)
         if able.returns_clean:  # they return the image itself where they failed
             left |= (x_adv != x).flatten(1).any(1)
-        again = left & _right(plan, x_adv, y, draws=1)
+        again = left & _right(plan, x_adv, y, 1, task)
         if again.any():
             x_adv[again] = run(x[again], y[again], exact=True)
     return x_adv
 
 
-def _right(plan: EvaluationPlan, x: Tensor, y: Tensor, draws: int) -> Tensor:
-    return run_microbatched(lambda x, y: correct_mask(plan.model, x, y, draws, plan.task), x, y, plan.microbatch)
+def _right(plan: EvaluationPlan, x: Tensor, y: Tensor, draws: int, task: Task) -> Tensor:
+    return run_microbatched(lambda x, y: correct_mask(plan.model, x, y, draws, task), x, y, plan.microbatch)
 
 
 def _possible(attacks: Sequence[NamedAttack], model: nn.Module) -> tuple[list[NamedAttack], list[str]]:
@@ -523,9 +528,13 @@ def _check_applicable(plan: EvaluationPlan) -> tuple[bool, list[str]]:
         check_inputs(x, y)
     logits_of(plan.model, x)
     for named in plan.attacks:
-        able = capabilities(named.attack)
-        check_norm(named.attack, plan.threat.norm)
-        if not able.searches:
+        task, aim = named.goal(plan.task, y)
+        check_applicable(named.attack, plan.threat, task, named.objective)
+        if named.target is not None and plan.images.labels.eq(named.target).any():
+            raise UserError(
+                f"{named.name} aims at class {named.target}: leave out images of that class, images[labels != {named.target}]"
+            )
+        if not capabilities(named.attack).searches:
             with attack_mode(plan.model):
                 OBJECTIVES.get(named.objective)(
                     plan.model, x, y.clamp_min(0)
@@ -662,6 +671,8 @@ def _evaluation(
                 shown = robust[tensors["index"]]
                 adversarial[tensors["index"][shown]] = tensors["x_adv"][shown]
         before = robust if plan.survivors_only else clean
+        if named.target is not None:
+            notes = [*notes, _targeted_note(target.classes[named.target], named, (before & ~flags)[before])]
         attacks.append(
             AttackPart(
                 name=named.name,
@@ -723,6 +734,16 @@ def _evaluation(
     shown = adversarial[: min(max(settings.gallery, _MAP_POINTS), n)]
     artifacts = _artifacts(plan.model, images, shown, settings.gallery, plan.batch_size, plan.device)
     return Evaluation(record, artifacts, adversarial if keep_adversarial else None)
+
+
+def _targeted_note(name: str, named: NamedAttack, taken: Tensor) -> str:
+    """Return what a targeted attack has reached; ``taken`` says of each attacked image whether it is taken for the class."""
+    success = estimate(taken.tolist()) if len(taken) else None
+    rate = "" if success is None else f", {success.accuracy:.1%} (95 % interval {success.low:.1%} – {success.high:.1%})"
+    return (
+        f"{named.name} is targeted: an image counts as broken only where it is taken for {name}, so its accuracy says nothing of "
+        f"other mistakes; {int(taken.sum())} of {len(taken)} images that are right when clean are taken for {name}{rate}"
+    )
 
 
 def _lost(parts: Sequence[tuple[dict[str, Tensor], dict[str, Any]]]) -> list[int]:

@@ -9,6 +9,7 @@ from clead.attacks.runner import logits_of
 from clead.evaluation.correctness import run_microbatched
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import Part
+from clead.tasks import Task
 
 _FIGURES = frozenset({"seconds", "forwards", "backwards", "calls", "largest"})
 """What a record needs of an attack's part; one that an earlier version left lacks some."""
@@ -23,7 +24,7 @@ def clean_agrees(plan: EvaluationPlan, batch: int, part: Part) -> bool:
     flags = part[0].get("flags")
     if flags is None or flags.dtype != torch.bool or len(flags) != len(y):
         return False
-    right, certain = _verdicts(plan, x, y)
+    right, certain = _verdicts(plan, x, y, plan.task)
     return not ((flags != right) & certain).any()
 
 
@@ -61,13 +62,14 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
         return False
     if plan.draws > 1:
         return True
-    right, certain = _verdicts(plan, x_adv, y)
+    task, y = plan.attacks[stage].goal(plan.task, y)
+    right, certain = _verdicts(plan, x_adv, y, task)
     return not ((flags[inside] != right) & certain).any()
 
 
-def _verdicts(plan: EvaluationPlan, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _verdicts(plan: EvaluationPlan, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """Return which images are classified right, and of which that is certain whatever the batch they are in, (B,) bool each."""
     logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
     top = logits.topk(2, dim=1)
     certain = top.values[:, 0] - top.values[:, 1] > _CLEAR * logits.abs().amax(1)  # False for NaN
-    return (top.indices[:, 0] == y).cpu(), certain.cpu()
+    return task.correct(logits, y).cpu(), certain.cpu()

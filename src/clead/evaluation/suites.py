@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from clead.attacks.apgd import APGD
 from clead.attacks.capabilities import capabilities
 from clead.attacks.fab import FAB
@@ -18,6 +21,8 @@ from clead.errors import UserError
 from clead.interfaces import Attack, Search
 from clead.results.record import Record
 from clead.settings import Ratio
+from clead.tasks import Task
+from clead.tasks.classification import TOWARDS_CLASS
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
 SUITE_TITLES: dict[str, str] = {
@@ -53,12 +58,18 @@ class NamedAttack:
         attack: how.
         objective: what; a search has none.
         cost: forward passes and backward passes of an image that never breaks; the progress bar is drawn from it.
+        target: the class to aim at, if there is one: then an image is broken only where it is taken for that class.
     """
 
     name: str
     attack: Attack | Search
     objective: str = "cross_entropy"
     cost: float = 100.0
+    target: int | None = None
+
+    def goal(self, task: Task, y: Tensor) -> tuple[Task, Tensor]:
+        """Return what is right while this attack runs, and the targets of it: the labels, or the class to aim at, (B,)."""
+        return (task, y) if self.target is None else (TOWARDS_CLASS, torch.full_like(y, self.target))
 
 
 def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> str:
@@ -84,7 +95,8 @@ def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> st
 def describe(named: NamedAttack) -> dict[str, Any]:
     """Return an attack's settings as plain data, for the record and for comparing two evaluations."""
     attack = named.attack
-    objective = {} if capabilities(attack).searches else {"objective": named.objective}
+    objective: dict[str, Any] = {} if capabilities(attack).searches else {"objective": named.objective}
+    objective |= {} if named.target is None else {"target": named.target}
     if isinstance(description := getattr(attack, "description", None), dict):
         return {**objective, "attack": type(attack).__name__, **description}
     if not is_dataclass(attack) or isinstance(attack, type):
