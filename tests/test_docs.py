@@ -167,6 +167,7 @@ def prepared(page: str, trained: Path) -> None:
     Path("digit.png").write_bytes(Path("my/images/test/3/0.png").read_bytes())
     for name in ("benchmarks", "examples", "docs"):
         shutil.copytree(ROOT / name, name)  # a command may write where its results are
+    Path("src/clead/attacks").mkdir(parents=True)  # docs/generate.py writes a stub there
     for name in ("constraints.txt", "CONTRIBUTING.md"):
         shutil.copy(ROOT / name, name)
     _cifar(Path("cifar-data/cifar10"))
