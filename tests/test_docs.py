@@ -48,6 +48,7 @@ QUICK = shlex.split("""--data.limit_train 60 --data.limit_test 20 --data.batch_s
 SHORTER = {
     "certify": ["--n", "50", "--n0", "10"],
     "detect": ["--detectors", "mahalanobis"],
+    "universal": ["--eval.steps", "5"],
     "tune": ["--trials", "2", "--tune.seeds", "1"],
     "serve": ["--train.device", "cpu"],
     "playground": ["--train.device", "cpu"],
@@ -314,7 +315,7 @@ class Reader:
         """Run a block, after those before it; one that begins with a file's name is that file."""
         if name := re.match(r"# (\w+\.py)\n", text):
             Path(name[1]).write_text(text)
-        exec(compile(text.replace(":8000", f":{self.port}"), "<block>", "exec"), self.names)  # noqa: S102
+        exec(compile(text.replace(":8000", f":{self.port}"), "<block>", "exec", dont_inherit=True), self.names)  # noqa: S102
 
 
 def free_port() -> int:
@@ -327,6 +328,7 @@ def free_port() -> int:
 def reader(monkeypatch, tmp_path):
     """A reader in an empty directory, for whom recipes and evaluations are short."""
     from clead.attacks import ATTACKS
+    from clead.measurements import MEASUREMENTS
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -337,11 +339,10 @@ def reader(monkeypatch, tmp_path):
         monkeypatch.setattr(config, name, quick(getattr(config, name)))
     monkeypatch.setattr(api, "evaluate", lambda *args, real=api.evaluate, **keys: real(*args, **{"steps": 2, **keys}))
     monkeypatch.setattr(clead, "attacks", clead.attacks, raising=False)
-    known = dict(ATTACKS._entries)
+    for registry in (ATTACKS, MEASUREMENTS):  # afterwards they are without what a page has registered
+        monkeypatch.setattr(registry, "_entries", dict(registry.items()))
     reader = Reader(monkeypatch)
     yield reader
-    ATTACKS._entries.clear()
-    ATTACKS._entries.update(known)  # without those that a page has registered
     reader.stop()
 
 

@@ -214,6 +214,7 @@ def test_several_runs_give_a_list(run, command, tmp_path):
 def test_lists_and_help(command):
     code, out, _ = command("list")
     assert code == 0 and "unrestricted attacks: patch, spatial" in out
+    assert "measurements: attack, certify, corruptions, detect, distances, probe, universal" in out
     code, out, _ = command("--help")
     for name in ("certify", "detect", "corruptions", "distances"):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ")]

@@ -7,9 +7,10 @@ from clead.cli.app import app
 
 @app.command("list")
 def list_() -> None:
-    """List recipes, datasets, models, threats, attacks, objectives, methods and tasks."""
+    """List recipes, datasets, models, threats, attacks, objectives, methods, measurements and tasks."""
     from clead import config
     from clead.attacks import OBJECTIVES, UNRESTRICTED
+    from clead.measurements import catalogue
     from clead.tasks import TASKS
 
     print(f"recipes: {', '.join(config.recipe_names())}")
@@ -17,5 +18,6 @@ def list_() -> None:
         print(f"{group}: {', '.join(names)}")
     print(f"unrestricted attacks: {', '.join(UNRESTRICTED.names())}")
     print(f"objectives: {', '.join(OBJECTIVES.names())}")
+    print(f"measurements: {', '.join(catalogue())}")
     for name, kind in TASKS.items():
         print(f"task: {name} ({kind().describe()})")
