@@ -201,10 +201,12 @@ def test_every_part_of_a_batch_gets_its_share_of_labelled_images():
     """A part without a label would halve the weight of the cross-entropy where gradients are averaged over two parts."""
     data = dataclasses.replace(flagged(40, 9), labelled_share=0.5)
     whole = Loader(data, 16, seed=7, drop_last=True).batch(0, 0)
-    batch = Loader(data, 16, seed=7, drop_last=True, parts=4).batch(0, 0)
+    batch = Loader(data, 16, seed=7, drop_last=True, microbatches=4).batch(0, 0)
     assert [int(part.sum()) for part in batch.labelled.chunk(4)] == [2, 2, 2, 2]
     assert sorted(numbers(batch)) == sorted(numbers(whole)), "the same images, in another order"
-    third = Loader(dataclasses.replace(data, labelled_share=0.3), 16, seed=7, drop_last=True, parts=4).batch(0, 0)
+    third = Loader(dataclasses.replace(data, labelled_share=0.3), 16, seed=7, drop_last=True, microbatches=4).batch(
+        0, 0
+    )
     assert sorted(int(part.sum()) for part in third.labelled.chunk(4)) == [1, 1, 1, 2]
 
 

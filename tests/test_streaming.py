@@ -22,6 +22,8 @@ from clead.data.datasets.parquet import Parquet
 from clead.data.datasets.parquet_stream import ParquetStream
 from clead.data.loaders import Loader
 from clead.data.streaming import StreamedImages
+from clead.data.views import Augmentation
+from clead.distributed import World
 from clead.errors import UserError
 
 SIZE = 12
@@ -128,22 +130,25 @@ def test_row_groups_are_read_once_per_epoch(folder, monkeypatch):
     )  # the last batch reads ahead: the next epoch's first, of a window of 3 or 4 groups
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_process_reads_row_groups_of_its_own(folder, parts):
+def test_processes_decode_their_own_images_and_together_have_what_one_has(folder, monkeypatch):
     train = stream(folder).load(0).train
-    images = train.images
-    group = images.shards.group_of(images.rows.numpy())
-    loaders = [Loader(train, 16, seed=3, parts=parts, rank=rank, size=2) for rank in range(2)]
-    alone = Loader(train, 16, seed=3, parts=parts)
-    assert sorted(alone._order_of(1, 0, len(images)).tolist()) == list(range(len(images)))
-    even = alone.steps_per_epoch - parts  # what is left over at the end is of all
-    read = []
-    for loader in loaders:
-        own = torch.cat([loader._own(0, index) for index in range(even)])
-        read.append(set(group[own.numpy()].tolist()))
-    assert not read[0] & read[1] and len(read[0]) > 2 < len(read[1])
-    for index in range(alone.steps_per_epoch):  # together they have what one process would
-        assert torch.equal(torch.cat([loader._own(0, index) for loader in loaders]), alone._own(0, index))
+    crop = Augmentation(crop=2, flip=True)
+    options = {"seed": 3, "augment": crop, "view": crop}
+    whole = Loader(train, 16, **options)
+    parts = [Loader(train, 16, world=World(rank, 2), **options) for rank in range(2)]
+    decoded = []
+    read = type(train.images)._decoded
+    monkeypatch.setattr(
+        type(train.images), "_decoded", lambda self, rows: decoded.append(len(rows)) or read(self, rows)
+    )
+    monkeypatch.setattr(type(train.images), "prefetch", lambda self, rows: None)
+    for index in range(3):
+        expected = whole.batch(0, index)
+        decoded.clear()
+        batches = [loader.batch(0, index) for loader in parts]
+        assert sum(decoded) == 16, "each decodes its own images only"
+        for name in ("images", "labels", "second_view", "index"):
+            assert torch.equal(torch.cat([getattr(batch, name) for batch in batches]), getattr(expected, name)), name
 
 
 def test_batches_are_a_function_of_seed_and_place(folder):

@@ -21,7 +21,7 @@ from torch import nn
 import clead
 from clead.checkpoint import RunDir, load_weights
 from clead.cli import main
-from clead.config import Optim, Train, load_recipe
+from clead.config import Optim, RunConfig, Train, load_recipe
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
@@ -797,7 +797,6 @@ NO_CHANGE = {
     "train.validate_images": "3",
     "train.validate_steps": "2",
     "train.patience": "50",
-    "train.parts": "2",  # of what is drawn, and nothing is here
     "train.shard": "true",  # of several processes: tests/test_distributed.py
     "train.sync_batch_norm": "false",  # of several processes: tests/test_distributed.py
     "train.channels_last": "true",
@@ -1008,3 +1007,35 @@ def test_training_does_not_need_tensorboard(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     clead.train(load_recipe("digits-standard", [*TINY, "--train.epochs", "1"]), out=tmp_path / "run", show=False)
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("method", ["pgd_at", "trades"])
+def test_microbatches_train_as_the_whole_batch_does(method, tmp_path):
+    """Without batch-norm and contrast the gradient of the mean is the mean of the gradients; random numbers are the batch's."""
+    options = [
+        "--method.name",
+        method,
+        "--data.augment.crop",
+        "1",
+        "--data.augment.flip",
+        "true",
+        "--threat.norm",
+        "l2",
+    ]
+    options += ["--threat.eps", "0.02", "--optim.name", "sgd", "--optim.lr", "0.01", "--train.epochs", "1"]
+    runs = []
+    for accumulate in ("1", "2"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        out = tmp_path / accumulate
+        fit(out, *options, "--train.accumulate", accumulate, model=model)
+        runs.append(stored(out))
+    assert all(torch.allclose(runs[0][name], runs[1][name], rtol=1e-5, atol=1e-6) for name in runs[0])
+
+
+def test_a_retired_setting_is_refused_as_an_option_and_ignored_in_the_configuration_of_an_old_run():
+    with pytest.raises(UserError, match=r"--train.parts: is no setting any more; leave it out"):
+        tiny("--train.parts", "2")
+    tree = tiny().to_dict()
+    tree["train"]["parts"] = 2
+    assert RunConfig.from_dict(tree) == tiny()

@@ -20,7 +20,7 @@ from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
 from clead.devices import device_of
-from clead.distributed import World, init_world, local_device
+from clead.distributed import init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
 from clead.methods.view_forward import find_layer
@@ -74,7 +74,6 @@ def train(
     processes = init_world(local_device(device_of(config.train.device)))
     path = processes.broadcast(Path(out) if out is not None else RunDir.default_path(config.name))
     continuing = processes.broadcast(resume and (path / "config.yaml").exists())
-    config = _with_parts(config, path if continuing else None, processes)
     if continuing:
         _same_config(config, RunDir.open(path).config())
     else:
@@ -92,7 +91,7 @@ def train(
     own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     split_model = own if own is not None else build(config, splits)
     images = min(config.data.batch_size, len(splits.train))
-    _check_model(split_model, config, splits, max(1, images // (config.train.parts or 1)))
+    _check_model(split_model, config, splits, max(1, images // (processes.world_size * config.train.accumulate)))
     if config.train.start_from is not None:
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
@@ -147,19 +146,6 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
 def _versions() -> dict[str, str]:
     """Return the versions on which all processes of a training must agree."""
     return {f"version of {name}": version for name, version in environment().items() if name in ("clead", "torch")}
-
-
-def _with_parts(config: RunConfig, path: Path | None, processes: World) -> RunConfig:
-    """Return the configuration with the parts that batches are drawn in, those of the run in ``path`` if it is continued.
-
-    So a run goes on with the same images and perturbations on another number of processes.
-    """
-    parts = config.train.parts
-    if parts is None and path is not None:
-        parts = RunDir.open(path).config().train.parts
-    if parts is None and (here := processes.world_size * config.train.accumulate) > 1:
-        parts = here
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, parts=parts))
 
 
 def _check_starts(config: RunConfig) -> None:

@@ -91,7 +91,7 @@ def _between_views(name: str, model: nn.Module, x: Tensor, loss: Callable[[list[
 
     with torch.no_grad():
         clean = embed(x)
-    if len(x) == 1:
+    if len(clean) == 1:
         return lambda x_adv: cosine_distance(embed(x_adv), clean)
     return lambda x_adv: loss([clean, embed(x_adv)])
 

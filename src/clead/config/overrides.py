@@ -7,7 +7,7 @@ from typing import Any
 
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
+from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, RETIRED, TUNE
 from clead.config.yaml_io import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
@@ -62,6 +62,10 @@ def apply_overrides(tree: Any, overrides: Sequence[str]) -> RunConfig:
             key=lambda change: (change[0][0] == "stages", not _chooses(change[0]) and not _chooses(change[0][2:]))
         )
         for path, value in changes:
+            if tuple(path[-2:]) in RETIRED:
+                raise UserError(
+                    f"--{'.'.join(path)}: is no setting any more; leave it out: any number of processes trains alike"
+                )
             if path[0] == TUNE:
                 raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
             if path[0] == "stages":

@@ -90,13 +90,7 @@ class Train:
     accumulate: int = setting(
         1,
         "a batch goes in so many equal parts, one after another, whose gradients are averaged, where it does not fit into memory; "
-        "contrast and batch-norm see one part",
-        ge=1,
-    )
-    parts: int | None = setting(
-        None,
-        "equal parts of a batch with random views and perturbations of their own; processes × accumulate must divide it, and then "
-        "their number changes nothing else; none: as many as processes × accumulate",
+        "contrast and batch-norm see one part; random numbers are those of the whole batch",
         ge=1,
     )
     validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
@@ -195,12 +189,16 @@ def type_problem(group: str, value: Any) -> str:
     return f"must be the settings of a registered {REGISTRY_GROUPS[group][0].kind} ({', '.join(known.values())}), got {value!r}"
 
 
+RETIRED = {("train", "parts")}
+"""Keys of earlier versions, which stand in the configurations of their runs and mean nothing any more."""
+
+
 def build(group: str, values: dict[str, Any]) -> Any:
     """Return the settings of a group from its keys; raises UserError that lists every problem."""
+    values = {key: value for key, value in values.items() if (group, key) not in RETIRED}
     if group in PLAIN_GROUPS:
         return validated(PLAIN_GROUPS[group], values, group)
     registry, key = REGISTRY_GROUPS[group]
-    values = dict(values)
     name = values.pop(key, DEFAULT_NAME[group])
     if name is None:
         raise UserError(f"{group}.{key}: is required; known: {', '.join(registry.names())}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from clead.data.streaming import StreamedImages
 from clead.data.views import Augmentation
+from clead.distributed import SINGLE_PROCESS, World
 from clead.interfaces import Batch, ImageSet
 
 # One random stream each.
@@ -53,9 +53,8 @@ class Loader:
         cutmix: α of ``cutmix``, which mixes ``Batch.images`` after ``augment`` and makes ``Batch.soft_labels``; 0: off.
         num_classes: K, needed for soft labels.
         stored: one more image for each image of the set, (N, C, H, W) float, of which ``Batch.stored`` is made.
-        parts: so many equal parts of a batch have random views of their own, each from its own stream.
-        rank: of ``size`` processes this one gets the ``rank``-th equal part of every batch; ``size`` divides ``parts``.
-        size: how many processes there are.
+        world: each of its processes gets an equal part of every batch; random numbers are drawn for the whole batch.
+        microbatches: so many equal parts, one after another, make the part of a process.
     """
 
     def __init__(
@@ -72,9 +71,8 @@ class Loader:
         cutmix: float = 0.0,
         num_classes: int | None = None,
         stored: Tensor | None = None,
-        parts: int = 1,
-        rank: int = 0,
-        size: int = 1,
+        world: World = SINGLE_PROCESS,
+        microbatches: int = 1,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -90,7 +88,7 @@ class Loader:
         self.seed, self.shuffle = seed, shuffle
         self.augment, self.view = augment, view
         self.cutmix, self.num_classes = cutmix, num_classes
-        self.parts, self.rank, self.size = parts, rank, size
+        self.world, self.shares = world, world.world_size * microbatches
         full, rest = divmod(len(image_set), batch_size)
         self.steps_per_epoch: int = full + int(full == 0 or (rest > 1 and not drop_last))
         """Batches in one epoch, ≥ 1."""
@@ -125,24 +123,30 @@ class Loader:
         """
         if not 0 <= index < self.steps_per_epoch:
             raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
-        chosen = self._own(epoch, index)
-        plain, labels = _as_float(self.images[chosen].to(self.device)), self.labels[chosen]
+        chosen = self._chosen(epoch, index)
+        local = None if self.shares == 1 else self.positions(len(chosen))
+        plain = _as_float(self.images[self._read(chosen)].to(self.device))
         if isinstance(self.images, StreamedImages):
             after = (epoch, index + 1) if index + 1 < self.steps_per_epoch else (epoch + 1, 0)
-            self.images.prefetch(self._own(*after))
+            self.images.prefetch(self._read(self._chosen(*after)))
+        if len(plain) < len(chosen):  # views are drawn for the whole batch; the images of others are black
+            whole = plain.new_zeros(len(chosen), *plain.shape[1:])
+            whole[local] = plain
+            plain = whole
         first = self._draw(self.augment, plain, progress, epoch, index, _FIRST_VIEW)
         second = None if self.view is None else self._draw(self.view, plain, progress, epoch, index, _SECOND_VIEW)
         soft = None
         if self.cutmix:
             assert self.num_classes is not None
-            mixed = [
-                # Drawn on the CPU, so that every device sees the same boxes.
-                cutmix(images, own, self.num_classes, self.cutmix, generator=make_generator("cpu", *key))
-                for images, own, key in self._by_part(first, labels, key=(self.seed, epoch, index, _CUTMIX))
-            ]
-            first, soft = (torch.cat(each) for each in zip(*mixed, strict=True))
+            # Drawn on the CPU, so that every device sees the same boxes.
+            generator = make_generator("cpu", self.seed, epoch, index, _CUTMIX)
+            first, soft = cutmix(first, self.labels[chosen], self.num_classes, self.cutmix, generator=generator)
+        if local is not None:
+            chosen, first = chosen[local], first[local]
+            second, soft = (None if each is None else each[local] for each in (second, soft))
         stored = None if self.stored is None else self.stored[chosen].float()
         labelled = None if self.labelled is None else self.labelled[chosen]
+        labels = self.labels[chosen]
         return Batch(first, labels, second, index=chosen, soft_labels=soft, labelled=labelled, stored=stored)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -153,26 +157,20 @@ class Loader:
     def _draw(self, augment: Augmentation | None, plain: Tensor, progress: float, *key: int) -> Tensor:
         if augment is None:
             return plain
-        strength = augment.strength(progress)
-        views = [
-            augment(images, generator=make_generator(self.device, *own), strength=strength)
-            for images, own in self._by_part(plain, key=(self.seed, *key))
-        ]
-        return views[0] if len(views) == 1 else torch.cat(views)
+        generator = make_generator(self.device, self.seed, *key)
+        return augment(plain, generator=generator, strength=augment.strength(progress))
 
-    def _by_part(self, *tensors: Tensor, key: tuple[int, ...]) -> list[Any]:
-        """Return the rows of each part that is here, and what its random numbers are drawn from."""
-        if self.parts == 1:
-            return [(*tensors, key)]
-        here = self.parts // self.size
-        keys = [(*key, self.rank * here + part) for part in range(here)]
-        return list(zip(*(tensor.chunk(here) for tensor in tensors), keys, strict=True))
+    def positions(self, batch_size: int) -> Tensor:
+        """Return which images of a batch are this process's, (batch_size / world size,) int64, microbatch by microbatch."""
+        order = torch.arange(batch_size, device=self.device)
+        if self._parts is not None and self.shares > 1:  # each share of the batch gets its share of either kind
+            places = [(torch.arange(count, device=self.device) + 0.5) / count for _, _, count in self._parts]
+            order = torch.cat(places).argsort(stable=True)
+        return order[self.world.local_slice(batch_size)]
 
-    def _own(self, epoch: int, index: int) -> Tensor:
-        """Return which images of a batch are this process's, (B / size,) int64."""
-        chosen = self._chosen(epoch, index)
-        each = len(chosen) // self.size
-        return chosen[self.rank * each : (self.rank + 1) * each] if self.size > 1 else chosen
+    def _read(self, chosen: Tensor) -> Tensor:
+        """Return which images of a batch have to be read: this process's own, or all where images are mixed."""
+        return chosen if self.world.world_size == 1 or self.cutmix else chosen[self.positions(len(chosen))]
 
     def _chosen(self, epoch: int, index: int) -> Tensor:
         """Return which images are in a batch, (B,) int64."""
@@ -180,18 +178,14 @@ class Loader:
             order = self._order_of(_ORDER, epoch, len(self.labels))
             return order[index * self.batch_size : (index + 1) * self.batch_size]
         step, pieces = epoch * self.steps_per_epoch + index, []
-        places = []
         for stream, pool, count in self._parts:
-            places.append((torch.arange(count, device=self.device) + 0.5) / count)
             at, end = step * count, (step + 1) * count
             while at < end:
                 turn, first = divmod(at, len(pool))
                 piece = self._order_of(stream, turn, len(pool))[first : first + end - at]
                 pieces.append(pool[piece])
                 at += len(piece)
-        chosen = torch.cat(pieces)
-        # Where a batch goes in parts, each gets its share of either kind.
-        return chosen if self.parts == 1 else chosen[torch.cat(places).argsort(stable=True)]
+        return torch.cat(pieces)
 
     def _order_of(self, stream: int, turn: int, count: int) -> Tensor:
         """Return the order of ``count`` images when they come for the ``turn``-th time."""
@@ -202,7 +196,7 @@ class Loader:
             if self.shuffle:
                 generator = make_generator("cpu", self.seed, turn, stream)
                 if isinstance(self.images, StreamedImages):
-                    order = self.images.shuffled(generator, self.parts, min(self.batch_size, count))
+                    order = self.images.shuffled(generator)
                 else:
                     order = torch.randperm(count, generator=generator)
             self._orders[stream] = kept = (turn, order.to(self.device))

@@ -196,30 +196,17 @@ class StreamedImages:
         """Return itself: what is decoded is moved, batch by batch."""
         return self
 
-    def shuffled(self, generator: torch.Generator, parts: int = 1, batch: int = 1) -> Tensor:
+    def shuffled(self, generator: torch.Generator) -> Tensor:
         """Return an order of all positions, (N,) int64, that can be read window by window.
 
-        Row groups come in random order, and images mix within windows of about ``buffer`` images, each of some row groups. Of
-        several ``parts`` of a ``batch`` (which they divide) each has row groups of its own, so that a process reads those of its
-        parts alone; what is left over when the first part has no more, less than a few row groups, mixes over all.
+        Row groups come in random order, and images mix within windows of about ``buffer`` images, each of some row groups. Where
+        several processes train, each reads all row groups, and decodes its own images.
         """
         groups = torch.from_numpy(self.shards.group_of(self.rows.numpy()))
         by_group = torch.argsort(groups, stable=True)
         places = list(by_group.split(torch.unique_consecutive(groups[by_group], return_counts=True)[1].tolist()))
-        streams: list[list[Tensor]] = [[] for _ in range(parts)]
-        sizes = [0] * parts
-        for number in torch.randperm(len(places), generator=generator).tolist():
-            least = sizes.index(min(sizes))
-            streams[least].append(places[number])
-            sizes[least] += len(places[number])
-        orders = [_by_window(stream, self.buffer // parts, generator) for stream in streams]
-        if parts == 1:
-            return orders[0]
-        each = batch // parts
-        full = min(sizes) // each
-        even = torch.stack([order[: full * each].view(full, each) for order in orders], 1).flatten()
-        rest = torch.cat([order[full * each :] for order in orders])
-        return torch.cat([even, rest[torch.randperm(len(rest), generator=generator)]])
+        order = torch.randperm(len(places), generator=generator).tolist()
+        return _by_window([places[number] for number in order], self.buffer, generator)
 
     def histogram(self) -> Tensor:
         """Return how often each value occurs per channel, (C, 256) int64, in at most 4096 images of evenly spaced row groups."""

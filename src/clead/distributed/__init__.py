@@ -11,11 +11,11 @@ from __future__ import annotations
 from clead.distributed.batch_norm import synchronised
 from clead.distributed.collectives import TRAFFIC
 from clead.distributed.launch import LostWorker, connect, exit_process, init_world, local_device, raise_on_lost_worker
-from clead.distributed.world import SINGLE_PROCESS, Parted, World, average_gradients
+from clead.distributed.world import SINGLE_PROCESS, SlicedThreat, World, average_gradients
 
 __all__ = [
     "LostWorker",
-    "Parted",
+    "SlicedThreat",
     "SINGLE_PROCESS",
     "TRAFFIC",
     "World",

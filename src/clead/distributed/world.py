@@ -108,32 +108,35 @@ class World:
 SINGLE_PROCESS = World()
 
 
-class Parted:
-    """A threat whose random starts are drawn part by part, each part of a batch from a generator of its own.
+class SlicedThreat:
+    """A threat whose random starts are drawn for a whole batch, of which only some images are here.
 
-    So a process that has some parts of a batch draws what one process draws for them.
+    So any number of processes, and of microbatches, starts from the same points.
 
     Args:
         threat: everything else is its.
-        generators: one per part of the images that are here.
-        images: so many images of a batch are here; a stack of several views has that many of each.
+        positions: which images of the batch are here, (b,) int64; a stack of several views has all of them in each.
+        batch_size: images in the whole batch.
     """
 
-    def __init__(self, threat: Threat, generators: Sequence[torch.Generator], images: int) -> None:
-        self._threat, self._generators, self._images = threat, generators, images
+    def __init__(self, threat: Threat, positions: Tensor, batch_size: int) -> None:
+        self._threat, self._positions, self._batch_size = threat, positions, batch_size
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._threat, name)
 
     def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return a random point of the set around ``x``; ``generator`` is not drawn from."""
-        parts = len(self._generators)
-        by_part = x.unflatten(0, (-1, parts, self._images // parts))
-        drawn = [
-            self._threat.random_start(by_part[:, part].flatten(0, 1), generator=own).unflatten(0, (len(by_part), -1))
-            for part, own in enumerate(self._generators)
-        ]
-        return torch.stack(drawn, 1).flatten(0, 2)
+        """Return a random point of the set around ``x``, (V·b, C, H, W)."""
+        views = len(x) // len(self._positions)
+        first = self._batch_size * torch.arange(views, device=x.device)[:, None]
+        rows = (first + self._positions.to(x.device)).flatten()
+        # Random numbers go along the memory, so the layout must be that of the images.
+        layout = torch.channels_last if not x.is_contiguous() else torch.contiguous_format
+        whole = torch.zeros((views * self._batch_size, *x.shape[1:]), dtype=x.dtype, device=x.device).contiguous(
+            memory_format=layout
+        )
+        whole[rows] = x
+        return self._threat.random_start(whole, generator=generator)[rows]
 
 
 def average_gradients(processes: World, parameters: Iterable[nn.Parameter], flags: Sequence[bool] = ()) -> list[bool]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import nt_xent
 from clead.methods import METHODS
-from clead.methods.base import Method, StepContext, Views
+from clead.methods.base import Method, StepContext, Views, over_whole_batch
 from clead.methods.view_forward import forward
 from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
@@ -95,9 +95,10 @@ class ACL(Method):
         assert batch.second_view is not None, "the loader was built without a second view"
         x = torch.cat([batch.images, batch.second_view])
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            x_adv = step.attack(
-                joint_nt_xent(model, self.temperature, step.parts), x, step.threat, generator=step.generator
+            objective = over_whole_batch(
+                lambda: joint_nt_xent(model, self.temperature), model, len(batch.images), step.world, views=2
             )
+            x_adv = step.attack(objective, x, step.threat, generator=step.generator)
         names = ("first", "second", "first_adversarial", "second_adversarial")
         return Views(dict(zip(names, (*x.chunk(2), *x_adv.chunk(2)), strict=True)), batch)
 
@@ -119,16 +120,15 @@ class ACL(Method):
         return StepOutput(loss, metrics)
 
 
-def joint_nt_xent(model: SplitModel, temperature: float, parts: int = 1) -> Objective:
+def joint_nt_xent(model: SplitModel, temperature: float) -> Objective:
     """Return x ↦ l_i(v_1, v_2) of a stack x of both views, (2B, C, H, W), for each of its images: (2B,), that of v_1 and v_2 alike.
 
-    Called under ``attack_mode(model)``; B ≥ 2 · ``parts``, equal parts of the batch whose images contrast with one another only.
+    Called under ``attack_mode(model)``; B ≥ 2.
     """
 
     def value(x: Tensor) -> Tensor:
         first, second = model.embedding(model.features(x)).chunk(2)
-        pairs = zip(first.chunk(parts), second.chunk(parts), strict=True)
-        return torch.cat([nt_xent(pair, temperature) for pair in pairs]).repeat(2)
+        return nt_xent([first, second], temperature).repeat(2)
 
     return value
 

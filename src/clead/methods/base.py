@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from clead.attacks.objectives import NEED_FEATURES
-from clead.distributed import World
+from clead.distributed import SINGLE_PROCESS, World
 from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
@@ -38,8 +38,7 @@ class StepContext(NamedTuple):
         generator: source of the random starts, on the device of the images.
         progress: part of the training that lies behind, in [0, 1).
         state: what ``Method.state`` returned.
-        parts: an attack that contrasts images does so within so many equal parts of the batch.
-        gather: maps (b, …) of this process to (B, …) of all, without gradient; None: there are no others.
+        world: the processes that train together, each with its part of the batch.
     """
 
     threat: Threat
@@ -47,17 +46,40 @@ class StepContext(NamedTuple):
     generator: torch.Generator
     progress: float = 0.0
     state: nn.Module | None = None
-    parts: int = 1
-    gather: Callable[[Tensor], Tensor] | None = None
+    world: World = SINGLE_PROCESS
 
 
-def by_part(objectives: Sequence[Objective]) -> Objective:
-    """Return x ↦ the values of ``objectives``, each of its equal part of x, (b, C, H, W) -> (b,)."""
-    if len(objectives) == 1:
-        return objectives[0]
-    return lambda x: torch.cat(
-        [part(images) for part, images in zip(objectives, x.chunk(len(objectives)), strict=True)]
-    )
+def over_whole_batch(
+    make: Callable[[], Objective], model: SplitModel, images: int, world: World, views: int = 1
+) -> Objective:
+    """Return what ``make`` returns, an objective in which images contrast with one another, over the images of all processes.
+
+    Each process moves its own images; the gradient is that of the sum over the whole batch.
+
+    Args:
+        make: called under the same conditions as what it returns; labels that it knows are those of all processes.
+        model: whose outputs are gathered.
+        images: of this process.
+        world: the processes.
+        views: x is a stack of so many views of the images, (V·b, C, H, W).
+    """
+    if world.world_size == 1:
+        return make()
+
+    def gather(outputs: Tensor) -> Tensor:
+        return world.gather_with_grad(outputs, images)
+
+    with model.gathering_outputs(gather):
+        objective = make()
+
+    def value(x: Tensor) -> Tensor:
+        with model.gathering_outputs(gather):
+            values = objective(x)  # (V·B,)
+        local = values.detach().unflatten(0, (views, -1))[:, world.local_slice(len(values) // views)].flatten()
+        total = values.sum() / world.world_size  # the backward of the gather multiplies by it
+        return local + (total - total.detach()) / len(local)
+
+    return value
 
 
 def require_labels(batch: Batch, method: str) -> None:

@@ -18,9 +18,9 @@ from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import asymmetric, nt_xent, prototype, published, supcon
 from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
-from clead.methods.base import Method, StepContext, Views, by_part
+from clead.methods.base import Method, StepContext, Views, over_whole_batch
 from clead.methods.free_adversary import PersistentDelta, replayed
-from clead.methods.labels import classes, known_labels, mean_of
+from clead.methods.labels import classes, distinct, known_labels, mean_of
 from clead.methods.moco import MomentumQueue, Prototypes
 from clead.methods.view_forward import dimension, find_layer, forward, unit_vectors
 from clead.models.fold_batch_norm import folded
@@ -217,7 +217,7 @@ class CLead(Method):
         predict = self.uses_attack and self.inner == "cross_entropy" and self.replays == 1
         batch, attacked = known_labels(model, batch, predict=predict, confidence=self.pseudo_label_confidence)
         if isinstance(step.state, MomentumQueue):
-            step.state.update(model, x, batch.labels, self._embed, step.gather)
+            step.state.update(model, x, batch.labels, self._embed, step.world)
         views = {}
         if self.clean_weight or self.kl_weight or (self.contrastive_weight and self.clean_view):
             views["clean"] = x
@@ -274,11 +274,10 @@ class CLead(Method):
         return StepOutput(loss, metrics)
 
     def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Tensor:
-        temperature = self._temperature(step)
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
-            objective: Objective = self._objective(self.inner, model, x, y, temperature, step.parts)
+            objective: Objective = self._objective(self.inner, model, x, y, step)
             if self.inner_contrastive_weight:
-                base, contrast = objective, self._objective("contrastive", model, x, y, temperature, step.parts)
+                base, contrast = objective, self._objective("contrastive", model, x, y, step)
                 # Two forwards per step: the price of keeping every objective a function of x_adv alone.
                 return step.attack(
                     lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv),
@@ -288,14 +287,13 @@ class CLead(Method):
                 )
             return step.attack(objective, x, step.threat, generator=step.generator)
 
-    def _objective(
-        self, name: str, model: SplitModel, x: Tensor, y: Tensor, temperature: float, parts: int
-    ) -> Objective:
+    def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
         make = OBJECTIVES.get(name)
         if name not in _OF_A_BATCH:
             return make(model, x, y)
-        pieces = zip(x.chunk(parts), y.chunk(parts), strict=True)
-        return by_part([make(model, images, labels, temperature=temperature) for images, labels in pieces])
+        labels = distinct(step.world.all_gather(y)) if name == "supcon" else y
+        temperature = self._temperature(step)
+        return over_whole_batch(lambda: make(model, x, labels, temperature=temperature), model, len(x), step.world)
 
     def _temperature(self, step: StepContext) -> float:
         if self.temperature_end is None:

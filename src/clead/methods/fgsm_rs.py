@@ -71,8 +71,8 @@ class FGSMRS(CLead):
         with _aside(model), model.gathering_outputs(None):
             each = misalignment(model, own.images, neighbour, targets)
         misaligned = each.mean()
-        if step.gather is not None:  # the value is that of all processes; their gradients will be averaged
-            misaligned = misaligned + (step.gather(each).mean() - misaligned).detach()
+        if step.world.world_size > 1:  # the value is that of all processes; their gradients will be averaged
+            misaligned = misaligned + (step.world.all_gather(each).mean() - misaligned).detach()
         loss = output.loss + self.grad_align_weight * misaligned
         return StepOutput(loss, {**output.metrics, "gradient_misalignment": misaligned.detach()})
 

@@ -46,10 +46,17 @@ def known_labels(
 
 def classes(batch: Batch) -> Tensor:
     """Return the labels, (B,) int64, each image without one being in a class of its own, below 0."""
-    if batch.labelled is None:
-        return batch.labels
-    own = -1 - torch.arange(len(batch.labels), device=batch.labels.device)
-    return torch.where(batch.labels < 0, own, batch.labels)
+    return batch.labels if batch.labelled is None else distinct(batch.labels)
+
+
+def distinct(labels: Tensor) -> Tensor:
+    """Return the labels, (B,) int64, each of those below 0 replaced by another number below 0.
+
+    >>> distinct(torch.tensor([3, -1, -1]))
+    tensor([ 3, -2, -3])
+    """
+    own = -1 - torch.arange(len(labels), device=labels.device)
+    return torch.where(labels < 0, own, labels)
 
 
 def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:

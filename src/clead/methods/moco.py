@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from clead.distributed import SINGLE_PROCESS, World
 from clead.losses.contrastive import Keys
 from clead.models.split import SplitModel, copied
 
@@ -46,7 +47,7 @@ class MomentumQueue(nn.Module):
         images: Tensor,
         labels: Tensor,
         embed: Callable[[SplitModel, Tensor], Tensor],
-        gather: Callable[[Tensor], Tensor] | None = None,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         """Move k towards ``model``, make the keys of ``images``, and queue them for the next step.
 
@@ -55,13 +56,11 @@ class MomentumQueue(nn.Module):
             images: (B, C, H, W).
             labels: (B,) int64; −1: none.
             embed: (model, images) -> (B, d) of unit length.
-            gather: adds the rows of other processes, if there are any.
+            world: the processes whose keys are queued.
         """
         for own, new in zip(self.encoder.parameters(), model.parameters(), strict=True):
             own.lerp_(new, 1 - self.momentum)
-        made = embed(self.encoder, images)
-        if gather is not None:
-            made, labels = gather(made), gather(labels)
+        made, labels = world.all_gather(embed(self.encoder, images)), world.all_gather(labels)
         size, seen = len(self.keys), int(self.seen)
         held = min(seen, size)
         self.fresh = Keys(made, self.keys[:held].clone(), self.labels[:held].clone())

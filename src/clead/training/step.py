@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.profiler import record_function
 
 from clead.config import RunConfig
-from clead.distributed import SINGLE_PROCESS, Parted, World
+from clead.distributed import SINGLE_PROCESS, World
 from clead.interfaces import Batch, StepOutput, Threat
 from clead.methods.base import StepContext, Views
 from clead.models.compute_cost import CostMeter
@@ -40,23 +40,23 @@ class Step:
     scaler: torch.amp.GradScaler
     world: World = SINGLE_PROCESS
 
-    def forward_backward(self, batch: Batch, generators: Sequence[torch.Generator], progress: float) -> StepOutput:
+    def forward_backward(
+        self, batch: Batch, progress: float, generator: torch.Generator, threat: Threat | None = None
+    ) -> StepOutput:
         """Make the views and leave in the weights the gradient of their loss, where ``train.awp`` wants it to be taken.
 
         The gradient of one of several processes is to be averaged with theirs.
 
         Args:
             batch: of this process.
-            generators: one for each part of the batch.
             progress: part of the training that lies behind, in [0, 1).
+            generator: of the random starts.
+            threat: that of the run if None.
         """
         config, model, world, size = self.config, self.model, self.world, len(batch.labels)
         alone = world.world_size == 1
-        threat = config.threat if len(generators) == 1 else cast(Threat, Parted(config.threat, generators, size))
-        gather = None if alone else world.all_gather
-        context = StepContext(
-            threat, config.attack, generators[0], progress, self.method_state, len(generators), gather
-        )
+        threat = threat or config.threat
+        context = StepContext(threat, config.attack, generator, progress, self.method_state, world)
         with record_function("views"), self.autocast:
             views = config.method.views(model, batch, context)
         if not alone:
@@ -91,7 +91,7 @@ def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_st
         meters = [stack.enter_context(CostMeter(module)) for module in (probe, *others)]
         generator = torch.Generator(batch.images.device).manual_seed(0)
         scaler = torch.amp.GradScaler(enabled=False)
-        Step(config, probe, state, contextlib.nullcontext(), scaler).forward_backward(batch, [generator], 0.0)
+        Step(config, probe, state, contextlib.nullcontext(), scaler).forward_backward(batch, 0.0, generator)
     return sum(meter.forward_equivalents for meter in meters) / len(batch.labels)
 
 

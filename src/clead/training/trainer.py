@@ -25,11 +25,19 @@ from clead.data.channels import mean_std
 from clead.data.label_sampling import for_method
 from clead.data.loaders import Loader, make_generator
 from clead.devices import device_of
-from clead.distributed import World, average_gradients, init_world, local_device, raise_on_lost_worker, synchronised
+from clead.distributed import (
+    SlicedThreat,
+    World,
+    average_gradients,
+    init_world,
+    local_device,
+    raise_on_lost_worker,
+    synchronised,
+)
 from clead.errors import UserError, out_of_memory
 from clead.evaluation.correctness import accuracy_under_attack
 from clead.evaluation.knn import neighbours_accuracy
-from clead.interfaces import Batch, Splits
+from clead.interfaces import Batch, Splits, Threat
 from clead.models.external import ModelError
 from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
@@ -154,7 +162,6 @@ class Trainer:
         """All weights, whatever the processes shard."""
         self.is_sharded = self.settings.shard and world.world_size > 1
         self.batch_images = min(config.data.batch_size, len(splits.train))
-        self.parts = self.settings.parts or world.world_size * self.settings.accumulate
         self.state = TrainState()
         self.layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         self.validation = shuffle_if_sorted(splits.val).subset(
@@ -169,7 +176,7 @@ class Trainer:
     def setup(self, *, resume: bool, show: bool, stored: Path | None = None) -> None:
         """Prepare model, batches and optimiser, and go on from the last checkpoint if ``resume``."""
         config, settings = self.config, self.settings
-        _check_parts(config, self.parts, self.world, self.batch_images)
+        _check_shares(config, self.world, self.batch_images)
         self.show = show
         if config.method.uses_embedding and self.model.projection is None:
             self.model.add_projection(config.method.embedding_dim, seed=settings.seed)
@@ -231,9 +238,8 @@ class Trainer:
             cutmix=data.cutmix,
             num_classes=len(self.splits.classes),
             stored=adversaries,
-            parts=self.parts,
-            rank=self.world.rank,
-            size=self.world.world_size,
+            world=self.world,
+            microbatches=self.settings.accumulate,
         )
 
     def _shard(self) -> None:
@@ -321,10 +327,11 @@ class Trainer:
             batch = self._next_batch()
         self.optimizer.zero_grad(set_to_none=True)
         outputs = []
-        pieces = zip(microbatches(batch, settings.accumulate), self._generators(), strict=True)
-        for microbatch, generators in pieces:
+        threats = self._threats(batch)
+        for microbatch, threat in zip(microbatches(batch, settings.accumulate), threats, strict=True):
+            generator = make_generator(self.device, settings.seed, state.step, _PERTURBATION)
             try:
-                outputs.append(self.step.forward_backward(microbatch, generators, state.step / self.steps))
+                outputs.append(self.step.forward_backward(microbatch, state.step / self.steps, generator, threat))
             except ModelError as error:
                 raise ModelError(f"{error} (batch of step {state.step}; {last_good(self.run)})") from error
         loss, metrics = mean_output(outputs)
@@ -369,15 +376,14 @@ class Trainer:
             **{name: each.contiguous(memory_format=self.layout) for name, each in images.items() if each is not None}
         )
 
-    def _generators(self) -> list[list[torch.Generator]]:
-        """Return where random starts are drawn from in this step, for each microbatch a generator per part."""
-        key = (self.settings.seed, self.state.step, _PERTURBATION)
-        if self.parts == 1:
-            return [[make_generator(self.device, *key)]]
-        local = range(self.parts)[self.world.local_slice(self.parts)]
-        generators = [make_generator(self.device, *key, part) for part in local]
-        each = len(generators) // self.settings.accumulate
-        return [generators[start : start + each] for start in range(0, len(generators), each)]
+    def _threats(self, batch: Batch) -> list[Threat]:
+        """Return the threat of each microbatch: random starts are drawn for the whole batch, whoever has which of its images."""
+        count = self.settings.accumulate
+        if self.world.world_size * count == 1:
+            return [self.config.threat]
+        whole = len(batch.labels) * self.world.world_size
+        positions = self.loader.positions(whole).chunk(count)
+        return [cast(Threat, SlicedThreat(self.config.threat, each, whole)) for each in positions]
 
     def _averages_now(self) -> bool:
         """Say whether stochastic weight averaging takes the weights in: after every epoch from its start on, and at the end."""
@@ -665,25 +671,21 @@ def _of_this_training(run: RunDir) -> Generator[None, None, None]:
         ) from error
 
 
-def _check_parts(config: RunConfig, parts: int, world: World, batch_images: int) -> None:
+def _check_shares(config: RunConfig, world: World, batch_images: int) -> None:
     """Raise UserError unless a batch can be shared out."""
-    settings = config.train
-    if parts % (world.world_size * settings.accumulate):
+    accumulate = config.train.accumulate
+    shares = world.world_size * accumulate
+    if batch_images % shares:
         raise UserError(
-            f"train.parts must be a multiple of processes × train.accumulate, {world.world_size} × {settings.accumulate}, got "
-            f"{parts}; start another number of processes"
+            f"a batch of {batch_images} images cannot be shared out to {shares} equal parts ({world.world_size} processes, "
+            f"train.accumulate {accumulate}); set --data.batch_size to a multiple of {shares}"
         )
-    if batch_images % parts:
+    if shares > 1 and config.data.labelled_share is not None and batch_images // shares < 2:
         raise UserError(
-            f"a batch of {batch_images} images cannot be shared out to {parts} equal parts ({world.world_size} processes, "
-            f"train.accumulate {settings.accumulate}); set --data.batch_size to a multiple of {parts}"
+            f"a part of a batch must have at least 2 images, got {batch_images // shares}; take larger batches"
         )
-    if parts > 1 and config.data.labelled_share is not None and batch_images // parts < 2:
+    if accumulate > 1 and config.method.replays > 1:
         raise UserError(
-            f"a part of a batch must have at least 2 images, got {batch_images // parts}; take larger batches"
-        )
-    if settings.accumulate > 1 and config.method.replays > 1:
-        raise UserError(
-            f"train.accumulate must be 1 where a method replays its batches, got {settings.accumulate} with "
+            f"train.accumulate must be 1 where a method replays its batches, got {accumulate} with "
             f"{config.method.replays} replays; leave it out"
         )
