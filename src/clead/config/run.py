@@ -7,9 +7,17 @@ import re
 from typing import Any
 
 from clead.attacks.pgd import PGD
-from clead.config.rules import joint_problems
 from clead.config.schema import GROUPS, TUNE, Eval, Optim, Train, build, chosen_name, plain, type_problem
-from clead.config.stages import OF_THE_RUN, STAGE_DATA, STAGE_GROUPS, Stage, stage_problems, stage_tree, stages_of
+from clead.config.stages import (
+    OF_THE_RUN,
+    STAGE_DATA,
+    STAGE_GROUPS,
+    Stage,
+    joint_problems,
+    stage_problems,
+    stage_tree,
+    stages_of,
+)
 from clead.config.yaml_io import dump_yaml
 from clead.errors import UserError, did_you_mean
 from clead.methods import METHODS

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clead.config.rules import joint_problems
 from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.errors import UserError, did_you_mean
 
@@ -102,6 +101,14 @@ def _deep(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 def _both_mappings(a: Any, b: Any) -> bool:
     return isinstance(a, dict) and isinstance(b, dict)
+
+
+def joint_problems(groups: Mapping[str, Any]) -> list[str]:
+    """Return the problems that concern several groups at once; groups that are not valid themselves may be lacking."""
+    method, data = groups.get("method"), groups.get("data")
+    if method is None or data is None:
+        return []
+    return data.problems() or method.problems(data, groups.get("train"))
 
 
 def stage_problems(names: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> list[str]:

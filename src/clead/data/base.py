@@ -220,6 +220,20 @@ class InMemoryDataset(ABC):
         "label_noise, val_fraction, limit_train and seed. None: they have no label.",
     )
 
+    def problems(self) -> list[str]:
+        """Return which settings do not go together, one line each."""
+        problems = [
+            f"data.{key}: changes nothing while every image has a label, got {value}; set data.labelled below 1"
+            for key in ("labelled_share", "pseudo_labels_from")
+            if (value := getattr(self, key)) is not None and self.labelled == 1
+        ]
+        if self.labelled < 1 and self.labelled_share is not None and self.batch_size < 2:
+            problems.append(
+                f"data.batch_size: labelled_share needs one labelled and one unlabelled image at least, got {self.batch_size}; "
+                "raise it"
+            )
+        return problems
+
     @abstractmethod
     def read(self) -> RawSplits:
         """Return the images as they are stored; raises UserError if they cannot be found or understood."""

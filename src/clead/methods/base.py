@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,49 @@ class Method(ABC):
     def uses_classifier(self) -> bool:
         """Whether the loss trains the classifier; if not, the features' nearest neighbours are what validation looks at."""
         return True
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether images are contrasted with one another, in the loss or by the inner attack, so that a batch needs two."""
+        return self.uses_embedding
+
+    @property
+    def contrast_trains_encoder(self) -> bool:
+        """Whether a contrastive loss has its gradient through the encoder."""
+        return self.uses_embedding
+
+    def problems(self, data: Any, train: Any) -> list[str]:
+        """Return what of the settings of data and training does not go with this method, one line each.
+
+        Args:
+            data: settings of the data set.
+            train: those of the training; None if they are not valid themselves.
+        """
+        if self.contrasts and data.batch_size < 2:
+            return [
+                "data.batch_size: a contrastive loss needs at least 2 images, because the others are the negatives, "
+                f"got {data.batch_size}; raise it, or set the contrastive weights to 0"
+            ]
+        if data.labelled < 1 and data.cutmix and self.uses_unlabelled and data.pseudo_labels_from is None:
+            return [
+                f"data.cutmix: mixes labels, which images without one have not, got {data.cutmix:g}; set it to 0, or "
+                "data.labelled 1"
+            ]
+        if self.contrast_trains_encoder and getattr(train, "trainable", "all") == "classifier":
+            return [
+                "train.trainable: a contrastive loss trains encoder and projection head, which are frozen then, got classifier; "
+                "set it to all, or take a method without that term (method.name standard)"
+            ]
+        if self.uses_stored and data.cutmix:
+            return [
+                f"data.cutmix: a mixed image is not the one whose adversarial image is stored, got {data.cutmix:g}; set it to 0"
+            ]
+        if self.uses_attack and data.augment.gaussian:
+            return [
+                "data.augment.gaussian: unclipped noise leaves [0, 1], in which an attack's images must lie, got "
+                f"{data.augment.gaussian:g}; set it to 0, or take a method without an attack (method.name standard)"
+            ]
+        return []
 
     def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
         """Return what is kept from step to step, or None.

@@ -161,6 +161,17 @@ class CLead(Method):
         return self.contrastive_weight > 0 and self.contrastive_level == "embedding"
 
     @property
+    def contrasts(self) -> bool:
+        """Whether images are contrasted with one another, in the loss or by the inner attack."""
+        inner = self.inner in _OF_A_BATCH or self.inner_contrastive_weight > 0
+        return self.contrastive_weight > 0 or (inner and self.uses_attack)
+
+    @property
+    def contrast_trains_encoder(self) -> bool:
+        """Whether features or embeddings are contrasted."""
+        return self.contrastive_weight > 0 and self.contrastive_level != "logits"
+
+    @property
     def uses_features(self) -> bool:
         """Whether the features are contrasted, or the inner attack leads away from them."""
         contrasted = (
