@@ -19,6 +19,7 @@ from PIL import Image
 
 import clead
 from clead import api, cli, config
+from clead.api.opened import open_run
 from clead.checkpoint import RunDir, load_weights
 from clead.evaluation import masking
 from clead.progress import progress
@@ -213,6 +214,58 @@ def test_saved_adversarial_images_are_scored_again(command, runs):
     other = read("v.json")
     assert other["run"] == "robust" and other["broken"] == 40 - held and other["largest"] == result["largest"]
     assert not list(Path("plain/results").glob("attack-*"))
+
+
+def test_an_attack_towards_a_class_counts_what_is_taken_for_it(command):
+    shutil.copytree(Path(__file__).parent.parent / "benchmarks/models/digits-clead", "model")
+    large = ("--threat.eps", "0.3", "--attack.steps", "10", "--eval.images", "40", "--train.device", "cpu")
+    out = well(command("attack", "model", "--target", "3", *large, "--json", "a.json", "--save", "x.npz"))
+    record = read("a.json")
+    (part,) = record["attacks"]
+    labels = open_run("model", None, None, None).images.labels[:40]
+    left = int((labels != 3).sum())
+    assert part["name"] == "PGD-10 CE towards 3" and part["settings"]["target"] == 3
+    assert record["data"]["n"] == left == len(part["flags"]) and record["data"]["total"] is None
+    taken = sum(clean and not held for clean, held in zip(record["clean_flags"], part["flags"], strict=True))
+    assert taken == part["broken"] > 0 and part["attacked"] == sum(record["clean_flags"])
+    assert f"note: {40 - left} of 40 images are of class 3, the target, and are left out" in out
+    assert f"{taken} of {part['attacked']} images that are right when clean are taken for 3" in out
+    assert "worst case per image" not in out
+    saved = np.load("x.npz")
+    x_adv, robust = torch.from_numpy(saved["x_adv"]), torch.from_numpy(saved["robust"])
+    predicted = clead.load("model", weights="last")(x_adv).argmax(1)
+    attacked = torch.tensor(record["clean_flags"])[: len(x_adv)]
+    assert torch.equal(predicted[attacked] == 3, ~robust[: len(x_adv)][attacked])
+    again = command("attack", "model", "--target", "3", *large, "--json", "b.json")
+    well(again)
+    assert read("b.json")["robust_flags"] == record["robust_flags"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ("--target", "cat"),
+            "--target cat: no class of the data; known: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 or a number from 0 to 9",
+        ),
+        (
+            ("--target", "3", "--attack.name", "deepfool"),
+            "DeepFool cannot aim at a class; leave out the target, or use",
+        ),
+        (
+            ("--target", "3", "--attack.name", "spatial"),
+            "--target: the spatial attack cannot aim at a class; leave it out",
+        ),
+        (
+            ("--target", "3", "--objective", "kl"),
+            "objective 'kl' knows no target; give --objective cross_entropy or margin",
+        ),
+        (("--target", "3", "--verify", "x.parquet"), "--target: changes nothing with --verify"),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(command, runs, arguments, words):
+    code, _, err = command("attack", "plain", *arguments)
+    assert code == 2 and words in err and not list(Path("plain/results").glob("attack-*"))
 
 
 @pytest.mark.parametrize("name", ["torchattacks:PGD", "foolbox:LinfPGD"])

@@ -203,7 +203,7 @@ def _docstring(name: str, kind: Any, options: dict[str, tuple[Any, Any]]) -> str
         f"x_adv, (B, C, H, W) in [0, 1]; {returned}. Raises UserError on pixels outside [0, 1], NaN, wrong labels, or settings "
         "out of their range."
     )
-    about = inspect.cleandoc(kind.__doc__)
+    about = inspect.cleandoc(kind.__doc__ or f"Attack ``model`` by {name}.")
     return "\n".join([about, "", "Args:", *lines, "", "Returns:", textwrap.indent(_wrapped(result, 0), "    ")])
 
 
