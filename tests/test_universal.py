@@ -25,6 +25,7 @@ from clead.report.html import RunResult, write_report
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2
 from clead.threats.linf import Linf
+from test_report import Nesting
 
 SHAPE = (1, 3, 4)
 
@@ -241,6 +242,7 @@ def test_the_report_shows_it(run, command):
     record = MeasurementRecord.model_validate_json((run / "results" / "universal.json").read_text())
     shown = RunResult("a", api.read_record(evaluated), measurements={"universal": record})
     page = write_report([shown], run / "report.html", title="t").read_text()
+    assert Nesting(page).faults == []
     assert '<section id="universal"' in page and f"data:image/png;base64,{record.result.picture}" in page
     assert f"{100 * record.result.fooled.accuracy:.1f}\N{NO-BREAK SPACE}%" in page
     section = UniversalResult.section([Measured(0, "a", record)])
