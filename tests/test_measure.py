@@ -413,7 +413,7 @@ def test_success_by_rounding_of_the_folded_model_is_searched_again(monkeypatch):
     """The attack may be told that an image has fallen which the model itself gets right."""
     from contextlib import contextmanager
 
-    from clead.attacks import unrestricted as attacks
+    from clead.attacks import runner as attacks
     from clead.measurements import unrestricted as module
 
     @contextmanager
