@@ -119,8 +119,8 @@ class UniversalResult(Result):
             strong=["with the perturbation"],
         )
         intro = (
-            "A single perturbation is added to every image: whoever has it needs no gradient and no time. An attack that may "
-            "choose a perturbation for each image, as above, breaks at least as many."
+            "A single perturbation is added to every image: whoever has it needs no gradient and no time. Within the same threat, "
+            "an attacker who chooses a perturbation for each image can break at least as many."
         )
         return Section("universal", "One perturbation for all images", 35, intro, [Row(pictures=pictures), table])
 
