@@ -35,7 +35,7 @@ from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/test_onnx_wild.p
 from rooms import ROOMS  # noqa: E402  the order that tests/test_architecture.py holds
 
 REFERENCE = Path(__file__).parent / "reference"
-STUB = Path(__file__).parent.parent / "src/clead/attacks/__init__.pyi"
+STUBS = Path(__file__).parent.parent / "src/clead/attacks"
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
 _REGISTRIES = {"data": DATASETS, "model": MODELS, "threat": THREATS}
@@ -75,15 +75,21 @@ def contributing() -> str:
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
-def stub() -> str:
-    """Return the text of src/clead/attacks/__init__.pyi: what editors know of the functions, which are made when imported."""
+def stubs() -> dict[str, str]:
+    """Return file name -> text of the stubs of clead.attacks: what editors know of functions that are made when imported."""
+    notice = "# Written by docs/generate.py from the settings classes: change those, not this file."
+    sources = [("eot", ["expectation"]), ("external", ["external"]), ("functions", list(functions()))]
+    imports = [f"from clead.attacks.{module} import {name} as {name}" for module, names in sources for name in names]
+    imports.append("from clead.registry import Registry\n")
+    registries = [f"{name}: Registry[Any]" for name in ("ATTACKS", "OBJECTIVES", "UNRESTRICTED")]
+    package = [notice, "from typing import Any\n", *imports, *registries]
+    return {"__init__.pyi": "\n".join(package) + "\n", "functions.pyi": f"{notice}\n{_function_stub()}"}
+
+
+def _function_stub() -> str:
     parts = [
-        "# Written by docs/generate.py from the settings classes: change those, not this file.",
-        "from typing import Any, Literal\n\nfrom torch import Tensor, nn\n",
-        "from clead.attacks.eot import expectation as expectation",
-        "from clead.attacks.external import external as external",
-        "from clead.registry import Registry\n",
-        *(f"{name}: Registry[Any]" for name in ("ATTACKS", "OBJECTIVES", "UNRESTRICTED")),
+        "from collections.abc import Callable\nfrom typing import Any, Literal\n\nfrom torch import Tensor, nn\n",
+        "PYTHON_DEFAULTS: dict[str, dict[str, Any]]",
     ]
     for name, function in functions().items():
         lines = []
@@ -94,6 +100,8 @@ def stub() -> str:
         doc = ('r"""' if "\\" in (function.__doc__ or "") else '"""') + (function.__doc__ or "")
         first, *rest = f'{doc}\n"""'.splitlines()
         parts += [*body, f"    {first}", *(f"    {line}" if line else "" for line in rest)]
+    parts += ["", "def attack_function(name: str, kind: Any) -> Callable[..., Tensor]: ..."]
+    parts += ["def functions() -> dict[str, Callable[..., Tensor]]: ..."]
     return "\n".join(parts) + "\n"
 
 
@@ -350,4 +358,5 @@ if __name__ == "__main__":
         (REFERENCE / page).write_text(text)
         print(f"{REFERENCE / page}: {len(text.splitlines())} lines")
     CONTRIBUTING.write_text(contributing())
-    STUB.write_text(stub())
+    for name, text in stubs().items():
+        (STUBS / name).write_text(text)

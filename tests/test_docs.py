@@ -503,7 +503,7 @@ def test_the_site_loads_nothing_from_the_network(site):
 
 def test_the_site_has_what_the_pages_promise(site):
     page = (site / "reference" / "python.html").read_text()
-    for name in ("clead.evaluate", "clead.train", "clead.attacks.apgd.apgd", "clead.results.record.Record"):
+    for name in ("clead.evaluate", "clead.train", "clead.attacks.functions.apgd", "clead.results.record.Record"):
         assert f'id="{name}"' in page, name
     assert (
         "--8&lt;--" not in (site / "contributing.html").read_text()

@@ -25,7 +25,7 @@ from clead.attacks.eot import expectation  # noqa: E402  (the files register the
 from clead.attacks.external import external  # noqa: E402
 from clead.attacks.functions import functions  # noqa: E402
 
-_FUNCTIONS = functions()  # imports every file, so that a name such as pgd below is the function and not the module
+_FUNCTIONS = functions()  # a name such as pgd is the function from here on, not the module
 globals().update(_FUNCTIONS)
 
 __all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "expectation", "external"]

@@ -1,6 +1,6 @@
 """The attacks as Python functions, ``clead.attacks.pgd(model, x, y, eps="8/255")``, derived from their settings classes.
 
-``docs/generate.py`` writes their signatures and docstrings into ``__init__.pyi``, which editors read.
+``docs/generate.py`` writes their signatures and docstrings into ``functions.pyi``, which editors read.
 """
 
 from __future__ import annotations
@@ -211,3 +211,9 @@ def _wrapped(text: str, indent: int) -> str:
     """Return ``text`` in lines of 120 characters at most inside a docstring, the later ones indented further."""
     lead = " " * indent
     return "\n".join(textwrap.wrap(text, 112, initial_indent=lead, subsequent_indent=2 * lead, break_long_words=False))
+
+
+_FUNCTIONS = functions()  # imports every file of attacks
+globals().update(_FUNCTIONS)
+__all__ = ["PYTHON_DEFAULTS", "attack_function", "functions"]
+__all__ += list(_FUNCTIONS)
