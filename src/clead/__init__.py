@@ -72,17 +72,13 @@ __all__ = [
 ]
 
 
-# What these do, ``measure`` does since version 0.2; they warn, and go with version 0.3.
-_OLD = ("certify_run", "corruptions_run", "detect_run", "distances_run", "unrestricted_run")
-
-
 def __getattr__(name: str) -> Any:
     if name == "attacks":
         return import_module("clead.attacks")
     if name in _WHERE:
         return getattr(import_module(_WHERE[name]), name)
-    if name in _OLD:
-        return getattr(import_module("clead.api.measurements"), name)
+    if name.endswith("_run"):  # a measurement by its name of version 0.1
+        return getattr(import_module("clead.api"), name)
     raise AttributeError(f"module 'clead' has no attribute {name!r}")
 
 

@@ -95,7 +95,7 @@ def test_a_record_of_the_first_version_is_read_and_written_alike():
             MeasurementRecord.model_validate({**values, "kind": kind})
 
 
-@pytest.mark.parametrize("name", ["certify", "corruptions", "detect", "distances", "unrestricted"])
+@pytest.mark.parametrize("name", ["certify", "corruptions", "detect", "distances", "probe", "unrestricted"])
 def test_the_functions_of_the_first_version_warn_and_measure(name, monkeypatch):
     calls = []
     monkeypatch.setattr("clead.api.measurements.measure", lambda *given, **keys: calls.append((given, keys)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -80,18 +79,17 @@ def measure(
     return measure_target(chosen, target, file, fresh=fresh, trust_state=trust_state)
 
 
-_OLD_NAMES = ("certify", "corruptions", "detect", "distances", "probe", "unrestricted")
+OLD_NAMES = {f"{name}_run": name for name in ("certify", "corruptions", "detect", "distances", "probe")}
+OLD_NAMES["unrestricted_run"] = "attack"
+"""Functions of version 0.1, each for one measurement; they go with version 0.3."""
 
 
-def _old(name: str) -> Callable[..., MeasurementRecord]:
-    """Return the function that version 0.1 had for one measurement."""
-    kind = "attack" if name == "unrestricted" else name
+def old_function(name: str) -> Callable[..., MeasurementRecord]:
+    """Return what did one measurement in version 0.1; it warns."""
 
     def call(path: str | Path, *attack: Any, **keywords: Any) -> MeasurementRecord:
-        warnings.warn(f'{name}_run: use clead.measure(run, "{kind}", …)', DeprecationWarning, stacklevel=2)
+        kind = OLD_NAMES[name]
+        warnings.warn(f'{name}: use clead.measure(run, "{kind}", …)', DeprecationWarning, stacklevel=2)
         return measure(path, kind, **({"attack": attack[0]} if attack else {}), **keywords)
 
-    return functools.wraps(measure)(call)
-
-
-certify_run, corruptions_run, detect_run, distances_run, probe_run, unrestricted_run = map(_old, _OLD_NAMES)
+    return call
