@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from clead.interfaces import Splits
 from clead.models.onnx import OnnxModel
 from clead.models.split import weights as model_weights
 from clead.results.record import Record
+
+if TYPE_CHECKING:
+    from clead.export.remeasured import Remeasured
 
 PRECISIONS = {"onnx": ("float32", "int8"), "safetensors": ("float32", "bfloat16")}
 """onnxruntime's CPU has no bfloat16 convolutions; PyTorch reads 8-bit weights only with another library's help."""
@@ -64,113 +67,24 @@ def export_run(
         What ``export.json`` holds: ``file``, ``size`` in bytes, ``difference`` (largest, of logits; ONNX), ``remeasured``.
         Raises UserError if ``out`` is not empty, an operation has no place in ONNX, or logits differ by more than 1e-4.
     """
-    from clead.export.card import card
-    from clead.export.onnx import AGREE, difference, to_int8, to_onnx
-    from clead.export.remeasured import Remeasured, remeasure
-
     out = Path(os.path.realpath(out))  # what a link leads to, which stays
     _check(out, format, precision, images)
     hub = _hub(push_to_hub) if push_to_hub else None
     opened = open_run(path, None, model, data)
-    weights = weights or opened.config.eval.weights
-    if weights != opened.config.eval.weights:
-        config = dataclasses.replace(opened.config, eval=dataclasses.replace(opened.config.eval, weights=weights))
-        opened = open_run(path, config, model, data)
-    original, config = opened.model.cpu(), opened.config
-    metadata = _metadata(opened, weights)
-    file = "model.onnx" if format == "onnx" else "model.safetensors"
+    if weights is not None and weights != opened.config.eval.weights:
+        chosen = dataclasses.replace(opened.config, eval=dataclasses.replace(opened.config.eval, weights=weights))
+        opened = open_run(path, chosen, model, data)
+    export = _Export(opened, format, precision, images, given=model is not None)
     staged = out.with_name(f".clead-export.{os.getpid()}.tmp")
-    remeasured: Remeasured | None = None
-    differs: float | None = None
-    x = to_float(opened.images.images[:_CHECKED])
     try:
         staged.mkdir(parents=True)
         if format == "onnx":
-            about = {
-                "clead": metadata["clead"],
-                "run": opened.run.name,
-                **{key: metadata[key] for key in ("classes", "shape")},
-            }
-            about |= {"fingerprint": fingerprint(model_weights(original)), "precision": precision, "range": [0, 1]}
-            content = to_onnx(original, metadata["shape"], metadata=about)
-            differs = difference(content, original, x)
-            with torch.inference_mode():
-                largest = original(x).abs().max().item()
-            if not differs <= AGREE * max(1.0, largest):
-                raise UserError(
-                    f"the exported model's logits differ from PyTorch's by {differs:.2g}, at most {AGREE:g} is allowed; "
-                    "take --format safetensors"
-                )
-            if precision == "int8":
-                content = to_int8(content, to_float(opened.splits.train.images[:CALIBRATION]).split(64))
-            (staged / file).write_bytes(content)
-            converted: nn.Module = OnnxModel(staged / file)
+            converted = export.write_onnx(staged)
         else:
-            kept = {key: value for key, value in metadata.items() if key != "clead"}
-            tensors = model_weights(original)
-            if precision == "bfloat16":
-                tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
-            save_weights(staged / file, tensors, kept)
-            converted = open_run(path, opened.config, model, data).model.cpu()
-            converted.load_state_dict(load_weights(staged / file)[0])
+            converted = export.write_safetensors(staged, open_run(path, opened.config, model, data).model.cpu())
         if precision != "float32":
-            chosen = opened.images.subset(torch.arange(min(images, len(opened.images))))
-            remeasured = remeasure(
-                original,
-                converted.eval(),
-                chosen,
-                config.threat,
-                opened.target,
-                precision=precision,
-                gradients=format == "safetensors",
-                seed=config.eval.seed,
-                show=show,
-            )
-        tree = config.to_dict()
-        _without_places(tree)
-        text = type(config).from_dict(tree).to_yaml()
-        (staged / "config.yaml").write_text(text)
-        record, notes = _record(opened)
-        if record is not None:
-            (staged / "evaluation.json").write_text(record.model_dump_json(indent=1))
-        result = {
-            "file": file,
-            "format": format,
-            "precision": precision,
-            "size": (staged / file).stat().st_size,
-            "difference": differs,
-            "remeasured": remeasured.model_dump() if remeasured else None,
-        }
-        (staged / "export.json").write_text(json.dumps(result, indent=1))
-        facts = {
-            "classes": list(metadata["classes"]),
-            "shape": list(metadata["shape"]),
-            "threat": {"norm": config.threat.norm, "text": tree["threat"]["eps"]},
-            "method": tree["method"]["name"],
-            "config": text,
-            "parameters": f"{sum(p.numel() for p in original.parameters()):,}",
-            "fingerprint": fingerprint(model_weights(original)),
-            "data_fingerprint": opened.splits.fingerprint,
-            "data": data_name(config),
-            "factory": tree["model"].get("factory"),
-            "given": model is not None,
-            "versions": ", ".join(f"{name} {environment()[name]}" for name in ("clead", "torch", "numpy", "python")),
-            "size": f"{result['size']:,}",
-            "difference": differs or 0.0,
-            "checked": len(x),
-        }
-        written = card(
-            name=opened.run.name,
-            format=format,
-            file=file,
-            precision=precision,
-            licence=licence,
-            facts=facts,
-            record=record,
-            remeasured=remeasured,
-            notes=notes,
-        )
-        (staged / "README.md").write_text(written)
+            export.measure_again(converted, show=show)
+        result = export.write_rest(staged, licence)
         if out.is_dir():
             out.rmdir()  # it is empty
         os.replace(staged, out)
@@ -185,6 +99,124 @@ def export_run(
     if hub is not None:
         result["hub"] = _push(hub, out, push_to_hub or "", private)
     return result
+
+
+class _Export:
+    """What is written into the folder of an export, file by file."""
+
+    def __init__(self, opened: OpenedRun, format: str, precision: str, images: int, *, given: bool) -> None:
+        self.opened, self.config = opened, opened.config
+        self.format, self.precision, self.images, self.given = format, precision, images, given
+        self.model = opened.model.cpu()
+        self.metadata = _metadata(opened, opened.config.eval.weights)
+        self.fingerprint = fingerprint(model_weights(self.model))
+        self.file = "model.onnx" if format == "onnx" else "model.safetensors"
+        self.difference: float | None = None
+        self.remeasured: Remeasured | None = None
+
+    def write_onnx(self, folder: Path) -> nn.Module:
+        """Write the ONNX file and return it as a model; raises UserError if its logits are not those of PyTorch."""
+        from clead.export.onnx import AGREE, difference, to_int8, to_onnx
+
+        metadata, x = self.metadata, to_float(self.opened.images.images[:_CHECKED])
+        about = {"clead": metadata["clead"], "run": self.opened.run.name}
+        about |= {key: metadata[key] for key in ("classes", "shape")}
+        about |= {"fingerprint": self.fingerprint, "precision": self.precision, "range": [0, 1]}
+        content = to_onnx(self.model, metadata["shape"], metadata=about)
+        self.difference = difference(content, self.model, x)
+        with torch.inference_mode():
+            largest = self.model(x).abs().max().item()
+        if not self.difference <= AGREE * max(1.0, largest):
+            raise UserError(
+                f"the exported model's logits differ from PyTorch's by {self.difference:.2g}, at most {AGREE:g} is allowed; "
+                "take --format safetensors"
+            )
+        if self.precision == "int8":
+            content = to_int8(content, to_float(self.opened.splits.train.images[:CALIBRATION]).split(64))
+        (folder / self.file).write_bytes(content)
+        return OnnxModel(folder / self.file)
+
+    def write_safetensors(self, folder: Path, twin: nn.Module) -> nn.Module:
+        """Write the weights and return ``twin``, another copy of the model, with the weights that were written."""
+        tensors = model_weights(self.model)
+        if self.precision == "bfloat16":
+            tensors = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tensors.items()}
+        about = {key: value for key, value in self.metadata.items() if key != "clead"}
+        save_weights(folder / self.file, tensors, about)
+        twin.load_state_dict(load_weights(folder / self.file)[0])
+        return twin
+
+    def measure_again(self, converted: nn.Module, *, show: bool) -> None:
+        """Measure the rounded model beside the original one."""
+        from clead.export.remeasured import remeasure
+
+        opened = self.opened
+        chosen = opened.images.subset(torch.arange(min(self.images, len(opened.images))))
+        self.remeasured = remeasure(
+            self.model,
+            converted.eval(),
+            chosen,
+            self.config.threat,
+            opened.target,
+            precision=self.precision,
+            gradients=self.format == "safetensors",
+            seed=self.config.eval.seed,
+            show=show,
+        )
+
+    def write_rest(self, folder: Path, licence: str) -> dict[str, Any]:
+        """Write configuration, record, ``export.json`` and the card; return what ``export.json`` holds."""
+        from clead.export.card import card
+
+        tree = self.config.to_dict()
+        _without_places(tree)
+        text = type(self.config).from_dict(tree).to_yaml()
+        (folder / "config.yaml").write_text(text)
+        record, notes = _record(self.opened)
+        if record is not None:
+            (folder / "evaluation.json").write_text(record.model_dump_json(indent=1))
+        result = {
+            "file": self.file,
+            "format": self.format,
+            "precision": self.precision,
+            "size": (folder / self.file).stat().st_size,
+            "difference": self.difference,
+            "remeasured": self.remeasured.model_dump() if self.remeasured else None,
+        }
+        (folder / "export.json").write_text(json.dumps(result, indent=1))
+        written = card(
+            name=self.opened.run.name,
+            format=self.format,
+            file=self.file,
+            precision=self.precision,
+            licence=licence,
+            facts=self._facts(tree, text, result["size"]),
+            record=record,
+            remeasured=self.remeasured,
+            notes=notes,
+        )
+        (folder / "README.md").write_text(written)
+        return result
+
+    def _facts(self, tree: dict[str, Any], text: str, size: int) -> dict[str, Any]:
+        """Return what the card says of the model."""
+        return {
+            "classes": list(self.metadata["classes"]),
+            "shape": list(self.metadata["shape"]),
+            "threat": {"norm": self.config.threat.norm, "text": tree["threat"]["eps"]},
+            "method": tree["method"]["name"],
+            "config": text,
+            "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}",
+            "fingerprint": self.fingerprint,
+            "data_fingerprint": self.opened.splits.fingerprint,
+            "data": data_name(self.config),
+            "factory": tree["model"].get("factory"),
+            "given": self.given,
+            "versions": ", ".join(f"{name} {environment()[name]}" for name in ("clead", "torch", "numpy", "python")),
+            "size": f"{size:,}",
+            "difference": self.difference or 0.0,
+            "checked": len(self.opened.images.images[:_CHECKED]),
+        }
 
 
 def _without_places(tree: dict[str, Any]) -> None:
