@@ -6,7 +6,7 @@ report's section and the reference page come from its class. ``base.py`` says wh
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,13 @@ from clead.registry import Registry
 MEASUREMENTS: Registry[Any] = Registry("measurement", "clead.measurements")
 
 
+_ENTRY = re.compile(
+    r'^@MEASUREMENTS\.register\("([\w-]+)"\)\n(?:@\w+\n)*class [^\n]*:\n    """(.*?)(?:\n\n|""")', re.M | re.S
+)
+
+
 def catalogue() -> dict[str, str]:
     """Return name -> first paragraph of the docstring of each measurement, from the source: nothing imports PyTorch."""
-    entries = {}
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        text = path.read_text()
-        if "@MEASUREMENTS.register(" not in text or path == Path(__file__):
-            continue
-        for node in ast.parse(text).body:
-            for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
-                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "MEASUREMENTS.register":
-                    about = ast.get_docstring(node) or ""  # ty: ignore[invalid-argument-type]
-                    entries[ast.literal_eval(decorator.args[0])] = about.split("\n\n")[0].replace("``", "")
-    return dict(sorted(entries.items()))
+    sources = (path.read_text() for path in Path(__file__).parent.rglob("*.py"))
+    entries = (match for source in sources for match in _ENTRY.findall(source))
+    return dict(sorted((name, " ".join(about.replace("``", "").split())) for name, about in entries))
