@@ -18,13 +18,19 @@ from torch import nn
 
 import clead.attacks
 from clead.attacks import ATTACKS, UNRESTRICTED
+from clead.attacks.apgd import APGD
 from clead.attacks.capabilities import capabilities
 from clead.attacks.fmn import FMN
 from clead.attacks.functions import PYTHON_DEFAULTS
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
 from clead.attacks.spatial import Spatial
+from clead.config import Eval
 from clead.errors import UserError
+from clead.evaluation import evaluator
+from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.suites import NamedAttack
+from clead.interfaces import ImageSet
 from clead.tasks.classification import CLASSIFICATION, TOWARDS_CLASS
 from clead.threats.linf import Linf
 
@@ -292,3 +298,37 @@ def test_targeted_attacks_are_those_of_torchattacks(torchattacks, name):
         ours = clead.attacks.fgsm(model, x, y, eps=0.1, target=target)
     assert ((ours - expected).abs() < 1e-5).float().mean() > 0.99
     assert torch.equal(model(ours).argmax(1), model(expected).argmax(1))
+
+
+def test_a_targeted_evaluation_resumes_with_the_same_flags_and_attacks_nothing_again(tmp_path, monkeypatch):
+    """What is taken for the class is checked again as that: a part of a targeted attack is not dropped as a lie."""
+    model, x = (
+        linear(),
+        torch.randint(80, 176, (24, 1, 3, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)),
+    )
+    labels = model(x / 255).argmax(1)
+    images = ImageSet(x, labels).subset((labels != 2).nonzero()[:, 0])
+    target = EvaluationTarget("m", "linear", "given", "d", "test", "f", ("a", "b", "c", "d"))
+    aimed = [
+        NamedAttack("PGD towards c", PGD(steps=5), target=2),
+        NamedAttack("APGD towards c", APGD(steps=5), target=2),
+    ]
+    options = Eval(curve_points=0, check_images=0, batch_size=8)
+
+    def evaluated():
+        result = evaluate_model(
+            model, images, Linf(eps=0.1), options, target, attacks=aimed, state=tmp_path / "state", show=False
+        )
+        return [
+            (part.flags, part.broken, part.settings["target"]) for part in result.record.attacks
+        ], result.record.notes
+
+    first, notes = evaluated()
+    assert 0 < first[0][1] < len(images) and first[0][2] == 2
+    assert any(
+        "PGD towards c is targeted: an image counts as broken only where it is taken for c" in note for note in notes
+    )
+    monkeypatch.setattr(evaluator, "run_attack", lambda *args, **how: pytest.fail("attacked again"))
+    assert evaluated()[0] == first
+    with pytest.raises(UserError, match="aims at class 2: leave out images of that class"):
+        evaluate_model(model, ImageSet(x, labels), Linf(eps=0.1), options, target, attacks=aimed, show=False)

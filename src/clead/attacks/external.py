@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clead.attacks.capabilities import check_norm
 from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.interfaces import Model, Threat
 from clead.models.seeding import fork_rng
@@ -149,11 +150,7 @@ class External:
 
         Raises UserError if the attack is made for another norm, or fails.
         """
-        norms = self.norms
-        if norms is not None and threat.norm not in norms:
-            raise UserError(
-                f"{self.name} is an attack for {', '.join(norms)}, got {threat.norm}; give norm {norms[0]}, or another attack"
-            )
+        check_norm(self, threat.norm)
         x_adv = x.clone()
         logits = model(x)
         here = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.errors import UserError
+from clead.attacks.capabilities import check_norm
 from clead.interfaces import Model, Threat
 from clead.losses.precision import at_least_float32
 from clead.settings import setting, settings
@@ -86,9 +86,8 @@ class FAB:
             task: what is right; of a targeted attack ``y`` is the class to aim at.
             generator: of the random starts, on the device of ``x``; a fixed seed if None.
         """
+        check_norm(self, norm)
         threat: Any = THREATS.get(norm)
-        if norm not in self.norms:
-            raise UserError(f"FAB is an attack for {', '.join(self.norms)}, got {norm}; give norm {self.norms[0]}")
         problem = _Problem(model, x, y, threat(eps=0), task)
         return _shortened(problem, self._nearest(problem, None, generator))
 

@@ -197,7 +197,9 @@ def _docstring(name: str, kind: Any, options: dict[str, tuple[Any, Any]]) -> str
         docs["step_size"] = _FGSM_STEP
     lines = [_wrapped(f"{key}: {docs[key]}", 4) for key in ("model", "x", "y", *options)]
     returned = (
-        "x itself where nothing was found" if able.returns_clean or able.minimum_norm else "whether it succeeds or not"
+        "x itself where nothing was found"
+        if able.returns_clean or able.minimum_norm
+        else "misclassified where the attack succeeded"
     )
     result = (
         f"x_adv, (B, C, H, W) in [0, 1]; {returned}. Raises UserError on pixels outside [0, 1], NaN, wrong labels, or settings "

@@ -165,8 +165,8 @@ def eot_pgd(
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def fab(
@@ -241,8 +241,8 @@ def fgsm(
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def fmn(
@@ -317,8 +317,8 @@ def mi_fgsm(
             it. Images whose ``y`` is the target come back as they are, with a warning.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def patch(
@@ -355,8 +355,8 @@ def patch(
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def pgd(
@@ -401,8 +401,8 @@ def pgd(
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def rays(
@@ -466,8 +466,8 @@ def spatial(
         shifts: shifts tried along each axis, evenly spaced; 1: no shift (shifts).
 
     Returns:
-        x_adv, (B, C, H, W) in [0, 1]; whether it succeeds or not. Raises UserError on pixels outside [0, 1], NaN, wrong
-        labels, or settings out of their range.
+        x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
+        1], NaN, wrong labels, or settings out of their range.
     """
 
 def square(
