@@ -196,11 +196,8 @@ def _docstring(name: str, kind: Any, options: dict[str, tuple[Any, Any]]) -> str
     if name == "fgsm":
         docs["step_size"] = _FGSM_STEP
     lines = [_wrapped(f"{key}: {docs[key]}", 4) for key in ("model", "x", "y", *options)]
-    returned = (
-        "x itself where nothing was found"
-        if able.returns_clean or able.minimum_norm
-        else "misclassified where the attack succeeded"
-    )
+    keeps = able.returns_clean or able.minimum_norm
+    returned = "x itself where nothing was found" if keeps else "misclassified where the attack succeeded"
     result = (
         f"x_adv, (B, C, H, W) in [0, 1]; {returned}. Raises UserError on pixels outside [0, 1], NaN, wrong labels, or settings "
         "out of their range."

@@ -15,7 +15,7 @@ from clead.cli.printing import print_record
 from clead.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    pass
+    from clead.config import RunConfig
 
 _STRONG_PGD = (
     *("--attack.name", "pgd", "--attack.steps", "50", "--attack.step_size", "null", "--attack.restarts", "1"),
@@ -43,47 +43,28 @@ def attack(
     json_file: Json = None,
 ) -> None:
     """Run one attack, PGD-50 if nothing else is given: clead attack RUN ... [--attack.steps 100] [--target CLASS]."""
-    from clead import api
     from clead.attacks import ATTACKS, OBJECTIVES, UNRESTRICTED
-    from clead.attacks.capabilities import capabilities
-    from clead.attacks.runner import check_applicable
     from clead.cli.measure import measure_runs
     from clead.config import parse_overrides
-    from clead.evaluation.suites import NamedAttack, attack_name
     from clead.measurements.unrestricted import UnrestrictedAttack
     from clead.settings import validated
-    from clead.tasks.classification import TOWARDS_CLASS
 
     if objective is not None:
         OBJECTIVES.get(objective)
     runs, overrides = runs_and_overrides(context.args)
+    options = {"--save": save, "--objective": objective, "--target": target}
     if verify:
         if fresh:
             raise UserError("--fresh: with --verify nothing is attacked, so nothing is left of it; leave it out")
-        useless = [
-            f"--{key}"
-            for key, given in (("save", save), ("objective", objective), ("target", target))
-            if given is not None
-        ]
-        keys = ("eval.split", "eval.weights", "train.device")
-        paths = [".".join(path) for path, _ in parse_overrides(overrides)]
-        useless += [f"--{path}" for path in paths if not path.startswith("data.") and path not in keys]
-        if useless:
-            raise UserError(
-                *(f"{name}: changes nothing with --verify, nothing is attacked; leave it out" for name in useless)
-            )
-        found = [api.verify(run, verify, config=changed(run, overrides)) for run in runs]
-        for result in found:
-            _print_verified(result)
-        if json_file:
-            write_json(json_file, found[0] if len(found) == 1 else found)
+        _verify(runs, overrides, verify, [key for key, value in options.items() if value is not None], json_file)
         return
     settings = parse_overrides(overrides)
     given = {path[1]: value for path, value in settings if path[0] == "attack" and len(path) == 2}
     name = str(given.get("name", "pgd"))
+    results: dict[str, Any] = {"fresh": fresh, "trust_state": trust_state, "out": out}
     if name in UNRESTRICTED.names():
-        for option, useless in (("--objective", objective is not None), ("--save", save is not None)):
-            if useless:
+        for option in ("--objective", "--save"):
+            if options[option] is not None:
                 raise UserError(
                     f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
                 )
@@ -92,22 +73,16 @@ def attack(
                 f"--target: the {name} attack cannot aim at a class; leave it out, or give --attack.name pgd"
             )
         del given["name"]
-        unrestricted = validated(UNRESTRICTED.get(name), given, "attack")
-        measurement = UnrestrictedAttack(attack=unrestricted)
-        measure_runs(measurement, runs, overrides, fresh=fresh, trust_state=trust_state, out=out, json_file=json_file)
+        measurement = UnrestrictedAttack(attack=validated(UNRESTRICTED.get(name), given, "attack"))
+        measure_runs(measurement, runs, overrides, json_file=json_file, **results)
         return
     if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
         raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")
     only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
-    fixed = [
-        "--eval.curve_points",
-        "0",
-        "--eval.check_images",
-        "0",
-        *(["--eval.gallery", "1000000000"] if save else []),
-    ]
+    fixed = ["--eval.curve_points", "0", "--eval.check_images", "0"]
+    fixed += ["--eval.gallery", "1000000000"] if save else []
     foreign = None
     if ":" in name:  # torchattacks:NAME or foolbox:NAME, with the settings of that class
         from clead.attacks.external import external
@@ -122,37 +97,61 @@ def attack(
     configs = [changed(run, [*overrides, *fixed]) for run in runs]
     contents = []
     for run, config in zip(runs, configs, strict=True):
-        used = foreign or config.attack
-        if objective is not None and capabilities(used).searches:
-            raise UserError(
-                f"--objective: {attack_name(used)} searches by itself and maximises none, got {objective}; leave it out"
-            )
-        if target is not None:
-            check_applicable(used, config.threat, TOWARDS_CLASS, objective or "cross_entropy")
-        name = attack_name(used, objective or "cross_entropy")
-        aim = "" if target is None else f"-towards-{target}"
-        result = "attack-" + re.sub(r"[^a-z0-9]+", "-", f"{name}{aim}".lower().replace("×", "x"))
-        with interruptible():
-            evaluation = api.evaluate_run(
-                run,
-                config=config,
-                attacks=[NamedAttack(name, used, objective or "cross_entropy")],
-                target=target,
-                result=result,
-                fresh=fresh,
-                trust_state=trust_state,
-                out=out,
-            )
-        print_record(evaluation.record)
-        if foreign is not None:
-            settings = (f"{key} {value}" for key, value in foreign.description.items() if key != "name")
-            echo(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
-        echo(f"record: {out or Path(run) / 'results'}/{result}.json")
+        evaluation = _attack_run(run, config, foreign or config.attack, objective, target, results)
         contents.append(json.loads(evaluation.record.model_dump_json()))
         if save:
             _save_images(save, evaluation)
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+def _verify(runs: list[str], overrides: list[str], file: Path, useless: list[str], json_file: Path | None) -> None:
+    """Score saved adversarial images on the runs; ``useless`` are the options that were given and change nothing."""
+    from clead import api
+    from clead.config import parse_overrides
+
+    keys = ("eval.split", "eval.weights", "train.device")
+    paths = [".".join(path) for path, _ in parse_overrides(overrides)]
+    useless = useless + [f"--{path}" for path in paths if not path.startswith("data.") and path not in keys]
+    if useless:
+        raise UserError(
+            *(f"{name}: changes nothing with --verify, nothing is attacked; leave it out" for name in useless)
+        )
+    results = [api.verify(run, file, config=changed(run, overrides)) for run in runs]
+    for result in results:
+        _print_verified(result)
+    if json_file:
+        write_json(json_file, results[0] if len(results) == 1 else results)
+
+
+def _attack_run(
+    run: str, config: RunConfig, attack: Any, objective: str | None, target: str | None, results: dict[str, Any]
+) -> Any:
+    """Attack one run, print its record, and return the evaluation; ``results`` are the options of where results go."""
+    from clead import api
+    from clead.attacks.capabilities import capabilities
+    from clead.attacks.runner import check_applicable
+    from clead.evaluation.suites import NamedAttack, attack_name
+    from clead.tasks.classification import TOWARDS_CLASS
+
+    if objective is not None and capabilities(attack).searches:
+        raise UserError(
+            f"--objective: {attack_name(attack)} searches by itself and maximises none, got {objective}; leave it out"
+        )
+    if target is not None:
+        check_applicable(attack, config.threat, TOWARDS_CLASS, objective or "cross_entropy")
+    name = attack_name(attack, objective or "cross_entropy")
+    aim = "" if target is None else f"-towards-{target}"
+    result = "attack-" + re.sub(r"[^a-z0-9]+", "-", f"{name}{aim}".lower().replace("×", "x"))
+    attacks = [NamedAttack(name, attack, objective or "cross_entropy")]
+    with interruptible():
+        evaluation = api.evaluate_run(run, config=config, attacks=attacks, target=target, result=result, **results)
+    print_record(evaluation.record)
+    if ":" in str(getattr(attack, "name", "")):
+        settings = (f"{key} {value}" for key, value in attack.description.items() if key != "name")
+        echo(f"{name} ran with {', '.join(settings)}; what --attack.* does not say is that library's default")
+    echo(f"record: {results['out'] or Path(run) / 'results'}/{result}.json")
+    return evaluation
 
 
 def _print_verified(result: dict[str, Any]) -> None:
