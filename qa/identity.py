@@ -60,8 +60,9 @@ def digest_of(file):
 
 
 def numbers_of(file):
-    """Return the logged lines without times."""
+    """Return the logged lines without times and without warnings."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] != "warning"]
     return [{k: v for k, v in line.items() if not any(word in k for word in MOVING)} for line in lines]
 
 
