@@ -154,9 +154,9 @@ def _attacks() -> str:
 def _measurements() -> str:
     parts = [
         "# Measurements",
-        "What is measured besides robust accuracy. Each is a command, `clead NAME RUN`, and a call, `clead.measure(run, \"NAME\")`; "
-        "each leaves `RUN/results/NAME.json`, goes on where a stopped call was, and adds a section to the report. Which to choose is "
-        "told in [What else can I measure?](../measurements.md)",
+        'What is measured besides robust accuracy. Each is a command, `clead NAME RUN`, and a call, `clead.measure(run, "NAME")`; '
+        "each leaves `RUN/results/NAME.json`, goes on where a stopped call was, and adds a section to the report. Which to choose "
+        "is told in [What else can I measure?](../measurements.md)",
     ]
     for name, cls in MEASUREMENTS.items():
         parts += [f"## {name}", *_docstring(cls, formula=False)]
@@ -164,7 +164,10 @@ def _measurements() -> str:
             parts.append("The attacks: [In no norm ball](attacks.md#in-no-norm-ball).")
             continue
         keys = ", ".join(f"`--{key}`" for key in cls.keys)
-        parts += [_table(config.rows_of(cls)), f"Besides data, images and weights, these keys of the settings matter: {keys}."]
+        parts += [
+            _table(config.rows_of(cls)),
+            f"Besides data, images and weights, these keys of the settings matter: {keys}.",
+        ]
     return _page(parts)
 
 

@@ -29,7 +29,7 @@ PASSED_ON = {
     # Messages of another error, or of a function that is tried below.
     "model.input: {error}",
     "{group}.{key}: {error}",
-    "{error} (training stopped at step {at.step}; {kept})",
+    "{error} (training stopped at step {self.state.step}; {kept})",
     "_no_numbers(self.path, maps, listed)",
     "_no_numbers(self.path, chosen, listed)",
 }
