@@ -10,7 +10,9 @@ largest distance and forward passes of each attack, and a digest of the adversar
 the committed CIFAR-10 models are attacked as in ``benchmarks/records``, on the first ``--images`` images, and their flags are
 compared with the record's. What ``--out`` holds already is not computed again.
 
-Digests are of this machine: another processor rounds otherwise. Compare only what one machine made.
+Digests are of one machine: another processor rounds otherwise. Compare only what one machine made. ``qa/identity.json`` was found
+the same by the code before the records of evaluations were signed and by that after the trainer, the attacks and the measurements
+had their contracts, on one machine.
 """
 
 import argparse
@@ -60,10 +62,11 @@ def digest_of(file):
 
 
 def numbers_of(file):
-    """Return the logged lines without times and without warnings."""
+    """Return a digest of the logged lines without times and without warnings."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines = [line for line in lines if line["kind"] != "warning"]
-    return [{k: v for k, v in line.items() if not any(word in k for word in MOVING)} for line in lines]
+    numbers = [{k: v for k, v in line.items() if not any(word in k for word in MOVING)} for line in lines]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
 
 
 def bits(flags):
@@ -120,16 +123,20 @@ def attacked(suite, norm, folder):
 def replayed(name, images, folder):
     """Return verdicts of a committed CIFAR-10 model on the first images, and whether they are those of the committed record."""
     record = folder / "record.json"
+    run = copied(f"cifar10-small-{name}", folder)
     clead(
         *(
             "evaluate",
-            str(ROOT / f"benchmarks/models/cifar10-small-{name}"),
+            run,
             "--suite",
             "standard",
             "--eval.images",
             images,
+            "--train.device",
+            "cpu",
+            "--json",
+            str(record),
         ),
-        *("--train.device", "cpu", "--json", str(record)),
         folder=folder,
     )
     new = verdicts_of(record)
@@ -161,7 +168,7 @@ def main():
     if arguments.data:
         os.environ["CLEAD_DATA"] = str(arguments.data)
         work |= {f"replay {name}": lambda folder, n=name: replayed(n, arguments.images, folder) for name in CIFAR}
-    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"machine": platform.processor()}
+    found = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"machine": platform.machine()}
     for name, compute in work.items():
         if name not in found and name.startswith(arguments.only):
             with tempfile.TemporaryDirectory(prefix="clead-identity-") as folder:
