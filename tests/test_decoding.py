@@ -179,7 +179,7 @@ LIMITED = """
 import io, resource
 import numpy as np
 from PIL import Image
-from clead.data.decoding import Fit, decode_one
+from clead.data.decoding import ResizeSpec, decode_one
 def most():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 for width, height in [(3, 900_000), (900_000, 2), (65000, 40), (1, 4_000_000), (4_200_000, 1)]:
@@ -187,7 +187,7 @@ for width, height in [(3, 900_000), (900_000, 2), (65000, 40), (1, 4_000_000), (
     Image.new("L", (width, height), 77).save(buffer, "PNG")
     for how in ("crop", "squash"):
         before = most()
-        shown = decode_one(buffer.getvalue(), "x", Fit(224, how))
+        shown = decode_one(buffer.getvalue(), "x", ResizeSpec(224, how))
         assert shown.shape == (224, 224) and (shown == 77).all(), (width, height, how)
         assert most() - before < 200, (width, height, how, most() - before)
 """

@@ -232,7 +232,7 @@ def kernel(monkeypatch):
     """Return what frees the locks of a process that died, which here lives on."""
     made, real = [], FileLeases.__init__
     monkeypatch.setattr(FileLeases, "__init__", lambda self, folder: made.append(self) or real(self, folder))
-    return lambda: [leases.give(name) for leases in made for name in list(leases._files)]
+    return lambda: [leases.release(name) for leases in made for name in list(leases._files)]
 
 
 @pytest.mark.parametrize("where", ["run", "ask", "enqueue", "begun", "tell", "told"])
@@ -491,37 +491,37 @@ def test_a_lease_has_one_holder(kind, tmp_path):
         }[kind]()
 
     one, two = leases(), leases()
-    assert one.take("a") and not two.take("a") and two.take("b")
-    assert one.holds("a") and not two.holds("a") and not one.holds("b")
-    one.give("a")
-    assert not one.holds("a") and two.take("a") and not one.take("a")
+    assert one.acquire("a") and not two.acquire("a") and two.acquire("b")
+    assert one.is_held("a") and not two.is_held("a") and not one.is_held("b")
+    one.release("a")
+    assert not one.is_held("a") and two.acquire("a") and not one.acquire("a")
 
 
 def test_the_holder_of_a_row_that_falls_silent_loses_it(tmp_path, monkeypatch):
     monkeypatch.setattr(TableLeases, "_beat", lambda self: None)
     one, two, three = (rows(tmp_path, silence=30.0) for _ in range(3))
-    assert one.take("a") and not two.take("a")
+    assert one.acquire("a") and not two.acquire("a")
     with one._engine.begin() as connection:  # as if half a minute had passed
         connection.execute(sql.text("update clead_leases set beat = datetime(beat, '-40 seconds')"))
-    assert one.holds("a")  # nobody took it
-    assert two.take("a") and not one.holds("a") and not three.take("a") and not one.take("a")
-    one.give("a")  # is no longer its own
-    assert two.holds("a")
-    assert rows(tmp_path, study="other").take("a")
+    assert one.is_held("a")  # nobody took it
+    assert two.acquire("a") and not one.is_held("a") and not three.acquire("a") and not one.acquire("a")
+    one.release("a")  # is no longer its own
+    assert two.is_held("a")
+    assert rows(tmp_path, study="other").acquire("a")
 
 
 def test_a_beating_heart_keeps_the_row(tmp_path):
     one, two = rows(tmp_path, silence=0.4), rows(tmp_path, silence=3.0)
-    assert one.take("a")
+    assert one.acquire("a")
     with one._engine.begin() as connection:
         connection.execute(sql.text("update clead_leases set beat = datetime(beat, '-40 seconds')"))
     deadline = time.monotonic() + 30
-    while two.take("a"):  # until the thread has said that the first one lives
-        two.give("a")
+    while two.acquire("a"):  # until the thread has said that the first one lives
+        two.release("a")
         assert time.monotonic() < deadline
-        one.take("a")
+        one.acquire("a")
         time.sleep(0.05)
-    assert one.holds("a")
+    assert one.is_held("a")
 
 
 def test_a_process_on_the_same_disk_is_not_taken_for_dead(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def recipe_names() -> list[str]:
 def recipe_text(recipe: str) -> tuple[str, str]:
     """Return (name, YAML text) of a shipped recipe's name or of a YAML file's path; raises UserError if there is neither."""
     if recipe in recipe_names():
-        return recipe, (resources.files("clead") / "recipes" / f"{recipe}.yaml").read_text()
+        return recipe, (resources.files("clead") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     path = Path(recipe)
     if path.is_file():
         try:

@@ -89,7 +89,7 @@ def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int)
         num_classes: K ≥ 2.
         seed: decides which and what.
 
-    >>> noisy(torch.zeros(10, dtype=torch.int64), 0.3, 2, seed=0).sum()
+    >>> corrupt_labels(torch.zeros(10, dtype=torch.int64), 0.3, 2, seed=0).sum()
     tensor(3)
     """
     random = _random((seed, _NOISE))

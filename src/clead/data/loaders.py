@@ -22,7 +22,7 @@ _ORDER, _FIRST_VIEW, _SECOND_VIEW, _CUTMIX, _LABELLED_ORDER, _UNLABELLED_ORDER =
 def make_generator(device: torch.device | str, *integers: int) -> torch.Generator:
     """Return a generator on ``device``, its stream decided by the integers (of any size) and their order.
 
-    >>> a, b, c = (torch.rand(1, generator=seeded("cpu", *key)).item() for key in [(1, 2), (1, 2), (2, 1)])
+    >>> a, b, c = (torch.rand(1, generator=make_generator("cpu", *key)).item() for key in [(1, 2), (1, 2), (2, 1)])
     >>> a == b, a == c
     (True, False)
     """

@@ -22,6 +22,6 @@ _ENTRY = re.compile(
 
 def catalogue() -> dict[str, str]:
     """Return name -> first paragraph of the docstring of each measurement, from the source: nothing imports PyTorch."""
-    sources = (path.read_text() for path in Path(__file__).parent.rglob("*.py"))
+    sources = (path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("*.py"))
     entries = (match for source in sources for match in _ENTRY.findall(source))
     return dict(sorted((name, " ".join(about.replace("``", "").split())) for name, about in entries))

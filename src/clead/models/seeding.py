@@ -17,9 +17,9 @@ def fork_rng(seed: int) -> Generator[None, None, None]:
     Initialisers of ``torch.nn`` draw from torch's only; a randomised model or another library may draw from any.
     CUDA is neither initialised nor seeded if it was not in use.
 
-    >>> with seeded(3):
+    >>> with fork_rng(3):
     ...     first = torch.rand(2)
-    >>> with seeded(3):
+    >>> with fork_rng(3):
     ...     print(bool((torch.rand(2) == first).all()))
     True
     """
