@@ -64,20 +64,20 @@ class CW:
         return self._run(model, x, y, task, 0.0).images
 
     def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, enough: float) -> BestAdversarial:
-        found = BestAdversarial(x, "l2")
+        nearest = BestAdversarial(x, "l2")
         everything = torch.arange(len(x), device=x.device)
-        found.offer(everything, x, task.margin(model(x), y))  # what is wrong already has distance 0
-        weight = torch.full_like(found.sizes, self.weight)
+        nearest.offer(everything, x, task.margin(model(x), y))  # what is wrong already has distance 0
+        weight = torch.full_like(nearest.sizes, self.weight)
         low, high = torch.zeros_like(weight), torch.full_like(weight, torch.inf)
         for _ in range(self.search_steps):
-            left = found.left(enough)
+            left = nearest.left(enough)
             if not len(left):
                 break
             crossed = torch.zeros_like(weight, dtype=torch.bool)
-            crossed[left] = self._descend(model, x[left], y[left], weight[left], left, found, task)
+            crossed[left] = self._descend(model, x[left], y[left], weight[left], left, nearest, task)
             high, low = torch.where(crossed, weight, high), torch.where(crossed, low, weight)
             weight = torch.where(high.isinf(), 10 * weight, (low + high) / 2)
-        return found
+        return nearest
 
     def _descend(
         self,
@@ -86,7 +86,7 @@ class CW:
         y: Tensor,
         weight: Tensor,
         index: Tensor,
-        found: BestAdversarial,
+        nearest: BestAdversarial,
         task: Task,
     ) -> Tensor:
         """Minimise for one weight per image, offering every point of the path; returns which images were ever wrong, (B,)."""
@@ -101,7 +101,7 @@ class CW:
                 lead = task.margin(model(x_adv), y)
                 loss = flat(x_adv - x).square().sum(1) + weight * (-lead).clamp_min(0)
                 (w.grad,) = torch.autograd.grad(loss.sum(), w)
-            crossed |= found.offer(index, x_adv.detach(), lead.detach())
+            crossed |= nearest.offer(index, x_adv.detach(), lead.detach())
             if step % math.ceil(self.steps / 10) == 0:
                 if not (loss < 0.9999 * before).any():  # synchronises the device
                     break

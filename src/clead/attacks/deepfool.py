@@ -46,7 +46,7 @@ class DeepFool:
         return self._run(model, x, y, norm).images
 
     def _run(self, model: Model, x: Tensor, y: Tensor, norm: str) -> BestAdversarial:
-        found = BestAdversarial(x, norm)
+        nearest = BestAdversarial(x, norm)
         left = torch.arange(len(x), device=x.device)
         others = torch.empty(0)
         total = torch.zeros_like(x)
@@ -58,12 +58,12 @@ class DeepFool:
             if step == 0:
                 count = min(self.candidates, logits.shape[1] - 1)
                 others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
-            right = ~found.offer(left, x_adv.detach(), CLASSIFICATION.margin(logits.detach(), y[left]))
+            right = ~nearest.offer(left, x_adv.detach(), CLASSIFICATION.margin(logits.detach(), y[left]))
             if step == self.steps or not right.any():  # synchronises the device
                 break
             total = total + self._to_the_boundary(logits, x_adv, y[left], others, norm)
             left, total, others = left[right], total[right], others[right]
-        return found
+        return nearest
 
     @staticmethod
     def _to_the_boundary(logits: Tensor, x_adv: Tensor, y: Tensor, others: Tensor, norm: str) -> Tensor:

@@ -153,8 +153,8 @@ class External:
         check_norm(self, threat.norm)
         x_adv = x.clone()
         logits = model(x)
-        here = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]
-        if not len(here) or not threat.eps:  # synchronises the device
+        attacked = CLASSIFICATION.correct(logits, y).nonzero()[:, 0]
+        if not len(attacked) or not threat.eps:  # synchronises the device
             return x_adv
         seed = 0
         if generator is not None:
@@ -162,7 +162,7 @@ class External:
         run = _torchattacks if self.name.startswith("torchattacks:") else _foolbox
         with _quiet(seed):
             try:
-                found = run(self, _Answer(model, x), x[here].float(), y[here], threat, seed, logits.shape[1])
+                found = run(self, _Answer(model, x), x[attacked].float(), y[attacked], threat, seed, logits.shape[1])
             except UserError:
                 raise
             except Exception as error:
@@ -178,8 +178,8 @@ class External:
         # Rounding may carry a pixel a hair out of the box; anything farther is not ours to mend.
         inside = ((found >= -1e-6) & (found <= 1 + 1e-6)).flatten(1).all(1)
         found = found.clamp(0, 1)
-        inside &= threat.distance(found - x[here]) <= threat.eps * (1 + 1e-5) + 1e-6
-        x_adv[here] = torch.where(per_image(inside, found), found, x[here])
+        inside &= threat.distance(found - x[attacked]) <= threat.eps * (1 + 1e-5) + 1e-6
+        x_adv[attacked] = torch.where(per_image(inside, found), found, x[attacked])
         return x_adv
 
 

@@ -72,13 +72,13 @@ class FMN:
         return self._run(model, x, y, task, norm, 0.0).images
 
     def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, norm: str, enough: float) -> BestAdversarial:
-        found = BestAdversarial(x, norm)
+        nearest = BestAdversarial(x, norm)
         measure = THREATS.get(norm)(eps=0).distance
         farthest = measure(torch.maximum(x, 1 - x))
         delta = torch.zeros_like(x)
-        radius = torch.ones_like(found.sizes) if norm == "l0" else torch.full_like(found.sizes, torch.inf)
+        radius = torch.ones_like(nearest.sizes) if norm == "l0" else torch.full_like(nearest.sizes, torch.inf)
         for step in range(self.steps):
-            left = found.left(enough)
+            left = nearest.left(enough)
             if not len(left):
                 break
             falling = (1 + math.cos(math.pi * step / self.steps)) / 2
@@ -88,8 +88,8 @@ class FMN:
             x_left, y_left, here = x[left], y[left], delta[left]
             x_adv = (x_left + here).clamp(0, 1)  # it is there already, up to rounding
             value, gradient = value_and_gradient(lambda z, y=y_left: task.margin(model(z), y), x_adv)
-            wrong = found.offer(left, x_adv, value)
-            best = found.sizes[left]
+            wrong = nearest.offer(left, x_adv, value)
+            best = nearest.sizes[left]
             # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
             scale = flat(gradient).abs().amax(1).clamp_min(1e-38)
             unit = gradient / per_image(scale, gradient)
@@ -106,7 +106,7 @@ class FMN:
             radius[left] = torch.minimum(now, farthest[left])
             ascent = unit / per_image(torch.linalg.vector_norm(flat(unit), dim=1).clamp_min(1e-12), unit)
             delta[left] = _project(x_left, here + length * ascent, radius[left], norm)
-        return found
+        return nearest
 
 
 def _project(x: Tensor, delta: Tensor, radius: Tensor, norm: str) -> Tensor:
