@@ -29,8 +29,8 @@ browser:  ## install Debian's Chromium, which tests of the playground drive, unl
 	{ echo 'make browser: no Chromium found, and none could be installed; install one, or set CLEAD_BROWSER to its path' >&2; exit 1; }
 
 lint: $(VENV)/.dev  ## ruff and ty
-	$(RUN) -m ruff check src tests benchmarks qa examples docs/*.py
-	$(RUN) -m ruff format --check src tests benchmarks qa examples docs/*.py
+	$(RUN) -m ruff check src tests benchmarks studies qa examples docs/*.py
+	$(RUN) -m ruff format --check src tests benchmarks studies qa examples docs/*.py
 	$(RUN) -m ty check --python $(VENV) src
 
 $(VENV)/bin/python:

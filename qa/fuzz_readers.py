@@ -38,7 +38,7 @@ from clead.data.datasets.npz import read_npz
 from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
 
-RECORDS = Path(__file__).parent.parent / "benchmarks" / "records"
+RECORDS = Path(__file__).parent.parent / "studies" / "records"
 SLOW = 10.0
 MAGIC = b"clead-state-1\n"
 

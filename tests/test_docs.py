@@ -66,7 +66,7 @@ ROWS = {
     "few labels": 5,
     "mnist": 8,
 }
-"""Of the tables that benchmarks/tables.py prints."""
+"""Of the tables that studies/tables.py prints."""
 RESULTS = {
     **dict.fromkeys(("digits", "cifar10", "mnist", "stored images"), "docs/results/headline.md"),
     **dict.fromkeys(("few labels", "few labels, digits", "wrong labels"), "docs/results/few-labels.md"),
@@ -86,25 +86,25 @@ NOT_RUN = {
     "clead tune digits-clead --storage postgresql://user@host/database --out runs/search": "tests/test_tuning_processes.py does",
     "make demo": "needs a package registry; test_make_targets_that_pages_name_exist looks at it, tests/test_demo.py runs the demo",
     "make test": "runs the tests, and so would not end",
-    "python benchmarks/study.py benchmarks/study_headline/digits.yaml": "takes two hours",
-    "python benchmarks/study.py benchmarks/study_headline/digits.yaml --work RUNS": "takes two hours",
-    "python benchmarks/study.py benchmarks/study_headline/cifar10.yaml": "takes five hours, and CIFAR-10",
-    "python benchmarks/study.py benchmarks/study_headline/mnist.yaml": "takes four hours, and MNIST",
-    "python benchmarks/study.py benchmarks/few_labels_cifar10.yaml": "takes seven hours, and CIFAR-10",
-    "python benchmarks/study.py benchmarks/screen_digits.yaml": "takes an hour",
-    "python benchmarks/study.py benchmarks/few_labels_digits.yaml": "takes an hour",
-    "python benchmarks/study.py benchmarks/label_noise_digits.yaml": "takes an hour",
-    "python benchmarks/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 "
+    "python studies/study.py studies/study_headline/digits.yaml": "takes two hours",
+    "python studies/study.py studies/study_headline/digits.yaml --work RUNS": "takes two hours",
+    "python studies/study.py studies/study_headline/cifar10.yaml": "takes five hours, and CIFAR-10",
+    "python studies/study.py studies/study_headline/mnist.yaml": "takes four hours, and MNIST",
+    "python studies/study.py studies/few_labels_cifar10.yaml": "takes seven hours, and CIFAR-10",
+    "python studies/study.py studies/screen_digits.yaml": "takes an hour",
+    "python studies/study.py studies/few_labels_digits.yaml": "takes an hour",
+    "python studies/study.py studies/label_noise_digits.yaml": "takes an hour",
+    "python studies/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 "
     "RUNS/clead-s1": "needs the runs of the study",
-    "python benchmarks/transfer.py benchmarks/study_headline/digits.yaml --only standard pgd-at trades clead": "takes a "
+    "python studies/transfer.py studies/study_headline/digits.yaml --only standard pgd-at trades clead": "takes a "
     "quarter of an hour, and MNIST",
-    "python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
+    "python studies/unforeseen.py studies/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 "
     "--pixels 0.4": "needs the runs of the study",
     "pip install --no-deps torchattacks==3.5.1": "needs a package registry",
     "pip install requests": "needs a package registry",
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
     "python benchmarks/train_step.py --out benchmarks/train_step.json": "takes minutes on a quiet machine",
-    "cp -r benchmarks/models/digits-clead runs/committed": "goes with the next",
+    "cp -r studies/models/digits-clead runs/committed": "goes with the next",
     "export OMP_NUM_THREADS=8": "goes with the next",
     "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id '$SLURM_JOB_ID' --rdzv-backend c10d "
     "--rdzv-endpoint '$(scontrol show hostnames | head -n 1):29400' -m clead train cifar10-resnet18-clead "
@@ -166,7 +166,7 @@ def prepared(page: str, trained: Path) -> None:
     for place in ("my/images", "other/images"):
         _images(Path(place), tuple("0123456789"), (8, 8))
     Path("digit.png").write_bytes(Path("my/images/test/3/0.png").read_bytes())
-    for name in ("benchmarks", "examples", "docs"):
+    for name in ("benchmarks", "studies", "examples", "docs"):
         shutil.copytree(ROOT / name, name)  # a command may write where its results are
     Path("src/clead/attacks").mkdir(parents=True)  # docs/generate.py writes a stub there
     for name in ("constraints.txt", "CONTRIBUTING.md"):
@@ -513,9 +513,9 @@ def test_the_site_has_what_the_pages_promise(site):
 
 
 def tables() -> dict[str, list[str]]:
-    """Return the rows of each table that benchmarks/tables.py prints of the committed records."""
+    """Return the rows of each table that studies/tables.py prints of the committed records."""
     printed = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "tables.py")], capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "studies" / "tables.py")], capture_output=True, text=True, check=True
     ).stdout
     found: dict[str, list[str]] = {}
     for part in re.split("^## ", printed, flags=re.M)[1:]:
@@ -568,7 +568,7 @@ def quoted() -> list[tuple[str, str]]:
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
     published = [digits[f"C-LEAD as published, {name}"][3].split()[0] for name in ("linear head", "all fine-tuned")]
     own_digits = digits["C-LEAD"][3].split()[0]
-    record = api.read_record(ROOT / "benchmarks" / "records" / "cifar10-small-clead-s0-standard.json")
+    record = api.read_record(ROOT / "studies" / "records" / "cifar10-small-clead-s0-standard.json")
     headline, few_labels, ablations = (f"docs/results/{name}.md" for name in ("headline", "few-labels", "ablations"))
     return [
         (

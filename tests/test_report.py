@@ -33,7 +33,7 @@ from clead.results.figure import PALETTE
 from clead.results.record import MemoryPart, PredictionsPart, Record
 from clead.threats import THREATS
 
-RECORDS = sorted((Path(__file__).parents[1] / "benchmarks/records").glob("cifar10-small-*-s0-standard.json"))
+RECORDS = sorted((Path(__file__).parents[1] / "studies/records").glob("cifar10-small-*-s0-standard.json"))
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "circle", "use", "rect"}
 DIGITS = load_digits()
 

@@ -1,4 +1,4 @@
-"""The queue of a study (benchmarks/study.py): rows are kept, failures do not stop it, changed settings are refused."""
+"""The queue of a study (studies/study.py): rows are kept, failures do not stop it, changed settings are refused."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-STUDY = Path(__file__).parents[1] / "benchmarks" / "study.py"
+STUDY = Path(__file__).parents[1] / "studies" / "study.py"
 WRONG = "  wrong: {recipe: digits-pgd-at, set: --attack.steps -1}\n"
 QUEUE = """
 common: --train.budget 3 --data.limit_train 60 --eval.images 10 --eval.check_images 0 --eval.curve_points 0 --eval.gallery 0

@@ -26,7 +26,7 @@ from clead.results.section import Section, Table
 from clead.settings import setting, settings
 
 COMMANDS = [name for name in MEASUREMENTS.names() if name != "attack"]  # which belongs to clead attack
-RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
+RECORDS = Path(__file__).parents[2] / "studies" / "records"
 
 
 @pytest.fixture(scope="module")

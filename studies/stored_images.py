@@ -1,6 +1,6 @@
 """Ask other models about the images that C-LEAD as published has stored: how much of being right on them is robustness?
 
-python benchmarks/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 RUNS/clead-s1
+python studies/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 RUNS/clead-s1
 
 RUNS are made by ``clead train RECIPE --train.seed N --train.validate_every 1000 --out RUNS/NAME-sN`` with the recipes
 digits-clead-published, digits-standard and digits-clead; for CIFAR-10 with cifar10-small-clead-published, seeds 1 and 2, and
@@ -8,7 +8,7 @@ cifar10-small-standard, seed 2, without --train.validate_every, and ``--images 5
 
 The first is a run of a recipe ``*-clead-published``, whose adversarial test images were made for the classifier of its first stage;
 the others are runs on the same data. Those that began with other random weights have never seen anything of that classifier.
-Results are added to benchmarks/stored_images.json: for each pair how many of the first test images a model has right when clean and
+Results are added to studies/stored_images.json: for each pair how many of the first test images a model has right when clean and
 as stored, and how large the perturbations are.
 """
 

@@ -1,7 +1,7 @@
 """Print the tables of docs/results/, and the figures in the recipes' headers, from the committed results.
 
-python benchmarks/tables.py                                                       # the tables of docs/results/
-python benchmarks/tables.py benchmarks/study_headline/digits.json --against clead       # of a study, with paired differences
+python studies/tables.py                                                       # the tables of docs/results/
+python studies/tables.py studies/study_headline/digits.json --against clead       # of a study, with paired differences
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """``clead tune digits-clead`` against the committed recipe: what a search of minutes finds, measured on test images it never saw.
 
-    python benchmarks/tune_digits.py --work DIR --out benchmarks/tune_digits.json        (half an hour on 2 cores)
+    python studies/tune_digits.py --work DIR --out studies/tune_digits.json        (half an hour on 2 cores)
 
 Two processes share one search, with the space that the recipe declares. Then the recipe that was found and the committed one are
 trained with seeds that the search did not use, and evaluated by AutoAttack standard on all test images. What is in DIR already is
@@ -83,7 +83,7 @@ def main():
         print(name, rows[name])
     trials = json.loads((given.work / "search" / "trials.json").read_text())
     result = {
-        "command": f"python benchmarks/tune_digits.py --work DIR --out {given.out}",
+        "command": f"python studies/tune_digits.py --work DIR --out {given.out}",
         "search": {
             "processes": 2,
             "seconds": seconds,

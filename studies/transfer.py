@@ -1,9 +1,9 @@
 """Use the features of digits models for other data: MNIST, shrunk to 8×8, by a linear probe that is attacked.
 
-CLEAD_DATA=... python benchmarks/transfer.py benchmarks/study_headline/digits.yaml --only standard pgd-at trades clead
-python benchmarks/tables.py benchmarks/transfer_digits.json
+CLEAD_DATA=... python studies/transfer.py studies/study_headline/digits.yaml --only standard pgd-at trades clead
+python studies/tables.py studies/transfer_digits.json
 
-The models are those of the variants and seeds of a study (see ``benchmarks/study.py``; not of those that need another one);
+The models are those of the variants and seeds of a study (see ``studies/study.py``; not of those that need another one);
 runs that it left in ``--work`` are used, and the others trained. The encoder stays as it is; a linear classifier is fitted to
 4,500 clean images of MNIST, and 1,000 of its test set are attacked by PGD-50 (cross-entropy and margin) through both, in the
 ball of the study's recipes. With every C of ``STRENGTHS``, the same for all models: how hard a classifier is fitted decides how

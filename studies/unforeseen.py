@@ -1,9 +1,9 @@
 """Measure the runs of a study under threats that they were not trained against: other norms, rotations and shifts, corruptions.
 
-python benchmarks/unforeseen.py benchmarks/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 --pixels 0.4
-python benchmarks/tables.py benchmarks/unforeseen_digits.json
+python studies/unforeseen.py studies/study_headline/digits.json --work RUNS --norms l2:0.6 l1:1 --degrees 15 --pixels 0.4
+python studies/tables.py studies/unforeseen_digits.json
 
-STUDY is the result of ``benchmarks/study.py``, ``--work`` the folder in which it left its runs. Norms are attacked with the suite
+STUDY is the result of ``studies/study.py``, ``--work`` the folder in which it left its runs. Norms are attacked with the suite
 quick (two APGD of 50 steps), rotations and shifts exhaustively, corruptions are the mean of all kinds and
 severities. The same images as in the study, the weights that its recipes evaluate. Rows that exist are not measured again.
 """
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--norms", nargs="+", required=True, metavar="NORM:EPS")
     parser.add_argument("--degrees", type=float, default=30.0, help="largest rotation")
     parser.add_argument("--pixels", type=float, required=True, help="largest shift; a tenth of the side is usual")
-    parser.add_argument("--out", type=Path, help="benchmarks/unforeseen_STUDY.json by default")
+    parser.add_argument("--out", type=Path, help="studies/unforeseen_STUDY.json by default")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="these variants")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Run variants of recipes over seeds, two at a time, and keep every result: a queue that goes on where it was stopped.
 
-python benchmarks/study.py benchmarks/study_headline/digits.yaml
+python studies/study.py studies/study_headline/digits.yaml
 
 The YAML file names the recipes, seeds (a variant may have its own), common overrides and variants, and the suites to evaluate
 with (the first one's result is ``robust_accuracy``; by default what the overrides say). Results go to the JSON file of the same
