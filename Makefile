@@ -6,16 +6,19 @@ JOBS ?= 2
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs browser lint audit release clean
+.PHONY: help demo test quick-test docs browser lint audit release clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.demo  ## train four methods on handwritten digits, attack them, write a report (two minutes on two cores)
 	$(RUN) -m clead demo
 
 test: $(VENV)/.dev lint browser  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+quick-test: $(VENV)/.dev  ## the tests that take a moment each, in under three minutes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 docs: $(VENV)/.dev  ## build the documentation into site/; a broken link is an error
 	$(VENV)/bin/zensical build --clean --strict

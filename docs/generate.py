@@ -1,6 +1,6 @@
 """Write the pages of docs/reference/, and the list of rooms in CONTRIBUTING.md, from the program itself, so that they cannot drift.
 
-python docs/generate.py            # after a change; tests/test_docs.py fails while the pages are not what this would write
+python docs/generate.py            # after a change; tests/docs/test_docs.py fails while the pages are not what this would write
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from clead.models import MODELS
 from clead.threats import THREATS
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from layouts import LAYOUTS  # noqa: E402  the samples that tests/test_layouts.py reads
-from model_kinds import KINDS  # noqa: E402  the samples that tests/test_external_models.py tries
-from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/test_onnx_wild.py
-from rooms import ROOMS  # noqa: E402  the order that tests/test_architecture.py holds
+from layouts import LAYOUTS  # noqa: E402  the samples that tests/integration/test_layouts.py reads
+from model_kinds import KINDS  # noqa: E402  the samples that tests/integration/test_external_models.py tries
+from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/integration/test_onnx_wild.py
+from rooms import ROOMS  # noqa: E402  the order that tests/contract/test_architecture.py holds
 
 REFERENCE = Path(__file__).parent / "reference"
 STUBS = Path(__file__).parent.parent / "src/clead/attacks"
@@ -269,7 +269,7 @@ def _layouts() -> str:
     parts = [
         "# Layouts of data",
         "What `--data.path` reads (with `--data.name auto` or the name of the data set), and what it refuses. A small sample "
-        "of each is read by `tests/test_layouts.py`; this table is written from them (`tests/layouts.py`).",
+        "of each is read by `tests/integration/test_layouts.py`; this table is written from them (`tests/layouts.py`).",
         "\n".join(["| data | files | read as | what else to know |", "|---|---|---|---|", *rows]),
     ]
     return _page(parts)
@@ -288,11 +288,11 @@ def _kinds() -> str:
         "What `clead evaluate --model`, `clead train --model.name FILE.py:FACTORY` and `clead.evaluate` do with modules that are "
         "not of this package. Each forward gets a copy of its images, so a module may write into them; the logits are picked out "
         "of what it returns (`--model.output NAME|INDEX` where more than one tensor can be meant). What was decided is said on "
-        "stderr and in the record's notes. Every row is tried by `tests/test_external_models.py` and written from "
+        "stderr and in the record's notes. Every row is tried by `tests/integration/test_external_models.py` and written from "
         "`tests/model_kinds.py`: where a kind is evaluated, the flags are those of the plain module.",
         "\n".join(["| model | evaluated | trained by PGD-AT | what the program does |", "|---|---|---|---|", *rows]),
-        "ONNX files, which answer queries only (`--suite queries`); tried by `tests/test_onnx_wild.py` and written from "
-        "`tests/onnx_kinds.py`:",
+        "ONNX files, which answer queries only (`--suite queries`); tried by `tests/integration/test_onnx_wild.py` and "
+        "written from `tests/onnx_kinds.py`:",
         _onnx_kinds(),
         "Methods that look at features (`clead`, `acl` …) need the layer that maps them to the logits: the final `nn.Linear` is "
         "found, any other is named by `--model.classifier NAME`. The others train a model without.",

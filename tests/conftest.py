@@ -1,4 +1,8 @@
-"""One thread per test process: on two cores it is faster than sharing them, and sums do not depend on the machine."""
+"""One thread per test process: on two cores it is faster than sharing them, and sums do not depend on the machine.
+
+A test that takes more than about two seconds is marked ``slow``, and so are all of the folders of ``SLOW``: ``make quick-test``
+leaves them out.
+"""
 
 import atexit
 import os
@@ -15,6 +19,15 @@ import torch
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 torch.set_num_threads(1)
+
+SLOW = ("process", "browser", "docs")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what lies in the folders of ``SLOW``."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ A layout is a function that writes a sample into a folder and returns the path t
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import pickle
 import shutil
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from support import encoded
 
 TEN = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DIGITS = tuple(map(str, range(10)))
@@ -61,13 +61,6 @@ def layout(data: str, tree: str, **what: object) -> Callable[[Callable[[Path], P
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     """Return random pixels."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: np.ndarray, kind: str = "PNG") -> bytes:
-    """Return an image file's bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def labels_of(count: int, classes: int) -> np.ndarray:

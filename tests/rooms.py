@@ -1,6 +1,6 @@
 """The rooms of ``src/clead``, in order: a room may import itself and the rooms before it.
 
-``tests/test_architecture.py`` checks the imports against this order; ``docs/generate.py`` writes it into CONTRIBUTING.md.
+``tests/contract/test_architecture.py`` checks the imports against this order; ``docs/generate.py`` writes it into CONTRIBUTING.md.
 """
 
 ROOMS = {

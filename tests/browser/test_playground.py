@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+
+from support import encoded
 
 ATTACKED = 60_000  # milliseconds
 
@@ -38,12 +38,6 @@ def start(page: Page, duel, query: str = "") -> None:
     expect(page.locator("#run")).to_be_visible()
 
 
-def png(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def give(page: Page, name: str, kind: str, content: bytes) -> None:
     page.get_by_role("tab", name="Upload").click()
     page.locator("#upload input[type=file]").set_input_files({"name": name, "mimeType": kind, "buffer": content})
@@ -51,7 +45,7 @@ def give(page: Page, name: str, kind: str, content: bytes) -> None:
 
 def test_an_uploaded_image_fools_the_standard_model_and_not_the_hardened_one(page, duel):
     start(page, duel)
-    give(page, "digit.png", "image/png", png(duel.contest.images.images[duel.index, 0].numpy()))
+    give(page, "digit.png", "image/png", encoded(duel.contest.images.images[duel.index, 0].numpy()))
     expect(page.locator("#chosen")).to_contain_text("Your file")
     expect(page.locator("#chosen")).to_contain_text("not part of the link")
     page.locator("#run").click()
@@ -119,7 +113,7 @@ def test_a_broken_link_is_said_and_not_followed(page, duel, query):
     ("name", "kind", "content", "words"),
     [
         ("a.svg", "image/svg+xml", b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "SVG, which is no raster image"),
-        ("huge.png", "image/png", png(np.zeros((6000, 6000), np.uint8)), "25 megapixels"),
+        ("huge.png", "image/png", encoded(np.zeros((6000, 6000), np.uint8)), "25 megapixels"),
         ("broken.jpg", "image/jpeg", b"\xff\xd8\xff\xe0" + b"0" * 40, "not a readable image"),
         ("long.png", "image/png", b"\x89PNG" + b"0" * (8 * 2**20), "maximum allowed size"),
     ],
@@ -262,7 +256,7 @@ def test_the_leaderboards_limits_hold(duel):
 
 
 def test_no_file_of_the_server_is_given_out(duel):
-    (duel.files / "secret.png").write_bytes(png(np.zeros((4, 4), np.uint8)))
+    (duel.files / "secret.png").write_bytes(encoded(np.zeros((4, 4), np.uint8)))
     for path in ("/etc/passwd", f"{duel.files}/secret.png", f"{duel.files}/standard/config.yaml", "log", "../log"):
         assert httpx.get(f"{duel.address}gradio_api/file={path}").status_code == 404
     assert httpx.get(f"{duel.address}gradio_api/file=http://127.0.0.1:1/").status_code == 404

@@ -18,6 +18,7 @@ from clead.interfaces import Search
 from clead.models.external import ModelError
 from clead.models.split import SplitModel, adapt
 from clead.threats import THREATS
+from support import generator
 
 RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0, "l0": 3}
 
@@ -105,10 +106,7 @@ def threat(request: pytest.FixtureRequest) -> Any:
     return THREATS.get(request.param)(eps=RADII[request.param])
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES.names())
 def test_attack_leaves_model_untouched(attack, threat, objective):
     if isinstance(attack, Search) and objective != OBJECTIVES.names()[0]:
@@ -125,6 +123,7 @@ def test_attack_leaves_model_untouched(attack, threat, objective):
     assert torch.equal(again, x_adv), "not deterministic in the seed"
 
 
+@pytest.mark.slow
 def test_a_randomised_model_draws_from_no_one_elses_stream(attack, threat):
     model, (x, y) = make_model(Randomised), images()
     before = snapshot(model, x, y)
@@ -148,12 +147,14 @@ def test_attack_moves_and_gains(attack, threat):
         assert (after > before).all()
 
 
+@pytest.mark.slow
 def test_a_model_in_training_mode_is_attacked_in_evaluation_mode(attack, threat):
     model, (x, y) = make_model(), images()
     training = run_attack(attack, model, x, y, threat, generator=generator())
     assert torch.equal(training, run_attack(attack, model.eval(), x, y, threat, generator=generator()))
 
 
+@pytest.mark.slow
 def test_each_image_is_attacked_by_itself(attack, threat):
     """The sum over the batch has no cross terms, so an image's attack does not depend on its neighbours."""
     if isinstance(attack, Search):
@@ -165,6 +166,7 @@ def test_each_image_is_attacked_by_itself(attack, threat):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES.names())
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_callers_autograd_mode_is_of_no_account(attack, objective, mode):
@@ -213,6 +215,7 @@ def test_an_exception_inside_leaves_model_untouched(threat, fails_at):
         assert snapshot(model, x, y) == before
 
 
+@pytest.mark.slow
 def test_images_that_require_a_gradient_give_a_leaf_without_one(attack, threat):
     model, (x, y) = make_model(), images()
     expected = run_attack(attack, model, x, y, threat, generator=generator())
@@ -221,6 +224,7 @@ def test_images_that_require_a_gradient_give_a_leaf_without_one(attack, threat):
     assert torch.equal(x_adv, expected) and not x_adv.requires_grad and x.grad is None
 
 
+@pytest.mark.slow
 def test_no_generator_means_a_fixed_seed_not_the_global_one(attack, threat):
     model, (x, y) = make_model(), images()
     state = torch.get_rng_state()

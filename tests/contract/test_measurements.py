@@ -24,9 +24,10 @@ from clead.measurements.base import Measured, Measurement, MeasurementRecord, Me
 from clead.report.html import RunResult, write_report
 from clead.results.section import Section, Table
 from clead.settings import setting, settings
+from support import ROOT
 
 COMMANDS = [name for name in MEASUREMENTS.names() if name != "attack"]  # which belongs to clead attack
-RECORDS = Path(__file__).parents[2] / "studies" / "records"
+RECORDS = ROOT / "studies" / "records"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,7 @@ def test_its_class_says_what_is_derived(name):
     assert not hasattr(cls, "__abstractmethods__") or not cls.__abstractmethods__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_mistake_in_python_is_a_user_error(name, trained):
     with pytest.raises(UserError, match="colour: unknown key"):
@@ -156,6 +158,7 @@ def brightness():
     del MEASUREMENTS._entries["brightness"]
 
 
+@pytest.mark.slow
 def test_one_class_is_a_whole_measurement(brightness, trained, tmp_path):
     config = load_recipe(str(trained / "config.yaml"), ["--eval.images", "9"])
     record = clead.measure(trained, "brightness", config=config, out=tmp_path, show=False, factor=2)

@@ -43,6 +43,7 @@ def call(method: Any, model: SplitModel, batch: Batch, threat: Any, seed: int = 
     return method(model, batch, threat=threat, attack=PGD(steps=2), generator=generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", THREATS.names())
 def test_a_step(method, norm):
     threat = THREATS.get(norm)(eps=RADII[norm])

@@ -18,6 +18,7 @@ from clead.errors import UserError
 from clead.interfaces import Threat
 from clead.settings import Ratio, validated
 from clead.threats import THREATS
+from support import generator
 
 SHAPE = (2, 1, 2, 3)
 RADII = {
@@ -32,10 +33,6 @@ NAMES = THREATS.names()
 
 def make(name: str, eps: Any) -> Any:
     return THREATS.get(name)(eps=eps)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # Corners of the box, repeated values and plain numbers.
@@ -58,6 +55,7 @@ def test_is_a_threat_with_its_registered_name(name):
     assert pickle.loads(pickle.dumps(threat)) == threat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), x=pixels, z=anywhere, q=anywhere)
@@ -130,7 +128,7 @@ def test_memory_format_does_not_matter(name):
 def test_random_start_is_uniform_in_the_ball(name):
     """In d dimensions the norm of a uniform point of any norm's ball of radius eps is eps · u^(1/d)."""
     if name == "l0":
-        pytest.skip("l0 is no norm: its ball has no volume of that law; tests/test_l0.py has its own")
+        pytest.skip("l0 is no norm: its ball has no volume of that law; tests/unit/test_l0.py has its own")
     eps, d = 0.3, 5
     threat = make(name, eps)
     x = torch.full((4000, 1, 1, d), 0.5, dtype=torch.float64)
