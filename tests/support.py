@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clead.checkpoint import RunDir, load_weights
-from support import ROOT
 
+ROOT = Path(__file__).parent.parent
 """The repository."""
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "circle", "use", "rect"}
 
