@@ -59,7 +59,7 @@ def make_batch(count=6, labels=None):
 
 
 def memory_of(method, model):
-    return method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
+    return method.state(model, (1, 8, 8))
 
 
 def run(method, *, batch=None, progress=0.0, attack=ATTACK, seed=5):

@@ -106,8 +106,8 @@ def snapshot(folder):
         ("report .", "not a run directory"),
         ("demo --fast", "No such option: --fast"),
         (
-            "train digits-clead --method.contrastive_level features --method.contrastive_layer encoder.convolutons.5",
-            "did you mean 'encoder.convolutions.5'",
+            "train digits-clead --method.queue 8",
+            "--method.queue: left with version 0.2.0, because it gained nothing, got 8",
         ),
         ("trian digits-clead", "No such command 'trian'"),
     ],

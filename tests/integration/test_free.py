@@ -57,7 +57,7 @@ def test_it_is_algorithm_1(smoothing):
     """δ = 0; for every minibatch, m times: both gradients at once, a step of θ, then δ ← clip(δ + ε·sign(g_adv), −ε, ε)."""
     method, m = Free(label_smoothing=smoothing), 3
     ours, theirs = make_model(), make_model()
-    memory = method.state(ours, images=12, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(ours, (1, 8, 8))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9) for model in (ours, theirs)]
     delta = torch.zeros(6, 1, 8, 8)
     for batch in (make_batch(1), make_batch(2), make_batch(3)):
@@ -80,7 +80,7 @@ def test_it_is_algorithm_1(smoothing):
 @pytest.mark.parametrize("norm, eps", [("linf", 0.3), ("l2", 0.6), ("l1", 2.0), ("l0", 3)])
 def test_images_stay_in_the_set_and_perturbations_grow_worse(norm, eps):
     threat, method, model = THREATS.get(norm)(eps=eps), Free(), make_model()
-    memory = method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(model, (1, 8, 8))
     losses = []
     for seed in (1, 1, 1, 2, 2):
         batch = Batch(torch.rand(6, 1, 8, 8, generator=generator(seed)), torch.arange(6) % 4)
@@ -109,7 +109,7 @@ def test_mixed_labels_are_learnt_and_attacked():
 
 def test_cost_is_three_per_image_and_step():
     model = make_model()
-    memory = Free().state(model, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = Free().state(model, (1, 8, 8))
     with CostMeter(model) as meter:
         for _ in range(2):
             step(Free(), model, make_batch(), memory)
@@ -120,7 +120,7 @@ def test_with_perturbed_weights_the_gradient_is_taken_there_and_kept_once():
     from clead.training.awp import perturbed_weights
 
     method, model, batch = Free(), make_model(), make_batch()
-    memory = method.state(model, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(model, (1, 8, 8))
     at = StepContext(THREAT, PGD(), generator(5), state=memory)
     views = method.views(model, batch, at)
     before = copy.deepcopy(memory.state_dict())
@@ -143,7 +143,7 @@ def test_the_whole_joint_objective_moves_the_perturbation():
     """Two steps of β·CE(x) + κ·KL + λ·SupCon, whose gradient to x_adv is that of KL and SupCon, written again."""
     method = CLead(replays=2, contrastive_weight=0.7, augmented_view=False, contrastive_level="logits", temperature=0.4)
     ours, theirs, batch = make_model(), make_model(), make_batch()
-    memory = method.state(ours, images=6, num_classes=4, shape=(1, 8, 8))
+    memory = method.state(ours, (1, 8, 8))
     delta = torch.zeros(6, 1, 8, 8)
     for _ in range(2):
         output, views = step(method, ours, batch, memory)
@@ -166,13 +166,9 @@ def test_the_whole_joint_objective_moves_the_perturbation():
 
 
 def test_what_replays_have_no_use_for_is_refused():
-    for settings, said in (
-        ({"kl_weight": 0, "contrastive_weight": 0}, "no term has one"),
-        ({"queue": 8}, "set queue 0"),
-        ({"contrastive_loss": "prototype"}, "set queue 0 and another contrastive_loss"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            CLead(replays=2, **settings)
+    settings = {"kl_weight": 0, "contrastive_weight": 0}
+    with pytest.raises(ValueError, match="no term has one"):
+        CLead(replays=2, **settings)
 
 
 def test_the_memory_is_saved_whole_whatever_the_batch_size():

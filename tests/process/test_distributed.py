@@ -51,10 +51,7 @@ CASES = {
 }
 # What else sees the whole batch, or keeps something from step to step.
 CASES |= {
-    "queue": words("digits-clead", CLEAD + "--method.queue 24"),
-    "prototypes": words("digits-clead", CLEAD + "--method.contrastive_loss prototype"),
-    "layer": words("digits-clead", CLEAD + "--method.contrastive_level features"),
-    "asymmetric": words("digits-clead", CLEAD + "--method.contrastive_loss asymmetric --method.augmented_view true"),
+    "features": words("digits-clead", CLEAD + "--method.contrastive_level features"),
     "inner": words("digits-clead", CLEAD + "--method.inner contrastive"),
     "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
     "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),
@@ -140,7 +137,7 @@ distributed.exit_process(0)
     [
         (["--train.ema", "0.9", "--train.awp", "0.005"], "train.ema, train.awp"),
         (["--method.name", "fgsm_rs", "--method.grad_align_weight", "0.2"], "method.grad_align_weight"),
-        (["--method.name", "clead", "--method.queue", "24"], "a method that has weights of its own"),
+        (["--method.name", "acl"], "a method that has weights of its own"),
     ],
 )
 def test_what_needs_whole_weights_cannot_be_shared_out(given, says, tmp_path):

@@ -12,12 +12,11 @@ from scipy.special import rel_entr, softmax
 from torch.autograd import gradcheck
 
 from clead.errors import UserError
-from clead.losses.contrastive import Keys, asymmetric, directed_nt_xent, nt_xent, prototype, published, supcon
+from clead.losses.contrastive import directed_nt_xent, nt_xent, published, supcon
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.margin import cross_entropy, dlr, margin
 
 LABELS = torch.tensor([0, 1, 0, 2, 1])
-PROTOTYPES = 2 * torch.randn(3, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
 def unit(views: int = 3, batch: int = 5, dim: int = 4, seed: int = 0) -> list[torch.Tensor]:
@@ -101,16 +100,6 @@ CONTRASTIVE = {
     "published": lambda *views: published(views, 0.3),
     "nt_xent": lambda *views: nt_xent(views, 0.3),
     "supcon": lambda *views: supcon(views, LABELS, 0.3),
-    "prototype": lambda *views: prototype(
-        views, LABELS, PROTOTYPES.to(torch.promote_types(views[0].dtype, torch.float32)), 0.3
-    ),
-    **{
-        f"{form.__name__}, {negatives}": lambda *views, form=form, negatives=negatives: form(
-            views, temperature=0.3, labels=LABELS, negatives=negatives, hardness=0.7
-        )
-        for form in (published, nt_xent, supcon)
-        for negatives in ("other_classes", "hard")
-    },
 }
 
 
@@ -131,13 +120,11 @@ def test_contrastive_properties(name):
     assert torch.equal(LABELS[order], LABELS)
     torch.testing.assert_close(CONTRASTIVE[name](*[view[order] for view in views]), value[order])
     rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9)))
-    if name != "prototype":
-        torch.testing.assert_close(CONTRASTIVE[name](*[view @ rotation for view in views]), value)
+    torch.testing.assert_close(CONTRASTIVE[name](*[view @ rotation for view in views]), value)
     if not name.startswith("published"):
         torch.testing.assert_close(CONTRASTIVE[name](*views[::-1]), value)
     # Views that agree cost less than views that do not.
-    if name != "prototype":
-        assert CONTRASTIVE[name](views[0], views[0], views[0]).mean() < value.mean()
+    assert CONTRASTIVE[name](views[0], views[0], views[0]).mean() < value.mean()
 
 
 def test_supcon_without_shared_labels_equals_each_positive_by_itself():
@@ -183,7 +170,7 @@ def test_a_temperature_must_be_positive(form, temperature):
         form(unit(), temperature)
 
 
-@pytest.mark.parametrize("form", [published, nt_xent, lambda views, tau: asymmetric(views, tau, 0.5)])
+@pytest.mark.parametrize("form", [published, nt_xent])
 def test_one_image_or_one_view_is_refused(form):
     with pytest.raises(UserError, match="at least 2 images.*got 1"):
         form(unit(batch=1), 0.1)
@@ -191,181 +178,30 @@ def test_one_image_or_one_view_is_refused(form):
         form(unit(1), 0.1)
 
 
-def test_supcon_and_prototypes_take_one_view_but_not_none_and_supcon_not_one_image():
+def test_supcon_takes_one_view_but_not_none_and_not_one_image():
     with pytest.raises(UserError, match="at least 2 images.*got 1"):
         supcon(unit(batch=1), LABELS[:1], 0.1)
-    for form in (lambda views: supcon(views, LABELS, 0.1), lambda views: prototype(views, LABELS, PROTOTYPES, 0.1)):
-        assert form(unit(1)).shape == (5,)
-        with pytest.raises(UserError, match="at least 1 views, got 0"):
-            form([])
-    assert prototype(unit(batch=1), LABELS[:1], PROTOTYPES, 0.1).shape == (1,)
+    assert supcon(unit(1), LABELS, 0.1).shape == (5,)
+    with pytest.raises(UserError, match="at least 1 views, got 0"):
+        supcon([], LABELS, 0.1)
 
 
-# --- What is in the denominators ---------------------------------------------------------------------------------------------
+def test_supcon_of_one_view_skips_images_whose_class_nobody_shares():
+    z = unit(1)[0].numpy()
+    value = supcon(unit(1), LABELS, 0.4).numpy()
+    assert value[3] == 0  # class 2 has one image
+    for i, j in ((0, 2), (1, 4)):
+        below = sum(math.exp(z[i] @ z[a] / 0.4) for a in range(5) if a != i)
+        assert value[i] == pytest.approx(-math.log(math.exp(z[i] @ z[j] / 0.4) / below), rel=1e-12)
 
 
-def slow_keys() -> Keys:
-    batch, queue = unit(1, seed=5)[0], unit(1, batch=7, seed=6)[0]
-    return Keys(batch, queue, torch.tensor([0, 1, 2, 3, 0, -9, 1]))
-
-
-def slow_term(positive: float, against: list[tuple[float, bool]], negatives: str, hardness: float) -> float:
-    """−log of the share of one positive; ``against`` holds (similarity/τ, same class) of everything that is not the positive."""
-    if negatives == "all":
-        kept, weights = [s for s, _ in against], [1.0] * len(against)
-    else:
-        kept = [s for s, same in against if not same]
-        weights = [math.exp(hardness * s) if negatives == "hard" else 1.0 for s in kept]
-        total = sum(weights)
-        weights = [w * len(kept) / total for w in weights]
-    below = math.exp(positive) + sum(w * math.exp(s) for w, s in zip(weights, kept, strict=True))
-    return -math.log(math.exp(positive) / below)
-
-
-def slow_pair(a, b, tau, negatives, hardness, keys):
-    """NT-Xent from a to b. It knows no classes: hard negatives are of all other images."""
-    losses, y = [], LABELS.tolist()
-    for i in range(len(a)):
-        same = [y[j] == y[i] and negatives == "other_classes" for j in range(len(a))]
-        against = [(a[i] @ other[j] / tau, same[j]) for other in (a, b) for j in range(len(a)) if j != i]
-        if keys is not None:
-            same = [label == y[i] and negatives == "other_classes" for label in keys.labels.tolist()]
-            against += [(a[i] @ key / tau, of_class) for key, of_class in zip(keys.queue.numpy(), same, strict=True)]
-        losses.append(slow_term(a[i] @ b[i] / tau, against, negatives, hardness))
-    return np.array(losses)
-
-
-def slow_supervised(views, tau, negatives, hardness, keys):
-    z, y = np.concatenate(views), LABELS.tolist() * len(views)
-    n = len(z)
-    if keys is not None:
-        z = np.concatenate([z, keys.batch.numpy(), keys.queue.numpy()])
-        y = y + LABELS.tolist() + keys.labels.tolist()
-    losses = []
-    for i in range(n):
-        positives = [p for p in range(len(z)) if p != i and y[p] == y[i]]
-        terms = [
-            slow_term(
-                z[i] @ z[p] / tau,
-                [(z[i] @ z[a] / tau, y[a] == y[i]) for a in range(len(z)) if a not in (i, p)],
-                negatives,
-                hardness,
-            )
-            for p in positives
-        ]
-        losses.append(sum(terms) / len(terms) if terms else 0.0)
-    return np.mean(np.split(np.array(losses), len(views)), axis=0)
-
-
-@pytest.mark.parametrize("with_keys", [False, True])
-@pytest.mark.parametrize("negatives", ["all", "other_classes", "hard"])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_denominator_equals_the_formula(count, negatives, with_keys):
-    keys, views = slow_keys() if with_keys else None, unit(count)
-    options = {"negatives": negatives, "hardness": 1.7, "keys": keys}
-    z = [view.numpy() for view in views]
-    expected = slow_supervised(z, 0.4, negatives, 1.7, keys)
-    np.testing.assert_allclose(supcon(views, LABELS, 0.4, **options), expected, rtol=1e-10)
-    if count == 1 and not with_keys:
-        assert expected[3] == 0 and (expected[:3] > 0).all()  # class 2 has one image
-        return
-    targets = [*z, *([keys.batch.numpy()] if keys is not None else [])]
-    pairs = [
-        slow_pair(a, b, 0.4, negatives, 1.7, keys) for i, a in enumerate(z) for j, b in enumerate(targets) if i != j
-    ]
-    np.testing.assert_allclose(nt_xent(views, 0.4, labels=LABELS, **options), np.mean(pairs, axis=0), rtol=1e-10)
-    pairs = [slow_pair(z[0], b, 0.4, negatives, 1.7, keys) for b in targets[1:]]
-    np.testing.assert_allclose(published(views, 0.4, labels=LABELS, **options), np.mean(pairs, axis=0), rtol=1e-10)
-
-
-def test_no_hardness_weights_all_negatives_alike():
-    for form, alike in ((supcon, "other_classes"), (nt_xent, "all")):  # NT-Xent knows no classes
-        options = {"labels": LABELS, "temperature": 0.3}
-        plain = form(unit(), **options, negatives=alike)
-        torch.testing.assert_close(form(unit(), **options, negatives="hard", hardness=0.0), plain)
-        # The mean of exp(s) with weights that grow with s is larger.
-        assert (form(unit(), **options, negatives="hard", hardness=2.0) > plain).all()
-
-
-@pytest.mark.parametrize("negatives", ["all", "other_classes", "hard"])
-def test_without_negatives_or_positives_values_and_gradients_are_finite(negatives):
+def test_without_positives_values_and_gradients_are_finite():
     views = [view.requires_grad_() for view in unit(1)]
-    nobody = supcon(views, torch.arange(5), 0.1, negatives=negatives)
+    nobody = supcon(views, torch.arange(5), 0.1)
     assert not nobody.any()
-    one_class = supcon(views, torch.zeros(5, dtype=torch.long), 0.1, negatives=negatives)
-    assert (one_class == 0).all() == (negatives != "all")  # nothing but the positive is left in the denominator
-    alone = nt_xent([views[0], views[0].flip(1)], 0.1, negatives=negatives, labels=torch.zeros(5, dtype=torch.long))
-    (nobody.sum() + one_class.sum() + alone.sum()).backward()
+    one_class = supcon(views, torch.zeros(5, dtype=torch.long), 0.1)
+    (nobody.sum() + one_class.sum()).backward()
     assert views[0].grad is not None and torch.isfinite(views[0].grad).all()
-
-
-def test_negatives_of_other_classes_need_labels():
-    with pytest.raises(UserError, match="'other_classes' needs labels, got None"):
-        nt_xent(unit(), 0.1, negatives="other_classes")
-
-
-@pytest.mark.parametrize("negatives", ["all", "other_classes", "hard"])
-@pytest.mark.parametrize(
-    "form", [lambda v, **o: supcon(v, LABELS, 0.3, **o), lambda v, **o: nt_xent(v, 0.3, labels=LABELS, **o)]
-)
-def test_gradients_with_keys(form, negatives):
-    views = tuple(view.requires_grad_() for view in unit(2))
-    assert gradcheck(lambda *views: form(views, negatives=negatives, keys=slow_keys()), views)
-
-
-# --- Prototypes and inferior positives ---------------------------------------------------------------------------------------
-
-
-def test_prototype_equals_slow_numpy_and_skips_images_without_a_label():
-    views, labels = unit(2), torch.tensor([0, 2, -1, 1, 1])
-    c = PROTOTYPES.numpy() / np.linalg.norm(PROTOTYPES.numpy(), axis=1, keepdims=True)
-    expected = [
-        0.0 if y < 0 else np.mean([-math.log(softmax(c @ view[i].numpy() / 0.3)[y]) for view in views])
-        for i, y in enumerate(labels.tolist())
-    ]
-    np.testing.assert_allclose(prototype(views, labels, PROTOTYPES, 0.3), expected, rtol=1e-10)
-    assert gradcheck(lambda c, *views: prototype(views, labels, c, 0.3), (PROTOTYPES.clone().requires_grad_(), *views))
-
-
-@pytest.mark.parametrize("with_keys", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("count", [2, 3])
-def test_asymmetric_is_nt_xent_with_its_gradient_divided(count, share, with_keys):
-    """The similarity of z and z_adv counts as c + σ·(gradient to z_adv) + (1 − σ)·(gradient to z): by the chain rule over them."""
-    keys = slow_keys() if with_keys else None
-    views = [view.requires_grad_() for view in unit(count)]
-    loss = asymmetric(views, 0.3, share, keys=keys)
-    torch.testing.assert_close(loss, nt_xent(views, 0.3, keys=keys))
-    found = torch.autograd.grad(loss.sum(), views)
-
-    # NT-Xent once more as a function of every matrix of similarities, so that its slope by each is known.
-    n, z = len(views[0]), [view.detach() for view in views]
-    s = {(v, w): (z[v] @ z[w].T).requires_grad_() for v in range(count) for w in range(count)}
-    extra = [(z[v] @ keys.queue.T).requires_grad_() for v in range(count)] if keys is not None else []
-    of_batch = [(z[v] @ keys.batch.T).requires_grad_() for v in range(count)] if keys is not None else []
-    losses = []
-    for v in range(count):
-        others = [s[v, w] for w in range(count) if w != v] + ([of_batch[v]] if keys is not None else [])
-        for other in others:
-            for i in range(n):
-                below = [s[v, v][i, j] for j in range(n) if j != i] + list(other[i])
-                below += list(extra[v][i]) if keys is not None else []
-                losses.append(-other[i, i] / 0.3 + torch.stack(below).div(0.3).exp().sum().log())
-    pairs = len(losses) // n
-    (torch.stack(losses).sum() / pairs).backward()
-    expected = [torch.zeros_like(view) for view in z]
-    for (v, w), matrix in s.items():
-        if matrix.grad is None:
-            continue
-        last = count - 1
-        to_w = 1.0 if (v == last) == (w == last) else share if w == last else 1 - share
-        to_v = 1.0 if (v == last) == (w == last) else 1 - to_w
-        expected[v] += to_v * matrix.grad @ z[w]
-        expected[w] += to_w * matrix.grad.T @ z[v]
-    for v in range(count if keys is not None else 0):
-        expected[v] += extra[v].grad @ keys.queue + of_batch[v].grad @ keys.batch
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_kl_equals_closed_form_and_scipy():

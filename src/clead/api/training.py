@@ -23,7 +23,6 @@ from clead.devices import device_of
 from clead.distributed import init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
-from clead.methods.view_forward import find_layer
 from clead.models.external import backward_of
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
@@ -245,8 +244,6 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
     name = type(model.module).__name__ if isinstance(model, AdaptedModel) else config.to_dict()["model"]["name"]
     device = next((p.device for p in model.parameters()), None)
     for training in config.trainings():
-        if layer := getattr(training.method, "contrastive_layer", None):
-            find_layer(model, layer)
         if training.method.uses_features:
             require_features(model, shape, f"method {training.to_dict()['method']['name']}")
     if not any(True for _ in model.parameters()):

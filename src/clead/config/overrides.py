@@ -7,7 +7,7 @@ from typing import Any
 
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, RETIRED, TUNE
+from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, RETIRED, TUNE, retired_problem
 from clead.config.yaml_io import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
@@ -63,9 +63,8 @@ def apply_overrides(tree: Any, overrides: Sequence[str]) -> RunConfig:
         )
         for path, value in changes:
             if tuple(path[-2:]) in RETIRED:
-                raise UserError(
-                    f"--{'.'.join(path)}: is no setting any more; leave it out: any number of processes trains alike"
-                )
+                problem = retired_problem(*path[-2:], value)
+                raise UserError(f"--{'.'.join(path[:-2])}.{problem}" if path[:-2] else f"--{problem}")
             if path[0] == TUNE:
                 raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
             if path[0] == "stages":

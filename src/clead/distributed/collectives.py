@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TRAFFIC: Counter[str] = Counter()
-"""Bytes that this process has given into collectives: outputs joined, labels and keys and statistics gathered, gradients and
+"""Bytes that this process has given into collectives: outputs joined, labels and statistics gathered, gradients and
 the backward's statistics summed; and the number of ``calls``."""
 
 

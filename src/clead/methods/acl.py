@@ -86,7 +86,7 @@ class ACL(Method):
         """The classifier does not learn."""
         return False
 
-    def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return the clean views' batch-norms, or None if they share the model's."""
         return CleanNorms(model) if self.dual_batch_norm else None
 

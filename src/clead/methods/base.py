@@ -182,13 +182,11 @@ class Method(ABC):
             ]
         return []
 
-    def state(self, model: SplitModel, *, images: int, num_classes: int, shape: tuple[int, ...]) -> nn.Module | None:
+    def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return what is kept from step to step, or None.
 
         Args:
             model: as it is at the start, projection head included.
-            images: in the training set.
-            num_classes: K.
             shape: (C, H, W).
         """
         return None

@@ -9,19 +9,16 @@ from torch.nn import functional as F
 from clead.interfaces import Batch
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
+from clead.tasks.classification import CLASSIFICATION
 
 
-def known_labels(
-    model: SplitModel, batch: Batch, *, predict: bool, confidence: float | None = None
-) -> tuple[Batch, Tensor]:
+def known_labels(model: SplitModel, batch: Batch, *, predict: bool) -> tuple[Batch, Tensor]:
     """Return the batch with the labels that may be looked at, and labels to attack.
 
     Args:
-        model: asked in evaluation mode, once per image, if ``batch.labelled`` is given and ``predict`` or ``confidence`` is too.
+        model: asked in evaluation mode, once per image, if ``batch.labelled`` is given and ``predict`` is too.
         batch: as loaded; ``labelled`` (B,) bool is False where ``labels`` are not to be looked at, None where nowhere.
         predict: whether images without a label need one to be attacked.
-        confidence: above this probability the model's prediction is taken for a label (with a threshold as in FixMatch, Sohn et
-            al. 2020, arXiv:2001.07685, of which this has neither the augmentations nor a weight); None: never.
 
     Returns:
         The batch, its ``labels`` −1 where there is none, its ``soft_labels`` one-hot where there was none, and (B,) int64:
@@ -31,12 +28,9 @@ def known_labels(
         return batch, batch.labels
     labels = batch.labels.masked_fill(~batch.labelled, -1)
     attacked = labels
-    if predict or confidence is not None:
+    if predict:
         with attack_mode(model), torch.no_grad():
-            probability, predicted = model(batch.images).float().softmax(1).max(1)
-        if confidence is not None:
-            labels = torch.where((labels < 0) & (probability > confidence), predicted, labels)
-        attacked = torch.where(labels < 0, predicted, labels)
+            attacked = torch.where(labels < 0, CLASSIFICATION.predict(model(batch.images)), labels)
     soft = batch.soft_labels
     if soft is not None:
         one_hot = F.one_hot(attacked.clamp_min(0), soft.shape[1]).to(soft)

@@ -25,4 +25,4 @@ class TRADES(CLead):
     @property
     def uses_unlabelled(self) -> bool:
         """False as in the paper, unless some other term is added; the clead method takes the KL of unlabelled images too."""
-        return self.contrastive_weight > 0 or self.pseudo_label_confidence is not None
+        return self.contrastive_weight > 0

@@ -86,13 +86,11 @@ def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_st
     """
     probe = copied(model).train()
     state = None if method_state is None else copied(method_state)
-    others = [] if state is None else [module for module in state.modules() if isinstance(module, SplitModel)]
-    with torch.random.fork_rng(devices=[]), contextlib.ExitStack() as stack:
-        meters = [stack.enter_context(CostMeter(module)) for module in (probe, *others)]
+    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter:
         generator = torch.Generator(batch.images.device).manual_seed(0)
         scaler = torch.amp.GradScaler(enabled=False)
         Step(config, probe, state, contextlib.nullcontext(), scaler).forward_backward(batch, 0.0, generator)
-    return sum(meter.forward_equivalents for meter in meters) / len(batch.labels)
+    return meter.forward_equivalents / len(batch.labels)
 
 
 def mean_output(outputs: Sequence[StepOutput]) -> StepOutput:

@@ -185,12 +185,7 @@ class Trainer:
         if settings.trainable == "classifier":
             train_classifier_only(self.model)
         self.loader = self._make_loader(adversaries)
-        self.method_state = config.method.state(
-            self.model,
-            images=len(self.splits.train),
-            num_classes=len(self.splits.classes),
-            shape=tuple(self.splits.train.images.shape[1:]),
-        )
+        self.method_state = config.method.state(self.model, tuple(self.splits.train.images.shape[1:]))
         if self.method_state is not None:
             self.method_state.to(self.device)
         sample = first_images(self.loader.batch(0, 0), 2)
