@@ -32,7 +32,9 @@ ROOMS = {
     "export": "models as files for others: ONNX, safetensors, a model card",
     "api": "what users call from Python",
     "tuning": "the search for a recipe: trials on validation images, shared by processes",
-    "serving": "the HTTP server and the playground",
+    "inference": "runs that answer: models with detectors, limits, requests read into images",
+    "serving": "the HTTP server",
+    "playground": "the page on which images are attacked by hand; it and serving do not import each other",
     "demo": "`make demo`",
     "cli": "the command line, one file per command",
 }

@@ -16,10 +16,10 @@ import torch
 from playwright.sync_api import Browser, expect, sync_playwright
 
 import clead
-from clead.serving.models import open_models
-from clead.serving.playground.choices import AttackSettings
-from clead.serving.playground.comparison import Comparison, attack_image, open_contest
-from clead.serving.settings import ServeSettings
+from clead.inference.models import open_models
+from clead.inference.settings import ServeSettings
+from clead.playground.choices import AttackSettings
+from clead.playground.comparison import Comparison, attack_image, open_contest
 
 expect.set_options(timeout=60_000)  # a busy machine takes more than the usual 5 seconds
 SETTINGS = AttackSettings(attack="pgd", norm="linf", eps=0.15, steps=50, seed=0)
@@ -67,7 +67,7 @@ def duel(tmp_path_factory) -> Iterator[Duel]:
     tiny = ("--train.validate_every", "100", "--train.device", "cpu", "--data.limit_test", "120", "--train.budget")
     for recipe, budget, run in (("digits-standard", "10", runs[0]), ("digits-pgd-at", "50", runs[1])):
         clead.train(clead.load_recipe(recipe, [*tiny, budget]), out=run, show=False)
-    contest = open_contest(runs, open_models(runs, ServeSettings(threads=1)))
+    contest = open_contest(open_models(runs, ServeSettings(threads=1)))
     index, label, fooled = clearest(contest)
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "True", "TMPDIR": str(folder)}  # the command turns it off
     command = [sys.executable, "-m", "clead", "playground", *map(str, runs), "--port", "0"]

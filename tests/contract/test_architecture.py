@@ -61,6 +61,12 @@ def test_rooms_import_only_what_comes_before_them(path):
         assert room(target) in before, f"{path.name}:{line}: {module} imports {target}, which comes after it"
 
 
+def test_serving_and_the_playground_are_siblings():
+    for one, other in (("serving", "playground"), ("playground", "serving")):
+        for path in sorted((ROOT / one).rglob("*.py")):
+            assert [line for line, target in imports(path) if room(target) == other] == [], path
+
+
 def test_every_room_exists():
     modules = {dotted(path) for path in FILES}
     assert [name for name in ROOMS if name not in modules] == []

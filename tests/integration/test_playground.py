@@ -19,15 +19,16 @@ import clead
 from clead.checkpoint import fingerprint
 from clead.cli import main
 from clead.errors import UserError
+from clead.inference.models import open_models
+from clead.inference.png import to_array
+from clead.inference.settings import ServeSettings
 from clead.models.split import weights
+from clead.playground import comparison as computing
+from clead.playground import pictures
+from clead.playground.choices import OFFERS, AttackSettings, chosen, query, radii, read_query
+from clead.playground.comparison import attack_image, attack_leaderboard, declines, open_contest, read_image
+from clead.playground.gradio_path_filter import LARGEST_EVENT, Fence, Uploads
 from clead.results.statistics import estimate
-from clead.serving.models import open_models
-from clead.serving.playground import comparison as computing
-from clead.serving.playground import pictures
-from clead.serving.playground.choices import OFFERS, AttackSettings, chosen, query, radii, read_query
-from clead.serving.playground.comparison import attack_image, attack_leaderboard, declines, open_contest, read_image
-from clead.serving.playground.gradio_path_filter import LARGEST_EVENT, Fence, Uploads
-from clead.serving.settings import ServeSettings
 from clead.settings import Ratio
 from support import encoded
 
@@ -46,7 +47,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def contest(runs):
-    return open_contest(runs, open_models(runs, SERVED))
+    return open_contest(open_models(runs, SERVED))
 
 
 @pytest.fixture
@@ -262,9 +263,9 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path):
     clead.train(clead.load_recipe("digits-standard", [*TINY, "1", "--data.limit_test", "40"]), out=other, show=False)
     pair = [runs[0], other]
     with pytest.raises(UserError, match="other test images than plain"):
-        open_contest(pair, open_models(pair, SERVED))
+        open_contest(open_models(pair, SERVED))
     with pytest.raises(UserError, match="takes 1 to 8 runs, got 9"):
-        open_contest([runs[0]] * 9, open_models(runs[:1], SERVED))
+        open_contest(dict.fromkeys(map(str, range(9))))
 
 
 # What is drawn
@@ -290,7 +291,7 @@ def test_the_change_is_drawn_as_large_as_fits():
     assert k == 16 and torch.allclose(shown, 0.5 + 16 * delta)
     assert pictures.change(torch.zeros(1, 2, 2))[1] == 1
     assert pictures.change(torch.full((1, 2, 2), 0.9))[1] == 1
-    assert pictures.array_of(torch.rand(3, 5, 4)).shape == (5, 4, 3)
+    assert to_array(torch.rand(3, 5, 4)).shape == (5, 4, 3)
 
 
 # Which paths are open

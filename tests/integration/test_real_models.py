@@ -17,9 +17,9 @@ import clead
 from clead import api
 from clead.config import evaluation_config, load_recipe
 from clead.errors import UserError
+from clead.inference.models import open_models
+from clead.inference.settings import ServeSettings
 from clead.models.onnx import OnnxModel
-from clead.serving.models import open_models
-from clead.serving.settings import ServeSettings
 
 # Their own deprecated calls are not this package's affair.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

@@ -21,14 +21,14 @@ from PIL import Image
 
 import clead
 from clead.errors import UserError
+from clead.inference.models import Outputs, ServedModel
+from clead.inference.problems import Problem
 from clead.measurements.detection import Mahalanobis, threshold_at
 from clead.serving import ServeSettings, create_app
 from clead.serving.batching import Batcher
 from clead.serving.hosts import hosts_of
 from clead.serving.logs import JsonFormatter
 from clead.serving.metrics import Metrics
-from clead.serving.models import Outputs, ServedModel
-from clead.serving.problems import Problem
 from clead.settings import validated
 from support import encoded
 
@@ -140,7 +140,7 @@ def test_suspicion_is_the_detectors_and_its_threshold_that_of_the_validation_ima
         threshold = threshold_at(detector.score(model, splits.val.images.float() / 255), 0.05)
         scores = detector.score(model, splits.test.images[:20].float() / 255)
     got = client.post("/v1/predict", content=npy(splits.test.images[:20].numpy()), headers=NPY).json()["predictions"]
-    assert app.state.models["small"].guard.threshold == pytest.approx(threshold, rel=1e-4)
+    assert app.state.models["small"].detector.threshold == pytest.approx(threshold, rel=1e-4)
     assert [one["suspicion"]["score"] for one in got] == pytest.approx(scores.tolist(), rel=1e-4)
     assert [one["suspicion"]["rejected"] for one in got] == (scores > threshold).tolist()
 
@@ -187,22 +187,22 @@ def test_what_detect_measured_is_said_of_the_same_weights_only(run, tmp_path):
     path = run / "results" / "detect.json"
     try:
         model = ServedModel("small", run, ServeSettings(threads=1))
-        assert model.guard is not None and model.guard.measured is not None
-        assert model.guard.measured.point.rate == 0.05
+        assert model.detector is not None and model.detector.measured is not None
+        assert model.detector.measured.point.rate == 0.05
         assert (
-            model.guard.measured.point.aware
+            model.detector.measured.point.aware
             == next(p for p in record.result.detectors[0].curve if p.rate == 0.05).aware
         )
         with TestClient(create_app([run], ServeSettings(threads=1))) as client:
             shown = client.post("/v1/explain", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY).json()[
                 "detector"
             ]
-        assert shown["measured"]["attacker_aware"]["accuracy"] == model.guard.measured.point.aware.accuracy
+        assert shown["measured"]["attacker_aware"]["accuracy"] == model.detector.measured.point.aware.accuracy
         assert shown["measured"]["images"] == 6 and "not measured" not in shown["warning"]
         content = json.loads(path.read_text())
         content["model"]["fingerprint"] = "0" * 32
         path.write_text(json.dumps(content))
-        other = ServedModel("small", run, ServeSettings(threads=1)).guard
+        other = ServedModel("small", run, ServeSettings(threads=1)).detector
         assert other is not None and other.measured is None
     finally:
         path.unlink()
@@ -223,7 +223,7 @@ def bomb():
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(client, bomb, monkeypatch):
     assert len(bomb) < 10**6
-    monkeypatch.setattr("clead.serving.request_parsing.decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("clead.inference.request_parsing.decode", lambda *_: pytest.fail("decoded"))
     for body in (bomb, encoded(np.zeros((10_000, 10_000), bool))):  # above and below where Pillow itself gives up
         refused(client.post("/v1/predict", files=[("images", ("x.png", body))]), 413, "25000000 pixels", "image 0")
     many = [("images", ("x.png", encoded(np.zeros((3000, 3000), bool))))] * 3
@@ -351,7 +351,7 @@ def test_shapes_that_no_array_has_are_refused(client, shape):
 
 
 def test_millions_of_empty_lists_are_refused_unread(client, monkeypatch):
-    monkeypatch.setattr("clead.serving.request_parsing.Arrays", None)  # would take seconds
+    monkeypatch.setattr("clead.inference.request_parsing.Arrays", None)  # would take seconds
     for body in (b'{"images": [' + b"[]," * 10**6 + b"[]]}", b'{"images": [[[[' + b"0," * 10**6 + b"0]]]]}"):
         answer = client.post("/v1/predict", content=body, headers={"content-type": "application/json"})
         refused(answer, 422, "at most 20 images of 1×8×8", "send fewer")
@@ -887,7 +887,7 @@ def test_what_would_end_the_process_while_reading_is_answered_500(run, monkeypat
         raise SystemExit(3)
 
     app = create_app([run], ServeSettings(threads=1, detector=None))
-    monkeypatch.setattr("clead.serving.request_parsing.from_json", leaves)
+    monkeypatch.setattr("clead.inference.request_parsing.from_json", leaves)
     with TestClient(app, raise_server_exceptions=False) as client:
         body = {"images": np.zeros((size, 1, 80, 80)).tolist()}
         refused(client.post("/v1/predict", json=body), 500)
@@ -899,7 +899,7 @@ def test_too_little_memory_for_reading_is_said(run, monkeypatch):
         raise MemoryError
 
     app = create_app([run], ServeSettings(threads=1, detector=None))
-    monkeypatch.setattr("clead.serving.request_parsing.from_npy", none_left)
+    monkeypatch.setattr("clead.inference.request_parsing.from_npy", none_left)
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.post("/v1/predict", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY)
         refused(answer, 503, "memory")

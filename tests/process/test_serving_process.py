@@ -25,9 +25,9 @@ import uvicorn
 import clead
 import clead.cli.serve
 from clead.errors import UserError
+from clead.inference.models import ServedModel
 from clead.serving import ServeSettings, create_app
 from clead.serving.hosts import hosts_of
-from clead.serving.models import ServedModel
 from clead.serving.protocol import limited_protocol
 from clead.serving.server import _Server
 from support import ROOT
@@ -248,7 +248,7 @@ def test_twice_as_many_connections_as_allowed_are_never_open(run):
 
 
 def test_a_body_that_drips_is_cut_off_before_the_time_for_all(run, monkeypatch):
-    monkeypatch.setattr("clead.serving.request_parsing._GRACE", 0.2)
+    monkeypatch.setattr("clead.inference.request_parsing._GRACE", 0.2)
     with threaded(run, min_rate=10_000) as (_, _, port), opened(port, head(5000)) as connection:
         started = time.monotonic()
         with contextlib.suppress(OSError):

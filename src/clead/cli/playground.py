@@ -8,13 +8,16 @@ import shutil
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clead.cli.app import OPEN, app, echo, interruptible
 from clead.cli.serve import split_hosts
 from clead.errors import MissingExtra, UserError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @app.command(context_settings=OPEN, options_metavar="RUN [RUN ...] [OPTIONS]")
@@ -52,8 +55,8 @@ def playground(
     folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="clead-playground-")
     try:
         try:
-            from clead.serving import ServeSettings, serve
-            from clead.serving.playground.page import PATH, create_playground_app
+            from clead.playground.page import PATH, add_playground
+            from clead.serving import ServeSettings, create_app, serve
         except ModuleNotFoundError as error:
             raise MissingExtra(str(error.name), "ui", "the playground") from None
 
@@ -69,9 +72,13 @@ def playground(
 
         # An open page holds a connection for as long as it is open.
         settings = validated(ServeSettings, {"drain_seconds": 2, "allowed_hosts": names}, "serve")
+
+        def make() -> FastAPI:
+            made = create_app(runs, settings, overrides)
+            add_playground(made, settings)
+            return made
+
         with interruptible():
-            serve(
-                lambda: create_playground_app(runs, settings, overrides), settings, host=host, port=port, say=announce
-            )
+            serve(make, settings, host=host, port=port, say=announce)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -102,8 +102,8 @@ def _culprit(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def session(content: bytes) -> Any:
-    """Return an onnxruntime session on the CPU for an ONNX file's ``content``."""
+def session(content: bytes, *, spin: bool = True) -> Any:
+    """Return an onnxruntime session on the CPU for an ONNX file's ``content``; ``spin``: whether its threads wait actively."""
     try:
         import onnxruntime
     except ImportError:
@@ -111,6 +111,8 @@ def session(content: bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from clead.inference.settings import ServeSettings
 from clead.serving.app import create_app
 from clead.serving.server import serve
-from clead.serving.settings import ServeSettings
 
 __all__ = ["ServeSettings", "create_app", "serve"]

@@ -12,10 +12,10 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clead.inference.problems import MEDIA_TYPE, Problem, answer, standard
+from clead.inference.settings import ServeSettings
 from clead.serving.logs import log
 from clead.serving.metrics import Metrics
-from clead.serving.problems import MEDIA_TYPE, Problem, answer, standard
-from clead.serving.settings import ServeSettings
 
 HEALTH = frozenset({"/healthz", "/readyz"})
 OPEN = frozenset({*HEALTH, "/openapi.json", "/docs", "/redoc"})

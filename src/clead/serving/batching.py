@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from clead.inference.models import Outputs
+from clead.inference.problems import Problem
 from clead.serving.logs import log
 from clead.serving.metrics import Metrics
-from clead.serving.models import Outputs
-from clead.serving.problems import Problem
 
 
 @dataclass

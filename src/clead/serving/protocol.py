@@ -8,9 +8,9 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from clead.inference.problems import Problem, answer, raw
+from clead.inference.settings import ServeSettings
 from clead.serving.metrics import Metrics
-from clead.serving.problems import Problem, answer, raw
-from clead.serving.settings import ServeSettings
 
 LONGEST_LINE = 8192
 """Bytes of a request's address with its query."""

@@ -1,23 +1,12 @@
-"""What requests may say, and what the server answers: the schemas of the OpenAPI document."""
+"""What queries may say, and what the server answers: the schemas of the OpenAPI document."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import BaseModel, ConfigDict, Field
 
 from clead.results.record import Estimate
-
-Number = Annotated[float, Strict()]
-
-
-class Arrays(BaseModel):
-    """Images as nested lists (n, C, H, W) in the model's own size."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    images: list[list[list[list[Number]]]] = Field(min_length=1)
-    pixels: Literal["unit", "uint8"] = "unit"
 
 
 class PredictQuery(BaseModel):

@@ -21,9 +21,9 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clead.serving.problems import Problem, answer
-from clead.serving.request_parsing import Buffers, read_body
-from clead.serving.settings import ServeSettings
+from clead.inference.problems import Problem, answer
+from clead.inference.request_parsing import Buffers, read_body
+from clead.inference.settings import ServeSettings
 
 LARGEST_EVENT = 256 * 1024
 """Bytes of an event: settings and names of uploaded files, never an image itself."""

@@ -11,21 +11,20 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from clead.data.decoding import WEB_FORMATS, decode
 from clead.errors import UserError
-from clead.serving.models import ServedModel
-from clead.serving.problems import Problem, first_error
-from clead.serving.schemas import Arrays
-from clead.serving.settings import ServeSettings
+from clead.inference.models import ServedModel
+from clead.inference.problems import Problem, first_error
+from clead.inference.settings import ServeSettings
 
 T = TypeVar("T")
 
@@ -46,6 +45,15 @@ _REFUSED = (  # what is often sent instead of an image that is read here
     (b"\x1f\x8b", "a gzip archive"),
     (b"\x93NUMPY", f"a NumPy array (send it as {NPY})"),
 )
+
+
+class Arrays(BaseModel):
+    """Images as nested lists (n, C, H, W) in the model's own size."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[list[list[list[Annotated[float, Strict()]]]]] = Field(min_length=1)
+    pixels: Literal["unit", "uint8"] = "unit"
 
 
 def body_kind(request: Request) -> str:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from clead.evaluation.suites import in_words
-from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_axes, percent_axis, style
-from clead.results.format import duration, interval, percent, threat_of
-from clead.results.record import Estimate
-from clead.serving.playground.choices import NORM_WORDS, OFFERS, AttackSettings
-from clead.serving.playground.comparison import (
+from clead.inference.png import png_uri
+from clead.playground.choices import NORM_WORDS, OFFERS, AttackSettings
+from clead.playground.comparison import (
     Comparison,
     EpsilonCurve,
     LeaderboardRow,
@@ -25,6 +19,9 @@ from clead.serving.playground.comparison import (
     PlaygroundModel,
     Prediction,
 )
+from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_axes, percent_axis, style
+from clead.results.format import duration, interval, percent, threat_of
+from clead.results.record import Estimate
 
 _SHOWN = 5
 _METHODS = {
@@ -105,20 +102,6 @@ def trained(entrant: PlaygroundModel | LeaderboardRow) -> str:
     if entrant.method == "standard":
         return "trained without attacks"
     return f"trained against attacks: {_METHODS.get(entrant.method, entrant.method)}"
-
-
-def png(array: np.ndarray) -> str:
-    """Return (H, W) or (H, W, 3) uint8 as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def array_of(image: Tensor) -> np.ndarray:
-    """Return (C, H, W), uint8 or float in [0, 1], as (H, W) or (H, W, 3) uint8."""
-    pixels = image if not image.is_floating_point() else (image * 255).round().byte()
-    array = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-    return array[..., 0] if array.shape[2] == 1 else array
 
 
 def change(delta: Tensor) -> tuple[Tensor, float]:
@@ -327,7 +310,9 @@ def _card(
 
 def _picture(image: Tensor, alt: str) -> str:
     _, height, width = image.shape
-    return f'<img class="pixels" style="--ratio:{width}/{height}" src="{png(array_of(image))}" alt="{escape(alt, quote=True)}">'
+    return (
+        f'<img class="pixels" style="--ratio:{width}/{height}" src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'
+    )
 
 
 def _bars(sight: Prediction, outcome: Outcome, classes: Sequence[str]) -> str:
@@ -353,10 +338,10 @@ def _bars(sight: Prediction, outcome: Outcome, classes: Sequence[str]) -> str:
 
 def _detected(outcome: Outcome, entrant: PlaygroundModel) -> str:
     """Return what the detector says of both images."""
-    guard, before, after = entrant.guard, outcome.clean.score, outcome.adversarial.score
+    guard, before, after = entrant.detector, outcome.clean.score, outcome.adversarial.score
     if guard is None or before is None or after is None:
         return ""
-    name = escape(guard.detector.name.replace("_", " "))
+    name = escape(guard.name.replace("_", " "))
     if guard.threshold is None:
         return (
             f'<p class="muted">Detector ({name}): too few validation images for a threshold, so it rejects nothing.</p>'

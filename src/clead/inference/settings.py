@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import SecretStr, model_validator
 
-from clead.serving.hosts import allowed_name
+from clead.inference.host_names import allowed_name
 from clead.settings import setting, settings
 
 

@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -41,7 +37,7 @@ def answer(problem: Problem) -> JSONResponse:
     return JSONResponse(content.model_dump(), problem.status, problem.headers, MEDIA_TYPE)
 
 
-_DETAILS = {
+DETAILS = {
     400: "the request is malformed; correct it",
     403: "this is not allowed",
     404: "there is nothing at this path; /openapi.json lists what there is",
@@ -53,7 +49,7 @@ _DETAILS = {
 
 def standard(status: int, headers: Mapping[str, str] | None = None) -> Problem:
     """Return the problem that says what a status code alone says."""
-    return Problem(status, _DETAILS.get(status, f"the server answers {_phrase(status)}"), headers)
+    return Problem(status, DETAILS.get(status, f"the server answers {_phrase(status)}"), headers)
 
 
 def _phrase(status: int) -> str:
@@ -69,42 +65,6 @@ def raw(problem: Problem) -> bytes:
     head = f"HTTP/1.1 {problem.status} {_phrase(problem.status)}\r\n".encode()
     headers = [*((k, v) for k, v in response.raw_headers if k != b"connection"), (b"connection", b"close")]
     return head + b"".join(name + b": " + value + b"\r\n" for name, value in headers) + b"\r\n" + bytes(response.body)
-
-
-def install(app: FastAPI) -> None:
-    """Answer every error of ``app`` in this form."""
-
-    @app.exception_handler(Problem)
-    async def refused(request: Request, error: Problem) -> JSONResponse:
-        return answer(error)
-
-    @app.exception_handler(HTTPException)
-    async def no_such(request: Request, error: HTTPException) -> Response:
-        headers = dict(error.headers or {})
-        if error.status_code == 405:
-            allowed = {method.strip() for method in headers.get("Allow", "").split(",") if method.strip()}
-            allowed |= {"OPTIONS", *(("HEAD",) if "GET" in allowed else ())}
-            headers["Allow"] = ", ".join(sorted(allowed))
-            if request.method == "OPTIONS":
-                return Response(status_code=204, headers=headers)
-        if error.status_code in _DETAILS:
-            return answer(standard(error.status_code, headers))
-        return answer(Problem(error.status_code, str(error.detail), headers))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(Problem(422, first_error(error.errors())))
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> JSONResponse:
-        return answer(Problem(400, "the client went away before its request had arrived"))
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, MemoryError):
-            text = "the server has not enough memory for this request; send fewer or smaller images, or come back later"
-            return answer(Problem(503, text, {"Retry-After": "10"}))
-        return answer(standard(500))
 
 
 def first_error(errors: Any) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import functools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
@@ -20,20 +19,21 @@ from torch.nn import functional
 from clead.api.opened import evaluated_images, load_model
 from clead.atomic_io import JSON_LIMIT, read_regular
 from clead.checkpoint import RunDir, fingerprint, load_weights
-from clead.config import RunConfig, load_recipe
+from clead.config import load_recipe
 from clead.data.base import stratified
 from clead.data.decoding import ResizeSpec
 from clead.devices import device_of
 from clead.errors import MissingExtra, UserError
-from clead.evaluation.correctness import exact_float32
-from clead.export.onnx import AGREE, to_onnx
-from clead.interfaces import ImageSet, Splits
+from clead.evaluation.correctness import exact_float32, to_float
+from clead.export.onnx import AGREE, session, to_onnx
+from clead.inference.png import png_uri
+from clead.inference.settings import ServeSettings
 from clead.measurements.base import MeasurementRecord
 from clead.measurements.detection import DETECTORS, Detection, DetectionPoint, Detector, threshold_at
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
-from clead.serving.logs import log
-from clead.serving.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
@@ -45,34 +45,22 @@ class Outputs(NamedTuple):
 
     def split(self, sizes: Sequence[int]) -> Iterator[Outputs]:
         """Return the outputs of the first ``sizes[0]`` images, of the next ``sizes[1]``, and so on."""
-        start = 0
-        for size in sizes:
-            rows = slice(start, start + size)
-            start += size
-            yield self.chosen(rows)
-
-    def chosen(self, rows: slice) -> Outputs:
-        """Return these rows."""
-        return Outputs(
-            self.probabilities[rows], self.features[rows], None if self.suspicion is None else self.suspicion[rows]
-        )
+        ends = np.cumsum(sizes)[:-1]
+        columns: Any = [[None] * len(sizes) if array is None else np.split(array, ends) for array in self]
+        return map(Outputs, *columns)
 
     def first_not_finite(self) -> int | None:
         """Return the first row that holds NaN or infinity, or None."""
-        finite = np.isfinite(self.probabilities).all(1) & np.isfinite(self.features).all(1)
-        if self.suspicion is not None:
-            finite &= np.isfinite(self.suspicion)
+        rows = [np.isfinite(array).reshape(len(array), -1).all(1) for array in self if array is not None]
+        finite = np.logical_and.reduce(rows)
         return None if finite.all() else int(finite.argmin())
 
     @staticmethod
-    def join(parts: Sequence[Outputs]) -> Outputs:
+    def join(outputs: Sequence[Outputs]) -> Outputs:
         """Undo ``split``."""
-        scores = [part.suspicion for part in parts if part.suspicion is not None]
-        return Outputs(
-            np.concatenate([part.probabilities for part in parts]),
-            np.concatenate([part.features for part in parts]),
-            np.concatenate(scores) if scores else None,
-        )
+        columns: Any = zip(*outputs, strict=True)
+        joined: Any = [None if arrays[0] is None else np.concatenate(arrays) for arrays in columns]
+        return Outputs(*joined)
 
 
 @dataclass(frozen=True)
@@ -95,15 +83,24 @@ class FittedDetector:
     calibrated: int
     measured: Measured | None
 
+    @property
+    def name(self) -> str:
+        """The detector's name."""
+        return self.detector.name
+
+    def score(self, network: SplitModel, x: Tensor, outputs: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the scores (n,) of images, whose features and logits are ``outputs``."""
+        return self.detector.score(network, x, outputs)
+
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One training image: its place in the run's training set, its class, and the cosine of its features with the image's."""
+    """One training image: its place in the run's training set, its class, the cosine of its features, its row in the reference."""
 
     index: int
     label: int
     similarity: float
-    place: int
+    row: int
 
 
 @dataclass(frozen=True)
@@ -119,22 +116,20 @@ class Reference:
         """Return for each row of features (n, D) the ``k`` training images of most similar direction, of one class if given."""
         among = torch.arange(len(self.labels)) if label is None else (self.labels == label).nonzero()[:, 0]
         directions = self.directions if label is None else self.directions[among]
-        similar = functional.normalize(torch.from_numpy(features), dim=1) @ directions.T
-        values, places = similar.topk(min(k, len(among)), dim=1)
+        cosines = functional.normalize(torch.from_numpy(features), dim=1) @ directions.T
+        values, positions = cosines.topk(min(k, len(among)), dim=1)
+        rows = among[positions]
         return [
             [
-                Neighbour(int(self.index[p]), int(self.labels[p]), min(1.0, max(-1.0, v)), int(p))
-                for v, p in zip(row.tolist(), among[where].tolist(), strict=True)
+                Neighbour(int(self.index[row]), int(self.labels[row]), value, row)
+                for value, row in zip(*neighbours, strict=True)
             ]
-            for row, where in zip(values, places, strict=True)
+            for neighbours in zip(values.clamp(-1, 1).tolist(), rows.tolist(), strict=True)
         ]
 
-    def thumbnail(self, place: int) -> str:
-        """Return the image as a PNG in a data URI, in its own size."""
-        array = self.images[place].permute(1, 2, 0).numpy()
-        buffer = io.BytesIO()
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    def thumbnail(self, row: int) -> str:
+        """Return the image of a row as a PNG in a data URI, in its own size."""
+        return png_uri(self.images[row])
 
 
 class ServedModel:
@@ -142,94 +137,81 @@ class ServedModel:
 
     Attributes:
         name: what requests call it.
+        run: its directory.
+        config: its configuration, with the overrides.
+        trained: the configuration that it was trained with.
         classes: K names, in the order of probabilities.
         shape: (C, H, W) of the images that it was trained on.
         fit: how image files come to that shape: as the training's did.
         model: the PyTorch model, in eval mode on ``device``.
         network: what computes: ``model``, or the same exported to onnxruntime.
-        guard: the detector, or None.
+        detector: the fitted detector, or None.
         reference: training images, or None.
     """
 
     def __init__(self, name: str, path: str | Path, settings: ServeSettings, overrides: Sequence[str] = ()) -> None:
-        run = RunDir.open(Path(path))
-        trained = run.config()
-        config = load_recipe(str(run.path / "config.yaml"), overrides)
-        which = config.eval.weights
         self.name = name
-        self.device = device_of(config.train.device)
-        self.model = load_model(run, config, which, None).to(self.device).requires_grad_(False)
-        _, metadata = load_weights(run.path / f"{which}.safetensors")
+        self.run = RunDir.open(Path(path))
+        self.trained = self.run.config()
+        self.config = load_recipe(str(self.run.path / "config.yaml"), overrides)
+        self.device = device_of(self.config.train.device)
+        which = self.config.eval.weights
+        self.model = load_model(self.run, self.config, which, None).to(self.device).requires_grad_(False)
+        _, metadata = load_weights(self.run.path / f"{which}.safetensors")
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         channels, height, width = self.shape = tuple(metadata["shape"])
         # The training's own way of resizing; without one its images were of one size already.
-        self.fit = ResizeSpec(
-            height if height == width else None, trained.data.resize, channels, trained.data.background
-        )
+        data = self.trained.data
+        self.fit = ResizeSpec(height if height == width else None, data.resize, channels, data.background)
+        self.network: SplitModel = self.model
         if settings.engine == "onnx":
-            self.network: SplitModel = OnnxNetwork(self.model, self.shape, settings)
-            self.device = torch.device("cpu")
-        else:
-            self.network = self.model
+            self.network, self.device = OnnxNetwork(self.model, self.shape), torch.device("cpu")
         self.reference: Reference | None = None
-        self.guard: FittedDetector | None = None
+        self.detector: FittedDetector | None = None
         if settings.detector is not None:
-            self._compare_with(_data(run, config, trained, name), run, settings)
+            self._fit_detector(settings)
 
-    def _compare_with(self, splits: Splits, run: RunDir, settings: ServeSettings) -> None:
+    def _fit_detector(self, settings: ServeSettings) -> None:
         """Fit the detector on training images and set its threshold on validation images, both clean."""
+        try:
+            splits = evaluated_images(self.run, self.config, self.trained, None)[1]
+        except UserError as error:
+            remedy = f"{self.name}: without its training images serve with --detector none, or give --data.path"
+            raise UserError(*error.problems, remedy) from None
         labels = splits.train.visible_labels
         index = (labels >= 0).nonzero()[:, 0]
         if len(index) > settings.reference:
             index = index[stratified(labels[index], settings.reference, 0, spare=0)[0]]
         images, labels = splits.train.images[index], labels[index]
-        work = len(index) + len(splits.val)
-        with progress(f"{self.name}: reading training images", work, show=work > 2000) as tick:
-            features = self._features(images, tick)
-            detector: Detector = DETECTORS[str(settings.detector)]()
+        count = len(index) + len(splits.val)
+        detector: Detector = DETECTORS[str(settings.detector)]()
+        with progress(f"{self.name}: reading training images", count, show=count > 2000) as tick:
+            features = self._each(images, self.network.features, "the features of a training image are", tick)
             detector.fit(features, labels.to(self.device))
-            scores = self._scores(detector, splits.val, tick)
-        threshold = threshold_at(scores, settings.reject)
+            score = functools.partial(detector.score, self.network)
+            scores = self._each(splits.val.images, score, f"a score of {detector.name} is", tick).cpu()
+        threshold: float | None = threshold_at(scores, settings.reject)
         if math.isinf(threshold):
+            threshold = None
             log.warning(
                 "%s: %d validation images are too few for a threshold that rejects %g of clean images: nothing is rejected",
-                self.name,
-                len(scores),
-                settings.reject,
+                *(self.name, len(scores), settings.reject),
             )
         self.reference = Reference(images, labels, index, functional.normalize(features, dim=1).cpu())
-        self.guard = FittedDetector(
-            detector,
-            None if math.isinf(threshold) else threshold,
-            settings.reject,
-            len(labels),
-            len(scores),
-            _measured(run, self.model, detector.name, settings.reject),
-        )
+        measured = _measured(self.run, self.model, detector.name, settings.reject)
+        self.detector = FittedDetector(detector, threshold, settings.reject, len(labels), len(scores), measured)
 
-    def _features(self, images: Tensor, tick: Any) -> Tensor:
-        found = []
+    def _each(self, images: Tensor, function: Callable[[Tensor], Tensor], what: str, tick: Any) -> Tensor:
+        """Return ``function`` of all images, 256 at once; UserError if anything in it is not finite."""
+        rows = []
         with exact_float32(), torch.inference_mode():
-            for part in images.split(256):
-                found.append(self.network.features(_pixels(part, self.device)))
-                tick(len(part))
-        features = torch.cat(found).clone()
-        if not torch.isfinite(features).all():
-            raise UserError(
-                f"{self.name}: the features of a training image are NaN or infinite; serve with --detector none"
-            )
-        return features
-
-    def _scores(self, detector: Detector, images: ImageSet, tick: Any) -> Tensor:
-        found = []
-        with exact_float32(), torch.inference_mode():
-            for part in images.images.split(256):
-                found.append(detector.score(self.network, _pixels(part, self.device)))
-                tick(len(part))
-        scores = torch.cat(found).cpu()
-        if not torch.isfinite(scores).all():
-            raise UserError(f"{self.name}: a score of {detector.name} is NaN or infinite; serve with --detector none")
-        return scores
+            for batch in images.split(256):
+                rows.append(function(to_float(batch.to(self.device))))
+                tick(len(batch))
+        values = torch.cat(rows).clone()
+        if not torch.isfinite(values).all():
+            raise UserError(f"{self.name}: {what} NaN or infinite; serve with --detector none")
+        return values
 
     def answer(self, images: Sequence[np.ndarray]) -> Outputs:
         """Return the outputs of images, each array (n, C, H, W) uint8, or float32 in [0, 1].
@@ -237,9 +219,8 @@ class ServedModel:
         The arrays never change, whatever the model does with its input. Raises ValueError if the model does not answer each image
         with one row of K logits: rows that are missing would be another request's.
         """
-        x = torch.cat(
-            [_pixels(torch.from_numpy(array), self.device) for array in images]
-        )  # new memory, whatever they were
+        # New memory, whatever the arrays were.
+        x = torch.cat([to_float(torch.from_numpy(array).to(self.device)) for array in images])
         with exact_float32(), torch.inference_mode():
             features, logits = self.network.features_and_logits(x.clone())
             if logits.shape != (len(x), len(self.classes)) or features.ndim != 2 or len(features) != len(x):
@@ -247,11 +228,10 @@ class ServedModel:
                     f"{self.name} answered {len(x)} images of {len(self.classes)} classes with logits {tuple(logits.shape)} and "
                     f"features {tuple(features.shape)}"
                 )
-            scores = None if self.guard is None else self.guard.detector.score(self.network, x, (features, logits))
+            scores = None if self.detector is None else self.detector.score(self.network, x, (features, logits))
             probabilities = logits.float().softmax(1)
-        return Outputs(
-            probabilities.cpu().numpy(), features.cpu().numpy(), None if scores is None else scores.cpu().numpy()
-        )
+        suspicion = None if scores is None else scores.cpu().numpy()
+        return Outputs(probabilities.cpu().numpy(), features.cpu().numpy(), suspicion)
 
 
 class OnnxNetwork(SplitModel):
@@ -260,24 +240,16 @@ class OnnxNetwork(SplitModel):
     Raises UserError if the export fails, or answers otherwise than the model by more than 1e-4 per logit.
     """
 
-    def __init__(self, model: SplitModel, shape: tuple[int, int, int], settings: ServeSettings) -> None:
+    def __init__(self, model: SplitModel, shape: tuple[int, int, int]) -> None:
         super().__init__(model.num_classes, model.feature_dim)
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingExtra("onnxruntime", "serve", "the onnx engine") from None
         try:
             content = to_onnx(model, shape, features=True)
         except MissingExtra:
             raise
         except UserError as error:
             raise UserError(f"{str(error).partition(';')[0]}; serve with --engine torch") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = settings.threads
-        options.log_severity_level = 3
         # A thread that spins while it waits takes the core that reads requests.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session: Any = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self._session: Any = session(content, spin=False)
         x = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
         with exact_float32(), torch.inference_mode():
             expected = model.features_and_logits(x.to(next(model.parameters()).device))[1].cpu()
@@ -308,16 +280,6 @@ def open_models(
     return {name: ServedModel(name, run.path, settings, overrides) for name, run in zip(names, opened, strict=True)}
 
 
-def _data(run: RunDir, config: RunConfig, trained: RunConfig, name: str) -> Splits:
-    try:
-        return evaluated_images(run, config, trained, None)[1]
-    except UserError as error:
-        raise UserError(
-            *error.problems,
-            f"{name}: without its training images serve with --detector none, or give --data.path",
-        ) from None
-
-
 def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> Measured | None:
     """Return what ``results/detect.json`` says of this detector on these very weights, if it does."""
     path = run.path / "results" / "detect.json"
@@ -327,13 +289,8 @@ def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> Measure
         return None
     if not isinstance(record.result, Detection) or record.model.fingerprint != fingerprint(weights(model)):
         return None
-    for part in record.result.detectors:
-        if part.name == name:
-            point = min(part.curve, key=lambda point: abs(point.rate - rate))
+    for detector in record.result.detectors:
+        if detector.name == name:
+            point = min(detector.curve, key=lambda point: abs(point.rate - rate))
             return Measured(record.result, point, record.command)
     return None
-
-
-def _pixels(images: Tensor, device: torch.device) -> Tensor:
-    images = images.to(device)
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,18 @@ from clead.api.results import read_record
 from clead.attacks.fmn import FMN
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import check_finite, finite_images, run_attack
-from clead.checkpoint import RunDir
-from clead.config import load_recipe
 from clead.data.base import fingerprint
 from clead.data.decoding import decode
 from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32
+from clead.inference.models import FittedDetector, ServedModel
+from clead.inference.problems import Problem
+from clead.inference.request_parsing import count_pixels
+from clead.inference.settings import ServeSettings
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements.distances import distances
 from clead.models.split import SplitModel, copied
-from clead.results.record import Estimate, Record
-from clead.results.statistics import estimate
-from clead.serving.models import FittedDetector, ServedModel
-from clead.serving.playground.choices import (
+from clead.playground.choices import (
     ATTACK_SECONDS,
     MAX_FILE,
     MAX_IMAGES,
@@ -44,9 +42,8 @@ from clead.serving.playground.choices import (
     radii,
     whole,
 )
-from clead.serving.problems import Problem
-from clead.serving.request_parsing import count_pixels
-from clead.serving.settings import ServeSettings
+from clead.results.record import Estimate, Record
+from clead.results.statistics import estimate
 from clead.settings import Ratio
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
@@ -67,7 +64,7 @@ class PlaygroundModel:
     name: str
     method: str
     model: SplitModel
-    guard: FittedDetector | None
+    detector: FittedDetector | None
     record: Record | None
     device: torch.device
 
@@ -105,26 +102,22 @@ class Comparison:
         return self.entrants[:2]
 
 
-def open_contest(
-    runs: Sequence[str | Path], models: Mapping[str, ServedModel], overrides: Sequence[str] = ()
-) -> Comparison:
-    """Return the contest of ``runs``, whose opened ``models`` are in the same order.
+def open_contest(models: Mapping[str, ServedModel]) -> Comparison:
+    """Return the comparison of ``models``.
 
     Raises UserError if there are more than eight, or if they differ in classes, shape or test images: one image is shown to all.
     """
-    if not 1 <= len(runs) <= MAX_RUNS:
-        raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(runs)}; leave some out")
+    if not 1 <= len(models) <= MAX_RUNS:
+        raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(models)}; leave some out")
     first = next(iter(models.values()))
     entrants, chosen, kept, read, eps = [], None, "", {}, None
-    for path, model in zip(runs, models.values(), strict=True):
+    for model in models.values():
         if (model.classes, model.shape) != (first.classes, first.shape):
             raise UserError(
                 f"{model.name} knows {len(model.classes)} classes of images {model.shape}, {first.name} {len(first.classes)} of "
                 f"{first.shape}; give runs of the same data"
             )
-        run = RunDir.open(Path(path))
-        trained = run.config()
-        config = load_recipe(str(run.path / "config.yaml"), overrides)
+        run, trained, config = model.run, model.trained, model.config
         key = (repr(config.data), trained.train.seed, config.eval.split, config.eval.images)
         if key not in read:  # large data is read once for runs that share it
             images = evaluated_images(run, config, trained, None)[0]
@@ -141,8 +134,8 @@ def open_contest(
         alone = copied(model.model).requires_grad_(False).eval()
         device = next((p.device for p in alone.parameters()), torch.device("cpu"))
         record = read_record(run.path) if evaluated else None
-        entrants.append(PlaygroundModel(model.name, method, alone, model.guard, record, device))
-        if eps is None and (method != "standard" or len(runs) == 1):
+        entrants.append(PlaygroundModel(model.name, method, alone, model.detector, record, device))
+        if eps is None and (method != "standard" or len(models) == 1):
             eps = config.threat.norm, Ratio(config.threat.eps)
     norm, radius = eps or (config.threat.norm, Ratio(config.threat.eps))
     allowed = radii(first.shape, norm, radius)
@@ -294,13 +287,11 @@ def attack_image(
 
 def look(entrant: PlaygroundModel, x: Tensor) -> list[Prediction]:
     """Return what the model and its detector say of images (n, C, H, W) in [0, 1]."""
-    guard = entrant.guard
+    guard = entrant.detector
     with exact_float32(), torch.inference_mode():
         features, logits = entrant.model.features_and_logits(x.to(entrant.device))
         scores = (
-            None
-            if guard is None
-            else guard.detector.score(entrant.model, x.to(entrant.device), (features, logits)).tolist()
+            None if guard is None else guard.score(entrant.model, x.to(entrant.device), (features, logits)).tolist()
         )
     if not torch.isfinite(logits).all():
         raise UserError(f"{entrant.name} answers NaN or infinity to this image; choose another one")

@@ -6,11 +6,10 @@ import base64
 import binascii
 import os
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -24,10 +23,11 @@ from starlette.middleware import Middleware
 from torch import Tensor
 
 from clead.errors import UserError
-from clead.serving.app import create_app
-from clead.serving.playground import comparison as computing
-from clead.serving.playground import pictures
-from clead.serving.playground.choices import (
+from clead.inference.png import to_array
+from clead.inference.settings import ServeSettings
+from clead.playground import comparison as computing
+from clead.playground import pictures
+from clead.playground.choices import (
     ATTACK_SECONDS,
     MAX_FILE,
     MAX_IMAGES,
@@ -41,9 +41,8 @@ from clead.serving.playground.choices import (
     read_query,
     whole,
 )
-from clead.serving.playground.comparison import Comparison
-from clead.serving.playground.gradio_path_filter import Fence
-from clead.serving.settings import ServeSettings
+from clead.playground.comparison import Comparison
+from clead.playground.gradio_path_filter import Fence
 from clead.settings import Ratio
 
 PATH = "/playground"
@@ -66,20 +65,16 @@ class Picked:
     lines: tuple[str, ...]
 
 
-def create_playground_app(
-    runs: Sequence[str | Path], settings: ServeSettings | None = None, overrides: Sequence[str] = ()
-) -> FastAPI:
-    """Return the server's application with the playground of ``runs`` under ``/playground``, where ``/`` leads.
+def add_playground(app: FastAPI, settings: ServeSettings | None = None) -> None:
+    """Add the playground of the runs that ``app`` serves under ``/playground``, where ``/`` leads.
 
     Args:
-        runs: one to eight run directories of the same data; the first two meet side by side.
+        app: an application of ``clead.serving.create_app`` for one to eight runs of the same data; the first two meet side by side.
         settings: of the server.
-        overrides: settings of the runs, such as ``["--data.path", "other/place"]``.
 
-    Raises UserError if a run cannot be opened, or if the runs do not go together.
+    Raises UserError if the runs do not go together.
     """
-    app = create_app(runs, settings, overrides)
-    contest = computing.open_contest(runs, app.state.models, overrides)
+    contest = computing.open_contest(app.state.models)
     blocks = page(contest)
     # Else gradio leaves out its own check of the files that an event names; ``Fence`` checks them too.
     blocks.has_launched = True
@@ -115,8 +110,6 @@ def create_playground_app(
     @app.get("/favicon.ico", include_in_schema=False)
     async def icon() -> Response:
         return Response(status_code=204)
-
-    return app
 
 
 def page(contest: Comparison) -> gr.Blocks:
@@ -524,7 +517,7 @@ def _given(contest: Comparison, content: bytes, what: str) -> Picked:
 
 def _enlarged(image: Tensor) -> np.ndarray:
     """Return (H, W, 3) of at least 64 pixels' height, each pixel a square: a browser would blur a small image."""
-    array = pictures.array_of(image)
+    array = to_array(image)
     array = array if array.ndim == 3 else np.repeat(array[..., None], 3, 2)
     times = max(1, -(-64 // array.shape[0]))
     return array.repeat(times, 0).repeat(times, 1)

@@ -1,0 +1,5 @@
+"""The playground: images are attacked while one looks on, on two models side by side; gradio's pages in the server's application.
+
+``choices`` says what may be chosen and its limits, ``comparison`` computes, ``pictures`` makes HTML of its results, ``page`` is the
+page, ``gradio_path_filter`` keeps gradio's paths to those that it needs.
+"""

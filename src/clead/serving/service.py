@@ -1,0 +1,237 @@
+"""What stands behind the paths: requests become images, go through a model, and are answered within the limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request, Response
+from pydantic_core import to_json
+
+from clead import __version__
+from clead.errors import did_you_mean
+from clead.inference.models import FittedDetector, Outputs, ServedModel
+from clead.inference.problems import Problem
+from clead.inference.request_parsing import Buffers, body_kind, read_body, read_images
+from clead.inference.settings import ServeSettings
+from clead.serving.batching import Batcher
+from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
+from clead.serving.schemas import ExplainQuery, Health, PredictQuery
+from clead.tasks.classification import CLASSIFICATION
+
+_MAX_SHOWN = 640  # training images in one answer; with 32×32 pixels some 2 MB
+_DEAD = 10  # a worker counts as dead when a batch takes so many times as long as a request may
+_WARNING = (
+    "An attacker who knows the detector can evade it: a low score is no proof that an image was not tampered with."
+)
+_UNMEASURED = " By how much was not measured for these weights; clead detect does."
+
+
+class Service:
+    """What requests share: the models with their batchers, and threads for what would hold up other requests."""
+
+    def __init__(self, models: dict[str, ServedModel], settings: ServeSettings, metrics: Metrics) -> None:
+        self.models = models
+        self.settings = settings
+        self.metrics = metrics
+        self.pool = ThreadPoolExecutor(2, "clead-serving")
+        self.batchers = {
+            name: Batcher(model.answer, settings.max_batch, name, metrics, settings.request_seconds)
+            for name, model in models.items()
+        }
+        self.buffers = Buffers(max(settings.max_buffered, settings.max_body))
+        self.places = asyncio.Semaphore(settings.max_requests)
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncGenerator[None, None]:
+        """Run the batchers; when the server stops, its requests have been answered."""
+        for batcher in self.batchers.values():
+            batcher.start()
+        yield
+        for batcher in self.batchers.values():
+            await asyncio.to_thread(batcher.stop, min(5.0, self.settings.drain_seconds))
+
+    async def predict(self, request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
+        """Answer with one prediction per image."""
+        model = self._model(query)
+
+        async def content(outputs: Outputs) -> dict[str, Any]:
+            predictions = self._predictions(model, outputs, query)
+            return {"model": model.name, "classes": model.classes, "predictions": predictions}
+
+        return await self._answer(request, model, content)
+
+    async def explain(self, request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
+        """Answer with predictions, the nearest training images, and what the detector is worth."""
+        model = self._model(query)
+        label = _class_index(model, query.of)
+
+        def explained(outputs: Outputs) -> dict[str, Any]:
+            predictions = self._predictions(model, outputs, query)
+            self._add_neighbours(predictions, model, outputs, query.neighbours, label)
+            detector = _about_detector(model.detector)
+            return {"model": model.name, "classes": model.classes, "explanations": predictions, "detector": detector}
+
+        async def content(outputs: Outputs) -> dict[str, Any]:
+            count = len(outputs.probabilities)
+            if (shown := count * query.neighbours) > _MAX_SHOWN:
+                raise Problem(
+                    422,
+                    f"neighbours: at most {_MAX_SHOWN} training images are shown in one answer, got {count} images times "
+                    f"{query.neighbours} neighbours, {shown}; ask for fewer",
+                )
+            return await asyncio.get_running_loop().run_in_executor(self.pool, explained, outputs)
+
+        return await self._answer(request, model, content)
+
+    async def healthz(self) -> Health:
+        """Say that the server lives, or which worker will give no answers any more."""
+        for batcher in self.batchers.values():
+            # Ended, or nobody has waited for its batch for long.
+            if (trouble := batcher.trouble()) and not 0 < batcher.busy_seconds < _DEAD * self.settings.request_seconds:
+                raise Problem(503, trouble)
+        return self._health("ok")
+
+    async def readyz(self, request: Request) -> Health:
+        """Say that requests are taken, or why they are not at present."""
+        troubles = [batcher.trouble() for batcher in self.batchers.values()]
+        if request.app.state.draining:
+            troubles = ["the server is stopping"]
+        for trouble in filter(None, troubles):
+            raise Problem(503, trouble, {"Retry-After": "5"})
+        return self._health("ready")
+
+    async def counters(self) -> Response:
+        """Answer in Prometheus's text format."""
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    def _health(self, status: Literal["ok", "ready"]) -> Health:
+        return Health(status=status, version=__version__, models=list(self.models))
+
+    def _model(self, query: PredictQuery) -> ServedModel:
+        """Return the model that a request names, the first one by default."""
+        name = next(iter(self.models)) if query.model is None else query.model
+        if name not in self.models:
+            known = did_you_mean(name[:60], self.models)
+            raise Problem(422, f"model: no such run is served, got {name[:60]!r}; {known}")
+        return self.models[name]
+
+    async def _answer(
+        self, request: Request, model: ServedModel, content: Callable[[Outputs], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        """Read the images of a request, and answer with what ``content`` makes of the model's outputs.
+
+        A request takes one of the ``max_requests`` places when it has arrived, so that slow ones take none. It is given up
+        ``request_seconds`` after that.
+        """
+        body_kind(request)
+        self._check_places()
+        async with read_body(request, self.settings, self.buffers) as body:
+            self._check_places()
+            async with self.places:
+                with self.metrics.in_flight.track_inprogress():
+                    try:
+                        work = self._computed(request, body, model, content)
+                        result = await asyncio.wait_for(work, self.settings.request_seconds)
+                    except asyncio.TimeoutError:
+                        raise Problem(
+                            503,
+                            f"the answer took more than {self.settings.request_seconds:g} seconds; send fewer images, or come back "
+                            "later",
+                            {"Retry-After": "5"},
+                        ) from None
+        return Response(to_json(result), media_type="application/json")
+
+    async def _computed(
+        self, request: Request, body: bytes, model: ServedModel, content: Callable[[Outputs], Awaitable[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        images = await read_images(request, body, model, self.settings, self.pool)
+        outputs = await self.batchers[model.name].outputs(images)
+        self.metrics.images.labels(model.name).inc(len(images))
+        return await content(outputs)
+
+    def _check_places(self) -> None:
+        if self.places.locked():
+            self.metrics.refused.labels("503").inc()
+            raise Problem(
+                503,
+                f"the server works on {self.settings.max_requests} requests already, which is its limit; come back in a second",
+                {"Retry-After": "1", "Connection": "close"},
+            )
+
+    def _predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
+        """Return one ``Prediction`` per image, as plain data."""
+        best = CLASSIFICATION.predict(outputs.probabilities).tolist()
+        rows = outputs.probabilities.astype("float64").round(6).tolist()
+        predictions: list[dict[str, Any]] = [
+            {"label": model.classes[k], "probability": row[k], "probabilities": row, "suspicion": None}
+            for k, row in zip(best, rows, strict=True)
+        ]
+        if model.detector is None or outputs.suspicion is None:
+            return predictions
+        threshold, count = model.detector.threshold, 0
+        for prediction, score in zip(predictions, outputs.suspicion.tolist(), strict=True):
+            rejected = threshold is not None and score > threshold
+            prediction["suspicion"] = {"score": score, "threshold": threshold, "rejected": rejected}
+            count += rejected
+            if rejected and query.reject == "true":
+                prediction["label"] = None
+        self.metrics.rejected.labels(model.name).inc(count)
+        return predictions
+
+    def _add_neighbours(
+        self, predictions: list[dict[str, Any]], model: ServedModel, outputs: Outputs, k: int, label: int | None
+    ) -> None:
+        reference = model.reference
+        assert reference is not None  # there is a path to explain with a detector only
+        for prediction, nearest in zip(predictions, reference.nearest(outputs.features, k, label), strict=True):
+            prediction["neighbours"] = [
+                {
+                    "index": one.index,
+                    "label": model.classes[one.label],
+                    "similarity": round(one.similarity, 6),
+                    "thumbnail": reference.thumbnail(one.row) if self.settings.thumbnails else None,
+                }
+                for one in nearest
+            ]
+
+
+def _about_detector(detector: FittedDetector | None) -> dict[str, Any]:
+    """Return a ``DetectorAnswer`` as plain data."""
+    assert detector is not None
+    measured = None
+    if detector.measured is not None:
+        detection, point = detector.measured.detection, detector.measured.point
+        measured = {
+            "command": detector.measured.command,
+            "images": detection.images,
+            "norm": detection.norm,
+            "eps": detection.eps_text,
+            "fitted": detection.fitted,
+            "rate": point.rate,
+            "clean_rejected": point.clean_rejected,
+            "without_detector": detection.robust,
+            "attacker_unaware": point.oblivious,
+            "attacker_aware": point.aware,
+        }
+    return {
+        "name": detector.name,
+        "rate": detector.rate,
+        "threshold": detector.threshold,
+        "fitted": detector.fitted,
+        "calibrated": detector.calibrated,
+        "warning": _WARNING if measured else _WARNING + _UNMEASURED,
+        "measured": measured,
+    }
+
+
+def _class_index(model: ServedModel, name: str | None) -> int | None:
+    if name is None:
+        return None
+    if name not in model.classes:
+        known = did_you_mean(name[:60], model.classes)
+        raise Problem(422, f"of: {model.name} has no such class, got {name[:60]!r}; {known}")
+    return model.classes.index(name)
