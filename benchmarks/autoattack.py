@@ -26,12 +26,14 @@ import clead
 from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
 from clead.data.base import shuffle_if_sorted
-from clead.evaluation import evaluator
+from clead.evaluation import plan
 from clead.evaluation.correctness import to_float
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.suites import suite
 from clead.interfaces import ImageSet
 from clead.models.compute_cost import CostMeter
+from clead.results.target import EvaluationTarget
 from clead.threats import THREATS
 
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}
@@ -76,7 +78,7 @@ def ours(model, images, labels, norm, eps, block, seed):
         attacks, notes = suite(*args, **kwargs)
         return [type(a)(a.name, Timed(a.attack, seconds, a.name), a.objective, a.cost) for a in attacks], notes
 
-    evaluator.suite = timed
+    plan.suite = timed
     try:
         start = time.process_time()
         settings = Eval(curve_points=0, check_images=0, gallery=0, batch_size=block, seed=seed)
@@ -84,11 +86,16 @@ def ours(model, images, labels, norm, eps, block, seed):
             "model", "model", "best", "data", "test", "", tuple(map(str, range(model.num_classes)))
         )
         record = evaluate_model(
-            model, ImageSet(images, labels), THREATS.get(norm)(eps=eps), settings, target, show=False
+            model,
+            ImageSet(images, labels),
+            THREATS.get(norm)(eps=eps),
+            settings,
+            target,
+            options=EvaluationOptions(show=False),
         ).record
         seconds["all"] = time.process_time() - start
     finally:
-        evaluator.suite = suite
+        plan.suite = suite
     flags = {part.name: part.flags for part in record.attacks}
     passes = {part.name: (part.forwards, part.backwards) for part in record.attacks}
     return {"clean": record.clean_flags, "flags": flags, "seconds": seconds, "passes": passes}

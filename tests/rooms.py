@@ -7,6 +7,7 @@ ROOMS = {
     "errors": "`UserError`: what the user gave, the rule, the remedy, on one line",
     "signature": "signs files with a key of the user, and checks the signature",
     "output": "standard output and error that cannot stop work",
+    "renamed": "old names that work for one release, and say once what to write instead",
     "atomic_io": "reads and writes every file; a file is written whole or not at all",
     "registry": "name → class; a folder is searched, so there is no list to edit",
     "settings": "frozen settings: type, default, unit, range and documentation of a key in one place",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clead.api import (
         compare,
         evaluate,
+        evaluate_external,
         evaluate_run,
         export_run,
         inspect_data,
@@ -40,6 +41,7 @@ _WHERE = {
     "allow_code": "clead.models.user_model",
     "compare": "clead.api",
     "evaluate": "clead.api",
+    "evaluate_external": "clead.api",
     "evaluate_run": "clead.api",
     "export_run": "clead.api",
     "inspect_data": "clead.api",
@@ -60,6 +62,7 @@ __all__ = [
     "attacks",
     "compare",
     "evaluate",
+    "evaluate_external",
     "evaluate_run",
     "export_run",
     "inspect_data",

@@ -26,10 +26,12 @@ from clead.attacks.runner import run_attack
 from clead.attacks.spatial import Spatial
 from clead.config import Eval
 from clead.errors import UserError
-from clead.evaluation import evaluator
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation import attacking
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.suites import NamedAttack
 from clead.interfaces import ImageSet
+from clead.results.target import EvaluationTarget
 from clead.tasks.classification import CLASSIFICATION, TOWARDS_CLASS
 from clead.threats.linf import Linf
 from support import ROOT
@@ -318,7 +320,13 @@ def test_a_targeted_evaluation_resumes_with_the_same_flags_and_attacks_nothing_a
 
     def evaluated():
         result = evaluate_model(
-            model, images, Linf(eps=0.1), options, target, attacks=aimed, state=tmp_path / "state", show=False
+            model,
+            images,
+            Linf(eps=0.1),
+            options,
+            target,
+            attacks=aimed,
+            options=EvaluationOptions(state=tmp_path / "state", show=False),
         )
         return [
             (part.flags, part.broken, part.settings["target"]) for part in result.record.attacks
@@ -329,7 +337,15 @@ def test_a_targeted_evaluation_resumes_with_the_same_flags_and_attacks_nothing_a
     assert any(
         "PGD towards c is targeted: an image counts as broken only where it is taken for c" in note for note in notes
     )
-    monkeypatch.setattr(evaluator, "run_attack", lambda *args, **how: pytest.fail("attacked again"))
+    monkeypatch.setattr(attacking, "run_attack", lambda *args, **how: pytest.fail("attacked again"))
     assert evaluated()[0] == first
     with pytest.raises(UserError, match="aims at class 2: leave out images of that class"):
-        evaluate_model(model, ImageSet(x, labels), Linf(eps=0.1), options, target, attacks=aimed, show=False)
+        evaluate_model(
+            model,
+            ImageSet(x, labels),
+            Linf(eps=0.1),
+            options,
+            target,
+            attacks=aimed,
+            options=EvaluationOptions(show=False),
+        )

@@ -102,7 +102,7 @@ def test_the_functions_of_the_first_version_warn_and_measure(name, monkeypatch):
     calls = []
     monkeypatch.setattr("clead.api.measurements.measure", lambda *given, **keys: calls.append((given, keys)))
     attack = ("an attack",) if name == "unrestricted" else ()
-    with pytest.warns(DeprecationWarning, match=r"use clead\.measure\(run, "):
+    with pytest.warns(DeprecationWarning, match=r"write clead\.measure\(run, "):
         getattr(clead, f"{name}_run")("a run", *attack, show=False)
     kind, keys = ("attack", {"attack": "an attack"}) if attack else (name, {})
     assert calls == [(("a run", kind), {**keys, "show": False})]

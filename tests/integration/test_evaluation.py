@@ -14,11 +14,13 @@ from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
 from clead.evaluation.correctness import accuracy_under_attack
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.suites import NamedAttack, suite
 from clead.interfaces import ImageSet
 from clead.models.compute_cost import CostMeter
 from clead.results.record import Record
+from clead.results.target import EvaluationTarget
 from clead.settings import Ratio
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2
@@ -59,9 +61,17 @@ def made() -> tuple[ImageSet, Tensor, Tensor]:
     return ImageSet(values.reshape(-1, 1, 1, 1), labels), right, robust
 
 
-def evaluate(images: ImageSet, threat: Any = None, settings: Eval = QUICK, model: nn.Module | None = None, **kw: Any):
+def evaluate(
+    images: ImageSet,
+    threat: Any = None,
+    settings: Eval = QUICK,
+    model: nn.Module | None = None,
+    attacks=None,
+    **options: Any,
+):
+    how = EvaluationOptions(**{"show": False, **options})
     return evaluate_model(
-        model or Threshold(), images, threat or Linf(eps="20/255"), settings, SUBJECT, show=False, **kw
+        model or Threshold(), images, threat or Linf(eps="20/255"), settings, SUBJECT, attacks=attacks, options=how
     )
 
 

@@ -575,3 +575,17 @@ def test_a_model_that_takes_all_that_is_no_image_for_the_label_is_refused():
         AttackError, match=r"at image 2 is NaN or infinite.*leave it out: x\[torch.arange\(len\(x\)\) != 2\]"
     ):
         clead.attacks.mi_fgsm(model, x, y, eps=0.01, steps=2)
+
+
+def test_evaluate_takes_how_the_model_wants_its_pixels():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    x = torch.rand(9, 3, 2, 2)
+    with torch.no_grad():
+        y = net((255 * x.permute(0, 2, 3, 1) - 100) / 50).argmax(1)
+    options: dict[str, Any] = {"suite": "pgd", "steps": 1, "check_images": 0, "curve_points": 0, "eps": 1e-6}
+    record = clead.evaluate(net, x, y, input="layout=nhwc range=0..255 mean=100 std=50", **options)
+    assert record.clean_accuracy == 1 and record.model.name == "Sequential"
+    assert clead.evaluate(net, x, y, **options).clean_accuracy < 1
+    with pytest.raises(UserError, match="layout"):
+        clead.evaluate(net, x, y, input="layout=nchw2", **options)

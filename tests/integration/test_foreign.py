@@ -177,7 +177,7 @@ def test_an_onnx_file_by_queries(place, run, batch):
 def test_a_module_in_python(place):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
     config = evaluation_config("mine", ["--data.path", "data.npz", *EVAL])
-    record = api.evaluate_foreign(net, config, out="mine", show=False).record
+    record = api.evaluate_external(net, config, out="mine", show=False).record
     assert record.model.name == "Sequential" and Path("mine/evaluation.json").exists()
 
 

@@ -420,7 +420,7 @@ def test_an_export_of_ours_goes_round(run_of_three):
     api.export_run(run, out="out", show=False)
     model = OnnxModel("out/model.onnx", sample_shape=(1, 8, 8), num_classes=3)
     assert model.classes == ("0", "1", "2") and not model.notes
-    record = api.evaluate_foreign(
+    record = api.evaluate_external(
         "out/model.onnx",
         evaluation_config("evaluation", ["--data.path", data, "--eval.suite", "queries", "--eval.steps", "2"]),
         out="e",

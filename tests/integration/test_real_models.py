@@ -112,7 +112,7 @@ def made(factory: str, *arguments: Any) -> nn.Module:
 
 def evaluated(model: str, *overrides: str, **options: Any) -> Any:
     config = evaluation_config("evaluation", ["--data.path", "d.npz", "--eval.suite", "pgd", *QUICK, *overrides])
-    return api.evaluate_foreign(model, config, out="out", show=False, **options).record
+    return api.evaluate_external(model, config, out="out", show=False, **options).record
 
 
 def trained(factory: str, *overrides: str, method: str = "pgd-at") -> Path:

@@ -20,7 +20,8 @@ from clead import api
 from clead.cli.app import app
 from clead.config import Eval
 from clead.errors import MissingExtra, UserError
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
 from clead.measurements.base import MeasurementRecord
@@ -30,6 +31,7 @@ from clead.report.sections.epsilon import epsilon
 from clead.report.sections.stages import draw_stages
 from clead.results.figure import PALETTE
 from clead.results.record import MemoryPart, PredictionsPart, Record
+from clead.results.target import EvaluationTarget
 from clead.threats import THREATS
 from support import ROOT, Nesting
 
@@ -851,8 +853,7 @@ def test_predictions_are_the_answers_to_the_images_that_were_counted(suite):
         threat,
         Eval(suite=suite, steps=10, check_images=0, batch_size=16, curve_points=0),
         target,
-        keep_adversarial=True,
-        show=False,
+        options=EvaluationOptions(keep_adversarial=True, show=False),
     )
     record, adversarial = evaluation.record, evaluation.adversarial
     part = record.predictions

@@ -21,10 +21,12 @@ from clead.checkpoint import load_weights, save_weights
 from clead.cli import main
 from clead.config import Eval, load_recipe
 from clead.errors import UserError
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.processes import Shard
 from clead.evaluation.state import ResumableResults, UntrustedState
 from clead.interfaces import ImageSet
+from clead.results.target import EvaluationTarget
 from clead.signature import is_signed, keyless, sign
 from clead.threats import THREATS
 from support import Killed
@@ -122,7 +124,7 @@ def test_kill_9_in_a_real_process(run, alone):
 
 
 def test_a_damaged_part_is_computed_again(run, alone, monkeypatch):
-    monkeypatch.setattr("clead.api.evaluation.discard", lambda path: None)
+    monkeypatch.setattr("clead.api.recorded.discard", lambda path: None)
     assert evaluated(run) == alone
     first, second = (run / "results" / "evaluation.state" / name for name in parts(run)[1:3])
     first.write_bytes(first.read_bytes()[:-3])
@@ -170,7 +172,7 @@ def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypat
 # ------------------------------------------------------------------------------------------------ states that lie
 
 
-def small(state: Path | None, **options: Any) -> dict[str, Any]:
+def small(state: Path | None, attacks: Any = None, **options: Any) -> dict[str, Any]:
     """Evaluate a linear model on 30 images in four batches, each attacked four times."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -181,7 +183,8 @@ def small(state: Path | None, **options: Any) -> dict[str, Any]:
     settings = Eval(steps=2, batch_size=8, curve_points=0, check_images=0)
     target = EvaluationTarget("small", "Linear", "given", "given", "test", "given", ("a", "b", "c"))
     threat = THREATS.get("linf")(eps=0.03)
-    found = evaluate_model(net, ImageSet(x, y), threat, settings, target, state=state, show=False, **options)
+    how = EvaluationOptions(state=state, show=False, **options)
+    found = evaluate_model(net, ImageSet(x, y), threat, settings, target, attacks=attacks, options=how)
     assert found is not None
     return json.loads(found.record.model_dump_json())
 

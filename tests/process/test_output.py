@@ -240,7 +240,7 @@ def test_where_it_happens_decides_which_key(error, run, tmp_path, monkeypatch):
         with pytest.raises(NotEnoughMemory, match=r"the training; lower data\.batch_size"):
             clead.train(config, out=tmp_path / "b", show=False)
     with monkeypatch.context() as patch:
-        patch.setattr("clead.evaluation.evaluator._evaluation", short)
+        patch.setattr("clead.evaluation.evaluator.make_evaluation", short)
         with pytest.raises(NotEnoughMemory, match=r"the evaluation; lower eval\.batch_size"):
             clead.evaluate_run(run, show=False, fresh=True)
 

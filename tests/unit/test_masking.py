@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clead.attacks import pgd
 from clead.errors import UserError
 from clead.evaluation import masking
-from clead.evaluation.masking import CHECKS, efforts, few, run_checks
+from clead.evaluation.masking import CHECKS, Selection, efforts, few, run_checks
 from clead.models.compute_cost import CostMeter
 from clead.models.normalize import Normalize
 from clead.models.seeding import fork_rng
@@ -292,7 +292,7 @@ def test_fewer_checks_name_a_wrong_input_too_and_cost_what_they_say(robust, effo
     model = Before(change, robust)
     flags = standing(model)
     with CostMeter(model) as meter:
-        parts = run_checks(model, *TEST, LINF, only=effort.names, standing=flags)
+        parts = run_checks(model, *TEST, LINF, selection=Selection(effort.names, flags))
     assert [part.name for part in parts] == [check for check in CHECKS if check in effort.names]
     assert meter.calls <= effort.calls
     assert meter.forwards + meter.backwards <= len(TEST[0]) * (effort.each + effort.right)
@@ -302,14 +302,16 @@ def test_fewer_checks_name_a_wrong_input_too_and_cost_what_they_say(robust, effo
 
 @pytest.mark.parametrize("threat", THREATS)
 def test_fewer_checks_pass_on_a_healthy_model(standard, threat):
-    assert not failed(standard, threat, only=QUICK[0].names, standing=standing(standard, threat))
+    assert not failed(standard, threat, selection=Selection(QUICK[0].names, standing(standard, threat)))
 
 
 def test_square_finds_what_earlier_attacks_missed(robust):
     model = Before(lambda x: x + 0.02 * (300 * x).sin(), robust)
-    assert "black box" in failed(model, only=QUICK[0].names, standing=standing(model))
+    assert "black box" in failed(model, selection=Selection(QUICK[0].names, standing(model)))
     blind = Before(lambda x: x.round(), robust)
-    assert {"gradients", "smooth"} <= failed(blind, only=QUICK[-1].names, standing=torch.ones(128, dtype=torch.bool))
+    assert {"gradients", "smooth"} <= failed(
+        blind, selection=Selection(QUICK[-1].names, torch.ones(128, dtype=torch.bool))
+    )
 
 
 def test_checks_cost_at_most_what_is_said(robust):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from clead.api.evaluation import evaluate_foreign
+from clead.api.evaluation import evaluate_external
 from clead.checkpoint import load_weights, save_weights
 from clead.config import evaluation_config
 from clead.errors import UserError
@@ -476,7 +476,7 @@ def test_an_evaluation_says_what_was_loaded(trained, capsys):
     torch.save({"state_dict": {f"module.{k}": v for k, v in state(trained).items()}, "classes": list("abc")}, "w.pth")
     overrides = ["--data.path", "d.npz", "--eval.suite", "pgd", "--eval.steps", "1", "--eval.curve_points", "0"]
     config = evaluation_config("evaluation", [*overrides, "--eval.check_images", "0"])
-    record = evaluate_foreign("nets.py:Net", config, weights="w.pth", out="out", show=False).record
+    record = evaluate_external("nets.py:Net", config, weights="w.pth", out="out", show=False).record
     loaded = [note for note in record.notes if "tensors of Net are from w.pth:state_dict" in note]
     assert loaded and any("'module.' was taken off 9 names" in note for note in record.notes)
     assert loaded[0] in capsys.readouterr().err

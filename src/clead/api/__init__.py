@@ -5,19 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from clead.api.data import inspect_data
-from clead.api.evaluation import ShardDone, evaluate, evaluate_foreign, evaluate_run, verify
+from clead.api.evaluation import evaluate, evaluate_external, evaluate_run
 from clead.api.exporting import export_run
 from clead.api.measurements import OLD_NAMES, measure, old_function
 from clead.api.opened import load
+from clead.api.recorded import ShardDone
 from clead.api.results import compare, read_record, write_report
 from clead.api.training import TrainedRun, profile, train
+from clead.api.verification import verify
+from clead.renamed import old_names
 
 __all__ = [
     "ShardDone",
     "TrainedRun",
     "compare",
     "evaluate",
-    "evaluate_foreign",
+    "evaluate_external",
     "evaluate_run",
     "export_run",
     "inspect_data",
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 
+_old_name = old_names(__name__, {"evaluate_foreign": "evaluate_external"})
+
+
 def __getattr__(name: str) -> Any:
-    if name in OLD_NAMES:
-        return old_function(name)
-    raise AttributeError(f"module 'clead.api' has no attribute {name!r}")
+    return old_function(name) if name in OLD_NAMES else _old_name(name)

@@ -156,11 +156,10 @@ class _Export:
             self.model,
             converted.eval(),
             chosen,
-            self.config.threat,
+            self.config,
             opened.target,
             precision=self.precision,
             gradients=self.format == "safetensors",
-            seed=self.config.eval.seed,
             show=show,
         )
 

@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from clead.api.opened import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
+from clead.config import RunConfig
+from clead.data.classes import align_classes
+from clead.devices import device_of
 from clead.errors import UserError
 from clead.models.class_names import class_names
 from clead.models.model_input import InputLayer, ModelInput
@@ -16,6 +20,7 @@ from clead.models.onnx import OnnxModel, is_onnx
 from clead.models.split import AdaptedModel, SplitModel, wrapped
 from clead.models.user_model import make_module
 from clead.output import tell
+from clead.results.target import EvaluationTarget
 from clead.weights import load_into, read_weights
 
 
@@ -26,6 +31,52 @@ class ExternalModel:
     model: nn.Module
     classes: Sequence[str] | None
     notes: list[str]
+
+
+def open_external_model(
+    model: str | nn.Module,
+    config: RunConfig,
+    *,
+    weights: str | Path | None = None,
+    output: str | int | None = None,
+    input: ModelInput | str | None = None,
+    classifier: str | None = None,
+) -> OpenedModel:
+    """Load a model and the images that ``config`` names; arguments as of ``evaluate_external``."""
+    splits = config.data.load(config.train.seed, training=False)
+    name = model if isinstance(model, str) else type(model).__name__
+    external = load_external_model(
+        model,
+        weights=weights,
+        sample_shape=image_shape(splits),
+        num_classes=len(splits.classes),
+        output=output,
+        input=input,
+        classifier=classifier,
+    )
+    order_given = getattr(config.data, "classes", None) is not None
+    splits, class_notes = align_classes(splits, external.classes, source=name, order_given=order_given)
+    splits = dataclasses.replace(splits, notes=(*splits.notes, *class_notes))
+    target = EvaluationTarget(
+        name=Path(name).stem if is_onnx(model) else name.rpartition(":")[2],
+        model=Path(name).name,
+        weights=Path(weights).name if weights else "given",
+        data=data_name(config),
+        split=config.eval.split,
+        data_fingerprint=splits.fingerprint,
+        classes=splits.classes,
+        **split_facts(splits, config.eval.split),
+    )
+    notes = [*data_notes(splits), *external.notes]
+    if isinstance(model, str) and weights is None and not is_onnx(model):
+        notes.append(f"no --weights given: those that {Path(name).name} makes")
+    if splits.origin == "train" and config.eval.split == "test":
+        notes.append(
+            f"{target.name} may have been trained on these images: a figure on training images says nothing of new ones; "
+            "put images that it has never seen into test/CLASS"
+        )
+    device, images = device_of(config.train.device), chosen_images(config.eval, splits)
+    return OpenedModel(config, external.model.to(device), images, splits, target, device, tuple(notes))
 
 
 def load_external_model(
@@ -70,26 +121,27 @@ def load_external_model(
     if read is not None:
         notes = load_into(module, read, normalized=given is not None and given.normalizes)
         _say(notes)
-    layer = None if given is None else InputLayer(given)
-    if layer is not None:
-        notes += layer.notes()
-        _say(layer.notes())
+    built, input_notes = with_input(module, given, sample_shape, output=output, classifier=classifier)
     classes = (read.classes if read is not None else None) or stated_classes(module)
-    return ExternalModel(_adapted(module, layer, sample_shape, output, classifier).eval(), classes, notes)
+    return ExternalModel(built.eval(), classes, [*notes, *input_notes])
 
 
-def _adapted(
+def with_input(
     module: nn.Module,
-    layer: InputLayer | None,
+    given: ModelInput | None,
     sample_shape: tuple[int, int, int],
-    output: str | int | None,
-    classifier: str | None,
-) -> nn.Module:
-    """Return ``module`` as attacks on the embedding need it, if it has features, and with ``layer`` before it."""
+    *,
+    output: str | int | None = None,
+    classifier: str | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Return ``module`` with ``given`` before it and, if it has features, as attacks on the embedding need it; and notes."""
+    layer = None if given is None else InputLayer(given)
     if isinstance(module, SplitModel) and layer is None:
-        return module
+        return module, []
+    notes = [] if layer is None else layer.notes()
+    _say(notes)
     adapted = AdaptedModel(module, sample_shape=sample_shape, classifier=classifier, output=output, normalize=layer)
-    return adapted if adapted.has_features or layer is not None else wrapped(module, output)
+    return adapted if adapted.has_features or layer is not None else wrapped(module, output), notes
 
 
 def stated_classes(module: nn.Module) -> Sequence[str] | None:

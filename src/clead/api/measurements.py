@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from clead.errors import UserError
 from clead.interfaces import Splits
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import Measurement, MeasurementRecord, MeasurementTarget, measure_target
+from clead.renamed import warn_renamed
 from clead.settings import validated
 
 
@@ -89,7 +89,7 @@ def old_function(name: str) -> Callable[..., MeasurementRecord]:
 
     def call(path: str | Path, *attack: Any, **keywords: Any) -> MeasurementRecord:
         kind = OLD_NAMES[name]
-        warnings.warn(f'{name}: use clead.measure(run, "{kind}", …)', DeprecationWarning, stacklevel=2)
+        warn_renamed(f"clead.{name}", f'clead.measure(run, "{kind}", …)')
         return measure(path, kind, **({"attack": attack[0]} if attack else {}), **keywords)
 
     return call

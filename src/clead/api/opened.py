@@ -14,17 +14,17 @@ from torch import nn
 
 from clead.atomic_io import read_json
 from clead.checkpoint import RunDir, check_weights, load_weights
-from clead.config import RunConfig
+from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
 from clead.data.classes import align_classes
 from clead.devices import device_of
 from clead.errors import UserError
-from clead.evaluation.evaluator import EvaluationTarget
 from clead.interfaces import ImageSet, Splits
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import TrainingPart
+from clead.results.target import EvaluationTarget
 
 _log = logging.getLogger("clead")
 
@@ -51,27 +51,32 @@ def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = N
 
 
 @dataclasses.dataclass(frozen=True)
-class OpenedRun:
-    """A run with its model on the device, and the images that it is evaluated on."""
+class OpenedModel:
+    """A model on its device, and the images that it is evaluated on.
 
-    run: RunDir
+    ``notes`` are what a reader of a figure must know of the images and the weights.
+    """
+
     config: RunConfig
-    model: SplitModel
+    model: nn.Module
     images: ImageSet
     splits: Splits
     target: EvaluationTarget
     device: torch.device
-    weight_notes: tuple[str, ...] = ()
-
-    @property
-    def notes(self) -> list[str]:
-        """What a reader of a figure must know of the images and the weights."""
-        return [*data_notes(self.splits), *self.weight_notes]
+    notes: tuple[str, ...]
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.splits.classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedRun(OpenedModel):
+    """A run with its model and images."""
+
+    model: SplitModel
+    run: RunDir
 
 
 def open_run(
@@ -104,7 +109,8 @@ def open_run(
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
-    return OpenedRun(run, config, loaded.to(device), chosen, splits, target, device, tuple(weight_notes))
+    notes = (*data_notes(splits), *weight_notes)
+    return OpenedRun(config, loaded.to(device), chosen, splits, target, device, notes, run)
 
 
 def evaluated_images(
@@ -122,10 +128,13 @@ def evaluated_images(
             f"{run.path} was trained on images of shape {tuple(metadata['shape'])}, the data has {image_shape(splits)}; "
             "set data.image_size and data.channels"
         )
-    images = shuffle_if_sorted(splits.test if config.eval.split == "test" else splits.val)
-    if config.eval.images is not None:
-        images = images.subset(torch.arange(min(config.eval.images, len(images))))
-    return images, splits
+    return chosen_images(config.eval, splits), splits
+
+
+def chosen_images(options: Eval, splits: Splits) -> ImageSet:
+    """Return the images of ``splits`` that an evaluation with these options is of."""
+    images = shuffle_if_sorted(splits.test if options.split == "test" else splits.val)
+    return images if options.images is None else images.subset(torch.arange(min(options.images, len(images))))
 
 
 def results_folder(run: RunDir, out: str | Path | None) -> Path:

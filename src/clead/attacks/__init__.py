@@ -24,9 +24,10 @@ UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 from clead.attacks.eot import expectation  # noqa: E402  (the files register themselves in the registries above)
 from clead.attacks.external import external  # noqa: E402
 from clead.attacks.functions import functions  # noqa: E402
+from clead.attacks.runner import run_attack  # noqa: E402
 
 _FUNCTIONS = functions()  # a name such as pgd is the function from here on, not the module
 globals().update(_FUNCTIONS)
 
-__all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "expectation", "external"]
+__all__ = ["ATTACKS", "OBJECTIVES", "UNRESTRICTED", "expectation", "external", "run_attack"]
 __all__ += list(_FUNCTIONS)

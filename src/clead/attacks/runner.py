@@ -98,8 +98,7 @@ def run_attack(
     task: Task = CLASSIFICATION,
     generator: torch.Generator | None = None,
     checked: bool = False,
-    precision: torch.dtype = torch.float32,
-    exact: bool = False,
+    precision: torch.dtype | None = torch.float32,
 ) -> Tensor:
     """Run an attack of any kind on a model; ``capabilities(attack)`` says which kind it is.
 
@@ -114,8 +113,8 @@ def run_attack(
         task: what is right. ``TOWARDS_CLASS`` makes the attack a targeted one.
         generator: source of randomness, on the device of ``x``; a fixed seed if None, never the global RNG.
         checked: skip the checks of ``x`` and ``y`` because the caller has made them, and looks for images that are NaN.
-        precision: what the search computes in (autocast below float32); its result has to be verified in float32 then.
-        exact: search with the model as it is, not as ``optimized`` makes it.
+        precision: what the search computes in (autocast below float32); its result has to be verified in float32 then. None:
+            search with the model as it is, not as ``optimized`` makes it.
 
     Returns:
         x_adv, (B, C, H, W) in [0, 1]; verified to be inside a threat set. An attack for the smallest perturbation returns x
@@ -140,7 +139,10 @@ def run_attack(
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
             x, y = x.detach().clone(), y.detach().clone()
             given = x.clone()
-            with blamed(model, x), nullcontext(model) if exact else optimized(model, x, precision) as answer:
+            with (
+                blamed(model, x),
+                nullcontext(model) if precision is None else optimized(model, x, precision) as answer,
+            ):
                 if not ball or able.searches:
                     with torch.no_grad():
                         x_adv = _search(attack, answer, x, y, threat, generator=generator, **aim)

@@ -57,7 +57,7 @@ def only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
 def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Take how ``--model`` is called out of the overrides: ``--model.output``, ``--model.input`` and ``--model.classifier``.
 
-    Returns keyword arguments of ``evaluate_foreign``, none without ``--model``, and the other overrides.
+    Returns keyword arguments of ``evaluate_external``, none without ``--model``, and the other overrides.
     """
     from clead.config import parse_overrides
     from clead.models.model_input import ModelInput, pairs

@@ -134,7 +134,7 @@ def _evaluate_external(model: str, overrides: list[str], out: Path | None, optio
     folder = out or Path("evaluations") / re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(model).name)
     records: list[Any] = []
     with _shards_said():
-        evaluation = api.evaluate_foreign(model, config, out=folder, **options)
+        evaluation = api.evaluate_external(model, config, out=folder, **options)
         records += _show(evaluation, folder, folder, options["save_adversarial"])
     return records
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from clead.evaluation import masking
@@ -55,25 +54,24 @@ class _Asked:
         return _Asked(*(None if value == usual else value for value, usual in zip(values, defaults, strict=True)))
 
 
-def extent(plan: EvaluationPlan, store: ResumableResults, *, source: bool) -> Extent:
+def extent(plan: EvaluationPlan, store: ResumableResults) -> Extent:
     """Return what the settings say; what they leave open is limited in suite quick by what the attacks have cost.
 
     Args:
         plan: the evaluation; the parts of all its attacks are in ``store``.
         store: of finished parts.
-        source: whether the checks try a second model's images.
     """
     asked, n = _Asked.of(plan), len(plan.images)
     points = CURVE_POINTS if asked.points is None else asked.points
     curve = min(n, asked.images or CURVE_IMAGES)
     checks = min(n, CHECK_IMAGES if asked.checked is None else asked.checked)
     steps = asked.steps or CURVE_STEPS
-    efforts = masking.efforts(embedding=has_features(plan.model), source=source)
+    efforts = masking.efforts(embedding=has_features(plan.model), source=plan.source is not None)
     if plan.suite != "quick":
         return Extent(points, curve, steps, checks, efforts[0])
     notes = []
     spent = _spent(plan, store)
-    clean = torch.cat([store.parts[plan.key(batch, -1)][0]["flags"] for batch in range(plan.batches)])
+    clean = plan.flags(store, -1)
     if asked.images is None and points:
         points, steps, curve = _curve(plan, asked, clean[:curve], spent)
         at = f" at {points} radii" if points != CURVE_POINTS and asked.points is None else ""
@@ -91,11 +89,9 @@ def extent(plan: EvaluationPlan, store: ResumableResults, *, source: bool) -> Ex
 
 def _spent(plan: EvaluationPlan, store: ResumableResults) -> tuple[int, int]:
     """Return the passes and the calls of the clean images and of all attacks, forward and backward."""
-    parts = [
-        store.parts[plan.key(batch, stage)][1] for batch in range(plan.batches) for stage in range(len(plan.attacks))
-    ]
-    passes = sum(part["forwards"] + part["backwards"] for part in parts)
-    return len(plan.images) + passes, plan.batches + sum(part["calls"] for part in parts)
+    parts = [data for stage in range(len(plan.attacks)) for _, data in plan.parts(store, stage)]
+    passes = sum(data["forwards"] + data["backwards"] for data in parts)
+    return len(plan.images) + passes, plan.batches + sum(data["calls"] for data in parts)
 
 
 def _curve(plan: EvaluationPlan, asked: _Asked, clean: Tensor, spent: tuple[int, int]) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -56,6 +56,27 @@ def few(n: int) -> float:
     return max(3, 0.05 * n)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which checks to make.
+
+    Attributes:
+        names: of the checks.
+        standing: (n,) bool, which images earlier attacks inside the threat left right. The checks noise and black box then take
+            these for what gradients find, instead of attacking themselves, and black box and unbounded are shorter.
+    """
+
+    names: Collection[str]
+    standing: Tensor | None = None
+
+
+class _GivenMode(NamedTuple):
+    """Layers that came in train mode, by class, and the logits in the mode that the model came in, if there are any."""
+
+    training: list[str]
+    logits: Tensor | None
+
+
 def run_checks(
     model: nn.Module,
     x: Tensor,
@@ -65,8 +86,7 @@ def run_checks(
     seed: int = 0,
     source: nn.Module | None = None,
     tick: Tick | None = None,
-    only: Collection[str] | None = None,
-    standing: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> list[CheckPart]:
     """Look for signs that attacks on ``model`` fail for another reason than its robustness.
 
@@ -82,15 +102,14 @@ def run_checks(
         seed: of all the randomness.
         source: a second model of the same classes, whose adversarial images are tried on ``model``.
         tick: advanced by 1 after each check, as often as there are checks to make.
-        only: the names of the checks to make; None: all.
-        standing: (n,) bool, which images earlier attacks inside the threat left right. The checks noise and black box then take
-            these for what gradients find, instead of attacking themselves, and black box and unbounded are shorter.
+        selection: of the checks; None: all.
 
     Returns:
         The checks in the order of ``CHECKS``, without "black box" where there is neither a black-box attack for this norm nor a
         source. Raises UserError on wrong images, labels or logits.
     """
     check_inputs(x, y)
+    selection = selection or Selection(CHECKS)
     model, source = wrapped(model), None if source is None else wrapped(source)
     parts: list[CheckPart] = []
     models = [model] if source is None else [model, source]
@@ -99,11 +118,11 @@ def run_checks(
         logits_of(model, x[:1])  # raises the errors for users
         training = [type(part).__name__ for part in model.modules() if part.training]
         with _kept([model]), fork_rng(seed):  # batch-norm in train mode changes its statistics
-            given = _in_given_mode(model, x) if training else None
+            given = _GivenMode(training, _in_given_mode(model, x) if training else None)
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
-            probe = _Probe(model, x, y, threat, seed, source, training, given, standing)
+            probe = _Probe(model, x, y, threat, seed, source, given, selection.standing)
             for name, check in _CHECKS.items():
-                if only is not None and name not in only:
+                if name not in selection.names:
                     continue
                 if part := check(probe):
                     parts.append(part)
@@ -200,12 +219,11 @@ class _Probe:
         threat: Threat,
         seed: int,
         source: nn.Module | None,
-        training: list[str],
-        given: Tensor | None,
-        standing: Tensor | None = None,
+        given: _GivenMode,
+        standing: Tensor | None,
     ) -> None:
         self.model, self.x, self.y, self.threat, self.seed, self.source = model, x, y, threat, seed, source
-        self.training, self.given = training, given  # the layers that came in train mode, and the logits in that mode
+        self.given = given
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.logits = at_least_float32(model(x))
         self.flags = CLASSIFICATION.correct(self.logits, y)
@@ -270,7 +288,7 @@ def _part(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: fl
 
 
 def _mode(probe: _Probe) -> CheckPart:
-    changed, agree, given, training = 0.0, 1.0, probe.given, probe.training
+    changed, agree, (training, given) = 0.0, 1.0, probe.given
     if given is not None:
         with fork_rng(
             probe.seed

@@ -6,13 +6,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from clead.config import Eval
+from clead.config import Eval, RunConfig
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
-from clead.evaluation.evaluator import EvaluationTarget, evaluate_model
+from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions
 from clead.export.onnx import StraightThrough
-from clead.interfaces import ImageSet, Threat
+from clead.interfaces import ImageSet
 from clead.results.record import Estimate
 from clead.results.statistics import estimate
+from clead.results.target import EvaluationTarget
 from clead.settings import validated
 
 QUERY_STEPS = 20
@@ -46,12 +48,11 @@ def remeasure(
     original: nn.Module,
     converted: nn.Module,
     images: ImageSet,
-    threat: Threat,
+    config: RunConfig,
     target: EvaluationTarget,
     *,
     precision: str,
     gradients: bool,
-    seed: int = 0,
     show: bool = True,
 ) -> Remeasured:
     """Attack ``original`` and ``converted`` on the same images.
@@ -60,20 +61,21 @@ def remeasure(
         original: x, (B, C, H, W) float in [0, 1] -> logits (B, K).
         converted: what was made of it.
         images: n images and labels.
-        threat: norm and radius.
+        config: threat, and seed of the attacks.
         target: names for the progress.
         precision: what the numbers were rounded to, for the result.
         gradients: whether ``converted`` has gradients of its own.
-        seed: of the attacks.
         show: show progress on stderr.
     """
-    options = {"check_images": 0, "curve_points": 0, "gallery": 0, "seed": seed}
+    options = {"check_images": 0, "curve_points": 0, "gallery": 0, "seed": config.eval.seed}
     quick = validated(Eval, {**options, "suite": "quick"})
     queries = validated(Eval, {**options, "suite": "queries", "steps": QUERY_STEPS})
     attacked = converted if gradients else StraightThrough(original, converted)
-    before = evaluate_model(original, images, threat, quick, target, keep_adversarial=True, show=show)
-    inside = evaluate_model(attacked, images, threat, quick, target, show=show)
-    outside = evaluate_model(converted, images, threat, queries, target, show=show)
+    threat, plain = config.threat, EvaluationOptions(show=show)
+    keep = EvaluationOptions(show=show, keep_adversarial=True)
+    before = evaluate_model(original, images, threat, quick, target, options=keep)
+    inside = evaluate_model(attacked, images, threat, quick, target, options=plain)
+    outside = evaluate_model(converted, images, threat, queries, target, options=plain)
     assert before is not None and inside is not None and outside is not None and before.adversarial is not None
     with exact_float32():
         pairs = zip(before.adversarial.split(256), images.labels.split(256), strict=True)

@@ -19,13 +19,13 @@ from torch import nn
 
 from clead.checkpoint import command, environment, fingerprint, write_atomically
 from clead.errors import UserError, memory_of
-from clead.evaluation.evaluator import EvaluationTarget
 from clead.evaluation.state import ResumableResults, discard
 from clead.interfaces import ImageSet, Splits, Threat
 from clead.measurements import MEASUREMENTS
 from clead.models.split import weights
 from clead.results.record import DataPart, Estimate, ModelPart, ThreatPart
 from clead.results.section import DistanceCurves, Section
+from clead.results.target import EvaluationTarget
 from clead.settings import Ratio
 
 if TYPE_CHECKING:

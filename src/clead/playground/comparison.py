@@ -450,7 +450,7 @@ def _attack(attack: Attack | Search, asked: CountedModel, x: Tensor, y: Tensor, 
     """Return x_adv, verified to be in the threat set."""
     generator = torch.Generator(x.device).manual_seed(seed)
     with exact_float32():
-        x_adv = run_attack(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, exact=True)
+        x_adv = run_attack(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, precision=None)
     check_finite(x_adv, type(attack).__name__)
     return x_adv
 

@@ -18,7 +18,6 @@ from clead.data.base import shuffle_if_sorted
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
-from clead.evaluation.evaluator import digest
 from clead.evaluation.state import ResumableResults, differences, read_header
 from clead.evaluation.transfer import PART, STORED_TEST
 from clead.interfaces import Attack, ImageSet, Search, Splits, Threat
@@ -27,6 +26,7 @@ from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
+from clead.results.target import digest
 from clead.settings import Ratio
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image

@@ -1,0 +1,63 @@
+"""Old names that work until version 0.3: each says once per process, in one line, what to write instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from clead.output import tell
+
+_warned: set[str] = set()
+
+
+def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
+    """Say in a DeprecationWarning that the Python name ``old`` is called ``new`` now, at its first use."""
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(
+            f"{old}: write {new}; the old name goes with version 0.3", DeprecationWarning, stacklevel=stacklevel
+        )
+
+
+def note_renamed(old: str, new: str) -> None:
+    """Say on standard error that what a user wrote as ``old`` is called ``new`` now, at its first use."""
+    if old not in _warned:
+        _warned.add(old)
+        tell(f"note: {old} is called {new} now; the old name goes with version 0.3")
+
+
+def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose names were changed: old name → new one, or ``package.module:name``."""
+
+    def getattr_(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        where, _, new = names[name].rpartition(":")
+        warn_renamed(f"{module}.{name}", f"{where or module}.{new}")
+        return getattr(import_module(where or module), new)
+
+    return getattr_
+
+
+def keep_old_methods(cls: Any, methods: Mapping[str, str]) -> None:
+    """Let a class of a plug-in that has a method by its old name be called by the new one, and the reverse.
+
+    methods: old name → new name.
+    """
+    for old, new in methods.items():
+        name = f"{cls.__name__}.{old}"
+        if hasattr(cls, old) and not hasattr(cls, new):
+            warn_renamed(name, new)
+            setattr(cls, new, getattr(cls, old))
+        elif hasattr(cls, new) and not hasattr(cls, old):
+            setattr(cls, old, _renamed_method(name, new))
+
+
+def _renamed_method(old: str, new: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **keywords: Any) -> Any:
+        warn_renamed(old, new)
+        return getattr(self, new)(*args, **keywords)
+
+    return method
