@@ -7,7 +7,8 @@ and started anew with the same command until it ends by itself: one life. Three 
 half of the uninterrupted work, counted from the process's first write; every fourth from the time until that write: imports,
 reading, taking up what is there. These are counted apart; lives are lived until there were so many of the others. At the end of
 every life its result is compared with the uninterrupted one: train – weights, best and last, bit for bit, metrics and outcome but
-for the seconds; evaluate – the whole record with the flags of every image, and the pictures' tensors; tune – every trial with its
+for the seconds; evaluate – the whole record with the flags of every image but for the note
+that it was continued, and the pictures' tensors; tune – every trial with its
 values and scores, none lost, none finished twice in the journal. Files that a kill left behind count as differences too. What
 ``--what`` does not name stays in the record as it was. Exit code 1 if anything differs.
 """
@@ -97,6 +98,7 @@ def _training(path: Path) -> dict:
 
 def _evaluation(path: Path) -> dict:
     record = json.loads((path / "results" / "evaluation.json").read_text())
+    record["notes"] = [note for note in record["notes"] if not note.startswith("continued from a state")]
     return {
         **_tensors(path / "results" / "evaluation.safetensors"),
         **{key: _lasting(value) for key, value in record.items() if key not in CHANGING},

@@ -20,15 +20,15 @@ RUN = ROOT / "studies" / "models" / "digits-clead"
 EPS = {"linf": 0.18, "l2": 0.6, "l1": 1.0}
 PEER = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}
+N = {"linf": 24, "l2": 16, "l1": 12}  # the reference takes seconds an image; studies of more images: benchmarks/autoattack.py
 pytestmark = pytest.mark.slow
-N = 40
 
 
 @pytest.fixture(scope="module")
 def subject() -> tuple[torch.nn.Module, Tensor, Tensor]:
     model = clead.load(RUN, weights="last")
     images = clead.load_recipe(str(RUN / "config.yaml")).data.load(0).test
-    return model, images.images[:N].float() / 255, images.labels[:N]
+    return model, images.images[:24].float() / 255, images.labels[:24]
 
 
 def reference(model: torch.nn.Module, x: Tensor, y: Tensor, norm: str) -> dict[str, Tensor]:
@@ -45,7 +45,7 @@ def reference(model: torch.nn.Module, x: Tensor, y: Tensor, norm: str) -> dict[s
         for name, stage in STAGES.items():
             adversary.attacks_to_run = [stage]
             if held.any():
-                x_adv, _ = adversary.run_standard_evaluation(x[held], y[held], batch_size=N)
+                x_adv, _ = adversary.run_standard_evaluation(x[held], y[held], batch_size=len(x))
                 with torch.no_grad():
                     right = model(x_adv).argmax(1) == y[held]
                 held = held.clone()
@@ -56,14 +56,15 @@ def reference(model: torch.nn.Module, x: Tensor, y: Tensor, norm: str) -> dict[s
 
 @pytest.mark.parametrize("norm", list(EPS))
 def test_the_same_images_break_as_in_the_reference(subject, norm):
-    """Up to two images of forty, each way, in the end: starts and squares are drawn by chance."""
+    """Up to one image, each way, in the end: starts and squares are drawn by chance."""
     model, x, y = subject
+    x, y = x[: N[norm]], y[: N[norm]]
     record = clead.evaluate(model, x, y, norm=norm, eps=EPS[norm], curve_points=0, check_images=0)
     ours = {part.name.split("×")[0]: torch.tensor(part.flags) for part in record.attacks}
     theirs = reference(model, x, y, norm)
-    assert 0.15 * N < int(theirs["Square"].sum()) < 0.85 * N, "the radius leaves nothing to differ about"
+    assert 0.15 * len(x) < int(theirs["Square"].sum()) < 0.85 * len(x), "the radius leaves nothing to differ about"
     # One run of APGD differs from the next by up to 3 of sixty images with the seed, in both; the end does not.
-    for name, allowed in (("APGD-CE", 4), ("APGD-T", 3), ("FAB-T", 3), ("Square", 2)):
+    for name, allowed in (("APGD-CE", 2), ("APGD-T", 1), ("FAB-T", 1), ("Square", 1)):
         only_ours, only_theirs = int((~ours[name] & theirs[name]).sum()), int((ours[name] & ~theirs[name]).sum())
         assert max(only_ours, only_theirs) <= allowed, f"{name}: {only_ours} break here only, {only_theirs} there only"
 
@@ -84,7 +85,7 @@ def test_a_randomised_model_breaks_as_under_rand_of_the_reference(subject):
     from pyautoattack import AutoAttack
 
     model, x, y = subject
-    noisy, x, y = Noisy(model).eval(), x[:20], y[:20]
+    noisy, x, y = Noisy(model).eval(), x[:10], y[:10]
     record = clead.evaluate(noisy, x, y, suite="rand", eps=EPS["linf"], curve_points=0, check_images=0)
     assert [part.name for part in record.attacks] == ["APGD-CE EoT-20", "APGD-DLR EoT-20"]
     torch.manual_seed(0)
@@ -98,4 +99,4 @@ def test_a_randomised_model_breaks_as_under_rand_of_the_reference(subject):
     ours, theirs = torch.tensor(record.robust_flags), right > 0.5
     assert 0.15 * len(x) < int(theirs.sum()) < 0.85 * len(x)
     assert int((ours & ~theirs).sum()) <= 1, "an image that the reference breaks holds here"
-    assert int((~ours & theirs).sum()) <= 3
+    assert int((~ours & theirs).sum()) <= 2
