@@ -20,7 +20,11 @@ RUN = ROOT / "studies" / "models" / "digits-clead"
 EPS = {"linf": 0.18, "l2": 0.6, "l1": 1.0}
 PEER = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}
-N = {"linf": 24, "l2": 16, "l1": 12}  # the reference takes seconds an image; studies of more images: benchmarks/autoattack.py
+N = {
+    "linf": 24,
+    "l2": 16,
+    "l1": 12,
+}  # the reference takes seconds an image; studies of more images: benchmarks/autoattack.py
 pytestmark = pytest.mark.slow
 
 

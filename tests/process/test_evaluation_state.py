@@ -192,7 +192,7 @@ def small(state: Path | None, attacks: Any = None, **options: Any) -> dict[str, 
 @pytest.fixture(scope="module")
 def small_alone() -> dict[str, Any]:
     record = comparable(small(None))
-    assert 0 < sum(record["robust_flags"]) < sum(record["clean_flags"]) < 30
+    assert 0 < record["robust_flags"].count("1") < record["clean_flags"].count("1") < 30
     return record
 
 
@@ -554,7 +554,7 @@ def test_adversarial_images_are_saved_exactly_and_score_as_they_did(run, alone, 
 def test_images_of_another_run_are_tried_after_the_suite(run, alone, tmp_path):
     record = evaluated(run, transfer_from=[run])
     assert [part["name"] for part in record["attacks"]][-1] == "transfer from run"
-    assert record["attacks"][-1]["attacked"] == sum(alone["robust_flags"])
+    assert record["attacks"][-1]["attacked"] == alone["robust_flags"].count("1")
     assert record["attacks"][-1]["settings"]["fingerprint"] == record["model"]["fingerprint"]
     assert all(new <= old for new, old in zip(record["robust_flags"], alone["robust_flags"], strict=True))
 

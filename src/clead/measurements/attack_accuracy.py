@@ -14,14 +14,14 @@ from clead.interfaces import ImageSet
 from clead.measurements.base import Measured, MeasurementRecord, Result, cells, new_table, span
 from clead.progress import Tick
 from clead.results.format import count, settings_text
-from clead.results.record import Estimate
+from clead.results.record import Estimate, Flags
 from clead.results.section import Section, Table
 from clead.results.statistics import estimate
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
 
-Flags = tuple[Tensor, Tensor]
+FlagPair = tuple[Tensor, Tensor]
 
 
 class AttackedResult(Result):
@@ -32,9 +32,9 @@ class AttackedResult(Result):
     n: int = Field(ge=1)
     seed: int
     clean: Estimate
-    clean_flags: list[bool]
+    clean_flags: Flags
     robust: Estimate
-    robust_flags: list[bool]
+    robust_flags: Flags
     seconds: float
 
     def table(self, record: MeasurementRecord) -> TerminalTable:
@@ -78,7 +78,7 @@ class AttackedResult(Result):
 
 def attack_accuracy(
     images: ImageSet,
-    verdicts: Callable[[Tensor, Tensor, int], Flags],
+    verdicts: Callable[[Tensor, Tensor, int], FlagPair],
     *,
     attack: str,
     settings: dict[str, Any],

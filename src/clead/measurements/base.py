@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from clead.config import RunConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 wrote flags as lists of true and false
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class MeasurementRecord(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     kind: str
     run: str
     created: str

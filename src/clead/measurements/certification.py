@@ -36,7 +36,7 @@ from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.figure import ESTIMATED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.results.format import percent
-from clead.results.record import Estimate
+from clead.results.record import Estimate, Flags
 from clead.results.section import Cell, Plot, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
@@ -76,7 +76,7 @@ class Certificates(Result):
     seed: int
     images: int
     predicted: list[int]
-    right: list[bool]
+    right: Flags
     lower: list[float]
     radii: list[float]
     accuracy: Estimate

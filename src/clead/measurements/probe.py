@@ -19,7 +19,7 @@ from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Threat
 from clead.measurements import MEASUREMENTS
-from clead.measurements.attack_accuracy import AttackedResult, Flags, attack_accuracy
+from clead.measurements.attack_accuracy import AttackedResult, FlagPair, attack_accuracy
 from clead.measurements.base import Measurement, MeasurementTarget, measured_device
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -189,7 +189,7 @@ def evaluate_linear_probe(
         linear.load_state_dict(tensors)
         probe = Probe(model, linear).to(where).eval()
 
-        def verdicts(stored: Tensor, labels: Tensor, batch: int) -> Flags:
+        def verdicts(stored: Tensor, labels: Tensor, batch: int) -> FlagPair:
             x, y = to_float(stored.to(where)), labels.to(where)
             streams = [make_generator(where, seed, number, batch) for number in range(len(OBJECTIVES))]
             return _withstands(probe, x, y, attack, threat, streams)
@@ -208,7 +208,7 @@ def evaluate_linear_probe(
 
 def _withstands(
     probe: Probe, x: Tensor, y: Tensor, attack: PGD, threat: Threat, streams: Sequence[torch.Generator]
-) -> Flags:
+) -> FlagPair:
     """Return which images are right when clean, and which after PGD on each objective too, (B,)."""
     right = correct_mask(probe, x, y)
     robust = right.clone()

@@ -37,7 +37,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import Tick, progress
 from clead.results.format import norm_of, percent
-from clead.results.record import Estimate
+from clead.results.record import Estimate, Flags
 from clead.results.section import Picture, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import Ratio, setting, settings
@@ -70,11 +70,11 @@ class UniversalResult(Result):
     n: int = Field(ge=1)
     indices: list[int]
     clean: Estimate
-    clean_flags: list[bool]
+    clean_flags: Flags
     robust: Estimate
-    robust_flags: list[bool]
+    robust_flags: Flags
     fooled: Estimate
-    fooled_flags: list[bool]
+    fooled_flags: Flags
     largest: float
     picture: str = Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")
     seconds: float

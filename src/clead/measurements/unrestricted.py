@@ -27,7 +27,7 @@ from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Unrestricted
 from clead.measurements import MEASUREMENTS
-from clead.measurements.attack_accuracy import AttackedResult, Flags, attack_accuracy
+from clead.measurements.attack_accuracy import AttackedResult, FlagPair, attack_accuracy
 from clead.measurements.base import Measurement, MeasurementTarget, check_classes, measured_device, plain_settings
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
@@ -107,7 +107,7 @@ def evaluate_unrestricted(
     check_classes(classes, k)
     attack.allows(first, first)  # raises if the attack does not fit into the image
 
-    def verdicts(stored: Tensor, labels: Tensor, batch: int) -> Flags:
+    def verdicts(stored: Tensor, labels: Tensor, batch: int) -> FlagPair:
         x, y = to_float(stored.to(device)), labels.to(device)
         check_inputs(x, y, k)
         right = correct_mask(model, x, y)

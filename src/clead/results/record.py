@@ -6,13 +6,30 @@ Records of the same ``data.images``, norm and eps can be paired image by image (
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 
 from clead.errors import printable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 2 wrote flags as lists of true and false
+
+
+def _flags(value: Any) -> Any:
+    """Return ``"0110"`` as a list of booleans, and a list as it is."""
+    if isinstance(value, str):
+        if set(value) - {"0", "1"}:
+            raise ValueError("flags are a text of 0 and 1, a character per image")
+        return [character == "1" for character in value]
+    return value
+
+
+Flags = Annotated[
+    list[bool],
+    BeforeValidator(_flags),
+    PlainSerializer(lambda flags: "".join("01"[f] for f in flags), str, when_used="json"),
+]
+"""A flag per image, in their order; JSON has them as a text of 0 and 1."""
 
 
 class _Part(BaseModel):
@@ -101,7 +118,7 @@ class AttackPart(_Part):
     attacked: int
     broken: int
     robust: Estimate
-    flags: list[bool]
+    flags: Flags
     seconds: float
     forwards: float
     backwards: float
@@ -147,7 +164,7 @@ class TransferredPart(_Part):
     settings: dict[str, Any]
     fooled: float
     robust: Estimate
-    flags: list[bool]
+    flags: Flags
     largest: float
 
 
@@ -187,7 +204,7 @@ class TrainingPart(_Part):
 class Record(_Part):
     """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2, 3] = SCHEMA_VERSION
     run: str
     created: str
     command: str
@@ -198,9 +215,9 @@ class Record(_Part):
     data: DataPart
     threat: ThreatPart
     clean: Estimate
-    clean_flags: list[bool]
+    clean_flags: Flags
     worst: Estimate
-    robust_flags: list[bool]
+    robust_flags: Flags
     attacks: list[AttackPart]
     curve: list[CurvePoint]
     checks: list[CheckPart]
