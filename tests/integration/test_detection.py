@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from clead.attacks.pgd import PGD
 from clead.errors import UserError
 from clead.interfaces import ImageSet
+from clead.measurements.base import Computation
 from clead.measurements.detection import (
     DETECTORS,
     Detection,
+    DetectionProtocol,
     Disagreement,
     Mahalanobis,
     NearestNeighbours,
@@ -69,9 +71,12 @@ class Line:
 
 
 def run(model: Any, reference: ImageSet, images: ImageSet, threat: Any, **values: Any) -> Detection:
-    return evaluate_detection(
-        model, reference, images, threat, **{"steps": 20, "restarts": 1, "batch_size": 20, "show": False, **values}
-    )
+    values = {"steps": 20, "restarts": 1, **values}
+    keys = [field.name for field in fields(DetectionProtocol)]
+    protocol = DetectionProtocol(**{key: values.pop(key) for key in keys if key in values})
+    calibration = values.pop("calibration", None)
+    how = Computation(**{"batch_size": 20, "show": False, **values})
+    return evaluate_detection(model, reference, images, threat, protocol, how, calibration=calibration)
 
 
 # ----------------------------------------------------------------------------------------------------- detectors

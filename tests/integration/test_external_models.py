@@ -378,7 +378,7 @@ def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
     from clead.attacks.spatial import Spatial
     from clead.evaluation.correctness import correct_mask
     from clead.evaluation.masking import run_checks
-    from clead.measurements.certification import certify
+    from clead.measurements.certification import Certification, certify
     from clead.measurements.corruptions import evaluate_corruptions
     from clead.measurements.distances import evaluate_minimum_norm
     from clead.measurements.unrestricted import evaluate_unrestricted
@@ -390,8 +390,8 @@ def test_every_measurement_gives_the_module_a_copy_and_picks_the_logits(how):
         return re.sub(r"seconds=[^ ,)]+", "", repr(result))
 
     measurements = [
-        lambda model: timeless(certify(model, data.subset(torch.arange(2)), sigma=0.1, n=20, n0=10)),
-        lambda model: timeless(evaluate_corruptions(model, data, names=("brightness",), severities=(1,), show=False)),
+        lambda model: timeless(certify(model, data.subset(torch.arange(2)), Certification(sigma=0.1, n=20, n0=10))),
+        lambda model: timeless(evaluate_corruptions(model, data, names=("brightness",), severities=(1,))),
         lambda model: evaluate_minimum_norm(model, data, "linf", steps=5).distances,
         lambda model: timeless(evaluate_unrestricted(model, data, Spatial())),
         lambda model: [check.numbers for check in run_checks(model, images(6), torch.arange(6) % 3, Linf(eps=0.05))],

@@ -16,9 +16,9 @@ from clead import api, cli
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet
+from clead.interfaces import ImageSet, Splits
 from clead.measurements import probe as linear_probe
-from clead.measurements.base import MeasurementRecord
+from clead.measurements.base import Computation, MeasurementRecord
 from clead.measurements.probe import evaluate_linear_probe, fit_linear
 from clead.models.split import AdaptedModel
 from clead.threats.linf import Linf
@@ -78,14 +78,20 @@ def bright(count, seed):
     return ImageSet((images + 30 * labels[:, None, None, None]).to(torch.uint8), labels)
 
 
+def probed(train, validation, test, threat, model=None, steps=1, strengths=(1.0,), **how):
+    splits = Splits(train, validation, test, ("a", "b"), "")
+    computation = Computation(show=False, **how)
+    return evaluate_linear_probe(
+        model or encoder(), splits, test, threat, computation, steps=steps, strengths=strengths
+    )
+
+
 def test_robust_accuracy_is_the_closed_form_of_a_linear_model():
     """Encoder and probe are linear: an L∞ ball of eps lowers the margin w·x + b by eps·‖w‖₁ and no pixel leaves [0, 1]."""
     train, validation, test = bright(80, 1), bright(40, 2), bright(60, 3)
     model, eps = encoder(3.0).train(), 0.05
     before = copy.deepcopy(model.state_dict())
-    found = evaluate_linear_probe(
-        model, train, validation, test, Linf(eps=eps), num_classes=2, steps=20, strengths=[1.0], show=False
-    )
+    found = probed(train, validation, test, Linf(eps=eps), model, steps=20)
     x = (train.images / 255).flatten(1) * 3
     linear = fit_linear(x, train.labels, 2, 1.0)
     w = (linear.weight[1] - linear.weight[0]).detach() * 3
@@ -104,11 +110,10 @@ def test_robust_accuracy_is_the_closed_form_of_a_linear_model():
 @pytest.mark.parametrize(("count", "seed"), [(10, 3), (12, 2)])  # one best, and two equal ones
 def test_validation_images_choose_the_strength(count, seed):
     train, validation, test = bright(count, seed), bright(100, 50), bright(10, 3)
-    options = {"num_classes": 2, "steps": 1, "show": False}
     threat = Linf(eps=0.01)
 
     def score(*strengths):
-        found = evaluate_linear_probe(encoder(), train, validation, test, threat, strengths=strengths, **options)
+        found = probed(train, validation, test, threat, strengths=strengths)
         return found.settings["validation_accuracy"], found.settings["C"]
 
     alone = {c: score(c)[0] for c in (1e-4, 0.1, 100.0)}
@@ -120,18 +125,15 @@ def test_only_labelled_images_are_fitted():
     train, validation, test = bright(80, 1), bright(40, 2), bright(60, 3)
     mask = torch.arange(80) < 20
     few = dataclasses.replace(train, labelled=mask, labels=torch.where(mask, train.labels, 1 - train.labels))
-    options = {"num_classes": 2, "steps": 2, "strengths": [1.0], "show": False}
-    a = evaluate_linear_probe(encoder(), few, validation, test, Linf(eps=0.02), **options)
-    b = evaluate_linear_probe(
-        encoder(), bright(80, 1).subset(torch.arange(20)), validation, test, Linf(eps=0.02), **options
-    )
+    a = probed(few, validation, test, Linf(eps=0.02), steps=2)
+    b = probed(bright(80, 1).subset(torch.arange(20)), validation, test, Linf(eps=0.02), steps=2)
     assert a.settings == b.settings and a.robust_flags == b.robust_flags and a.settings["fitted"] == 20
 
 
 def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
     train, validation, test = bright(40, 1), bright(20, 2), bright(30, 3)
-    options = {"num_classes": 2, "steps": 3, "strengths": [1.0], "batch_size": 10, "show": False}
-    whole = evaluate_linear_probe(encoder(), train, validation, test, Linf(eps=0.03), **options)
+    options = {"steps": 3, "batch_size": 10}
+    whole = probed(train, validation, test, Linf(eps=0.03), **options)
     put, count = ResumableResults.save, 0
 
     def stop(self, *arguments):
@@ -143,13 +145,9 @@ def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ResumableResults, "save", stop)
-        evaluate_linear_probe(
-            encoder(), train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {})
-        )
+        probed(train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {}))
     monkeypatch.setattr(linear_probe, "_chosen", None)  # the classifier is there
-    again = evaluate_linear_probe(
-        encoder(), train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {})
-    )
+    again = probed(train, validation, test, Linf(eps=0.03), **options, state=ResumableResults(tmp_path / "s", {}))
     assert again.model_dump(exclude={"seconds"}) == whole.model_dump(exclude={"seconds"})
 
 
@@ -159,7 +157,7 @@ def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
         ({"steps": 0}, "got 60 images, 0 steps"),
         ({"strengths": [1.0, 0.0]}, "C must be above 0, got 1.0, 0.0"),
         ({"strengths": []}, "C must be above 0, got none"),
-        ({"images": bright(0, 0)}, "got 0 images"),
+        ({"test": bright(0, 0)}, "got 0 images"),
         (
             {"train": ImageSet(bright(4, 0).images, torch.zeros(4).long())},
             "labelled training images of at least 2 classes",
@@ -167,9 +165,9 @@ def test_what_was_finished_is_not_done_again(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes_are_one_line(keys, message):
-    parts = {"train": bright(20, 1), "validation": bright(20, 2), "images": bright(60, 3), **keys}
+    parts = {"train": bright(20, 1), "validation": bright(20, 2), "test": bright(60, 3), **keys}
     with pytest.raises(UserError, match=message):
-        evaluate_linear_probe(encoder(), threat=Linf(eps=0.1), num_classes=2, **parts, show=False)
+        probed(threat=Linf(eps=0.1), **parts)
 
 
 @pytest.fixture(scope="module")

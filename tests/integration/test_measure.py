@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from clead.config import load_recipe
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
-from clead.measurements.base import MeasurementRecord
-from clead.measurements.certification import certify
-from clead.measurements.detection import Mahalanobis, evaluate_detection
+from clead.measurements.base import Computation, MeasurementRecord
+from clead.measurements.certification import Certification, certify
+from clead.measurements.detection import DetectionProtocol, Mahalanobis, evaluate_detection
 from clead.measurements.distances import evaluate_minimum_norm
 from clead.measurements.unrestricted import evaluate_unrestricted
 from clead.tasks.classification import CLASSIFICATION
@@ -146,12 +147,13 @@ def test_certificates_are_those_of_the_function(alone, trained):
     result = alone["certify"]["result"]
     images = load_recipe("digits-standard").data.load(0).test.subset(torch.arange(25))
     model = api.load(trained, weights=alone["certify"]["model"]["weights"])
-    plain = certify(model, images, sigma=0.1, n=60, n0=10, alpha=0.01, show=False)
+    settings, quiet = Certification(sigma=0.1, n=60, n0=10, alpha=0.01), Computation(show=False)
+    plain = certify(model, images, settings, quiet)
     assert comparable(result) == comparable(plain.model_dump(mode="json"))
     # An image's noise is its own: neither how many follow nor how they are grouped matters.
-    fewer = certify(model, images.subset(torch.arange(13)), sigma=0.1, n=60, n0=10, alpha=0.01, show=False)
+    fewer = certify(model, images.subset(torch.arange(13)), settings, quiet)
     assert fewer.lower == plain.lower[:13] and fewer.predicted == plain.predicted[:13]
-    alike = certify(model, images.subset(torch.zeros(20).long()), sigma=0.5, n=60, n0=10, alpha=0.01, show=False)
+    alike = certify(model, images.subset(torch.zeros(20).long()), replace(settings, sigma=0.5), quiet)
     assert alike.lower[:10] != alike.lower[10:], "the next images that are kept together have other noise"
 
 
@@ -262,9 +264,9 @@ def test_a_detector_is_attacked_on_from_where_it_was_left(after, trained, tmp_pa
     model = api.load(trained)
 
     def look(state: ResumableResults) -> dict[str, Any]:
-        values: dict[str, Any] = {"steps": 3, "restarts": 1, "batch_size": 20, "show": False}
-        around = Linf(eps=0.08)
-        evaluate_detection(model, splits.train, images, around, detectors=[Mahalanobis()], state=state, **values)
+        protocol = DetectionProtocol([Mahalanobis()], steps=3, restarts=1)
+        how = Computation(batch_size=20, state=state, show=False)
+        evaluate_detection(model, splits.train, images, Linf(eps=0.08), protocol, how)
         return {key: tensors for key, (tensors, _) in state.parts.items()}
 
     whole = look(ResumableResults(None, {}))
@@ -389,13 +391,18 @@ def test_an_unrestricted_attack_against_a_closed_form():
     x = torch.full((5, 1, 6, 6), 102, dtype=torch.uint8)
     y = torch.tensor([0, 0, 1, 0, 0])  # the third is wrong when clean
     model = Bright()
-    result = evaluate_unrestricted(model, ImageSet(x, y), Patch(size=2, steps=20), batch_size=2, show=False)
+    result = evaluate_unrestricted(
+        model, ImageSet(x, y), Patch(size=2, steps=20), Computation(batch_size=2, show=False)
+    )
     assert result.clean_flags == [True, True, False, True, True]
     assert not any(result.robust_flags) and result.robust.accuracy == 0
     # A single pixel that hardly moves from where it was drawn is too bright in one draw of ten.
     many = ImageSet(x[:1].repeat(60, 1, 1, 1), torch.zeros(60, dtype=torch.int64))
     dull = Patch(size=1, steps=1, step_size=1e-6, stride=0, restarts=1)
-    kept = [evaluate_unrestricted(model, many, dull, seed=seed, show=False).robust.accuracy for seed in range(5)]
+    kept = [
+        evaluate_unrestricted(model, many, dull, Computation(seed=seed, show=False)).robust.accuracy
+        for seed in range(5)
+    ]
     assert 0.8 < sum(kept) / 5 < 1 and len(set(kept)) > 1, "each seed draws its own"
 
 
@@ -406,7 +413,10 @@ def test_an_attack_that_leaves_its_set_is_found_out():
 
     with pytest.raises(UserError, match="left the images that it allows"):
         evaluate_unrestricted(
-            Bright(), ImageSet(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)), Cheat(size=2), show=False
+            Bright(),
+            ImageSet(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64)),
+            Cheat(size=2),
+            Computation(show=False),
         )
 
 
@@ -425,7 +435,7 @@ def test_success_by_rounding_of_the_folded_model_is_searched_again(monkeypatch):
     monkeypatch.setattr(module, "optimized", lying)
     x, y = torch.full((3, 1, 6, 6), 0.4), torch.zeros(3, dtype=torch.int64)
     assert not CLASSIFICATION.correct(Bright()(x).flip(1), y).any()
-    result = evaluate_unrestricted(Bright(), ImageSet(x, y), Patch(size=2, steps=20), show=False)
+    result = evaluate_unrestricted(Bright(), ImageSet(x, y), Patch(size=2, steps=20), Computation(show=False))
     assert result.clean.accuracy == 1 and result.robust.accuracy == 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clead.errors import UserError
 from clead.interfaces import ImageSet
+from clead.measurements.base import Computation
 from clead.measurements.corruptions import CORRUPTIONS, SEVERITIES, corrupt, evaluate_corruptions
 
 
@@ -306,7 +307,7 @@ def test_evaluation_counts_what_the_corrupted_images_are_called():
     """Dark images, all of class 0: brightness and fog carry some over, contrast none."""
     data, model = image_set(), Bright()
     state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    result = evaluate_corruptions(model, data, names=["brightness", "contrast", "fog"], severities=[1, 5], show=False)
+    result = evaluate_corruptions(model, data, names=["brightness", "contrast", "fog"], severities=[1, 5])
     assert (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == (state[0].tolist(), state[1])
     assert model.training and model.drop.training and model.weight.requires_grad and model.weight.grad is None
     assert result.n == 10 and result.clean.accuracy == 1.0 and result.clean.n == 10
@@ -332,17 +333,17 @@ def test_what_is_drawn_does_not_depend_on_the_batches_or_on_what_else_is_asked()
         (["fog", "gaussian_noise"], [1, 3], 4),
     ):
         model = Bright()
-        evaluate_corruptions(model, data, names=names, severities=severities, batch_size=batch_size, show=False)
+        evaluate_corruptions(model, data, names=names, severities=severities, how=Computation(batch_size=batch_size))
         seen.append(torch.cat(model.seen)[-5:])
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0][0] - data.images[0] / 255, seen[0][1] - data.images[1] / 255)
     other = Bright()
-    evaluate_corruptions(other, data, names=["gaussian_noise"], severities=[3], seed=1, show=False)
+    evaluate_corruptions(other, data, names=["gaussian_noise"], severities=[3], how=Computation(seed=1))
     assert not torch.equal(torch.cat(other.seen)[-5:], seen[0])
 
 
 def test_all_75_cells():
-    result = evaluate_corruptions(Bright(), image_set(2), show=False)
+    result = evaluate_corruptions(Bright(), image_set(2))
     assert len(result.cells) == 75 and list(result.accuracies()) == list(CORRUPTIONS)
 
 
@@ -353,7 +354,7 @@ def test_nan_logits_are_wrong_answers():
             return torch.stack([1 + bad, bad], 1)
 
     data = ImageSet(torch.full((3, 1, 8, 8), 200, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
-    result = evaluate_corruptions(Broken(), data, names=["brightness"], severities=[1, 5], show=False)
+    result = evaluate_corruptions(Broken(), data, names=["brightness"], severities=[1, 5])
     assert result.clean.accuracy == 1 and result.accuracies() == {"brightness": [1.0, 0.0]}
 
 
@@ -364,14 +365,14 @@ def test_nan_logits_are_wrong_answers():
         ({"names": []}, "at least one corruption and one severity"),
         ({"severities": [1, 1]}, "may be named once"),
         ({"severities": [7]}, "a severity must be 1, 2, 3, 4 or 5, got 7"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"seed": -1}, "seed at least 0"),
+        ({"how": Computation(batch_size=0)}, "batch_size must be at least 1"),
+        ({"how": Computation(seed=-1)}, "seed at least 0"),
         ({"images": ImageSet(torch.rand(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))}, "must be uint8"),
         ({"images": ImageSet(torch.zeros(2, 1, 8, 8).byte(), torch.tensor([0, 2]))}, "labels must be in [0, 2)"),
     ],
 )
 def test_bad_evaluations_are_one_line(change, says):
-    arguments = {"images": image_set(2), "show": False, **change}
+    arguments = {"images": image_set(2), **change}
     with pytest.raises(UserError) as caught:
         evaluate_corruptions(Bright(), arguments.pop("images"), **arguments)
     assert says in str(caught.value) and "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from clead.attacks.fmn import FMN
 from clead.attacks.runner import run_attack
 from clead.errors import UserError
 from clead.interfaces import ImageSet, MinimumNorm, Search
+from clead.measurements.base import Computation
 from clead.measurements.distances import MinimumNormResult, curve, distances, evaluate_minimum_norm
 from clead.threats import THREATS
 from support import Returns, generator
@@ -522,7 +523,7 @@ def test_evaluation_takes_the_smallest_over_attacks_and_is_json():
     y[:5] = (y[:5] + 1) % 5
     data = ImageSet(pixels, y)
     result = evaluate_minimum_norm(
-        model, data, "l2", (FMN(steps=40), DeepFool(overshoot=0.1)), batch_size=16, classes=5
+        model, data, "l2", (FMN(steps=40), DeepFool(overshoot=0.1)), Computation(batch_size=16), classes=5
     )
     assert [part.attack for part in result.attacks] == ["fmn", "deepfool"]
     assert result.attacks[1].settings == {"steps": 50, "overshoot": 0.1, "candidates": 10}

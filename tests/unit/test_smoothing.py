@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from clead.errors import UserError
 from clead.interfaces import ImageSet
-from clead.measurements.certification import ABSTAIN, Certificates, certify, lower_bound, predict, radius_of
+from clead.measurements.base import Computation
+from clead.measurements.certification import (
+    ABSTAIN,
+    Certificates,
+    Certification,
+    certify,
+    lower_bound,
+    predict,
+    radius_of,
+)
+from clead.settings import validated
 
 SIGMA = 0.25
 
@@ -45,7 +55,11 @@ def made(count: int = 120) -> tuple[Halves, ImageSet, Tensor]:
 
 
 def run(model: nn.Module, images: ImageSet, **values) -> Certificates:
-    return certify(model, images, **{"sigma": SIGMA, "n0": 50, "n": 1000, "show": False, **values})
+    how = {key: values.pop(key) for key in ("batch_size", "seed") if key in values}
+    radii, num_classes = values.pop("radii", None), values.pop("num_classes", None)
+    settings = validated(Certification, {"sigma": SIGMA, "n0": 50, "n": 1000, **values})
+    computation = Computation(**{"batch_size": 1000, "show": False, **how})
+    return certify(model, images, settings, computation, radii=radii, num_classes=num_classes)
 
 
 def test_radii_are_below_the_distance_and_near_it():
@@ -203,7 +217,7 @@ class Broken(nn.Module):
     ("values", "message"),
     [
         ({"sigma": 0}, "sigma must be above 0"),
-        ({"sigma": float("nan")}, "sigma must be above 0"),
+        ({"sigma": float("nan")}, "sigma: input should be a finite number, got nan"),
         ({"alpha": 0.5}, r"alpha must be in \(0, 0.5\)"),
         ({"alpha": 0}, r"alpha must be in \(0, 0.5\)"),
         ({"n0": 0}, "n0 must be at least 1, got 0"),

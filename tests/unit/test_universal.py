@@ -19,7 +19,7 @@ from clead import api, cli
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
-from clead.measurements.base import Measured, MeasurementRecord
+from clead.measurements.base import Computation, Measured, MeasurementRecord
 from clead.measurements.universal import UniversalResult, _Fit, evaluate_universal
 from clead.report.html import RunResult, write_report
 from clead.threats.l1 import L1
@@ -92,7 +92,7 @@ def test_flags_are_those_of_plain_numpy():
     model, source, other = linear(3), images(30, 0.5), images(50, 0.5, seed=1)
     extremes = ImageSet((3 * other.images - 1).clamp(0, 1), other.labels)  # many pixels at 0 and 1: δ is clipped there
     threat = Linf(eps=0.2)
-    result = evaluate_universal(model, source, extremes, threat, steps=20, batch_size=7, show=False)
+    result = evaluate_universal(model, source, extremes, threat, Computation(batch_size=7, show=False), steps=20)
     delta = fit_again(model, source, threat)
     w = model[1].weight.detach().numpy().astype(np.float64)
     x = extremes.images.numpy().astype(np.float64).reshape(50, -1)
@@ -124,7 +124,7 @@ def fit_again(model: nn.Module, source: ImageSet, threat: Linf) -> np.ndarray:
 def test_what_it_refuses(change, says):
     arguments = {"source": images(9, 0.5), "images": images(9, 0.5, 1), "threat": Linf(eps=0.1), **change}
     with pytest.raises(UserError, match=says):
-        evaluate_universal(linear(), steps=2, show=False, **arguments)
+        evaluate_universal(linear(), steps=2, how=Computation(show=False), **arguments)
 
 
 def test_a_gradient_that_is_nan_is_said():

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import Field
 from torch import Tensor
 
-from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
-from clead.measurements.base import Measured, MeasurementRecord, Result, cells, new_table, span
+from clead.measurements.base import Computation, Measured, MeasurementRecord, Result, cells, new_table, span
 from clead.progress import Tick
 from clead.results.format import count, settings_text
 from clead.results.record import Estimate, Flags
@@ -79,23 +78,22 @@ class AttackedResult(Result):
 def attack_accuracy(
     images: ImageSet,
     verdicts: Callable[[Tensor, Tensor, int], FlagPair],
+    how: Computation,
     *,
     attack: str,
     settings: dict[str, Any],
-    batch_size: int,
-    seed: int,
-    state: ResumableResults,
     tick: Tick,
 ) -> AttackedResult:
-    """Judge ``images`` batch by batch; what ``state`` has already is not computed again.
+    """Judge ``images`` batch by batch; what ``how.state`` has already is not computed again.
 
     verdicts: (images (B, C, H, W) as they are stored, labels (B,), number of the batch) -> which are right when clean, and after
     the attack too, (B,).
     """
     clean: list[bool] = []
     robust: list[bool] = []
-    for batch, start in enumerate(range(0, len(images), batch_size)):
-        key, rows = f"{batch:06d}", slice(start, min(start + batch_size, len(images)))
+    state = how.state
+    for batch, start in enumerate(range(0, len(images), how.batch_size)):
+        key, rows = f"{batch:06d}", slice(start, min(start + how.batch_size, len(images)))
         if key not in state.parts:
             begun = time.monotonic()
             right, robust_too = verdicts(images.images[rows], images.labels[rows], batch)
@@ -108,10 +106,10 @@ def attack_accuracy(
         attack=attack,
         settings=settings,
         n=len(images),
-        seed=seed,
+        seed=how.seed,
         clean=estimate(clean),
         clean_flags=clean,
         robust=estimate(robust),
         robust_flags=robust,
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+        seconds=how.seconds,
     )

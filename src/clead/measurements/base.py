@@ -73,10 +73,37 @@ class MeasurementTarget:
         """Number of classes of the data."""
         return len(self.splits.classes)
 
+    def computation(self, state: ResumableResults) -> Computation:
+        """Return how it is computed, with what is finished in ``state``."""
+        return Computation(self.batch_size, self.seed, self.device, state, self.show)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How a measurement is computed.
+
+    Attributes:
+        batch_size: images, or noisy copies of one, per forward pass.
+        seed: of all randomness.
+        device: where to compute; that of the model's parameters if None.
+        state: keeps what is finished: a call that was stopped goes on from there. By default nothing is kept.
+        show: whether to show progress.
+    """
+
+    batch_size: int = 256
+    seed: int = 0
+    device: torch.device | None = None
+    state: ResumableResults = field(default_factory=lambda: ResumableResults(None, {}))
+    show: bool = True
+
+    def device_of(self, model: nn.Module) -> torch.device:
+        """Return ``device``, or that of the model's parameters."""
+        return self.device or next((p.device for p in model.parameters()), torch.device("cpu"))
+
     @property
-    def options(self) -> dict[str, Any]:
-        """Return the keywords that every function of this room takes."""
-        return {"batch_size": self.batch_size, "seed": self.seed, "device": self.device, "show": self.show}
+    def seconds(self) -> float:
+        """What the finished parts took."""
+        return sum(data["seconds"] for _, data in self.state.parts.values())
 
 
 class Result(BaseModel, abc.ABC):
@@ -217,11 +244,6 @@ def cells(estimate: Estimate) -> tuple[str, str]:
 def span(estimate: Estimate) -> str:
     """Return the 95 % interval for the terminal."""
     return f"{estimate.low:.1%} – {estimate.high:.1%}"
-
-
-def measured_device(model: nn.Module, device: torch.device | None) -> torch.device:
-    """Return ``device``, or that of the model's parameters."""
-    return device or next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @memory_of("the measurement", "eval.batch_size", "eval.images")

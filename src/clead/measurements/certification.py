@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,7 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import (
+    Computation,
     Measured,
     Measurement,
     MeasurementRecord,
@@ -27,7 +28,6 @@ from clead.measurements.base import (
     Result,
     cells,
     check_classes,
-    measured_device,
     new_table,
     plain_settings,
 )
@@ -159,10 +159,7 @@ class Certification(Measurement):
 
     def run(self, target: MeasurementTarget, state: ResumableResults) -> Certificates:
         """Certify each image."""
-        settings = plain_settings(self)
-        return certify(
-            target.model, target.images, **settings, num_classes=target.num_classes, state=state, **target.options
-        )
+        return certify(target.model, target.images, self, target.computation(state), num_classes=target.num_classes)
 
     def cautions(self, config: RunConfig) -> list[str]:
         """Say so if the run was trained with other noise."""
@@ -198,18 +195,11 @@ def radius_of(p: float, sigma: float) -> float:
 def certify(
     model: nn.Module,
     images: ImageSet,
+    settings: Certification,
+    how: Computation | None = None,
     *,
-    sigma: float,
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 0.001,
     radii: Sequence[float] | None = None,
-    batch_size: int = 1000,
     num_classes: int | None = None,
-    seed: int = 0,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = True,
 ) -> Certificates:
     """Predict and certify g(x) = argmax_c P(f(x + N(0, σ²I)) = c) (Cohen et al. 2019, arXiv:1902.02918, algorithm CERTIFY).
 
@@ -220,27 +210,23 @@ def certify(
     Args:
         model: f; takes pixels, returns logits (B, K); left bit-identical.
         images: what to certify; all of them.
-        sigma: standard deviation of the noise in pixel units of [0, 1].
-        n0: noisy copies that choose the class.
-        n: noisy copies that bound its probability; the largest radius that can be certified is σ·Φ⁻¹(alpha^(1/n)).
-        alpha: probability, per image, that the certificate is wrong.
+        settings: σ, n0, n and alpha; the largest radius that can be certified is σ·Φ⁻¹(alpha^(1/n)).
+        how: noisy copies per forward pass, seed, device; its state has finished images. The noise of an image depends on the seed
+            and its place only.
         radii: at which certified accuracy is given; None: 0, σ/4, 2σ/4 … up to the largest that can be certified.
-        batch_size: noisy copies per forward pass.
         num_classes: K of the data, to be checked against the model's; None: as many as the model has.
-        seed: of the noise, which for each image depends on its place only.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished images: a call that was stopped goes on from there; None: nothing is kept.
-        show: whether to show progress.
 
     Raises UserError on values out of range, invalid images, or logits that are not finite.
     """
-    _check(sigma, alpha, n0=n0, n=n, batch_size=batch_size)
+    how = how or Computation(batch_size=1000)
+    sigma, n0, n, alpha = settings.sigma, settings.n0, settings.n, settings.alpha
+    _check(sigma, alpha, n0=n0, n=n, batch_size=how.batch_size)
     largest = radius_of(lower_bound(n, n, alpha), sigma)
     grid = [step * sigma / 4 for step in range(1 + math.floor(4 * largest / sigma))] if radii is None else list(radii)
     if not all(0 <= radius < math.inf for radius in grid):
         raise UserError(f"radii must be finite and at least 0, got {grid}; give radii=[0, {sigma}]")
     model = wrapped(model)
-    device = measured_device(model, device)
+    device = how.device_of(model)
     x, y = to_float(images.images), images.labels
     k = logits_of(model, x[:1].to(device)).shape[1] if len(x) else 1
     check_classes(num_classes, k)
@@ -248,24 +234,28 @@ def certify(
 
     def vote(index: int) -> list[int]:
         # The noise is the image's own, whatever was computed before it.
-        image, generator = x[index].to(device), make_generator(device, seed, index)
-        guess = int(_counts(model, image, n0, sigma, batch_size, k, generator).argmax())
-        return [guess, int(_counts(model, image, n, sigma, batch_size, k, generator)[guess])]
+        image, generator = x[index].to(device), make_generator(device, how.seed, index)
+        guess = int(_counts(model, image, n0, sigma, how.batch_size, k, generator).argmax())
+        return [guess, int(_counts(model, image, n, sigma, how.batch_size, k, generator)[guess])]
 
-    state = state or ResumableResults(None, {})
-    with state.opened(), exact_float32(), attack_mode(model), torch.no_grad():
-        votes = _votes(y, vote, lambda count: lower_bound(count, n, alpha) > 0.5, state, show=show)
-    seconds = sum(data["seconds"] for _, data in state.parts.values())
-    return _certificates(votes, y, grid, sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, seconds=seconds)
+    with how.state.opened(), exact_float32(), attack_mode(model), torch.no_grad():
+        votes = _votes(y, vote, lambda count: lower_bound(count, n, alpha) > 0.5, how)
+    return _certificates(votes, y, grid, settings, seed=how.seed, seconds=how.seconds)
 
 
 def _certificates(
-    votes: list[list[int]], labels: Tensor, radii: Sequence[float], *, sigma: float, n: int, alpha: float, **about: Any
+    votes: list[list[int]],
+    labels: Tensor,
+    radii: Sequence[float],
+    settings: Certification,
+    *,
+    seed: int,
+    seconds: float,
 ) -> Certificates:
     """Return what the votes certify; ``votes``: class and number of noisy copies that are of it, of each image."""
-    lower = [lower_bound(count, n, alpha) for _, count in votes]
+    lower = [lower_bound(count, settings.n, settings.alpha) for _, count in votes]
     predicted = [guess if bound > 0.5 else ABSTAIN for (guess, _), bound in zip(votes, lower, strict=True)]
-    radius = [radius_of(bound, sigma) if bound > 0.5 else 0.0 for bound in lower]
+    radius = [radius_of(bound, settings.sigma) if bound > 0.5 else 0.0 for bound in lower]
     right = [guess == int(label) for guess, label in zip(predicted, labels, strict=True)]
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
@@ -273,9 +263,9 @@ def _certificates(
         for at in radii
     ]
     return Certificates(
-        sigma=sigma,
-        n=n,
-        alpha=alpha,
+        **plain_settings(settings),
+        seed=seed,
+        seconds=seconds,
         images=len(votes),
         predicted=predicted,
         right=right,
@@ -285,7 +275,6 @@ def _certificates(
         abstained=estimate([p == ABSTAIN for p in predicted]),
         average_radius=sum(R for r, R in zip(right, radius, strict=True) if r) / len(votes),
         curve=curve,
-        **about,
     )
 
 
@@ -293,14 +282,12 @@ def _votes(
     labels: Tensor,
     vote: Callable[[int], list[int]],
     decides: Callable[[int], bool],
-    state: ResumableResults,
-    *,
-    show: bool,
+    how: Computation,
 ) -> list[list[int]]:
-    """Return each image's class and how many noisy copies are of it; what ``state`` has already is not computed again."""
+    """Return each image's class and how many noisy copies are of it; what ``how.state`` has already is not computed again."""
     votes: list[list[int]] = []
-    right = 0
-    with progress("certify", len(labels), show=show) as tick:
+    right, state = 0, how.state
+    with progress("certify", len(labels), show=how.show) as tick:
         for first in range(0, len(labels), _BLOCK):
             key, start = f"{first:06d}", time.monotonic()
             stored = state.parts[key][0]["votes"].tolist() if key in state.parts else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -24,11 +25,11 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, MinimumNorm
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import (
+    Computation,
     Measurement,
     MeasurementRecord,
     MeasurementTarget,
     Result,
-    measured_device,
     new_table,
     plain_settings,
 )
@@ -129,10 +130,9 @@ class MinimumNormDistances(Measurement):
             target.images,
             target.threat.norm,
             self.attacks,
+            target.computation(state),
             steps=target.steps,
             classes=target.num_classes,
-            state=state,
-            **target.options,
         )
 
 
@@ -209,14 +209,10 @@ def evaluate_minimum_norm(
     images: ImageSet,
     norm: str,
     attacks: Sequence[str | MinimumNorm] = ("fmn",),
+    how: Computation | None = None,
     *,
     steps: int | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
     classes: int | None = None,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = False,
 ) -> MinimumNormResult:
     """Run minimum-norm attacks on ``images`` and return each image's distance, the smallest over the attacks, and the curve.
 
@@ -225,16 +221,13 @@ def evaluate_minimum_norm(
         images: uint8 images and labels; all of them.
         norm: linf, l2, l1 or l0.
         attacks: names such as ``"fmn"`` with their default settings, or objects.
+        how: batch size, seed, device, saved state.
         steps: instead of each attack's own.
-        batch_size: images per call of the attack.
-        seed: of the attacks' randomness.
         classes: K, to check the labels by; the number of logits if None.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished batches: a call that was stopped goes on from there; None: nothing is kept.
-        show: whether to show progress.
 
     Raises UserError for a name of no minimum-norm attack, an attack not made for this norm, or invalid images.
     """
+    how = how or Computation()
     if not len(images) or not attacks:
         raise UserError(
             f"need at least one image and one attack, got {len(images)} and {len(attacks)}; give attacks=['fab']"
@@ -247,20 +240,19 @@ def evaluate_minimum_norm(
     if steps is not None:
         chosen = [(name, replace(cast(Any, attack), steps=steps)) for name, attack in chosen]
     model = wrapped(model)
-    device = measured_device(model, device)
+    device = how.device_of(model)
     results, sizes = [], []
-    state = state or ResumableResults(None, {})
     title = f"minimum {norm} of {len(images)} images"
-    with state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=show) as tick:
-
-        def search(number: int, batch: int, x: Tensor, y: Tensor) -> Tensor:
-            x, y = to_float(x.to(device)), y.to(device)
-            check_inputs(x, y, classes)
-            generator = make_generator(device, seed, number, batch)
-            return distances(chosen[number][1], model, x, y, norm, generator=generator)
-
+    with how.state.opened(), exact_float32(), progress(title, len(images) * len(chosen), show=how.show) as tick:
         for number, (name, attack) in enumerate(chosen):
-            size, seconds = _in_batches(images, batch_size, search, number, state, tick, name)
+
+            def search(batch: int, x: Tensor, y: Tensor, number: int = number, attack: MinimumNorm = attack) -> Tensor:
+                x, y = to_float(x.to(device)), y.to(device)
+                check_inputs(x, y, classes)
+                generator = make_generator(device, how.seed, number, batch)
+                return distances(attack, model, x, y, norm, generator=generator)
+
+            size, seconds = _in_batches(images, search, how, f"{number:02d}", partial(tick, attack=name))
             sizes.append(size)
             results.append(
                 Distances(
@@ -276,7 +268,7 @@ def evaluate_minimum_norm(
     nearest = torch.stack(sizes).amin(0)
     return MinimumNormResult(
         norm=norm,
-        seed=seed,
+        seed=how.seed,
         n=len(images),
         clean=estimate((nearest > 0).tolist()),
         attacks=results,
@@ -287,24 +279,18 @@ def evaluate_minimum_norm(
 
 
 def _in_batches(
-    images: ImageSet,
-    batch_size: int,
-    search: Callable[[int, int, Tensor, Tensor], Tensor],
-    number: int,
-    state: ResumableResults,
-    tick: Tick,
-    name: str,
+    images: ImageSet, search: Callable[[int, Tensor, Tensor], Tensor], how: Computation, prefix: str, tick: Tick
 ) -> tuple[Tensor, float]:
-    """Return the distance of each image under attack ``number``, and the seconds that took; finished batches are in ``state``."""
-    keys = []
-    for batch, first in enumerate(range(0, len(images), batch_size)):
-        part = images.subset(torch.arange(first, min(first + batch_size, len(images))))
-        keys.append(f"{number:02d}-{batch:06d}")
+    """Return the distance of each image under one attack, and the seconds that took; finished batches are in ``how.state``."""
+    keys, state = [], how.state
+    for batch, first in enumerate(range(0, len(images), how.batch_size)):
+        some = images.subset(torch.arange(first, min(first + how.batch_size, len(images))))
+        keys.append(f"{prefix}-{batch:06d}")
         if keys[-1] not in state.parts:
             start = time.monotonic()
-            size = search(number, batch, part.images, part.labels)
+            size = search(batch, some.images, some.labels)
             state.save(keys[-1], {"distances": size}, {"seconds": time.monotonic() - start})
-        tick(len(part), attack=name)
+        tick(len(some))
     size = torch.cat([state.parts[key][0]["distances"] for key in keys])
     return size, sum(state.parts[key][1]["seconds"] for key in keys)
 

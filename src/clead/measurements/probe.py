@@ -17,10 +17,10 @@ from clead.data.loaders import make_generator
 from clead.errors import MissingExtra, UserError
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import ResumableResults
-from clead.interfaces import ImageSet, Threat
+from clead.interfaces import ImageSet, Splits, Threat
 from clead.measurements import MEASUREMENTS
 from clead.measurements.attack_accuracy import AttackedResult, FlagPair, attack_accuracy
-from clead.measurements.base import Measurement, MeasurementTarget, measured_device
+from clead.measurements.base import Computation, Measurement, MeasurementTarget
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.progress import progress
@@ -56,15 +56,12 @@ class LinearProbe(Measurement):
         """Fit, choose C, and attack."""
         return evaluate_linear_probe(
             cast(SplitModel, target.model),
-            target.splits.train,
-            target.splits.val,
+            target.splits,
             target.images,
             target.threat,
-            num_classes=target.num_classes,
+            target.computation(state),
             steps=target.steps or 50,
             strengths=self.strengths,
-            state=state,
-            **target.options,
         )
 
     def decides(self, target: MeasurementTarget) -> dict[str, Any]:
@@ -126,19 +123,13 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, strength: flo
 
 def evaluate_linear_probe(
     model: SplitModel,
-    train: ImageSet,
-    validation: ImageSet,
+    splits: Splits,
     images: ImageSet,
     threat: Threat,
+    how: Computation | None = None,
     *,
-    num_classes: int,
     steps: int = 50,
     strengths: Sequence[float] = STRENGTHS,
-    batch_size: int = 256,
-    seed: int = 0,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = True,
 ) -> AttackedResult:
     """Fit a linear classifier on the frozen features, and attack encoder and classifier together (white-box).
 
@@ -148,60 +139,58 @@ def evaluate_linear_probe(
 
     Args:
         model: the encoder; in eval mode, left bit-identical.
-        train: images of the data to transfer to; those with a label (``labelled``) are fitted.
-        validation: chooses C among ``strengths`` by clean accuracy, of equals the smaller.
+        splits: the data to transfer to: training images with a label (``labelled``) are fitted; the validation images choose C
+            among ``strengths`` by clean accuracy, of equals the smaller.
         images: what is measured.
         threat: the set of allowed perturbations.
-        num_classes: K of that data.
+        how: batch size, seed of the attack's random starts, device; its state has the classifier and finished batches.
         steps: of PGD, ≥ 1.
         strengths: values of C to choose from.
-        batch_size: images attacked at once.
-        seed: of the attack's random starts.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps the classifier and finished batches: a call that was stopped goes on from there; None: nothing is kept.
-        show: whether to show progress.
 
     Returns:
         Clean and robust accuracy per image; ``settings`` has C, the numbers of images fitted and attack steps, and the clean
         accuracy on the training images. Raises UserError if a number is out of range, or too few images or classes are labelled.
     """
-    if not len(images) or min(batch_size, steps) < 1:
+    how = how or Computation()
+    if not len(images) or min(how.batch_size, steps) < 1:
         raise UserError(
-            f"need at least one image, step and image per batch, got {len(images)} images, {steps} steps, batches of {batch_size}; "
-            "give images, steps=20 and batch_size=256"
+            f"need at least one image, step and image per batch, got {len(images)} images, {steps} steps, batches of "
+            f"{how.batch_size}; give images, steps=20 and batch_size=256"
         )
     if not strengths or min(strengths) <= 0:
         raise UserError(f"C must be above 0, got {', '.join(map(str, strengths)) or 'none'}; give --strengths 0.1,1,10")
-    where = measured_device(model, device)
-    train = train.labelled_subset()
+    device, seed, num_classes, state = how.device_of(model), how.seed, len(splits.classes), how.state
+    train = splits.train.labelled_subset()
     if len(train.labels.unique()) < 2:
         raise UserError("a linear probe needs labelled training images of at least 2 classes; raise data.labelled")
-    state = state or ResumableResults(None, {})
     attack = PGD(steps=steps, random_start=True, keep="best")
-    with state.opened(), exact_float32(), attack_mode(model), progress("linear probe", len(images), show=show) as tick:
+    with (
+        state.opened(),
+        exact_float32(),
+        attack_mode(model),
+        progress("linear probe", len(images), show=how.show) as tick,
+    ):
         if "probe" not in state.parts:
             begun = time.monotonic()
-            linear, about = _chosen(model, train, validation, num_classes, strengths, where)
+            linear, about = _chosen(model, train, splits.val, num_classes, strengths, device)
             about["seconds"] = time.monotonic() - begun
             state.save("probe", linear.state_dict(), about)
         tensors, about = state.parts["probe"]
         linear = nn.Linear(tensors["weight"].shape[1], num_classes)
         linear.load_state_dict(tensors)
-        probe = Probe(model, linear).to(where).eval()
+        probe = Probe(model, linear).to(device).eval()
 
         def verdicts(stored: Tensor, labels: Tensor, batch: int) -> FlagPair:
-            x, y = to_float(stored.to(where)), labels.to(where)
-            streams = [make_generator(where, seed, number, batch) for number in range(len(OBJECTIVES))]
+            x, y = to_float(stored.to(device)), labels.to(device)
+            streams = [make_generator(device, seed, number, batch) for number in range(len(OBJECTIVES))]
             return _withstands(probe, x, y, attack, threat, streams)
 
         return attack_accuracy(
             images,
             verdicts,
+            how,
             attack=f"PGD-{steps}, {threat.norm} {Ratio(threat.eps).text}, through encoder and linear probe",
             settings={key: about[key] for key in ("C", "fitted", "training_accuracy", "validation_accuracy")},
-            batch_size=batch_size,
-            seed=seed,
-            state=state,
             tick=tick,
         )
 

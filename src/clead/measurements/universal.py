@@ -22,6 +22,7 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Threat
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import (
+    Computation,
     Measured,
     Measurement,
     MeasurementRecord,
@@ -29,7 +30,6 @@ from clead.measurements.base import (
     Result,
     cells,
     check_classes,
-    measured_device,
     new_table,
     span,
 )
@@ -158,11 +158,10 @@ class UniversalPerturbation(Measurement):
             source,
             images,
             target.threat,
+            target.computation(state),
             clip=self.clip,
             steps=target.steps or 200,
             num_classes=target.num_classes,
-            state=state,
-            **target.options,
         ).model_copy(update={"fitted_on": fitted_on, "indices": indices.tolist()})
 
 
@@ -171,15 +170,11 @@ def evaluate_universal(
     source: ImageSet,
     images: ImageSet,
     threat: Threat,
+    how: Computation | None = None,
     *,
     clip: float = 9.0,
     steps: int = 200,
-    batch_size: int = 256,
     num_classes: int | None = None,
-    seed: int = 0,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = True,
 ) -> UniversalResult:
     """Fit δ on ``source`` and measure it on ``images``, which should have no image in common.
 
@@ -188,45 +183,41 @@ def evaluate_universal(
         source: what δ is fitted on.
         images: what is measured; all of them.
         threat: norm and radius of δ.
+        how: images per mini-batch, seed of the mini-batches, device; its state has δ every 50 steps, and finished batches.
         clip: largest loss of an image that counts; 0: not clipped.
         steps: mini-batches that δ is fitted on.
-        batch_size: images per mini-batch and forward pass.
         num_classes: K of the data, to be checked against the model's; None: as many as the model has.
-        seed: of the mini-batches.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps δ every 50 steps, and finished batches; None: nothing is kept.
-        show: whether to show progress.
 
     Raises UserError without images to fit on or to measure, or on invalid images or gradients.
     """
-    if not len(images) or not len(source) or min(batch_size, steps) < 1:
+    how = how or Computation()
+    if not len(images) or not len(source) or min(how.batch_size, steps) < 1:
         raise UserError(
             f"a universal perturbation needs images to fit on and others to measure, steps and a batch size of at least 1, got "
-            f"{len(source)}, {len(images)}, {steps} and {batch_size}; give --eval.images 100"
+            f"{len(source)}, {len(images)}, {steps} and {how.batch_size}; give --eval.images 100"
         )
     if threat.norm not in NORMS:
         raise UserError(
             f"δ is fitted in {', '.join(NORMS)}, got {threat.norm}; give --threat.norm linf --threat.eps 8/255"
         )
     model = wrapped(model)
-    device = measured_device(model, device)
+    device = how.device_of(model)
     first = to_float(images.images[:1].to(device))
     logits = logits_of(model, first).shape[1]
     check_classes(num_classes, logits)
     for each in (source, images):
         check_inputs(first, each.labels[:1].to(device), logits)
-    state = state or ResumableResults(None, {})
-    total = steps + -(-len(images) // batch_size)
-    with state.opened(), exact_float32(), attack_mode(model), progress("universal", total, show=show) as tick:
-        objective = _Fit(model, threat, clip, steps, seed, device)
-        delta = objective.fit(source, batch_size, state, tick)
-        flags, largest = _apply(objective, delta, images, batch_size, state, tick)
+    total = steps + -(-len(images) // how.batch_size)
+    with how.state.opened(), exact_float32(), attack_mode(model), progress("universal", total, show=how.show) as tick:
+        objective = _Fit(model, threat, clip, steps, how.seed, device)
+        delta = objective.fit(source, how.batch_size, how.state, tick)
+        flags, largest = _apply(objective, delta, images, how.batch_size, how.state, tick)
     eps = Ratio(threat.eps)
     return UniversalResult(
         norm=threat.norm,
         eps=float(eps),
         eps_text=eps.text,
-        seed=seed,
+        seed=how.seed,
         fitted=len(source),
         fitted_on="other images",
         n=len(images),
@@ -239,7 +230,7 @@ def evaluate_universal(
         fooled_flags=flags["fooled"],
         largest=largest,
         picture=_png(delta),
-        seconds=sum(data["seconds"] for _, data in state.parts.values()),
+        seconds=how.seconds,
     )
 
 
@@ -249,14 +240,8 @@ class _Fit:
     def __init__(
         self, model: nn.Module, threat: Threat, clip: float, steps: int, seed: int, device: torch.device
     ) -> None:
-        self.model, self.threat, self.clip, self.steps, self.seed, self.device = (
-            model,
-            threat,
-            clip,
-            steps,
-            seed,
-            device,
-        )
+        self.model, self.threat, self.clip = model, threat, clip
+        self.steps, self.seed, self.device = steps, seed, device
         # δ / 2 around mid-grey: the box [0, 1] then allows pixels of δ in [-1, 1], beyond which clipping undoes them.
         self.half: Threat = THREATS.get(threat.norm)(eps=float(threat.eps) / 2)
 

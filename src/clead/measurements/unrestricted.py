@@ -28,7 +28,7 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet, Unrestricted
 from clead.measurements import MEASUREMENTS
 from clead.measurements.attack_accuracy import AttackedResult, FlagPair, attack_accuracy
-from clead.measurements.base import Measurement, MeasurementTarget, check_classes, measured_device, plain_settings
+from clead.measurements.base import Computation, Measurement, MeasurementTarget, check_classes, plain_settings
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
@@ -52,7 +52,7 @@ class UnrestrictedAttack(Measurement):
     def run(self, target: MeasurementTarget, state: ResumableResults) -> AttackedResult:
         """Attack each image that is right when clean."""
         return evaluate_unrestricted(
-            target.model, target.images, self.attack, classes=target.num_classes, state=state, **target.options
+            target.model, target.images, self.attack, target.computation(state), classes=target.num_classes
         )
 
     @property
@@ -70,13 +70,9 @@ def evaluate_unrestricted(
     model: nn.Module,
     images: ImageSet,
     attack: Unrestricted,
+    how: Computation | None = None,
     *,
-    batch_size: int = 256,
-    seed: int = 0,
     classes: int | None = None,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = True,
 ) -> AttackedResult:
     """Attack ``model`` on ``images``; robust are those that are classified right when clean and after the attack.
 
@@ -84,23 +80,20 @@ def evaluate_unrestricted(
         model: takes pixels in [0, 1], returns logits (B, K); in eval mode, left bit-identical.
         images: what to attack; all of them.
         attack: such as ``Spatial()`` or ``Patch(size="1/10")``.
-        batch_size: images attacked at once.
-        seed: of the attack's randomness.
+        how: batch size, seed, device, saved state.
         classes: K, to check the labels by; the number of logits if None.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished batches: a call that was stopped goes on from there; None: nothing is kept.
-        show: whether to show progress.
 
     Raises UserError on invalid images, an attack that does not fit them, or logits that are not (B, K).
     """
-    if not len(images) or batch_size < 1:
+    how = how or Computation()
+    if not len(images) or how.batch_size < 1:
         raise UserError(
-            f"need at least one image and a batch_size of at least 1, got {len(images)} and {batch_size}; "
+            f"need at least one image and a batch_size of at least 1, got {len(images)} and {how.batch_size}; "
             "leave batch_size out for 256"
         )
     name, values = described(attack)
     model = wrapped(model)
-    device = measured_device(model, device)
+    device = how.device_of(model)
     first = to_float(images.images[:1].to(device))
     check_inputs(first, images.labels[:1].to(device))
     k = logits_of(model, first).shape[1]
@@ -113,21 +106,11 @@ def evaluate_unrestricted(
         right = correct_mask(model, x, y)
         held = right.clone()
         if right.any():  # synchronises the device
-            held[right] = _holds(attack, model, x[right], y[right], make_generator(device, seed, batch), name)
+            held[right] = _holds(attack, model, x[right], y[right], make_generator(device, how.seed, batch), name)
         return right, held
 
-    state = state or ResumableResults(None, {})
-    with state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=show) as tick:
-        return attack_accuracy(
-            images,
-            verdicts,
-            attack=name,
-            settings=values,
-            batch_size=batch_size,
-            seed=seed,
-            state=state,
-            tick=tick,
-        )
+    with how.state.opened(), exact_float32(), progress(f"attack {name}", len(images), show=how.show) as tick:
+        return attack_accuracy(images, verdicts, how, attack=name, settings=values, tick=tick)
 
 
 def described(attack: Unrestricted) -> tuple[str, dict[str, Any]]:

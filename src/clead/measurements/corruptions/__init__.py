@@ -18,12 +18,12 @@ from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import (
+    Computation,
     Measured,
     Measurement,
     MeasurementRecord,
     MeasurementTarget,
     Result,
-    measured_device,
     new_table,
 )
 from clead.measurements.corruptions.transforms import (
@@ -156,24 +156,19 @@ class CommonCorruptions(Measurement):
         return evaluate_corruptions(
             target.model,
             target.images,
+            target.computation(state),
             severities=self.severities,
             names=self.names,
-            state=state,
-            **target.options,
         )
 
 
 def evaluate_corruptions(
     model: nn.Module,
     images: ImageSet,
+    how: Computation | None = None,
     *,
     severities: Sequence[int] = SEVERITIES,
     names: Sequence[str] | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    show: bool = True,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
 ) -> CorruptionResult:
     """Measure accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
@@ -182,37 +177,34 @@ def evaluate_corruptions(
     Args:
         model: takes pixels in [0, 1], returns logits (B, K); in eval mode, left bit-identical.
         images: (N, C, H, W) uint8, C 1 or 3, sides of at least 8 pixels.
+        how: batch size, seed of noise, directions and textures, device; its state has finished pairs of corruption and severity.
         severities: which of 1 to 5.
         names: which of ``CORRUPTIONS``; all 15 if None.
-        batch_size: images per forward pass.
-        seed: of noise, directions, textures.
-        show: whether to show progress.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished pairs of corruption and severity: a call that was stopped goes on from there; None: nothing is kept.
 
     Raises UserError on unknown names or severities, images of another kind, or a model that returns no logits (B, K).
     """
     names = list(CORRUPTIONS) if names is None else list(names)
     check_choice(names, severities)
-    if batch_size < 1 or seed < 0:
+    how = how or Computation()
+    seed, state = how.seed, how.state
+    if how.batch_size < 1 or seed < 0:
         raise UserError(
-            f"batch_size must be at least 1 and seed at least 0, got {batch_size} and {seed}; leave them out for 256 and 0"
+            f"batch_size must be at least 1 and seed at least 0, got {how.batch_size} and {seed}; leave them out for 256 and 0"
         )
     model = wrapped(model)
-    device = measured_device(model, device)
+    device = how.device_of(model)
     _check_images(model, images, device)
     arrays = np.ascontiguousarray(images.images.permute(0, 2, 3, 1).cpu().numpy())
-    state = state or ResumableResults(None, {})
     total = len(arrays) * (1 + len(names) * len(severities))
     cells = []
-    with state.opened(), exact_float32(), progress("corruptions", total, show=show) as tick:
+    with state.opened(), exact_float32(), progress("corruptions", total, show=how.show) as tick:
 
         def accuracy(key: str, corrupted: Callable[[int], Pixels]) -> Estimate:
             if key in state.parts:
                 tick(len(arrays))
             else:
                 begun = time.monotonic()
-                flags = _flags(model, corrupted, images.labels.to(device), batch_size, tick)
+                flags = _flags(model, corrupted, images.labels.to(device), how.batch_size, tick)
                 state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
             return estimate(state.parts[key][0]["flags"].tolist())
 

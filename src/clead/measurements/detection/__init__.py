@@ -8,6 +8,7 @@ and its threshold (aware).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ from clead.evaluation.correctness import exact_float32, to_float
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements import MEASUREMENTS
-from clead.measurements.base import Measurement, MeasurementTarget, measured_device
+from clead.measurements.base import Computation, Measurement, MeasurementTarget
 from clead.measurements.detection.detectors import (
     DETECTORS,
     Detector,
@@ -42,6 +43,7 @@ __all__ = [
     "DETECTORS",
     "RATES",
     "Detection",
+    "DetectionProtocol",
     "DetectionMeasurement",
     "DetectionPoint",
     "Detector",
@@ -97,13 +99,32 @@ class DetectionMeasurement(Measurement):
             target.splits.train.labelled_subset(),
             target.images,
             target.threat,
+            DetectionProtocol(
+                [DETECTORS[name]() for name in self.detectors], None, RATES, target.steps or 100, self.restarts
+            ),
+            target.computation(state),
             calibration=target.splits.val,
-            detectors=[DETECTORS[name]() for name in self.detectors],
-            steps=target.steps or 100,
-            restarts=self.restarts,
-            state=state,
-            **target.options,
         )
+
+
+@dataclass(frozen=True)
+class DetectionProtocol:
+    """Which detectors meet which attacks.
+
+    Attributes:
+        detectors: None: ``Mahalanobis``, ``NearestNeighbours`` and ``Disagreement`` with their defaults.
+        attacks: the oblivious ones, each (name, attack, objective); None: PGD of ``steps`` with cross-entropy and with the margin.
+        rates: clean rejection rates in [0, 1).
+        steps: of the aware attack, per threshold, strategy and restart.
+        restarts: of the aware attack; the first starts at the best point so far, the others at random points, each towards another
+            class, the most likely first.
+    """
+
+    detectors: Sequence[Detector] | None = None
+    attacks: NamedAttacks | None = None
+    rates: Sequence[float] = RATES
+    steps: int = 100
+    restarts: int = 3
 
 
 def evaluate_detection(
@@ -111,18 +132,10 @@ def evaluate_detection(
     reference: ImageSet,
     images: ImageSet,
     threat: Threat,
+    protocol: DetectionProtocol | None = None,
+    how: Computation | None = None,
     *,
     calibration: ImageSet | None = None,
-    detectors: Sequence[Detector] | None = None,
-    attacks: NamedAttacks | None = None,
-    rates: Sequence[float] = RATES,
-    steps: int = 100,
-    restarts: int = 3,
-    batch_size: int = 256,
-    seed: int = 0,
-    device: torch.device | None = None,
-    state: ResumableResults | None = None,
-    show: bool = True,
 ) -> Detection:
     """Fit detectors on clean images and measure them against attacks that do not, and that do, know them.
 
@@ -136,19 +149,10 @@ def evaluate_detection(
         reference: clean images, with their labels, on which detectors are fitted: training images.
         images: what to attack; all of them.
         threat: norm and radius.
+        protocol: detectors, attacks, thresholds.
+        how: batch size, seed of the random starts and of the halves, device; its state has finished batches of each attack.
         calibration: other clean images that set the thresholds, such as the validation images; None: half of ``reference`` is kept
             back for it, since an image is its own neighbour.
-        detectors: None: ``Mahalanobis``, ``NearestNeighbours`` and ``Disagreement`` with their defaults.
-        attacks: the oblivious ones, each (name, attack, objective); None: PGD of ``steps`` with cross-entropy and with the margin.
-        rates: clean rejection rates in [0, 1).
-        steps: of the aware attack, per threshold, strategy and restart.
-        restarts: of the aware attack; the first starts at the best point so far, the others at random points, each towards another
-            class, the most likely first.
-        batch_size: images attacked at once.
-        seed: of the random starts and of the halves.
-        device: where to compute; that of the model's parameters if None.
-        state: keeps finished batches of each attack: a call that was stopped goes on from there; None: nothing is kept.
-        show: whether to show progress.
 
     Raises UserError if the model has no features, on invalid images, and on values out of range.
     """
@@ -157,26 +161,27 @@ def evaluate_detection(
             f"detection needs a model split into features and classifier, got a {type(model).__name__}; "
             "wrap it with clead.adapt(model, sample_shape=(C, H, W))"
         )
-    rates = sorted(set(rates))
-    _check(rates, steps=steps, restarts=restarts, batch_size=batch_size)
+    protocol, how = protocol or DetectionProtocol(), how or Computation()
+    rates, steps = sorted(set(protocol.rates)), protocol.steps
+    _check(rates, steps=steps, restarts=protocol.restarts, batch_size=how.batch_size)
     if calibration is None:
-        first, second = stratified(reference.labels, len(reference) // 2, seed)
+        first, second = stratified(reference.labels, len(reference) // 2, how.seed)
         reference, calibration = reference.subset(first), reference.subset(second)
-    device = measured_device(model, device)
-    detectors = [kind() for kind in DETECTORS.values()] if detectors is None else list(detectors)
+    detectors = [kind() for kind in DETECTORS.values()] if protocol.detectors is None else list(protocol.detectors)
+    attacks = protocol.attacks
     if attacks is None:
         pgd = PGD(steps=steps, keep="best")
         attacks = [(f"PGD-{steps} {name}", pgd, name) for name in ("cross_entropy", "margin")]
 
     images = ImageSet(to_float(images.images), images.labels)
-    state = state or ResumableResults(None, {})
-    plan = DetectionPlan(model, threat, images, device, state, batch_size, seed, steps, restarts)
+    how = replace(how, device=how.device_of(model))
+    plan = DetectionPlan(model, threat, images, how, steps, protocol.restarts)
     with exact_float32(), attack_mode(model):
         plan.fit(detectors, reference)
         calibrated = plan.look(detectors, calibration)[2]
         clean = CleanImages(*plan.look(detectors, images))
     total = len(images) * (len(attacks) + len(detectors) * len(rates))
-    with state.opened(), exact_float32(), attack_mode(model), progress("detect", total, show=show) as tick:
+    with how.state.opened(), exact_float32(), attack_mode(model), progress("detect", total, show=how.show) as tick:
         oblivious = [
             plan.oblivious(number, attack, clean.wrong, detectors, tick) for number, attack in enumerate(attacks)
         ]
@@ -197,10 +202,10 @@ def _summary(plan: DetectionPlan, clean: CleanImages, oblivious: Sequence[Attack
         eps_text=eps.text,
         steps=plan.steps,
         restarts=plan.restarts,
-        seed=plan.seed,
+        seed=plan.how.seed,
         clean=estimate((~clean.wrong).tolist()),
         robust=estimate((~broken).tolist()),
-        seconds=sum(data["seconds"] for _, data in plan.state.parts.values()),
+        seconds=plan.how.seconds,
         **found,
     )
 

@@ -15,9 +15,9 @@ from clead.attacks.runner import check_inputs, run_attack, verified
 from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.correctness import to_float
-from clead.evaluation.state import ResumableResults
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.losses.margin import margin
+from clead.measurements.base import Computation
 from clead.measurements.detection.attack import STRATEGIES, Evasion, evaded
 from clead.measurements.detection.detectors import Detector
 from clead.measurements.detection.result import DetectedAttack, DetectionPoint, DetectorResult
@@ -55,19 +55,21 @@ class DetectionPlan:
     model: SplitModel
     threat: Threat
     images: ImageSet
-    device: torch.device
-    state: ResumableResults
-    batch_size: int
-    seed: int
+    how: Computation
     steps: int
     restarts: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.how.device_of(self.model)
 
     def fit(self, detectors: Sequence[Detector], reference: ImageSet) -> None:
         """Fit on the features of clean images."""
         self._check(reference)
         x, features = to_float(reference.images[:]), []
         with torch.no_grad():
-            for rows in _slices(len(x), self.batch_size):
+            for rows in _slices(len(x), self.how.batch_size):
                 features.append(self.model.features(x[rows].to(self.device)))
         known, labels = torch.cat(features), reference.labels.to(self.device)
         if not torch.isfinite(known).all():  # synchronises the device
@@ -108,19 +110,19 @@ class DetectionPlan:
         name, how, objective = attack
         x, y = self.images.images, self.images.labels
         x_adv = x.clone()
-        for rows in _slices(len(x), self.batch_size):
+        for rows in _slices(len(x), self.how.batch_size):
             right = (~wrong[rows]).nonzero()[:, 0] + rows.start
             key, start = f"oblivious-{number:02d}-{rows.start:06d}", time.monotonic()
-            if key in self.state.parts:
-                x_adv[rows] = self.state.parts[key][0]["x_adv"]
+            if key in self.how.state.parts:
+                x_adv[rows] = self.how.state.parts[key][0]["x_adv"]
             elif len(right):
                 part, labels = x[right].to(self.device), y[right].to(self.device)
-                generator = make_generator(self.device, self.seed, number, rows.start)
+                generator = make_generator(self.device, self.how.seed, number, rows.start)
                 made = run_attack(
                     how, self.model, part, labels, self.threat, objective=objective, generator=generator, checked=True
                 )
                 x_adv[right] = made.cpu()
-                self.state.save(key, {"x_adv": x_adv[rows].clone()}, {"seconds": time.monotonic() - start})
+                self.how.state.save(key, {"x_adv": x_adv[rows].clone()}, {"seconds": time.monotonic() - start})
             tick(rows.stop - rows.start, attack=name)
         flags, _, scores = self._verdict(detectors, x_adv, y)
         return AttackedImages(name, x_adv, flags, scores)
@@ -168,18 +170,18 @@ class DetectionPlan:
         """Attack with knowledge of detector ``d`` at each threshold; return the least score of a misclassified image, (N,)."""
         best, lowest = known[0].clone(), known[1].clone()
         for number, evasion in enumerate(evasions):  # thresholds fall: each starts from what the one before has reached
-            for rows in _slices(len(best), self.batch_size):
+            for rows in _slices(len(best), self.how.batch_size):
                 key = f"aware-{d:02d}-{rows.start:06d}"
-                tensors, data = self.state.parts.get(key, ({}, {"thresholds": 0, "seconds": 0.0}))
+                tensors, data = self.how.state.parts.get(key, ({}, {"thresholds": 0, "seconds": 0.0}))
                 if data["thresholds"] > number:  # where a call that was stopped has got to
                     best[rows], lowest[rows] = tensors["best"], tensors["lowest"]
                 else:
                     start = time.monotonic()
-                    generator = make_generator(self.device, self.seed, stream, number, rows.start)
+                    generator = make_generator(self.device, self.how.seed, stream, number, rows.start)
                     self._evade(evasion, best, lowest, rows, generator)
                     so_far = {"best": best[rows].clone(), "lowest": lowest[rows].clone()}
                     spent = data["seconds"] + time.monotonic() - start
-                    self.state.save(key, so_far, {"thresholds": number + 1, "seconds": spent})
+                    self.how.state.save(key, so_far, {"thresholds": number + 1, "seconds": spent})
                 safe = ~evaded(lowest[: rows.stop], evasion.threshold)
                 name = evasion.detector.name
                 tick(rows.stop - rows.start, detector=name, robust_or_rejected=safe.float().mean().item())
@@ -217,7 +219,7 @@ class DetectionPlan:
         """Return (misclassified, margin, scores) of images, on the CPU; NaN is misclassified, and a NaN score not rejected."""
         wrong, margins, scores = [], [], []
         with torch.no_grad():
-            for rows in _slices(len(x), self.batch_size):
+            for rows in _slices(len(x), self.how.batch_size):
                 part, labels = x[rows].to(self.device), y[rows].to(self.device)
                 outputs = self.model.features_and_logits(part)
                 logits = outputs[1]
