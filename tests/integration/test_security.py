@@ -9,7 +9,6 @@ import shlex
 import shutil
 import struct
 import sys
-import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -27,7 +26,6 @@ from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe, parse_yaml
 from clead.data import decoding
 from clead.data.datasets.auto import read_any
-from clead.data.datasets.cifar import ARCHIVES, read_archive
 from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
 from clead.evaluation import adversarial_dataset
@@ -83,16 +81,6 @@ def pickles(ran):
     wrapped = {"zip": zipped, "legacy": legacy, "npy": npy, "npz": npz, "hidden": hidden}
     state = b"clead-state-1\n" + __import__("hashlib").sha256(zipped.getvalue()).digest() + zipped.getvalue()
     return {**raw, **{name: buffer.getvalue() for name, buffer in wrapped.items()}, "forged state": state}
-
-
-def _archive(path):
-    content = path.read_bytes()
-    with tarfile.open(path, "w:gz") as tar:
-        for name in (*ARCHIVES["cifar10"].train, ARCHIVES["cifar10"].test, ARCHIVES["cifar10"].names):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return read_archive(path, ARCHIVES["cifar10"])
 
 
 def _parquet_of(path):
@@ -200,7 +188,6 @@ LOADERS = {
     "images": lambda path, run: decode([path.read_bytes()], ["image"], ResizeSpec()),
     "adversarial images": lambda path, run: adversarial_dataset.load(path),
     "ONNX": lambda path, run: OnnxModel(path),
-    "archive": lambda path, run: _archive(path),
     "CIFAR of torchvision": lambda path, run: _cifar_python(path),
     "zip": _named("a.zip", read="a.zip"),
     "tar": _named("a.tar.gz", read="a.tar.gz"),
@@ -401,23 +388,6 @@ def test_names_in_a_data_set_are_never_paths_or_html(tmp_path, monkeypatch):
     stray = [file for file in tmp_path.rglob("*") if file.is_file() and not any(a in file.parents for a in allowed)]
     assert [file for file in stray if "clead-cache" not in file.parts] == []
     assert not Path("/tmp/evil").exists()
-
-
-def test_an_archive_is_read_without_being_unpacked(tmp_path):
-    archive = tmp_path / "in" / "cifar.tar.gz"
-    archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        for name in ("../evil", "/tmp/evil-clead", *ARCHIVES["cifar10"].train):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"bad"))
-        link = tarfile.TarInfo(ARCHIVES["cifar10"].test)
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    with pytest.raises(UserError, match="not the CIFAR binary archive"):
-        read_archive(archive, ARCHIVES["cifar10"])
-    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [archive]
-    assert not Path("/tmp/evil-clead").exists()
 
 
 # ------------------------------------------------------------------------------------------------ code

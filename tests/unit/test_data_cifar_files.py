@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from clead.data.datasets import DATASETS, cifar_binary
+from clead.data.datasets import DATASETS, cifar_files
 from clead.data.datasets.auto import read_any
 from clead.errors import UserError
 from layouts import HUNDRED, TEN, cifar10_binary, cifar10_python, cifar100_binary, cifar100_python, noise, write
@@ -68,7 +68,7 @@ def test_missing_names_are_the_published_ones(which, tmp_path):
         if "meta" in file.name or "names" in file.name:
             file.unlink()
     classes = read_any(tmp_path).classes
-    assert classes == (TEN if which[0] == "cifar10" else cifar_binary.CLASSES["cifar100"])
+    assert classes == (TEN if which[0] == "cifar10" else cifar_files.CLASSES["cifar100"])
     assert list(classes) == sorted(set(classes)) and len(classes) == int(which[0].removeprefix("cifar"))
     if which[0] == "cifar100":
         assert (classes[0], classes[47], classes[99]) == ("apple", "maple_tree", "worm")

@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from clead.data.repeats import repeats
+from clead.data import duplicates
+from clead.data.duplicates import digests_of
 from clead.interfaces import ImageSet
+
+
+def repeats(sets):
+    return duplicates.repeats(sets, [digest for part in sets for digest in digests_of(part.images)])
 
 
 def images(values, labels):

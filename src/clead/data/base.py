@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
 from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
-from clead.data.duplicates import HASHED, Split, find_duplicates
+from clead.data.duplicates import HASHED, Split, digests_of, find_duplicates, repeats
 from clead.data.groups import cut_groups, group_names, shared_groups
 from clead.data.label_sampling import hide_labels, stratified
-from clead.data.repeats import repeats
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean, memory_of, printable
 from clead.interfaces import ImageSet, Splits
@@ -36,6 +35,7 @@ _TEST_SEED = 0  # of the test images that are cut from training images
 _LIMIT_SEED = 0  # which images a limit keeps does not depend on the run's seed
 _GROUP = "data.group_by"  # the column of a part that says which images belong together
 _MOST_CLASSES = 1_000_000
+T = TypeVar("T")
 
 Role = Literal["train", "val", "test"]
 _SPLITS: dict[str, Role] = {
@@ -269,28 +269,26 @@ class InMemoryDataset(ABC):
             remarks.clear()
             train, val, test = _decode(found, fit, remarks)
         notes = (*found.notes, *say_remarks(remarks, self.background))
-        notes = (*notes, *repeats([train, *([] if val is None else [val]), test]))
-        groups = found.train.columns.get(_GROUP)
-        names = {
-            "training": found.train.names,
-            "validation": found.val.names if found.val else (),
-            "test": found.test.names,
+        marks = {
+            "training": _marks(found.train, train),
+            "validation": _marks(found.val, val),
+            "test": _marks(found.test, test),
         }
+        sets = [train, *([] if val is None else [val]), test]
+        notes = (*notes, *repeats(sets, [digest for each in marks.values() for _, digest in each]))
+        groups = found.train.columns.get(_GROUP)
         if self.limit_train is not None and self.limit_train < len(train):
             chosen = cut(train.labels, groups, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0]
-            train, groups, names["training"] = (
-                train.subset(chosen),
-                at(groups, chosen) or None,
-                at(names["training"], chosen),
-            )
+            train, groups = train.subset(chosen), at(groups, chosen) or None
+            marks["training"] = at(marks["training"], chosen)
         if self.limit_test is not None and self.limit_test < len(test):
             chosen = stratified(test.labels, self.limit_test, _LIMIT_SEED, least=0, spare=0)[0]
-            test, names["test"] = test.subset(chosen), at(names["test"], chosen)
+            test, marks["test"] = test.subset(chosen), at(marks["test"], chosen)
         if val is None:
             chosen, rest = cut(train.labels, groups, round(self.val_fraction * len(train)), seed)
             train, val = train.subset(rest), train.subset(chosen)
-            names["validation"], names["training"] = at(names["training"], chosen), at(names["training"], rest)
-        notes = (*notes, *_leaks({"training": train, "validation": val, "test": test}, names))
+            marks["validation"], marks["training"] = at(marks["training"], chosen), at(marks["training"], rest)
+        notes = (*notes, *_leaks({"training": train, "validation": val, "test": test}, marks))
         classes = found.classes
         if order is not None:  # after the cuts, which are the same in every order of the classes
             train, val, test, classes = order.of(train), order.of(val), order.of(test), order.classes
@@ -330,19 +328,27 @@ class InMemoryDataset(ABC):
             check_labels(found)
 
 
-def _leaks(sets: Mapping[str, ImageSet], names: Mapping[str, Sequence[str]]) -> list[str]:
+def _marks(part: RawSplit | None, images: ImageSet | None) -> list[tuple[str, bytes]]:
+    """Return the name, or "", and a digest of each image."""
+    if part is None or images is None:
+        return []
+    return list(zip(part.names or [""] * len(images), digests_of(images.images), strict=True))
+
+
+def _leaks(sets: Mapping[str, ImageSet], marks: Mapping[str, Sequence[tuple[str, bytes]]]) -> list[str]:
     """Return notes on images that are there twice; nearly equal ones are looked for among not too many image files."""
-    splits = {
-        name: Split(list(part.images.permute(0, 2, 3, 1).numpy()), part.labels.tolist(), names[name])
-        for name, part in sets.items()
-        if len(part)
-    }
+    splits = {}
+    for name, part in sets.items():
+        if len(part):
+            names, digests = zip(*marks[name], strict=True)
+            images = list(part.images.permute(0, 2, 3, 1).numpy())
+            splits[name] = Split(images, part.labels.tolist(), names if all(names) else (), digests)
     files = all(len(split.names) == len(split.images) <= HASHED for split in splits.values())
     near = files and sum(map(len, sets.values())) <= HASHED and find_spec("imagehash") is not None
     return find_duplicates(splits, near=near).leaks()
 
 
-def at(values: Sequence[str] | None, index: Tensor) -> list[str]:
+def at(values: Sequence[T] | None, index: Tensor) -> list[T]:
     """Return the values at ``index``, (n,) int64; none of none."""
     return [values[i] for i in index.tolist()] if values else []
 

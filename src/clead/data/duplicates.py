@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from clead.data.groups import group_names
 from clead.errors import MissingExtra
+from clead.interfaces import ImageSet
 
 HASHED = 5000
 """``load`` looks for near duplicates among so many image files at most: 0.2 ms each."""
@@ -126,6 +129,47 @@ def find_duplicates(splits: Mapping[str, Split], *, near: bool = True) -> Duplic
 def digest(image: np.ndarray) -> bytes:
     """Return a digest of an image's shape and pixels."""
     return hashlib.blake2b(image.tobytes(), digest_size=16, key=str(image.shape).encode()).digest()
+
+
+def digests_of(images: Tensor) -> list[bytes]:
+    """Return a digest of each of the images, (N, C, H, W) uint8."""
+    return [digest(image) for image in images.contiguous().numpy()]
+
+
+def repeats(sets: Sequence[ImageSet], digests: Sequence[bytes]) -> list[str]:
+    """Say with counts if many images are of one colour, equal to others, or equal to one with another label; one sentence each.
+
+    It is said where it concerns more than a tenth of all images, and contradicting labels where more than a hundredth.
+
+    Args:
+        sets: of one data set; images (N, C, H, W) uint8 in memory.
+        digests: of all their images.
+    """
+    total, counts = len(digests), Counter(digests)
+    if not total:
+        return []
+    labels: dict[bytes, set[int]] = {}
+    for key, label in zip(digests, [label for images in sets for label in images.labels.tolist()], strict=True):
+        labels.setdefault(key, set()).add(label)
+    pixels = [images.images.flatten(2) for images in sets if len(images)]
+    flat = sum(int((each.amax(2) == each.amin(2)).all(1).sum()) for each in pixels)
+    notes = []
+    most = max(counts.values())
+    contradicting = sum(count for digest, count in counts.items() if len(labels[digest]) > 1)
+    if 10 * flat > total and pixels[0].shape[2] > 1:
+        notes.append(
+            f"{flat} of {total} images have one colour all over; look whether the picture lies where it is not read, in an alpha "
+            "channel (data.background) or in the low bits"
+        )
+    if most > 1 and 10 * most > total:
+        notes.append(f"{most} of {total} images are one and the same picture, pixel by pixel")
+    elif 2 * len(counts) < total:
+        notes.append(f"most images are repeated: of {total} only {len(counts)} differ, pixel by pixel")
+    if 100 * contradicting > total:
+        notes.append(
+            f"{contradicting} of {total} images are equal, pixel by pixel, to one with another label: no model can have all right"
+        )
+    return notes
 
 
 def _near(

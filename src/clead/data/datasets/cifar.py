@@ -11,47 +11,24 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-from clead.data.base import InMemoryDataset, RawSplit, RawSplits
+from clead.data.base import InMemoryDataset, RawSplits
 from clead.data.datasets import DATASETS
 from clead.data.datasets.auto import read_named
+from clead.data.datasets.cifar_files import VERSIONS, assemble
 from clead.errors import UserError
 from clead.settings import setting, settings
 
 
 class Archive(NamedTuple):
-    """A published archive; a record's last of ``label_bytes`` is the label, then come 3·32·32 pixels."""
+    """A published archive of the binary version."""
 
     url: str
     md5: str
-    classes: int
-    label_bytes: int
-    train: tuple[str, ...]
-    test: str
-    names: str
 
 
 ARCHIVES = {
-    "cifar10": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-        10,
-        1,
-        tuple(f"cifar-10-batches-bin/data_batch_{n}.bin" for n in range(1, 6)),
-        "cifar-10-batches-bin/test_batch.bin",
-        "cifar-10-batches-bin/batches.meta.txt",
-    ),
-    "cifar100": Archive(
-        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
-        "03b5dce01913d631647c71ecec9e9cb8",
-        100,
-        2,
-        ("cifar-100-binary/train.bin",),
-        "cifar-100-binary/test.bin",
-        "cifar-100-binary/fine_label_names.txt",
-    ),
+    "cifar10": Archive("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
+    "cifar100": Archive("https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
 }
 
 
@@ -84,9 +61,15 @@ class Cifar100(InMemoryDataset):
 
 
 def _read(name: str, path: Path | None) -> RawSplits:
-    archive = ARCHIVES[name]
-    found = read_named(name, path, archive.classes)
-    return read_archive(fetch(name, archive), archive) if found is None else found
+    version = VERSIONS[f"{name}_binary"]
+    found = read_named(name, path, version.classes)
+    if found is not None:
+        return found
+    file = fetch(name, ARCHIVES[name])
+    with tarfile.open(file) as tar:  # nothing is unpacked to disk
+        members = {each.name: member.read() for each in tar if (member := tar.extractfile(each)) is not None}
+    files = [Path(name).name for name in members]
+    return assemble(version, files, Path(version.folder), lambda path: members[path.as_posix()])
 
 
 def fetch(name: str, archive: Archive) -> Path:
@@ -120,41 +103,11 @@ def fetch(name: str, archive: Archive) -> Path:
             Path(partial).unlink(missing_ok=True)
 
 
-def read_archive(file: Path, archive: Archive) -> RawSplits:
-    """Parse records of label bytes and 3,072 pixels, channel by channel; nothing is unpacked to disk."""
-    try:
-        with tarfile.open(file) as tar:
-            members = {name: _member(tar, name) for name in (*archive.train, archive.test, archive.names)}
-        train = _records(b"".join(members[name] for name in archive.train), archive.label_bytes)
-        test = _records(members[archive.test], archive.label_bytes)
-        return RawSplits(train, test, tuple(members[archive.names].decode().split()))
-    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError) as error:
-        raise UserError(f"{file}: not the CIFAR binary archive ({error}); delete the file and run again") from None
-
-
-def _member(tar: tarfile.TarFile, name: str) -> bytes:
-    member = tar.extractfile(name)
-    if member is None:
-        raise KeyError(f"{name} is no file")
-    return member.read()
-
-
-def _records(content: bytes, label_bytes: int) -> RawSplit:
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
-    images = records[:, label_bytes:].reshape(-1, 3, 32, 32).copy()
-    return RawSplit(torch.from_numpy(images), torch.from_numpy(records[:, label_bytes - 1].astype(np.int64)))
-
-
 def _download(url: str, target: Path, name: str) -> None:
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with urllib.request.urlopen(url, timeout=30) as source, target.open("wb") as sink:
         total = int(source.headers.get("Content-Length") or 0) or None
         with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -13,7 +13,7 @@ from clead.data.base import RawSplit, RawSplits, no_images
 from clead.data.bounded import map_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
-from clead.data.datasets.cifar_binary import CLASSES
+from clead.data.datasets.cifar_files import CLASSES
 from clead.errors import UserError
 
 _LABELS = "labels.npy"

@@ -37,8 +37,8 @@ from clead.data.datasets.parquet import (
 )
 from clead.data.datasets.parquet import unread as _skipped
 from clead.data.decoding import ResizeSpec, decode
+from clead.data.duplicates import digests_of, repeats
 from clead.data.label_sampling import hide_labels, stratified
-from clead.data.repeats import repeats
 from clead.data.streaming import Shards, StreamedImages, unreadable
 from clead.errors import UserError
 from clead.interfaces import ImageSet, Splits
@@ -140,7 +140,11 @@ class ParquetStream(InMemoryDataset):
         streamed: tuple[StreamedImages, ...] = (val.images, test.images)
         val, test = _decoded(val), _decoded(test)
         remarks = streamed[0].remarks + streamed[1].remarks
-        notes = (*notes, *say_remarks(remarks, self.background), *repeats([val, test]))
+        notes = (
+            *notes,
+            *say_remarks(remarks, self.background),
+            *repeats([val, test], digests_of(val.images) + digests_of(test.images)),
+        )
         skipped = _skipped(resolve_path(self.path), {file.resolve() for found in splits.values() for file in found})
         return Splits(
             train, val, test, classes, digest.hexdigest(), tuple(left_out), skipped=skipped, notes=notes, origin=origin
