@@ -12,12 +12,10 @@ import contextlib
 import errno
 import json
 import os
-import re
 import secrets
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import IO, Any
@@ -37,7 +35,6 @@ _NOFOLLOW, _NONBLOCK, _CLOEXEC, _NOCTTY, _BINARY = (
     getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "NOCTTY", "BINARY")
 )
 _CAREFUL = _NONBLOCK | _CLOEXEC | _NOCTTY | _BINARY
-_PATIENCE = 5.0  # seconds that a FIFO may wait for its reader
 
 written = 0
 """Files that this process has written: where there are some, a failed print has lost nothing."""
@@ -360,38 +357,42 @@ def _open_own(path: Path, flags: int) -> IO[bytes]:
 def write_output(path: Path, content: bytes) -> None:
     """Write what the user named on the command line: a file whole or not at all; anything else is written through.
 
-    A link stays and the file that it points to is replaced; ``/dev/null``, ``/dev/stdout``, a terminal and a FIFO are written to.
-    Raises UserError if the disk refuses, nobody reads the FIFO, or the path is a folder, a socket or a disk.
+    A link stays and the file that it points to is replaced; ``/dev/null``, ``/dev/stdout``, a terminal and a FIFO, which waits for
+    its reader, are written to. Raises UserError if the disk refuses, or the path is a folder, a socket or a disk.
     """
-    if (number := _own_descriptor(path)) is not None:
-        _write_through(path, number, content)
-        return
+    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
         mode = None
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from None
-    if mode is None or stat.S_ISREG(mode):
+    if stream is None and (mode is None or stat.S_ISREG(mode)):
         target = Path(os.path.realpath(path)) if os.path.islink(path) else path
         if mode is not None and not os.access(target, os.W_OK):
             raise UserError(f"cannot write {path}: it is read-only; make it writable (chmod u+w), or give another name")
         write_atomically(target, content)
-    else:
-        _write_through(path, None, content)
+        return
+    if stream is None and mode is not None and not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
+        raise _not_an_output(path, mode)
+    try:
+        sys.stdout.flush()
+        with open(path if stream is None else os.dup(stream), "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def check_output(path: Path) -> None:
     """Raise UserError if ``write_output`` could not write there: before hours of work, not after."""
-    if _own_descriptor(path) is not None:
-        return
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
             raise _not_an_output(path, mode)
-        writable = os.access(path, os.W_OK) and (not stat.S_ISREG(mode) or os.access(_folder_of(path), os.W_OK))
+        folder = Path(os.path.realpath(path)).parent
+        writable = os.access(path, os.W_OK) and (not stat.S_ISREG(mode) or os.access(folder, os.W_OK))
     except FileNotFoundError:
-        folder = _folder_of(path)
+        folder = Path(os.path.realpath(path)).parent
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         writable = folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
@@ -401,58 +402,6 @@ def check_output(path: Path) -> None:
         raise _cannot_write(path, error) from None
     if not writable:
         raise UserError(f"cannot write {path}: it or its folder is read-only, or no folder; give another name")
-
-
-def _folder_of(path: Path) -> Path:
-    return Path(os.path.realpath(path)).parent
-
-
-def _own_descriptor(path: Path) -> int | None:
-    """Return the number of the open file of this process that a path such as ``/dev/stdout`` stands for.
-
-    >>> _own_descriptor(Path("/dev/stdout")), _own_descriptor(Path("/dev/null"))
-    (1, None)
-    """
-    named = {"/dev/stdout": 1, "/dev/stderr": 2}
-    match = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d{1,6})", str(path))
-    return int(match[1]) if match else named.get(str(path))
-
-
-def _write_through(path: Path, descriptor: int | None, content: bytes) -> None:
-    try:
-        if descriptor is not None:
-            sys.stdout.flush()
-            handle = os.dup(descriptor)
-        else:
-            mode = os.stat(path).st_mode
-            if not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-                raise _not_an_output(path, mode)
-            handle = _open_sink(path)
-        with os.fdopen(handle, "wb", buffering=0) as file:
-            os.set_blocking(handle, True)
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) or 0 :]
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, error) from error
-
-
-def _open_sink(path: Path) -> int:
-    """Open a FIFO or character device for writing; a FIFO waits some seconds for its reader."""
-    late = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            return os.open(path, os.O_WRONLY | _CAREFUL)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                raise
-            if time.monotonic() > late:
-                raise UserError(
-                    f"cannot write {path}: nobody reads this FIFO; start its reader first, or give a file's name"
-                ) from None
-        time.sleep(0.05)
 
 
 def _not_an_output(path: Path, mode: int) -> UserError:

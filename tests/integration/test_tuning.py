@@ -24,7 +24,7 @@ from clead.data.datasets.digits import Digits
 from clead.errors import UserError
 from clead.tuning import study as study_file
 from clead.tuning import tune
-from clead.tuning.leases import BothLeases, FileLeases, TableLeases
+from clead.tuning.leases import Leases, TableLeases
 from clead.tuning.results import Result, best_of, front
 from clead.tuning.space import open_search
 from clead.tuning.storage import JOURNAL, open_storage
@@ -227,8 +227,8 @@ def test_a_search_can_be_repeated(tmp_path):
 @pytest.fixture
 def kernel(monkeypatch):
     """Return what frees the locks of a process that died, which here lives on."""
-    made, real = [], FileLeases.__init__
-    monkeypatch.setattr(FileLeases, "__init__", lambda self, folder: made.append(self) or real(self, folder))
+    made, real = [], Leases.__init__
+    monkeypatch.setattr(Leases, "__init__", lambda self, *given: made.append(self) or real(self, *given))
     return lambda: [leases.release(name) for leases in made for name in list(leases._files)]
 
 
@@ -481,12 +481,9 @@ def rows(tmp_path, silence=60.0, study="study"):
 @pytest.mark.parametrize("kind", ["files", "rows", "both"])
 def test_a_lease_has_one_holder(kind, tmp_path):
     def leases():
-        files = FileLeases(tmp_path / "locks")
-        return {
-            "files": lambda: files,
-            "rows": lambda: rows(tmp_path),
-            "both": lambda: BothLeases(files, rows(tmp_path)),
-        }[kind]()
+        if kind == "rows":
+            return rows(tmp_path)
+        return Leases(tmp_path / "locks", rows(tmp_path) if kind == "both" else None)
 
     one, two = leases(), leases()
     assert one.acquire("a") and not two.acquire("a") and two.acquire("b")
@@ -525,7 +522,7 @@ def test_a_beating_heart_keeps_the_row(tmp_path):
 def test_a_process_on_the_same_disk_is_not_taken_for_dead(tmp_path, monkeypatch):
     """A stopped process is silent, but its lock on the trial's file holds: it writes into that directory when it goes on."""
     monkeypatch.setattr(TableLeases, "_beat", lambda self: None)
-    one, two = (BothLeases(FileLeases(tmp_path / "locks"), rows(tmp_path)) for _ in range(2))
+    one, two = (Leases(tmp_path / "locks", rows(tmp_path)) for _ in range(2))
     assert one.acquire("a")
     with sql.create_engine(f"sqlite:///{tmp_path}/base.db").begin() as connection:
         connection.execute(sql.text("update clead_leases set beat = datetime(beat, '-400 seconds')"))

@@ -6,9 +6,7 @@ processes that share a database only: there a lease ends when its holder has bee
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import threading
 import time
 import uuid
@@ -16,10 +14,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Protocol
 
 import sqlalchemy as sql
 import sqlalchemy.exc
+from filelock import FileLock, Timeout
 
 from clead.errors import UserError
 
@@ -28,20 +26,44 @@ _POLL = 0.1
 _BEATS = 4  # per time of silence after which a holder counts as dead
 
 
-class Leases(Protocol):
-    """Leases on names; each has one holder at most."""
+class Leases:
+    """Leases on names, each with one holder at most: locked files in a folder, and rows of a database if there is one.
+
+    With a database both are needed: a process on the same disk that the database takes for dead may be a stopped one, which is
+    silent, but will write into its trial's directory when it goes on.
+    """
+
+    def __init__(self, folder: Path, rows: TableLeases | None = None) -> None:
+        self._folder, self._rows = folder, rows
+        self._files: dict[str, FileLock] = {}
 
     def acquire(self, name: str) -> bool:
-        """Take the lease if nobody living holds it; say whether it is ours now."""
-        ...
+        """Take the lease if nobody living holds it; say whether it is ours now. The file stays when the lock is gone."""
+        lock = FileLock(self._folder / f"{name}.lock", blocking=False, thread_local=False, mode=0o666)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            return False
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._folder}: {error.strerror or error}; free some space or choose another directory"
+            ) from error
+        if self._rows is not None and not self._rows.acquire(name):
+            lock.release()
+            return False
+        self._files[name] = lock
+        return True
 
     def release(self, name: str) -> None:
         """Give the lease back."""
-        ...
+        if self._rows is not None:
+            self._rows.release(name)
+        self._files.pop(name).release()
 
     def is_held(self, name: str) -> bool:
-        """Say whether a lease that was taken is still ours."""
-        ...
+        """Say whether a lease that was taken is still ours; of a file it is as long as the process lives."""
+        return name in self._files and (self._rows is None or self._rows.is_held(name))
 
 
 @contextmanager
@@ -53,39 +75,6 @@ def exclusive(leases: Leases, name: str) -> Generator[None, None, None]:
         yield
     finally:
         leases.release(name)
-
-
-class FileLeases:
-    """Locked files in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, int] = {}
-
-    def acquire(self, name: str) -> bool:
-        """Lock the file; it stays when the lock is gone."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self._folder}: {error.strerror or error}; free some space or choose another directory"
-            ) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            return False
-        self._files[name] = file
-        return True
-
-    def release(self, name: str) -> None:
-        """Unlock the file."""
-        os.close(self._files.pop(name))
-
-    def is_held(self, name: str) -> bool:
-        """Say whether it was taken: as long as the process lives nobody else can."""
-        return name in self._files
 
 
 class TableLeases:
@@ -160,31 +149,3 @@ class TableLeases:
 def _now(connection: sql.Connection) -> datetime:
     """Return the time by the database's clock: those of several machines may differ, and jump."""
     return connection.execute(sql.select(sql.func.now())).scalar_one()
-
-
-class BothLeases:
-    """A file and a row: of two processes on one disk that a database takes for dead, stopped ones count too.
-
-    A stopped process is silent, but will write into its trial's directory when it goes on.
-    """
-
-    def __init__(self, files: FileLeases, rows: TableLeases) -> None:
-        self._files, self._rows = files, rows
-
-    def acquire(self, name: str) -> bool:
-        """Take the file first: whom it refuses leaves the row alone."""
-        if not self._files.acquire(name):
-            return False
-        if self._rows.acquire(name):
-            return True
-        self._files.release(name)
-        return False
-
-    def release(self, name: str) -> None:
-        """Give back both."""
-        self._rows.release(name)
-        self._files.release(name)
-
-    def is_held(self, name: str) -> bool:
-        """Say whether both are still ours."""
-        return self._files.is_held(name) and self._rows.is_held(name)

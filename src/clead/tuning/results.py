@@ -158,7 +158,7 @@ def _plots(search: SearchSpec, found: Sequence[Result], best: Result) -> dict[st
     except ImportError:
         raise MissingExtra("matplotlib", "tune", "drawing a study") from None
     drawn = {"history": _history(found), "front": _front(found, best)}
-    if len(_importances(search, found)) > 1:
+    if len(importances(search, found)) > 1:
         drawn["importance"] = _importance(search, found)
     return drawn
 
@@ -168,10 +168,6 @@ def importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]
 
     Of complete trials alone; empty if there are too few, or if all have the same score.
     """
-    return _importances(search, found)
-
-
-def _importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]:
     complete = [result for result in found if result.score is not None]
     if len({result.score for result in complete}) < 2 or len(complete) < 4:
         return {}
@@ -242,7 +238,7 @@ def _front(found: Sequence[Result], best: Result) -> tuple[bytes, bytes]:
 
 
 def _importance(search: SearchSpec, found: Sequence[Result]) -> tuple[bytes, bytes]:
-    shares = _importances(search, found)
+    shares = importances(search, found)
     count = sum(result.score is not None for result in found)
     figure, axes = _axes(f"What decides the score (PED-ANOVA, {count} complete trials)", "share", "")
     names = list(shares)[::-1]

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
 import sqlalchemy as sql
 import sqlalchemy.exc
+from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
 from clead.atomic_io import read_json_lines, unshare
 from clead.errors import UserError
-from clead.tuning.leases import BothLeases, FileLeases, Leases, TableLeases
+from clead.tuning.leases import Leases, TableLeases
 
 JOURNAL = "study.journal"
 _ATTEMPTS = 5  # several processes that make the tables of a fresh database get in each other's way
@@ -31,34 +31,25 @@ class JournalLock(JournalFileOpenLock):
     Optuna's own waits 30 seconds for a dead holder, and what is appended to half a line of a full disk is lost.
     """
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Path, lock: Path) -> None:
         super().__init__(str(journal))
         self._journal = journal
-        self._file: IO[bytes] | None = None
+        self._lock = FileLock(lock, thread_local=False, mode=0o666)
 
     def acquire(self) -> bool:
         """Wait for the lock, and cut off half a line that a killed process or a full disk has left at the end."""
-        file = self._journal.open("r+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        self._file = file
-        size = file.seek(0, os.SEEK_END)
-        whole = size
-        while whole and not _ends_line(file, whole):
-            whole -= 1
-        if whole < size:
-            file.truncate(whole)
+        self._lock.acquire()
+        with self._journal.open("r+b") as file:
+            size = whole = file.seek(0, os.SEEK_END)
+            while whole and (file.seek(whole - 1), file.read(1))[1] != b"\n":
+                whole -= 1
+            if whole < size:
+                file.truncate(whole)
         return True
 
     def release(self) -> None:
         """Free the lock."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def _ends_line(file: IO[bytes], size: int) -> bool:
-    file.seek(size - 1)
-    return file.read(1) == b"\n"
+        self._lock.release()
 
 
 def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple[BaseStorage, Leases]:
@@ -70,17 +61,17 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
         name: the study's.
         silence: seconds of silence after which a process that shares only the database counts as dead.
     """
-    files = FileLeases(out / "locks")
+    locks = out / "locks"
     if url is None:
         path = out / JOURNAL
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            locks.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 path.touch()
             unshare(path)
             _check_journal(path)
-            backend = JournalFileBackend(str(path), lock_obj=JournalLock(path))
-            return JournalStorage(backend), files
+            backend = JournalFileBackend(str(path), lock_obj=JournalLock(path, locks / "journal.lock"))
+            return JournalStorage(backend), Leases(locks)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --out") from error
     shown, full = _url(url)
@@ -88,7 +79,7 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
         try:
             # Asked before every use: a connection that waited through a training may be dead.
             storage = RDBStorage(full, engine_kwargs={"pool_pre_ping": True})
-            return storage, BothLeases(files, TableLeases(storage.engine, name, silence))
+            return storage, Leases(locks, TableLeases(storage.engine, name, silence))
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise UserError(
                 f"--storage {shown}: its driver is not installed ({str(error).splitlines()[0]}); for PostgreSQL: "
