@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clead.data.base import RawSplit, RawSplits, no_images
+from clead.data.base import RawSplit, RawSplits
 from clead.data.datasets.folder import Folder
 from clead.data.datasets.npz import Npz
 from clead.data.datasets.parquet import Parquet
@@ -102,7 +102,9 @@ def test_a_column_says_the_group():
             labels = torch.arange(40) % 2
             images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 1, 4, 4)
             return RawSplits(
-                RawSplit(images, labels, columns={"patient": [str(i // 4) for i in range(40)]}), no_images(), ("a", "b")
+                RawSplit(images, labels, columns={"patient": [str(i // 4) for i in range(40)]}),
+                RawSplits().train,
+                ("a", "b"),
             )
 
     splits = Scans(path=".", group_by="patient").load(0)

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clead.data.bounded import read_file
 from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
 from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, digests_of, find_duplicates, repeats
@@ -95,12 +96,15 @@ class RawSplit:
         return RawSplit(images, self.labels[index], names, columns)
 
 
+NO_IMAGES = RawSplit([], torch.zeros(0, dtype=torch.int64))
+
+
 class RawSplits(NamedTuple):
     """What a reader returns, not yet checked.
 
     Args:
-        train: training images, or an empty part.
-        test: test images, or an empty part.
+        train: training images.
+        test: test images.
         classes: the K class names; label k is of the class ``classes[k]``.
         val: validation images, if the data set has a split of its own for them.
         skipped: one line for each file that is there and was not read: ``"PATH: reason"``.
@@ -110,19 +114,27 @@ class RawSplits(NamedTuple):
         unsplit: whether ``train`` holds all images of data that knows no splits, so that to evaluate a model all of them serve.
     """
 
-    train: RawSplit
-    test: RawSplit
-    classes: tuple[str, ...]
+    train: RawSplit = NO_IMAGES
+    test: RawSplit = NO_IMAGES
+    classes: tuple[str, ...] = ()
     val: RawSplit | None = None
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     ordered: bool = False
     unsplit: bool = False
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The splits that there are."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {role: split for role, split in splits.items() if split is not None}
 
-def no_images() -> RawSplit:
-    """Return a part without images."""
-    return RawSplit([], torch.zeros(0, dtype=torch.int64))
+
+def read_files(
+    files: Sequence[str | Path], labels: Tensor, columns: Mapping[str, Sequence[str]] | None = None
+) -> RawSplit:
+    """Return image files with their labels, (N,) int64; raises UserError if one cannot be read."""
+    return RawSplit([read_file(Path(file)) for file in files], labels, [str(file) for file in files], columns or {})
 
 
 @settings
@@ -302,9 +314,8 @@ class InMemoryDataset(ABC):
         if self.group_by is None:
             return found
         root, parts, single = str(getattr(self, "path", None) or ""), {}, 0
-        for name in ("train", "val", "test"):
-            part: RawSplit | None = getattr(found, name)
-            if part is not None and len(part.labels):
+        for name, part in found.parts.items():
+            if len(part.labels):
                 files = part.columns.get("file", part.names)  # what a table calls its images
                 groups, lonely = group_names(self.group_by, files, part.columns, root)
                 parts[name], single = replace(part, columns={**part.columns, _GROUP: groups}), single + lonely
@@ -355,7 +366,7 @@ def at(values: Sequence[T] | None, index: Tensor) -> list[T]:
 
 def with_values(found: RawSplits, only: str) -> RawSplits:
     """Return the images whose columns have the values of ``only``, ``"COLUMN=VALUE …"``; UserError if there are none."""
-    parts = {name: part for name in ("train", "val", "test") if (part := getattr(found, name)) is not None}
+    parts = found.parts
     columns = sorted({column for part in parts.values() for column in part.columns})
     for word in shlex.split(only):
         column, _, value = word.partition("=")
@@ -379,7 +390,7 @@ def assign_splits(found: RawSplits, training: bool) -> tuple[RawSplits, Literal[
         return found._replace(test=found.val, val=None, notes=(*found.notes, note)), "val"
     if found.unsplit and not training:
         note = "the data has no splits, so the test images are all its images; a model trained on some of them remembers those"
-        return found._replace(train=no_images(), test=found.train, val=None, notes=(*found.notes, note)), "all"
+        return found._replace(train=NO_IMAGES, test=found.train, val=None, notes=(*found.notes, note)), "all"
     check(found._replace(test=found.train))
     note = "there is no test split and no validation split, so the test images are a fixed fifth of the training images"
     labels, groups = found.train.labels, found.train.columns.get(_GROUP)
@@ -399,8 +410,8 @@ def cut(
 
 def renumber(found: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
     """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
-    parts = [part.labels for part in (found.train, found.val, found.test) if part is not None]
-    counts = torch.bincount(torch.cat(parts), minlength=len(found.classes)).tolist()
+    labels = torch.cat([part.labels for part in found.parts.values()])
+    counts = torch.bincount(labels, minlength=len(found.classes)).tolist()
     return renumbering(found.classes, counts, names)
 
 
@@ -411,7 +422,7 @@ def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:
 
 def _decode(found: RawSplits, fit: ResizeSpec, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
     """Return training, validation and test images, all of one shape."""
-    parts = [found.train, *([] if found.val is None else [found.val]), found.test]
+    parts = list(found.parts.values())
     filled = [part for part in parts if len(part.labels)]
     decoded: dict[int, Tensor] = {}
     if all(isinstance(part.images, Tensor) for part in filled):
@@ -435,17 +446,14 @@ def _decode(found: RawSplits, fit: ResizeSpec, remarks: Counter[str]) -> tuple[I
 
 def _without_unreadable(found: RawSplits, fit: ResizeSpec) -> tuple[RawSplits, tuple[str, ...]]:
     """Return what can be decoded, and the names of the rest, which a warning counts."""
-    parts, skipped = {}, []
-    for name in ("train", "val", "test"):
-        part: RawSplit | None = getattr(found, name)
-        if part is not None and not isinstance(part.images, Tensor):
+    parts, skipped = found.parts, []
+    for name, part in found.parts.items():
+        if not isinstance(part.images, Tensor):
             good = torch.tensor(readable(part.images, part.names, fit), dtype=torch.bool)
             skipped += [part.names[i] for i in (~good).nonzero()[:, 0].tolist()]
-            part = part.subset(good.nonzero()[:, 0])
-        parts[name] = part
+            parts[name] = part.subset(good.nonzero()[:, 0])
     if skipped:
-        count = sum(len(part.labels) for part in (found.train, found.val, found.test) if part is not None)
-        say_left_out(skipped, count)
+        say_left_out(skipped, sum(len(part.labels) for part in found.parts.values()))
     return found._replace(**parts), tuple(skipped)
 
 

@@ -109,7 +109,7 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
         origin = "test" if len(found.test.labels) else ""
     if found.val is None and len(found.train.labels) and not problems:
         found = _with_validation(data, found)
-    parts = {name: part for name in ("train", "val", "test") if (part := getattr(found, name)) and len(part.labels)}
+    parts = {name: part for name, part in found.parts.items() if len(part.labels)}
     sizes: Counter[str] = Counter()
     channels: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
@@ -154,10 +154,8 @@ def _with_classes(data: InMemoryDataset, found: RawSplits, problems: list[str]) 
     except UserError as error:
         problems += error.problems
         return found, ()
-    changed = {
-        name: dataclasses.replace(part, labels=order(part.labels))
-        for name in ("train", "val", "test")
-        if (part := getattr(found, name)) is not None
+    changed: dict[str, Any] = {
+        name: dataclasses.replace(part, labels=order(part.labels)) for name, part in found.parts.items()
     }
     return found._replace(**changed, classes=order.classes), order.notes
 

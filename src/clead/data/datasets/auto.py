@@ -90,8 +90,7 @@ def _read_archive(path: Path, dataset: str | None) -> RawSplits:
             raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
         parts = {
             name: dataclasses.replace(part, names=[each.replace(str(folder), str(path)) for each in part.names])
-            for name in ("train", "val", "test")
-            if (part := getattr(found, name)) is not None
+            for name, part in found.parts.items()
         }
         skipped = tuple(each.replace(str(folder), str(path)) for each in found.skipped)
         notes = tuple(each.replace(str(folder), str(path)) for each in found.notes)

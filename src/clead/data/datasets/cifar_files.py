@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from clead.data.array_pickle import read_values
-from clead.data.base import RawSplit, RawSplits, no_images
+from clead.data.base import NO_IMAGES, RawSplit, RawSplits
 from clead.data.bounded import read_file
 from clead.data.datasets import READERS, Reader
 from clead.errors import UserError
@@ -154,7 +154,7 @@ def assemble(version: Version, files: Sequence[str], folder: Path, read: Callabl
     def part(names: Sequence[str]) -> RawSplit:
         content = [version.images_in(read(folder / name), folder / name) for name in names if name in files]
         if not content:
-            return no_images()
+            return NO_IMAGES
         images, labels = (np.concatenate(each) for each in zip(*content, strict=True))
         return RawSplit(torch.from_numpy(images), torch.from_numpy(labels))
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import RawSplit, RawSplits, no_images
+from clead.data.base import RawSplit, RawSplits
 from clead.data.bounded import map_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
@@ -89,9 +89,8 @@ def read_corrupted(files: list[Corrupted], *, repeated: bool) -> RawSplits:
     note = f"the {count} test images are corrupted by {kinds}{levels}"
     training = [each.images.with_name("train_images.npy") for each in files]
     return RawSplits(
-        no_images(),
-        test,
-        _names(files[0].images.parent.name, classes),
+        test=test,
+        classes=_names(files[0].images.parent.name, classes),
         skipped=tuple(f"{file}: corrupted training images, which are not read" for file in training if file.is_file()),
         notes=(*notes, note),
         ordered=True,

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from clead.atomic_io import read_regular
-from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, no_images, resolve_path, split_role, split_words
+from clead.data.base import (
+    InMemoryDataset,
+    RawSplit,
+    RawSplits,
+    Role,
+    read_files,
+    resolve_path,
+    split_role,
+    split_words,
+)
 from clead.data.classes import class_order
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import EXTENSIONS, describe, display, files_below, holds_image, is_image, visible_folders
@@ -118,7 +125,7 @@ def _read_unsplit(root: Path, base: Path) -> RawSplits:
     notes = _refuse_inner_splits(base, folders)
     names = class_order(folder.name for folder in folders)
     parts, skipped = _read_files(root, {folder: ("train", folder.name) for folder in folders}, names, {})
-    return RawSplits(parts["train"], no_images(), tuple(names), skipped=skipped, notes=notes, unsplit=True)
+    return RawSplits(parts["train"], classes=tuple(names), skipped=skipped, notes=notes, unsplit=True)
 
 
 def _refuse_one_class(base: Path, folders: Sequence[Path]) -> None:
@@ -254,13 +261,7 @@ def _read_files(
     parts: dict[Role, RawSplit] = {}
     for role in ("train", "val", "test"):
         files = [(file, k) for k, name in enumerate(names) for file in sorted(images.get((role, name), ()))]
-        try:
-            blobs = [read_regular(file, sys.maxsize) for file, _ in files]
-        except OSError as error:
-            reason = f"cannot be read ({error.strerror})"
-            raise UserError(f"{error.filename}: {reason}; mend its permissions or remove it") from None
-        labels = torch.tensor([k for _, k in files], dtype=torch.int64)
-        parts[role] = RawSplit(blobs, labels, [str(file) for file, _ in files])
+        parts[role] = read_files([file for file, _ in files], torch.tensor([k for _, k in files], dtype=torch.int64))
     return parts, tuple(sorted(skipped, key=lambda line: line.endswith("operating system")))
 
 

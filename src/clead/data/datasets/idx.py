@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from clead.data.base import RawSplit, RawSplits, no_images
+from clead.data.base import RawSplit, RawSplits
 from clead.data.bounded import read_file, read_gzip
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
@@ -60,11 +61,12 @@ def read_idx(path: Path, *names: str) -> RawSplits:
         images[split], labels[split] = _part(folder, file)
     numbered, classes, notes = number_labels(*labels.values())
     named, named_notes = _named(folder, sets[0], classes)
-    parts = {split: RawSplit(images[split], label) for split, label in zip(labels, numbered, strict=True)}
+    parts: dict[str, Any] = {
+        split: RawSplit(images[split], label) for split, label in zip(labels, numbered, strict=True)
+    }
     return RawSplits(
-        parts.get("train", no_images()),
-        parts.get("test", no_images()),
-        named,
+        **parts,
+        classes=named,
         notes=(*notes, *named_notes),
         ordered=True,
     )

@@ -6,12 +6,13 @@ import re
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clead.data.base import InMemoryDataset, RawSplit, RawSplits, no_images, resolve_path, split_role
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, resolve_path, split_role
 from clead.data.bounded import check_unpacked, read_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
@@ -140,12 +141,10 @@ def from_arrays(arrays: dict[str, np.ndarray], path: Path, skipped: Iterable[str
     ]
     names = None if classes_key is None else class_names(arrays[classes_key], f"{path}: {classes_key}")
     numbered, classes, notes, ordered = numbered_labels(labels, names, str(path))
-    parts = {split: RawSplit(images[split], each) for split, each in zip(splits, numbered, strict=True)}
+    parts: dict[str, Any] = {split: RawSplit(images[split], each) for split, each in zip(splits, numbered, strict=True)}
     return RawSplits(
-        parts.get("train", no_images()),
-        parts.get("test", no_images()),
-        classes,
-        parts.get("val"),
+        **parts,
+        classes=classes,
         skipped=tuple(f"{path}: {key}: neither images nor labels by its name" for key in skipped),
         notes=(
             *notes,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, no_images, resolve_path, split_role
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, resolve_path, split_role
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import display, files_below, visible_folders
@@ -85,14 +85,12 @@ def read_parquet(path: Path) -> RawSplits:
     taken = {shard.resolve() for shards in files.splits.values() for shard in shards}
     taken |= {file for split in read.values() for file in split.beside}
     return RawSplits(
-        parts.get("train", no_images()),
-        parts.get("test", no_images()),
-        classes,
-        parts.get("val"),
-        unread(path, taken),
-        tuple(notes),
-        ordered,
-        files.unsplit,
+        **parts,
+        classes=classes,
+        skipped=unread(path, taken),
+        notes=tuple(notes),
+        ordered=ordered,
+        unsplit=files.unsplit,
     )
 
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clead.data.base import RawSplit, RawSplits, Role, no_images, split_role
-from clead.data.bounded import read_file
+from clead.data.base import RawSplit, RawSplits, Role, read_files, split_role
 from clead.data.classes import number_labels
 from clead.data.datasets import READERS, Reader
 from clead.data.files import display, files_below, holds_image, visible_folders
@@ -111,12 +110,10 @@ def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str
             names = [listed[row].file for row in rows]
             keys = sorted({key for row in rows for key in listed[row].columns})
             columns = {key: [listed[row].columns.get(key, "") for row in rows] for key in keys}
-            parts[split] = RawSplit([read_file(Path(name)) for name in names], numbered[rows], names, columns)
+            parts[split] = read_files(names, numbered[rows], columns)
     return RawSplits(
-        parts.get("train", no_images()),
-        parts.get("test", no_images()),
-        classes,
-        parts.get("val"),
+        **parts,
+        classes=classes,
         skipped=tuple(skipped),
         notes=(*notes, *said),
         ordered=len(numbers) == len(values),

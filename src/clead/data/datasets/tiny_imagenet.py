@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from clead.data.base import RawSplit, RawSplits, no_images
+from clead.data.base import RawSplit, RawSplits, read_files
 from clead.data.bounded import read_file
 from clead.data.datasets import READERS, Reader
 from clead.errors import UserError
@@ -54,9 +54,7 @@ def read_tiny_imagenet(path: Path) -> RawSplits:
         )
     test = _images(root / "test") if (root / "test").is_dir() else []
     skipped = (f"{root / 'test'}: {len(test)} images without labels",) if test else ()
-    return RawSplits(
-        _part(train), no_images(), _names(root, wnids), val=_part(val), skipped=skipped, ordered=bool(listed)
-    )
+    return RawSplits(_part(train), classes=_names(root, wnids), val=_part(val), skipped=skipped, ordered=bool(listed))
 
 
 def _lines(file: Path) -> list[str]:
@@ -70,8 +68,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _part(rows: list[tuple[Path, int]]) -> RawSplit:
-    labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
-    return RawSplit([read_file(file) for file, _ in rows], labels, [str(file) for file, _ in rows])
+    return read_files([file for file, _ in rows], torch.tensor([label for _, label in rows], dtype=torch.int64))
 
 
 def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:
