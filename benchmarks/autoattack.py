@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 import clead
-from clead.checkpoint import RunDir
 from clead.config import Eval, load_recipe
 from clead.data.base import shuffle_if_sorted
 from clead.evaluation import plan
@@ -34,6 +33,7 @@ from clead.evaluation.suites import suite
 from clead.interfaces import ImageSet
 from clead.models.compute_cost import CostMeter
 from clead.results.target import EvaluationTarget
+from clead.runs.directory import RunDir
 from clead.threats import THREATS
 
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}

@@ -35,9 +35,9 @@ GPU = {"latency_s": 20e-6, "inside_bytes_per_s": 300e9, "between_bytes_per_s": 5
 def worker(folder, steps):
     """Train some steps; process 0 leaves what a step took and sent."""
     from clead import distributed
-    from clead.api.opened import build
-    from clead.checkpoint import RunDir
     from clead.config import load_recipe
+    from clead.runs.directory import RunDir
+    from clead.runs.loading import build
     from clead.training.trainer import fit
 
     torch.set_num_threads(1)

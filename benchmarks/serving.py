@@ -38,8 +38,8 @@ import torch
 from PIL import Image
 
 from clead.api import load
-from clead.checkpoint import RunDir
 from clead.export.onnx import to_onnx
+from clead.runs.directory import RunDir
 
 
 def request(path, kind, body):

@@ -42,7 +42,7 @@ from PIL import Image
 import clead
 from clead import cli
 from clead.atomic_io import write_atomically
-from clead.checkpoint import load_weights, save_weights
+from clead.weights.files import load_weights, save_weights
 
 SECONDS = 120.0
 MEMORY = 6 * 2**30  # bytes of address space beyond what importing takes

@@ -32,11 +32,13 @@ from PIL import Image
 from safetensors.torch import save as to_safetensors
 
 from clead import api
-from clead.checkpoint import RunDir, load_weights, save_weights, write_atomically
+from clead.atomic_io import write_atomically
 from clead.config import GROUPS, documented_keys, load_recipe, recipe_names, recipe_text
 from clead.data.datasets.npz import read_npz
 from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
+from clead.runs.directory import RunDir
+from clead.weights.files import load_weights, save_weights
 
 RECORDS = Path(__file__).parent.parent / "studies" / "records"
 SLOW = 10.0

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from clead.checkpoint import write_atomically
+from clead.atomic_io import write_atomically
 
 # Checkpoints after every step: a kill is likely to fall into a write.
 TRAIN = (

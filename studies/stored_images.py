@@ -28,8 +28,9 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from clead.api.opened import open_run
-    from clead.checkpoint import RunDir, write_atomically
+    from clead.runs.loading import open_run
+    from clead.runs.directory import RunDir
+    from clead.atomic_io import write_atomically
     from clead.evaluation.correctness import to_float
     from clead.evaluation.state import read_header
     from clead.evaluation.transfer import stored_test, transferred

@@ -83,7 +83,7 @@ def folder(work: Path, name: str, seed: int) -> Path:
 
 
 def main() -> None:
-    from clead.checkpoint import write_atomically
+    from clead.atomic_io import write_atomically
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)

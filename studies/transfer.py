@@ -89,7 +89,7 @@ def measure(recipe: str, overrides: list[str], seed: int, run: Path, data: Path)
 
 
 def main() -> None:
-    from clead.checkpoint import write_atomically
+    from clead.atomic_io import write_atomically
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)

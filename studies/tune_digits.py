@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from clead.checkpoint import write_atomically
+from clead.atomic_io import write_atomically
 
 RECIPE = "digits-clead"
 CLEAD = (sys.executable, "-m", "clead")

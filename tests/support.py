@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clead.checkpoint import RunDir, load_weights
+from clead.runs.directory import RunDir
+from clead.weights.files import load_weights
 
 ROOT = Path(__file__).parent.parent
 """The repository."""

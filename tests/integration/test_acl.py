@@ -16,7 +16,6 @@ from torch import nn
 import clead
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
-from clead.checkpoint import RunDir
 from clead.config import RunConfig, load_recipe
 from clead.data.loaders import Loader
 from clead.errors import UserError
@@ -28,6 +27,7 @@ from clead.models.build import build_model
 from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.small_cnn import SmallCNN
+from clead.runs.resume import Checkpoints
 from clead.settings import validated
 from clead.threats.linf import Linf
 from clead.training.step import cost_per_image
@@ -410,7 +410,7 @@ def fit(tmp_path, name, *overrides, **keys):
 def test_a_killed_run_goes_on_to_the_last_bit(overrides, tmp_path, monkeypatch):
     overrides = shlex.split(overrides)
     fit(tmp_path, "whole", *overrides)
-    real = RunDir.save_state
+    real = Checkpoints.save
     for count in (2, 1):  # after steps 2 and 3 of 6 of the pre-training; the strength falls at 1.5, 3 and 4.5
         calls = itertools.count(1)
 
@@ -421,7 +421,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(overrides, tmp_path, monkeypatch):
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(RunDir, "save_state", save_state)
+            patch.setattr(Checkpoints, "save", save_state)
             with pytest.raises(Killed):
                 fit(tmp_path, "killed", *overrides, resume=(tmp_path / "killed").exists())
     fit(tmp_path, "killed", *overrides, resume=True)
@@ -455,7 +455,7 @@ def test_the_adversarial_stream_is_what_the_next_stage_begins_with(tmp_path):
     assert before.keys() == after.keys() and not any("norms" in name for name in before)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"classifier.weight", "classifier.bias"}
-    state, _ = RunDir(tmp_path / "run" / "stages" / "1-pretrain").load_state()
+    state, _ = Checkpoints(tmp_path / "run" / "stages" / "1-pretrain").load()
     clean, name = state["memory"], "encoder.convolutions.1.running_mean"
     assert clean["norms.0.num_batches_tracked"] == before["encoder.convolutions.1.num_batches_tracked"] == 6
     assert not torch.allclose(clean["norms.0.running_mean"], before[name], atol=1e-4)
@@ -464,7 +464,7 @@ def test_the_adversarial_stream_is_what_the_next_stage_begins_with(tmp_path):
 
 def test_weight_perturbation_counts_no_batch_twice(tmp_path):
     fit(tmp_path, "run", "--train.awp", "0.01")
-    state, _ = RunDir(tmp_path / "run" / "stages" / "1-pretrain").load_state()
+    state, _ = Checkpoints(tmp_path / "run" / "stages" / "1-pretrain").load()
     assert state["memory"]["norms.0.num_batches_tracked"] == 6
     assert state["model"]["encoder.convolutions.1.num_batches_tracked"] == 6
 

@@ -17,18 +17,13 @@ from safetensors.torch import save as to_safetensors
 
 import clead
 from clead import atomic_io
-from clead.checkpoint import (
-    _MAGIC,
-    RunDir,
-    check_weights,
-    fingerprint,
-    load_weights,
-    save_weights,
-    write_atomically,
-)
+from clead.atomic_io import write_atomically
 from clead.config import RunConfig, Train, load_recipe
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
+from clead.runs.directory import RunDir
+from clead.runs.resume import _MAGIC, Checkpoints
+from clead.weights.files import check_weights, fingerprint, load_weights, save_weights
 from support import same
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --method.name trades
@@ -322,14 +317,14 @@ def test_log_survives_kill_and_full_disk(tmp_path, monkeypatch):
 
 def states(run, count):
     for number in range(count):
-        run.save_state({"number": number, "tensor": torch.full((50,), float(number))})
+        Checkpoints(run.path).save({"number": number, "tensor": torch.full((50,), float(number))})
 
 
 def test_the_newest_state_is_loaded_and_one_older_kept(tmp_path):
     run = RunDir(tmp_path)
-    assert run.load_state() == (None, "") and not run.has_state()
+    assert Checkpoints(run.path).load() == (None, "") and not Checkpoints(run.path).exist()
     states(run, 3)
-    state, note = run.load_state()
+    state, note = Checkpoints(run.path).load()
     assert state["number"] == 2 and torch.equal(state["tensor"], torch.full((50,), 2.0)) and note == ""
     assert names(tmp_path) == ["resume.previous.state", "resume.state"]
 
@@ -341,11 +336,11 @@ def test_a_damaged_state_falls_back_to_the_older(tmp_path):
     whole = path.read_bytes()
     for position in [0, 5, len(_MAGIC) + 3, *random.Random(0).sample(range(len(whole) - 100), 40)]:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
-        state, note = run.load_state()
+        state, note = Checkpoints(run.path).load()
         assert state["number"] == 0 and note == "resume.state damaged, continuing from resume.previous.state"
     for length in (0, 10, 40, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert run.load_state()[0]["number"] == 0
+        assert Checkpoints(run.path).load()[0]["number"] == 0
     (tmp_path / "resume.previous.state").write_bytes(b"")
     error(run.load_state, "no checkpoint of", "resume.state, resume.previous.state damaged")
 
@@ -362,7 +357,7 @@ def test_a_forged_state_does_not_run(tmp_path):
     for payload in (buffer.getvalue(), pickle.dumps(Bomb()), b"nothing"):
         content = _MAGIC + hashlib.sha256(payload).digest() + payload
         (tmp_path / "resume.state").write_bytes(content)
-        assert run.load_state()[0]["number"] == 0
+        assert Checkpoints(run.path).load()[0]["number"] == 0
         assert not (tmp_path / "ran").exists()
 
 
@@ -381,15 +376,15 @@ def test_a_stop_between_the_renames_loses_nothing(stop, how, tmp_path, monkeypat
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises((UserError, KeyboardInterrupt)):
-        run.save_state({"number": 2})
+        Checkpoints(run.path).save({"number": 2})
     monkeypatch.undo()
-    state, note = run.load_state()
+    state, note = Checkpoints(run.path).load()
     # The new state counts once its file was complete, under whatever name.
     assert state["number"] == (1 if stop == 0 else 2) and note == ""
-    run.save_state({"number": 3})
-    assert run.load_state() == ({"number": 3}, "")
-    run.save_state({"number": 4})
-    assert run.load_state() == ({"number": 4}, "")
+    Checkpoints(run.path).save({"number": 3})
+    assert Checkpoints(run.path).load() == ({"number": 3}, "")
+    Checkpoints(run.path).save({"number": 4})
+    assert Checkpoints(run.path).load() == ({"number": 4}, "")
     assert names(tmp_path) == ["resume.previous.state", "resume.state"]
 
 
@@ -397,8 +392,8 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     states(run, 2)
     monkeypatch.setattr(atomic_io, "_temporary", _full_file)
-    error(lambda: run.save_state({"number": 2}), "No space left on device")
-    assert run.load_state()[0]["number"] == 1
+    error(lambda: Checkpoints(run.path).save({"number": 2}), "No space left on device")
+    assert Checkpoints(run.path).load()[0]["number"] == 1
     assert names(tmp_path) == ["resume.previous.state", "resume.state"]
 
 
@@ -406,7 +401,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
     run = RunDir(tmp_path)
     states(run, 1)
     (tmp_path / ".resume.next.state.abc123").write_bytes(b"half a checkpoint")
-    run.load_state()
+    Checkpoints(run.path).load()
     assert names(tmp_path) == ["resume.state"]
 
 

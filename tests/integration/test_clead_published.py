@@ -12,7 +12,6 @@ import clead
 from clead.attacks.cw import CW
 from clead.attacks.fgsm import FGSM
 from clead.attacks.runner import run_attack
-from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.loaders import Loader
 from clead.errors import UserError
@@ -22,9 +21,11 @@ from clead.methods.clead_published import CLeadPublished
 from clead.models.build import build_model
 from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
+from clead.runs.directory import RunDir
 from clead.training import offline_adversaries as stored_module
 from clead.training.offline_adversaries import store_images
 from clead.training.signals import Interrupted
+from clead.weights.files import load_weights
 from support import same, saved_weights
 
 TEXT = """--model.width 4 --model.features 8 --data.limit_train 330 --data.limit_test 20 --data.batch_size 32

@@ -17,11 +17,12 @@ import torch
 
 import clead
 from clead import api, cli, config
-from clead.api.opened import open_run
-from clead.checkpoint import RunDir, load_weights
 from clead.evaluation import masking
 from clead.progress import progress
 from clead.results.record import CheckPart
+from clead.runs.directory import RunDir
+from clead.runs.loading import open_run
+from clead.weights.files import load_weights
 from support import ROOT, encoded
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 40 --data.batch_size 16

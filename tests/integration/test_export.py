@@ -21,10 +21,10 @@ from torch import nn
 
 import clead
 from clead import api, cli
-from clead.checkpoint import load_weights, save_weights
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.export import onnx as exporter
+from clead.weights.files import load_weights, save_weights
 
 SHORT = ("--train.budget", "2", "--train.device", "cpu")
 QUICK = ("--eval.images", "40", "--eval.check_images", "0", "--eval.curve_points", "0", "--train.device", "cpu")

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 import clead
 from clead import api
 from clead.attacks.runner import AttackError, image_gradient, run_attack
-from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.interfaces import ImageSet, Splits
 from clead.models.external import ExternalModel
 from clead.models.split import adapt, copied, weights
 from clead.threats.linf import Linf
+from clead.weights.files import fingerprint
 from model_kinds import (
     IMAGES,
     KINDS,

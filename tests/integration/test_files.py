@@ -28,11 +28,11 @@ from clead.atomic_io import (
     write_atomically,
     write_output,
 )
-from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.decoding import read_cache, write_cache
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults, discard
+from clead.runs.directory import RunDir
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --train.epochs 1
 --train.validate_steps 1 --train.device cpu --eval.images 20 --eval.suite pgd --eval.steps 2 --eval.curve_points 0

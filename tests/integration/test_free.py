@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 import clead
 from clead.attacks.pgd import PGD
-from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.loaders import Loader
 from clead.interfaces import Batch
@@ -22,6 +21,8 @@ from clead.methods.free_adversary import PersistentDelta
 from clead.models.build import build_model
 from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.threats import THREATS
 from clead.threats.linf import Linf
 from support import Killed, generator, same, saved_weights
@@ -198,7 +199,7 @@ def test_resume_within_a_replay_is_bit_identical(overrides, tmp_path, monkeypatc
     """12 steps of 3 replays each; killed after steps 2 and 5, both in the middle of a minibatch with a gradient pending."""
     options = [*overrides.split(), "--train.checkpoint_seconds", "0"]
     fit(tmp_path / "whole", *options)
-    real = RunDir.save_state
+    real = Checkpoints.save
     for count in (2, 3):
         calls = []
 
@@ -209,7 +210,7 @@ def test_resume_within_a_replay_is_bit_identical(overrides, tmp_path, monkeypatc
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(RunDir, "save_state", save_state)
+            patch.setattr(Checkpoints, "save", save_state)
             with pytest.raises(Killed):
                 fit(tmp_path / "killed", *options, resume=True)
         assert calls[-1]["delta"].shape == (16, 1, 8, 8) and calls[-1]["gradient"].any()

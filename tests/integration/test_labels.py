@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 
 import clead
-from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.data.label_sampling import corrupt_labels, for_method, hide_labels, stratified
 from clead.data.loaders import Loader
@@ -20,6 +19,8 @@ from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.training.signals import Interrupted
 from clead.training.step import Step
 from support import same, saved_weights
@@ -338,7 +339,7 @@ def test_resume_is_exact(share, tmp_path):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, Interrupted)):
         patch.setattr(Step, "forward_backward", stop)
         fit(tmp_path / "stopped", *options, recipe="digits-clead")
-    assert RunDir(tmp_path / "stopped").has_state()
+    assert Checkpoints(tmp_path / "stopped").exist()
     fit(tmp_path / "stopped", *options, recipe="digits-clead", resume=True)
     assert same(whole, saved_weights(tmp_path / "stopped"))
     other = [*options[:-3], "0.1", *options[-2:]]

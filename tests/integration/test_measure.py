@@ -16,7 +16,6 @@ import torch
 
 from clead import api, cli
 from clead.attacks.patch import Patch
-from clead.checkpoint import fingerprint
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
@@ -28,6 +27,7 @@ from clead.measurements.distances import evaluate_minimum_norm
 from clead.measurements.unrestricted import evaluate_unrestricted
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.linf import Linf
+from clead.weights.files import fingerprint
 from support import Killed
 
 # Name of the JSON file -> arguments after the run.

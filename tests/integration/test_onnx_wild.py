@@ -363,8 +363,8 @@ def test_onnxruntimes_own_format():
 
 
 def test_what_decides_the_answers_is_in_the_fingerprint():
-    from clead.checkpoint import fingerprint
     from clead.models.split import weights
+    from clead.weights.files import fingerprint
 
     write("a.onnx")
     write("b.onnx", weights=2 * W)

@@ -16,7 +16,6 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 import clead
-from clead.checkpoint import fingerprint
 from clead.cli import main
 from clead.errors import UserError
 from clead.inference.models import open_models
@@ -30,6 +29,7 @@ from clead.playground.comparison import attack_image, attack_leaderboard, declin
 from clead.playground.gradio_path_filter import LARGEST_EVENT, Fence, Uploads
 from clead.results.statistics import estimate
 from clead.settings import Ratio
+from clead.weights.files import fingerprint
 from support import encoded
 
 TINY = ("--train.validate_every", "100", "--train.device", "cpu", "--data.limit_test", "80", "--train.budget")

@@ -11,12 +11,13 @@ import torch
 
 import clead
 from clead.api.training import PSEUDO_LABELS
-from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe
 from clead.data.base import InMemoryDataset
 from clead.errors import UserError
 from clead.methods.clead import CLead
+from clead.runs.directory import RunDir
 from clead.training.step import Step
+from clead.weights.files import load_weights
 from support import same, saved_weights
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 80 --data.batch_size 16 --attack.steps 1

@@ -22,7 +22,6 @@ from safetensors.torch import save as to_safetensors
 
 import clead
 from clead import api, cli
-from clead.checkpoint import RunDir, load_weights
 from clead.config import load_recipe, parse_yaml
 from clead.data import decoding
 from clead.data.datasets.auto import read_any
@@ -32,7 +31,9 @@ from clead.evaluation import adversarial_dataset
 from clead.evaluation.state import ResumableResults
 from clead.models import user_model
 from clead.models.onnx import OnnxModel
+from clead.runs.directory import RunDir
 from clead.weights import read_weights
+from clead.weights.files import load_weights
 
 SOURCE = Path(clead.__file__).parent
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 20 --data.batch_size 16

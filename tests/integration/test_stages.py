@@ -14,16 +14,18 @@ from torch import nn
 
 import clead
 import clead.api
-from clead.checkpoint import RunDir, load_weights, save_weights
 from clead.cli import main
 from clead.config import RunConfig, Stage, load_recipe
 from clead.errors import UserError
 from clead.evaluation.transfer import StoredTest, transferred
 from clead.interfaces import ImageSet
 from clead.models.compute_cost import CostMeter
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.threats.linf import Linf
 from clead.training import stages, trainer
 from clead.training.signals import Interrupted
+from clead.weights.files import load_weights, save_weights
 from support import Killed, history, same, saved_weights
 
 RECIPE = """
@@ -114,7 +116,7 @@ def test_each_stage_begins_where_the_one_before_ended(recipe, tmp_path, monkeypa
     assert same(begins["3-again"], {**ended[1], **{f"projection.{name}": tensor for name, tensor in head.items()}})
     assert same(begins["4-small"], ended[2])
     # EMA weights are what the first stage keeps.
-    state, _ = RunDir(folder / "1-classifier").load_state()
+    state, _ = Checkpoints(folder / "1-classifier").load()
     assert all(torch.equal(state["average"][f"module.{name}"], tensor) for name, tensor in ended[0].items())
     assert not same(state["model"], ended[0])
 
@@ -338,7 +340,7 @@ def test_resume_of_a_finished_run_trains_nothing(recipe, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_names_the_stage_and_the_run(done, recipe, tmp_path, monkeypatch):
-    real, calls = RunDir.save_state, []
+    real, calls = Checkpoints.save, []
 
     def save_state(self, state):
         real(self, state)
@@ -347,7 +349,7 @@ def test_ctrl_c_names_the_stage_and_the_run(done, recipe, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "save_state", save_state)
+        patch.setattr(Checkpoints, "save", save_state)
         with pytest.raises(Interrupted) as caught:
             fit(recipe, tmp_path / "run")
     assert str(caught.value) == (

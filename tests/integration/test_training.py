@@ -19,17 +19,19 @@ import torch
 from torch import nn
 
 import clead
-from clead.checkpoint import RunDir, load_weights
 from clead.cli import main
 from clead.config import Optim, RunConfig, Train, load_recipe, parse_yaml
 from clead.config.yaml_io import dump_yaml
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.methods.clead import CLead
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.training import overfitting, trainer
 from clead.training.finite import NonFiniteLoss
 from clead.training.optim import make_optimizer, make_schedule
 from clead.training.signals import Interrupted
+from clead.weights.files import load_weights
 from support import Killed, same, saved_weights
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 16 --attack.steps 1
@@ -70,7 +72,7 @@ def assert_same_run(a, b):
 
 
 def kill_after_saves(monkeypatch, count):
-    real, calls = RunDir.save_state, []
+    real, calls = Checkpoints.save, []
 
     def save_state(self, state):
         real(self, state)
@@ -78,7 +80,7 @@ def kill_after_saves(monkeypatch, count):
         if len(calls) == count:
             raise Killed
 
-    monkeypatch.setattr(RunDir, "save_state", save_state)
+    monkeypatch.setattr(Checkpoints, "save", save_state)
 
 
 # ------------------------------------------------------------------------------------------------ resume
@@ -100,7 +102,7 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     time.sleep(random.random() * 0.1)
     process.kill()
     assert process.communicate()[1] == b"" and process.returncode == -signal.SIGKILL
-    assert RunDir(killed).has_state() and not (killed / "outcome.json").exists()
+    assert Checkpoints(killed).exist() and not (killed / "outcome.json").exists()
 
     config = load_recipe("digits-standard", overrides)
     clead.allow_code(f"{tmp_path}/net.py:make")
@@ -155,7 +157,7 @@ def test_a_kill_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch):
     fit(tmp_path / "whole")
     with monkeypatch.context() as patch:
         kill_after_saves(patch, 1)
-        patch.setattr(RunDir, "save_state", lambda self, state: (_ for _ in ()).throw(Killed))
+        patch.setattr(Checkpoints, "save", lambda self, state: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(tmp_path / "killed")
     assert log(tmp_path / "killed")  # lines of steps that no checkpoint holds
@@ -313,7 +315,7 @@ def test_a_non_finite_loss_names_step_term_and_checkpoint(tmp_path):
     assert "\n" not in message
     assert "loss became nan at step 4 (in clean_cross_entropy)" in message
     assert f"the last good checkpoint is {tmp_path}/run/resume.state" in message
-    assert RunDir(tmp_path / "run").load_state()[0]["position"]["step"] == 4
+    assert Checkpoints(tmp_path / "run").load()[0]["position"]["step"] == 4
     with pytest.raises(NonFiniteLoss, match="no checkpoint had been written yet"):
         fit(tmp_path / "second", model=Diverging(0))
 
@@ -340,7 +342,7 @@ def test_a_diverging_run_never_keeps_broken_weights(tmp_path, monkeypatch, capsy
     assert "NaN" in error or "nan" in error or "inf" in error
     assert "lower optim.lr" in error
     if (tmp_path / "run" / "resume.state").exists():
-        state, _ = RunDir(tmp_path / "run").load_state()
+        state, _ = Checkpoints(tmp_path / "run").load()
         assert all(torch.isfinite(value).all() for name, value in state["model"].items() if "running" not in name)
     assert not (tmp_path / "run" / "last.safetensors").exists()
 
@@ -348,7 +350,7 @@ def test_a_diverging_run_never_keeps_broken_weights(tmp_path, monkeypatch, capsy
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     overrides = ("--train.checkpoint_seconds", "0", "--train.epochs", "4")
     fit(tmp_path / "whole", *overrides)
-    from clead import checkpoint
+    from clead.runs import resume as checkpoint
 
     real = checkpoint.write_atomically
 
@@ -371,7 +373,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         assert "No space left on device" in message and "stopped at step 5" in message
         assert "the checkpoint before is kept, --resume continues from it" in message
     monkeypatch.undo()
-    assert RunDir(tmp_path / "run").load_state()[0]["position"]["step"] == 4
+    assert Checkpoints(tmp_path / "run").load()[0]["position"]["step"] == 4
     assert not list((tmp_path / "run").glob(".*"))
     fit(tmp_path / "run", *overrides, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -650,8 +652,8 @@ def test_gradient_clipping_bounds_the_step(tmp_path):
 
 def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
     seen = []
-    real = RunDir.save_state
-    monkeypatch.setattr(RunDir, "save_state", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
     fit(tmp_path / "run", "--train.ema", "0.7", "--train.checkpoint_seconds", "0")
     assert len(seen) == 6
     last = saved_weights(tmp_path / "run")
@@ -666,8 +668,8 @@ def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
 
 def test_swa_is_the_mean_of_the_weights_after_each_epoch_from_its_start(tmp_path, monkeypatch):
     seen = []
-    real = RunDir.save_state
-    monkeypatch.setattr(RunDir, "save_state", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
+    real = Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
     fit(tmp_path / "run", "--train.swa_start", "0.5", "--train.epochs", "4", "--train.checkpoint_seconds", "0")
     per_epoch = len(seen) // 4
     last = saved_weights(tmp_path / "run")

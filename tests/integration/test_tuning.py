@@ -573,7 +573,7 @@ def test_a_storage_that_refuses_is_one_line_without_its_password(url, has, tmp_p
 
 
 def test_a_password_is_written_nowhere(monkeypatch):
-    from clead.checkpoint import command as shown
+    from clead.results.provenance import command as shown
 
     monkeypatch.setattr(
         sys, "argv", ["clead", "tune", "--storage", "postgresql://me:hush:@host/base", "--data.path", "a:b@c"]
@@ -660,7 +660,7 @@ def test_a_trial_that_falls_behind_stops_its_training_cleanly(tmp_path, monkeypa
     with pytest.raises(TrialPruned):
         run_trial(found, {"optim.lr": 0.004}, tmp_path / "0000", report)
     assert [rung for rung, _ in reports] == [1, 3, 5] and signal.getsignal(signal.SIGINT) == before
-    run = clead.checkpoint.RunDir(tmp_path / "0000-seed-0")
+    run = clead.runs.directory.RunDir(tmp_path / "0000-seed-0")
     lines = [line for line in run.history() if line["kind"] == "validation"]
     assert [score for _, score in reports] == [
         found.score(line["clean_accuracy"], line["robust_accuracy"]) for line in lines

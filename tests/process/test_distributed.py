@@ -14,13 +14,13 @@ import torch
 
 import clead
 from clead import distributed
-from clead.checkpoint import load_weights
 from clead.data.loaders import make_generator
 from clead.distributed import collectives, launch
 from clead.errors import UserError
 from clead.methods import METHODS
 from clead.threats.linf import Linf
 from clead.training import trainer
+from clead.weights.files import load_weights
 from support import free_port
 
 HERE = Path(__file__).parent
@@ -109,7 +109,7 @@ def test_processes_share_the_weights_out(tmp_path):
 import torch, torch.distributed as dist
 import clead
 from clead import distributed
-from clead.api.opened import build
+from clead.runs.loading import build
 from clead.config import load_recipe
 from clead.training.sharding import gather, sharded
 processes = distributed.init_world(torch.device("cpu"))

@@ -17,7 +17,6 @@ import torch
 
 import clead
 from clead import api
-from clead.checkpoint import load_weights, save_weights
 from clead.cli import main
 from clead.config import Eval, load_recipe
 from clead.errors import UserError
@@ -29,6 +28,7 @@ from clead.interfaces import ImageSet
 from clead.results.target import EvaluationTarget
 from clead.signature import is_signed, keyless, sign
 from clead.threats import THREATS
+from clead.weights.files import load_weights, save_weights
 from support import Killed
 
 EVAL = ("--eval.steps", "3", "--eval.images", "60", "--eval.batch_size", "20", "--eval.curve_points", "2")
@@ -124,7 +124,7 @@ def test_kill_9_in_a_real_process(run, alone):
 
 
 def test_a_damaged_part_is_computed_again(run, alone, monkeypatch):
-    monkeypatch.setattr("clead.api.recorded.discard", lambda path: None)
+    monkeypatch.setattr("clead.evaluation.saving.discard", lambda path: None)
     assert evaluated(run) == alone
     first, second = (run / "results" / "evaluation.state" / name for name in parts(run)[1:3])
     first.write_bytes(first.read_bytes()[:-3])
@@ -156,7 +156,7 @@ def test_the_state_of_another_evaluation_is_refused(run, change, says, monkeypat
         evaluated(run)
     weights = run / "last.safetensors"
     if "last" in change:
-        from clead.checkpoint import load_weights, save_weights
+        from clead.weights.files import load_weights, save_weights
 
         content, metadata = load_weights(weights)
         api_weights = {key: value + 1 if key.endswith("bias") else value for key, value in content.items()}
@@ -703,7 +703,7 @@ def test_results_go_to_another_folder_and_the_run_is_left_as_it_was(run, tmp_pat
 
 
 def test_a_read_only_run_says_that_the_results_need_a_folder(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clead.api.opened.os.access", lambda path, mode: False)
+    monkeypatch.setattr("clead.runs.loading.os.access", lambda path, mode: False)
     for command in ("evaluate", "distances", "attack"):
         monkeypatch.setattr(sys, "argv", ["clead", command, str(run)])
         with pytest.raises(SystemExit) as caught:

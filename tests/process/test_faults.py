@@ -22,9 +22,9 @@ from torch import nn
 import clead
 from clead import api, atomic_io, cli
 from clead.atomic_io import locked
-from clead.checkpoint import RunDir
 from clead.config import load_recipe
 from clead.errors import UserError
+from clead.runs.directory import RunDir
 from clead.training.finite import NonFiniteLoss
 from support import ROOT
 

@@ -18,10 +18,10 @@ import pytest
 import sqlalchemy as sql
 import torch
 
-from clead.checkpoint import load_weights
 from clead.training import trainer
 from clead.tuning import tune
 from clead.tuning.storage import open_storage
+from clead.weights.files import load_weights
 
 SPACE = ["--tune.space", "{optim.lr: {low: 1e-3, high: 1e-2, log: true}}"]
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 120 --data.batch_size 16 --attack.steps 1

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clead
 from clead.attacks.fgsm import FGSM
-from clead.checkpoint import load_weights
 from clead.config import load_recipe
 from clead.interfaces import Batch
 from clead.methods.fgsm_rs import FGSMRS, misalignment
@@ -21,6 +20,7 @@ from clead.models.small_cnn import SmallCNN
 from clead.threats.l2 import L2
 from clead.threats.linf import Linf
 from clead.training import trainer
+from clead.weights.files import load_weights
 from support import generator
 
 EPS = 0.1

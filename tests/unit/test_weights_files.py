@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clead.api.evaluation import evaluate_external
-from clead.checkpoint import load_weights, save_weights
 from clead.config import evaluation_config
 from clead.errors import UserError
 from clead.models.class_names import class_names
 from clead.weights import load_into, read_weights
+from clead.weights.files import load_weights, save_weights
 
 
 class Net(nn.Module):

@@ -8,12 +8,12 @@ from clead.api.data import inspect_data
 from clead.api.evaluation import evaluate, evaluate_external, evaluate_run
 from clead.api.exporting import export_run
 from clead.api.measurements import OLD_NAMES, measure, old_function
-from clead.api.opened import load
-from clead.api.recorded import ShardDone
 from clead.api.results import compare, read_record, write_report
 from clead.api.training import TrainedRun, profile, train
 from clead.api.verification import verify
+from clead.evaluation.saving import ShardDone
 from clead.renamed import old_names
+from clead.runs.loading import load
 
 __all__ = [
     "ShardDone",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clead.checkpoint import write_atomically
+from clead.atomic_io import write_atomically
 from clead.data.datasets import DATASETS
 from clead.data.inspection import DataReport, inspect
 from clead.errors import UserError

@@ -10,11 +10,7 @@ from typing import Any
 from torch import nn
 
 from clead.api.batches import images_and_labels
-from clead.api.external_model import open_external_model, with_input
-from clead.api.opened import OpenedModel, OpenedRun, load, open_run, results_folder
-from clead.api.recorded import OutputOptions, evaluate_into_folder
 from clead.attacks.runner import check_inputs, logits_of
-from clead.checkpoint import RunDir
 from clead.config import Eval, RunConfig
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.correctness import to_float
@@ -22,6 +18,7 @@ from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.processes import Shard, folders, rank
 from clead.evaluation.recording import Evaluation
+from clead.evaluation.saving import OutputOptions, evaluate_into_folder
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.transfer import stored_test, transfer, transferred
@@ -32,6 +29,9 @@ from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.results.record import Record
 from clead.results.target import EvaluationTarget
+from clead.runs.directory import RunDir
+from clead.runs.external import open_external_model, with_input
+from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
 from clead.threats import THREATS
 

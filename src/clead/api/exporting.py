@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from clead.api.opened import OpenedRun, data_name, open_run
 from clead.atomic_io import JSON_LIMIT, read_regular, remove_tree_inside
-from clead.checkpoint import environment, fingerprint, load_weights, save_weights
 from clead.errors import UserError
 from clead.evaluation.correctness import to_float
 from clead.interfaces import Splits
 from clead.models.onnx import OnnxModel
 from clead.models.split import weights as model_weights
+from clead.results.provenance import environment
 from clead.results.record import Record
+from clead.runs.loading import OpenedRun, data_name, open_run
+from clead.weights.files import fingerprint, load_weights, save_weights
 
 if TYPE_CHECKING:
     from clead.export.remeasured import Remeasured

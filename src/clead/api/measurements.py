@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from clead.api.opened import open_run, results_folder
 from clead.config import RunConfig
 from clead.errors import UserError
 from clead.interfaces import Splits
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import Measurement, MeasurementRecord, MeasurementTarget, measure_target
 from clead.renamed import warn_renamed
+from clead.runs.loading import open_run, results_folder
 from clead.settings import validated
 
 

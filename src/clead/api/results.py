@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular
-from clead.checkpoint import RunDir, load_weights
 from clead.errors import UserError
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import MeasurementRecord
 from clead.report import html
 from clead.results.record import Record
 from clead.results.statistics import mcnemar
+from clead.runs.directory import RunDir
+from clead.weights.files import load_weights
 
 Read = TypeVar("Read", bound=BaseModel)
 

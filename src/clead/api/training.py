@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clead.api.opened import build, evaluated_images, image_shape, load_model
 from clead.atomic_io import locked, write_atomically
 from clead.attacks import ATTACKS
 from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import image_gradient
-from clead.checkpoint import RunDir, environment, load_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import say_skipped
 from clead.devices import device_of
@@ -27,11 +25,15 @@ from clead.models.external import backward_of
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
+from clead.results.provenance import environment
+from clead.runs.directory import RunDir
+from clead.runs.loading import build, evaluated_images, image_shape, load_model
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
 from clead.training.trainer import AfterValidation, TrainResult, fit
+from clead.weights.files import load_weights, save_weights
 
 _log = logging.getLogger("clead")
 

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from clead.api.opened import evaluated_images, load_model
-from clead.checkpoint import RunDir, fingerprint
 from clead.config import RunConfig
 from clead.errors import UserError
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.models.split import weights
 from clead.results.target import digest
+from clead.runs.directory import RunDir
+from clead.runs.loading import evaluated_images, load_model
 from clead.settings import validated
 from clead.threats import THREATS
+from clead.weights.files import fingerprint
 
 
 def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = None) -> dict[str, Any]:

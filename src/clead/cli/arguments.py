@@ -107,8 +107,8 @@ def without(overrides: list[str], start: str) -> list[str]:
 
 def changed(run: str, overrides: list[str]) -> RunConfig:
     """Return the configuration of a run with these settings instead."""
-    from clead.checkpoint import RunDir
     from clead.config import load_recipe
+    from clead.runs.directory import RunDir
 
     opened = RunDir.open(Path(run))
     return load_recipe(str(opened.path / "config.yaml"), overrides)

@@ -37,8 +37,8 @@ def playground(
 
     Two runs meet side by side, such as a standard and a hardened one; up to eight are on the leaderboard.
     """
-    from clead.checkpoint import RunDir
     from clead.cli.arguments import only, runs_and_overrides
+    from clead.runs.directory import RunDir
     from clead.settings import validated
 
     if os.environ.get("CLEAD_API_KEY"):

@@ -15,7 +15,6 @@ from clead import __version__
 from clead.attacks.capabilities import weakness_warning
 from clead.attacks.objectives import NEED_FEATURES
 from clead.attacks.runner import logits_of
-from clead.checkpoint import fingerprint
 from clead.config import Eval
 from clead.errors import UserError
 from clead.evaluation.correctness import MicrobatchLimit, to_float
@@ -29,6 +28,7 @@ from clead.results.target import EvaluationTarget, digest
 from clead.settings import Ratio
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
+from clead.weights.files import fingerprint
 
 MAP_POINTS = 300
 """Images whose features are drawn as a map."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clead.checkpoint import command, environment, fingerprint
 from clead.evaluation.attacking import OVERFLOW, some
 from clead.evaluation.correctness import to_float
 from clead.evaluation.plan import MAP_POINTS, EvaluationPlan
@@ -18,6 +17,7 @@ from clead.evaluation.state import Part, ResumableResults
 from clead.evaluation.suites import NamedAttack, describe
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
+from clead.results.provenance import command, environment
 from clead.results.record import (
     AttackPart,
     CheckPart,
@@ -31,6 +31,7 @@ from clead.results.record import (
 )
 from clead.results.statistics import estimate
 from clead.settings import Ratio
+from clead.weights.files import fingerprint
 
 
 @dataclass(frozen=True)

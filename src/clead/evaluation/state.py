@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from clead.atomic_io import check_inside, locked, read_json, remove_tree_inside, write_atomically
-from clead.checkpoint import fingerprint, load_weights, save_weights
 from clead.errors import UserError
 from clead.signature import is_signed, keyless, owned, sign
+from clead.weights.files import fingerprint, load_weights, save_weights
 
 _log = logging.getLogger("clead")
 VERSION = 1

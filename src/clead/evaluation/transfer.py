@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
-from clead.checkpoint import fingerprint, load_weights
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.evaluation.state import read_header
 from clead.evaluation.suites import NamedAttack
@@ -18,6 +17,7 @@ from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
 from clead.results.record import TransferredPart
 from clead.results.statistics import estimate
+from clead.weights.files import fingerprint, load_weights
 
 PART = 256
 """Images that a training attacks and keeps together."""

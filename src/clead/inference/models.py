@@ -16,9 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from clead.api.opened import evaluated_images, load_model
 from clead.atomic_io import JSON_LIMIT, read_regular
-from clead.checkpoint import RunDir, fingerprint, load_weights
 from clead.config import load_recipe
 from clead.data.base import stratified
 from clead.data.decoding import ResizeSpec
@@ -32,6 +30,9 @@ from clead.measurements.base import MeasurementRecord
 from clead.measurements.detection import DETECTORS, Detection, DetectionPoint, Detector, threshold_at
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
+from clead.runs.directory import RunDir
+from clead.runs.loading import evaluated_images, load_model
+from clead.weights.files import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
 

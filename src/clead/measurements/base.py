@@ -17,16 +17,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
 from torch import nn
 
-from clead.checkpoint import command, environment, fingerprint, write_atomically
+from clead.atomic_io import write_atomically
 from clead.errors import UserError, memory_of
 from clead.evaluation.state import ResumableResults, discard
 from clead.interfaces import ImageSet, Splits, Threat
 from clead.measurements import MEASUREMENTS
 from clead.models.split import weights
+from clead.results.provenance import command, environment
 from clead.results.record import DataPart, Estimate, ModelPart, ThreatPart
 from clead.results.section import DistanceCurves, Section
 from clead.results.target import EvaluationTarget
 from clead.settings import Ratio
+from clead.weights.files import fingerprint
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clead.api.opened import evaluated_images
 from clead.api.results import read_record
 from clead.attacks.fmn import FMN
 from clead.attacks.pgd import PGD
@@ -44,6 +43,7 @@ from clead.playground.choices import (
 )
 from clead.results.record import Estimate, Record
 from clead.results.statistics import estimate
+from clead.runs.loading import evaluated_images
 from clead.settings import Ratio
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from clead.checkpoint import RunDir
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 
 REMEDY = "lower optim.lr, set optim.clip_norm, or use precision float32"
 
@@ -31,7 +32,9 @@ def check_loss(step: int, metrics: Mapping[str, float], run: RunDir) -> None:
 def last_good(run: RunDir) -> str:
     """Return which checkpoint of the run is the last."""
     good = run.path / "resume.state"
-    return f"the last good checkpoint is {good}" if run.has_state() else "no checkpoint had been written yet"
+    return (
+        f"the last good checkpoint is {good}" if Checkpoints(run.path).exist() else "no checkpoint had been written yet"
+    )
 
 
 def non_finite_weights(model: nn.Module) -> str:

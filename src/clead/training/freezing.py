@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from clead.checkpoint import PROJECTION, RunDir, check_weights, load_weights
 from clead.errors import UserError
 from clead.models.split import AdaptedModel, SplitModel, weights
 from clead.output import tell
+from clead.runs.directory import PROJECTION, RunDir
 from clead.weights import load_into, read_weights
+from clead.weights.files import check_weights, load_weights
 
 
 def classifier_of(model: SplitModel) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import Tensor
 from clead import __version__
 from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import check_finite, finite_images, run_attack
-from clead.checkpoint import fingerprint
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.loaders import make_generator
@@ -30,6 +29,7 @@ from clead.results.target import digest
 from clead.settings import Ratio
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
+from clead.weights.files import fingerprint
 
 _STREAM = 8  # random starts of stored images, apart from the streams of training
 

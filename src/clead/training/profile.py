@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from clead.checkpoint import RunDir
 from clead.config import RunConfig
 from clead.devices import device_of
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
+from clead.runs.directory import RunDir
 from clead.training.trainer import PARTS, PRECISION, fit
 
 _WARM_UP = 3

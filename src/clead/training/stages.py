@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from clead.atomic_io import read_json, read_regular, remove_tree_inside, write_atomically
-from clead.checkpoint import RunDir, load_weights, save_weights
 from clead.config import RunConfig
 from clead.devices import device_of
 from clead.distributed import World, init_world, local_device
 from clead.interfaces import Splits
 from clead.models.split import SplitModel, copied
+from clead.runs.directory import RunDir
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.signals import Interrupted
 from clead.training.trainer import AfterValidation, TrainResult, fit
+from clead.weights.files import load_weights, save_weights
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
 

@@ -18,7 +18,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from clead.attacks.pgd import PGD
-from clead.checkpoint import PROJECTION, RunDir, check_weights, save_weights
 from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
@@ -41,6 +40,8 @@ from clead.interfaces import Batch, Splits, Threat
 from clead.models.external import ModelError
 from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
+from clead.runs.directory import PROJECTION, RunDir
+from clead.runs.resume import Checkpoints
 from clead.training.finite import REMEDY, NonFiniteLoss, check_loss, last_good, non_finite_gradient, non_finite_weights
 from clead.training.freezing import train_classifier_only
 from clead.training.offline_adversaries import store_images
@@ -49,6 +50,7 @@ from clead.training.overfitting import Cause, cause_of, collapsed, parted
 from clead.training.signals import Interrupted, catch_signals
 from clead.training.step import Step, cost_per_image, first_images, mean_output, microbatches
 from clead.training.tensorboard import tensorboard
+from clead.weights.files import check_weights, save_weights
 
 _log = logging.getLogger("clead")
 LOG_STEPS = 10
@@ -561,10 +563,10 @@ class Trainer:
             "data": self.splits.fingerprint,
         }
         try:
-            self.run.save_state(state)
+            Checkpoints(self.run.path).save(state)
         except UserError as error:
             kept = "none was before"
-            if self.run.has_state():
+            if Checkpoints(self.run.path).exist():
                 kept = "the checkpoint before is kept, --resume continues from it"
             raise UserError(f"{error} (training stopped at step {self.state.step}; {kept})") from error
 
@@ -577,7 +579,7 @@ class Trainer:
 
     def load_checkpoint(self) -> None:
         """Take up the run's last checkpoint; without one the training begins anew."""
-        saved, note = self.run.load_state()
+        saved, note = Checkpoints(self.run.path).load()
         if saved is None:
             if self.world.is_main:
                 self.run.truncate_log(0)  # stopped before its first checkpoint: everything is done again

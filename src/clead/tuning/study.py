@@ -17,10 +17,10 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial, TrialState
 
 from clead.atomic_io import check_inside, remove_tree_inside
-from clead.checkpoint import RunDir
 from clead.devices import device_of
 from clead.errors import UserError
 from clead.progress import progress
+from clead.runs.directory import RunDir
 from clead.tuning.leases import Leases, exclusive
 from clead.tuning.results import Result, results, write_results
 from clead.tuning.space import SearchSpec, differences, open_search, suggest

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from clead.checkpoint import type_notes
 from clead.errors import UserError
+from clead.weights.files import type_notes
 from clead.weights.reading import Weights, first_of
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

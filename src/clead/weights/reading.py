@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from clead.atomic_io import open_regular
-from clead.checkpoint import load_weights, read_safetensors
 from clead.errors import UserError, did_you_mean
 from clead.models.class_names import names_in
 from clead.models.file_kinds import describe_file, is_pickle
+from clead.weights.files import load_weights, read_safetensors
 
 _LARGEST_JSON = 16_000_000
 _LARGEST_PICKLE = 32_000_000

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from clead.atomic_io import read_json
-from clead.checkpoint import RunDir, check_weights, load_weights
+from clead.runs.directory import RunDir
+from clead.weights.files import check_weights, load_weights
 from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std

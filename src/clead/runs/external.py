@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from clead.api.opened import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
+from clead.runs.loading import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
 from clead.config import RunConfig
 from clead.data.classes import align_classes
 from clead.devices import device_of

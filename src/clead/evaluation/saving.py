@@ -9,7 +9,6 @@ from pathlib import Path
 
 from safetensors.torch import save as to_safetensors
 
-from clead.api.opened import OpenedModel
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_leftovers, write_atomically
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.evaluator import evaluate_model
@@ -20,6 +19,7 @@ from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
 from clead.output import tell
 from clead.results.record import Record, TransferredPart
+from clead.runs.loading import OpenedModel
 
 
 class ShardDone(Exception):
