@@ -342,7 +342,7 @@ def test_a_damaged_state_falls_back_to_the_older(tmp_path):
         path.write_bytes(whole[:length])
         assert Checkpoints(run.path).load()[0]["number"] == 0
     (tmp_path / "resume.previous.state").write_bytes(b"")
-    error(run.load_state, "no checkpoint of", "resume.state, resume.previous.state damaged")
+    error(Checkpoints(run.path).load, "no checkpoint of", "resume.state, resume.previous.state damaged")
 
 
 def test_a_forged_state_does_not_run(tmp_path):

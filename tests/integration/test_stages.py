@@ -298,10 +298,10 @@ def kill(monkeypatch, owner, name, count, *, before=False):
 @pytest.mark.parametrize(
     ("owner", "name", "count", "before"),
     [
-        (RunDir, "save_state", 3, False),  # stage 1, after step 3
-        (RunDir, "save_state", 9, False),  # stage 2, in its middle
-        (RunDir, "save_state", 9, True),
-        (RunDir, "save_state", 15, False),  # the last of stage 3, before its weights are written
+        (Checkpoints, "save", 3, False),  # stage 1, after step 3
+        (Checkpoints, "save", 9, False),  # stage 2, in its middle
+        (Checkpoints, "save", 9, True),
+        (Checkpoints, "save", 15, False),  # the last of stage 3, before its weights are written
         (stages, "write_outcome", 2, True),  # stage 2 trained, but not said to be finished
         (stages, "write_outcome", 1, False),  # between stages
         (stages, "write_metrics", 2, True),
