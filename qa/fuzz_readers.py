@@ -38,6 +38,7 @@ from clead.data.datasets.npz import read_npz
 from clead.data.decoding import ResizeSpec, decode
 from clead.errors import UserError
 from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.weights.files import load_weights, save_weights
 
 RECORDS = Path(__file__).parent.parent / "studies" / "records"
@@ -145,7 +146,9 @@ def checkpoints(folder):
     optimiser.step()
     file = run.path / "w.safetensors"
     save_weights(file, network.state_dict(), {"classes": ["a", "b"], "config": {"x": 1}})
-    run.save_state({"model": network.state_dict(), "optimizer": optimiser.state_dict(), "position": {"step": 3}})
+    Checkpoints(run.path).save(
+        {"model": network.state_dict(), "optimizer": optimiser.state_dict(), "position": {"step": 3}}
+    )
     state = run.path / "resume.state"
     payload = state.read_bytes()[len(MAGIC) + 32 :]
     weights = broken([file.read_bytes(), to_safetensors({"a": torch.ones(3)})]).map(
@@ -160,7 +163,7 @@ def checkpoints(folder):
             load_weights(file)
             return
         state.write_bytes(MAGIC + hashlib.sha256(content).digest() + content)
-        run.load_state()
+        Checkpoints(run.path).load()
 
     return weights | states, read
 
