@@ -28,12 +28,12 @@ def main() -> None:
     arguments = parser.parse_args()
     import torch
 
-    from clead.runs.loading import open_run
-    from clead.runs.directory import RunDir
     from clead.atomic_io import write_atomically
     from clead.evaluation.correctness import to_float
     from clead.evaluation.state import read_header
     from clead.evaluation.transfer import stored_test, transferred
+    from clead.runs.directory import RunDir
+    from clead.runs.loading import open_run
 
     torch.set_num_threads(1)
     folder = arguments.stored / "stored"
