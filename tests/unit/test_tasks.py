@@ -74,7 +74,7 @@ def test_metrics_count_each_class():
 
 
 def test_every_task_describes_itself_in_one_line():
-    assert TASKS.names() == ["classification"]
+    assert "classification" in TASKS.names()
     for _, kind in TASKS.items():
         assert "\n" not in kind().describe()
 

@@ -1,0 +1,78 @@
+"""The additions of docs/extending.md: new files only, whole on the page, and enough for tests, commands and Python."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import ROOT
+
+ADDITIONS = ROOT / "examples" / "additions"
+FILES = sorted(path.relative_to(ADDITIONS) for path in ADDITIONS.rglob("*.py"))
+TINY = "--model.width 4 --model.features 8 --train.budget 6 --train.validate_steps 1 --train.device cpu --data.name stripes"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository with the additions laid over it."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("src", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ADDITIONS, folder, dirs_exist_ok=True)
+    return folder
+
+
+def python(copy: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=copy, env=environment, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_each_addition_is_one_new_file_and_one_new_test():
+    assert not [path for path in FILES if (ROOT / path).exists()]
+    names = {path.stem for path in FILES if path.parts[0] == "src"}
+    assert len(FILES) == 8 and {path.stem for path in FILES if path.parts[0] == "tests"} == {f"test_{n}" for n in names}
+    shown = re.findall(r'^--8<-- "examples/additions/(.*)"$', (ROOT / "docs" / "extending.md").read_text(), re.M)
+    assert sorted(shown) == [str(path) for path in FILES]
+
+
+def test_their_tests_and_the_contract_pass(copy):
+    unit = [str(path) for path in FILES if path.parts[0] == "tests"]
+    python(copy, "pytest", "-p", "no:cacheprovider", *unit, "tests/contract/test_architecture.py")
+    contract = [f"tests/contract/test_{kind}.py" for kind in ("attacks", "measurements", "datasets")]
+    out = python(copy, "pytest", "-p", "no:cacheprovider", *contract, "-k", "ni_fgsm or brightness or stripes")
+    passed = re.search(r"(\d+) passed", out)
+    assert passed is not None and int(passed[1]) > 40, out[-500:]
+
+
+def test_commands_and_python_know_them(copy):
+    python(copy, "clead", "train", "digits-pgd-at", *TINY.split(), "--data.images", "120", "--out", "run")
+    short = "--eval.images 12 --attack.name ni_fgsm --attack.steps 2 --json attack.json"
+    python(copy, "clead", "attack", "run", *short.split())
+    record = json.loads((copy / "attack.json").read_text())
+    assert record["attacks"][0]["name"] == "NIFGSM" and record["attacks"][0]["backwards"] > 0
+    assert "brightness" in python(copy, "clead", "brightness", "run", "--factor", "0.5", "--eval.images", "12")
+    assert (copy / "run" / "results" / "brightness.json").exists()
+    listed = python(copy, "clead", "list")
+    assert all(name in listed for name in ("ni_fgsm", "brightness", "ordinal", "stripes"))
+    (copy / "call.py").write_text("""
+import clead
+from clead.data.datasets.stripes import Stripes
+
+images = Stripes(images=120).load(0).test
+x, y = images.images[:8].float() / 255, images.labels[:8]
+x_adv = clead.attacks.ni_fgsm(clead.load("run"), x, y, eps="8/255", decay=0.9)
+assert 0 < (x_adv - x).abs().max() < 8.001 / 255
+print(clead.measure("run", "brightness", factor=0.5, fresh=True).result.accuracy.n)
+""")
+    assert python(copy, "call").strip().splitlines()[-1] == "24"
