@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from clead.runs.loading import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
 from clead.config import RunConfig
 from clead.data.classes import align_classes
 from clead.devices import device_of
@@ -21,6 +20,7 @@ from clead.models.split import AdaptedModel, SplitModel, wrapped
 from clead.models.user_model import make_module
 from clead.output import tell
 from clead.results.target import EvaluationTarget
+from clead.runs.loading import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
 from clead.weights import load_into, read_weights
 
 

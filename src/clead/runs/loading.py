@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from clead.atomic_io import read_json
-from clead.runs.directory import RunDir
-from clead.weights.files import check_weights, load_weights
 from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
@@ -26,6 +24,8 @@ from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import TrainingPart
 from clead.results.target import EvaluationTarget
+from clead.runs.directory import RunDir
+from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
 
