@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clead.cli.app import OPEN, app, echo, interruptible
-from clead.cli.serve import split_hosts
+from clead.cli.arguments import only, runs_and_overrides, split_commas
+from clead.cli.serve import Host, Port
 from clead.errors import MissingExtra, UserError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 @app.command(context_settings=OPEN, options_metavar="RUN [RUN ...] [OPTIONS]")
 def playground(
     context: typer.Context,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 for any free one.", min=0, max=65535)] = 7860,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
     allowed_hosts: Annotated[
         str | None,
         typer.Option(
@@ -37,7 +38,6 @@ def playground(
 
     Two runs meet side by side, such as a standard and a hardened one; up to eight are on the leaderboard.
     """
-    from clead.cli.arguments import only, runs_and_overrides
     from clead.runs.directory import RunDir
     from clead.settings import validated
 
@@ -49,7 +49,7 @@ def playground(
     only(overrides, ("data",), "settings of data and train.device do")
     for run in runs:  # before seconds of imports
         RunDir.open(Path(run))
-    names = split_hosts(allowed_hosts or "")
+    names = split_commas(allowed_hosts or "")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Uploaded files, and what gradio makes of pictures, lie in a folder that goes with the server.
     folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="clead-playground-")
