@@ -19,7 +19,7 @@ import clead
 from clead.inference.models import open_models
 from clead.inference.settings import ServeSettings
 from clead.playground.choices import AttackSettings
-from clead.playground.comparison import Comparison, attack_image, open_contest
+from clead.playground.comparison import Comparison, attack_image, open_comparison
 
 expect.set_options(timeout=60_000)  # a busy machine takes more than the usual 5 seconds
 SETTINGS = AttackSettings(attack="pgd", norm="linf", eps=0.15, steps=50, seed=0)
@@ -53,7 +53,7 @@ class Duel:
     """A running playground, and a test image that the attack of ``SETTINGS`` breaks for one model only."""
 
     address: str
-    contest: Comparison
+    comparison: Comparison
     index: int
     label: str
     fooled: str
@@ -67,8 +67,8 @@ def duel(tmp_path_factory) -> Iterator[Duel]:
     tiny = ("--train.validate_every", "100", "--train.device", "cpu", "--data.limit_test", "120", "--train.budget")
     for recipe, budget, run in (("digits-standard", "10", runs[0]), ("digits-pgd-at", "50", runs[1])):
         clead.train(clead.load_recipe(recipe, [*tiny, budget]), out=run, show=False)
-    contest = open_contest(open_models(runs, ServeSettings(threads=1)))
-    index, label, fooled = clearest(contest)
+    comparison = open_comparison(open_models(runs, ServeSettings(threads=1)))
+    index, label, fooled = clearest(comparison)
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "True", "TMPDIR": str(folder)}  # the command turns it off
     command = [sys.executable, "-m", "clead", "playground", *map(str, runs), "--port", "0"]
     log = (folder / "log").open("w")
@@ -78,7 +78,7 @@ def duel(tmp_path_factory) -> Iterator[Duel]:
         lines = iter(server.stdout.readline, "")
         said = [next(lines, ""), next(lines, "")]
         assert said[1].startswith("playground: http://127.0.0.1:"), (said, (folder / "log").read_text()[-2000:])
-        yield Duel(said[1].split()[1], contest, index, label, fooled, folder)
+        yield Duel(said[1].split()[1], comparison, index, label, fooled, folder)
         server.send_signal(signal.SIGINT)
         assert server.wait(30) == 0
         assert not list(folder.glob("clead-playground-*")), "uploaded files are left behind"
@@ -90,11 +90,11 @@ def duel(tmp_path_factory) -> Iterator[Duel]:
         log.close()
 
 
-def clearest(contest: Comparison) -> tuple[int, str, str]:
+def clearest(comparison: Comparison) -> tuple[int, str, str]:
     """Return the image on which the first model fails and the second holds by most, its class, and the wrong answer."""
-    x, y = contest.images.images.float() / 255, contest.images.labels
+    x, y = comparison.images.images.float() / 255, comparison.images.labels
     after = []
-    for entrant in contest.pair:
+    for entrant in comparison.pair:
         x_adv = clead.attacks.pgd(entrant.model, x, y, eps=SETTINGS.eps, steps=SETTINGS.steps, seed=SETTINGS.seed)
         right = entrant.model(x).argmax(1) == y
         after.append(torch.where(right, entrant.model(x_adv).softmax(1)[range(len(y)), y], -1.0))
@@ -102,8 +102,8 @@ def clearest(contest: Comparison) -> tuple[int, str, str]:
     clear = torch.where(after[0] >= 0, torch.minimum(1 - after[0], after[1]), -1)
     index = int(clear.argmax())
     label = int(y[index])
-    first, second = attack_image(contest.pair, contest.images.images[index], label, SETTINGS)
+    first, second = attack_image(comparison.pair, comparison.images.images[index], label, SETTINGS)
     assert clear[index] > 0.5 and first.broken and second.attacked and not second.broken, (
         "no image tells the models apart"
     )
-    return index, contest.classes[label], contest.classes[first.adversarial.answer]
+    return index, comparison.classes[label], comparison.classes[first.adversarial.answer]

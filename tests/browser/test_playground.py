@@ -45,7 +45,7 @@ def give(page: Page, name: str, kind: str, content: bytes) -> None:
 
 def test_an_uploaded_image_fools_the_standard_model_and_not_the_hardened_one(page, duel):
     start(page, duel)
-    give(page, "digit.png", "image/png", encoded(duel.contest.images.images[duel.index, 0].numpy()))
+    give(page, "digit.png", "image/png", encoded(duel.comparison.images.images[duel.index, 0].numpy()))
     expect(page.locator("#chosen")).to_contain_text("Your file")
     expect(page.locator("#chosen")).to_contain_text("not part of the link")
     page.locator("#run").click()

@@ -24,9 +24,9 @@ from clead.inference.settings import ServeSettings
 from clead.models.split import weights
 from clead.playground import comparison as computing
 from clead.playground import pictures
-from clead.playground.choices import OFFERS, AttackSettings, chosen, query, radii, read_query
-from clead.playground.comparison import attack_image, attack_leaderboard, declines, open_contest, read_image
-from clead.playground.gradio_path_filter import LARGEST_EVENT, Fence, Uploads
+from clead.playground.choices import ATTACK_OPTIONS, AttackSettings, checked, query, radii, read_query
+from clead.playground.comparison import attack_image, attack_leaderboard, epsilon_curves, open_comparison, read_image
+from clead.playground.gradio_path_filter import MAX_EVENT, GradioPathFilter, Uploads
 from clead.results.statistics import estimate
 from clead.settings import Ratio
 from clead.weights.files import fingerprint
@@ -46,24 +46,24 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def contest(runs):
-    return open_contest(open_models(runs, SERVED))
+def comparison(runs):
+    return open_comparison(open_models(runs, SERVED))
 
 
 @pytest.fixture
-def right(contest):
+def right(comparison):
     """The number of a test image that both models classify right."""
-    images, labels = contest.images.images.float() / 255, contest.images.labels
-    flags = torch.stack([e.model(images).argmax(1) == labels for e in contest.entrants]).all(0)
+    images, labels = comparison.images.images.float() / 255, comparison.images.labels
+    flags = torch.stack([e.model(images).argmax(1) == labels for e in comparison.models]).all(0)
     return int(flags.nonzero()[0])
 
 
 # What may be chosen
 
 
-def test_the_radii_start_where_the_hardened_model_was_trained(contest):
-    assert contest.start.norm == "linf" and contest.start.eps == 0.15
-    assert contest.radii["linf"].default == 0.15
+def test_the_radii_start_where_the_hardened_model_was_trained(comparison):
+    assert comparison.start.norm == "linf" and comparison.start.eps == 0.15
+    assert comparison.radii["linf"].default == 0.15
     assert RGB["linf"].default.text == "8/255" and 0.3 < RGB["l2"].default < 1 and 5 < RGB["l1"].default < 20
     assert radii((3, 32, 32), "l2", Ratio("30"))["l2"] == (30, 30)  # its own radius is never out of range
 
@@ -78,8 +78,8 @@ def test_the_radii_start_where_the_hardened_model_was_trained(contest):
         ({"norm": "l2", "eps": "14"}, "at most 13.86 for L2"),
         ({"norm": "l0"}, "norm: input should be"),
         ({"attack": "rays"}, "attack: input should be"),
-        ({"steps": 201}, "less than or equal to 200"),
-        ({"steps": 0}, "greater than or equal to 1"),
+        ({"steps": 201}, "steps: must be a whole number from 1 to 200"),
+        ({"steps": 0}, "steps: must be a whole number from 1 to 200"),
         ({"attack": "apgd", "steps": 3}, "apgd needs at least 4 steps"),
         ({"seed": -1}, "seed"),
         ({"query": 1}, "unknown key"),
@@ -87,13 +87,13 @@ def test_the_radii_start_where_the_hardened_model_was_trained(contest):
 )
 def test_what_is_out_of_range_is_refused(values, words):
     with pytest.raises(UserError, match=words) as error:
-        chosen(values, RGB)
+        checked(values, RGB)
     assert "\n" not in str(error.value)
 
 
 def test_a_link_says_what_was_chosen():
     start = AttackSettings()
-    settings = chosen({"attack": "fab", "norm": "l2", "eps": "1/2", "steps": 7, "seed": 5}, RGB)
+    settings = checked({"attack": "fab", "norm": "l2", "eps": "1/2", "steps": 7, "seed": 5}, RGB)
     text = query(settings, 12, "cat")
     assert text == "?image=12&class=cat&attack=fab&norm=l2&eps=1/2&steps=7&seed=5"
     given = dict(part.split("=") for part in text[1:].split("&"))
@@ -126,12 +126,12 @@ def test_a_broken_link_is_refused(given, words):
 # Images that visitors bring
 
 
-def test_a_file_comes_to_the_models_shape_as_in_training(contest):
-    exact = contest.images.images[3]
-    image, size = read_image(encoded(exact[0].numpy()), contest)
+def test_a_file_comes_to_the_models_shape_as_in_training(comparison):
+    exact = comparison.images.images[3]
+    image, size = read_image(encoded(exact[0].numpy()), comparison)
     assert torch.equal(image, exact) and size == (8, 8)
     large = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    image, size = read_image(encoded(large), contest)
+    image, size = read_image(encoded(large), comparison)
     expected = np.asarray(Image.fromarray(large).convert("L").resize((8, 8), Image.Resampling.BILINEAR))
     assert size == (60, 40) and np.array_equal(image[0].numpy(), expected)
 
@@ -155,22 +155,22 @@ def _claims(width: int, height: int) -> bytes:
         (b"0" * (8 * 2**20 + 1), "at most 8 MiB"),
     ],
 )
-def test_what_is_no_image_is_refused(contest, content, words):
+def test_what_is_no_image_is_refused(comparison, content, words):
     with pytest.raises(UserError, match=words) as error:
-        read_image(content, contest)
+        read_image(content, comparison)
     assert "\n" not in str(error.value)
 
 
 # What is computed
 
 
-def test_each_model_is_attacked_by_itself(contest, right):
+def test_each_model_is_attacked_by_itself(comparison, right):
     settings = AttackSettings(attack="pgd", eps=0.2, steps=7, seed=3)
-    image, label = contest.images.images[right], int(contest.images.labels[right])
-    before = [fingerprint(weights(e.model)) for e in contest.entrants]
-    plain, hard = attack_image(contest.pair, image, label, settings)
+    image, label = comparison.images.images[right], int(comparison.images.labels[right])
+    before = [fingerprint(weights(e.model)) for e in comparison.models]
+    plain, hard = attack_image(comparison.pair, image, label, settings)
     x, y = image[None].float() / 255, torch.tensor([label])
-    for outcome, entrant, other in ((plain, *contest.pair), (hard, *contest.pair[::-1])):
+    for outcome, entrant, other in ((plain, *comparison.pair), (hard, *comparison.pair[::-1])):
         expected = clead.attacks.pgd(entrant.model, x, y, eps=0.2, steps=7, seed=3)
         assert torch.allclose(outcome.x_adv, expected[0], atol=1e-6)
         assert outcome.adversarial.answer == int(entrant.model(expected).argmax())
@@ -181,18 +181,18 @@ def test_each_model_is_attacked_by_itself(contest, right):
         assert outcome.passes == 8 and outcome.size <= 0.2 + 1e-6 and outcome.attacked and not outcome.own
         assert outcome.broken == (outcome.adversarial.answer != label)
     assert not torch.equal(plain.x_adv, hard.x_adv)
-    assert before == [fingerprint(weights(e.model)) for e in contest.entrants]
+    assert before == [fingerprint(weights(e.model)) for e in comparison.models]
 
 
-@pytest.mark.parametrize("name", OFFERS)
+@pytest.mark.parametrize("name", ATTACK_OPTIONS)
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_every_attack_runs_in_every_norm(contest, right, name, norm):
-    settings = chosen(
-        {"attack": name, "norm": norm, "eps": contest.radii[norm].default.text, "steps": 4}, contest.radii
+def test_every_attack_runs_in_every_norm(comparison, right, name, norm):
+    settings = checked(
+        {"attack": name, "norm": norm, "eps": comparison.radii[norm].default.text, "steps": 4}, comparison.radii
     )
     seen: list[float] = []
     found = attack_image(
-        contest.pair, contest.images.images[right], None, settings, lambda done, words: seen.append(done)
+        comparison.pair, comparison.images.images[right], None, settings, lambda done, words: seen.append(done)
     )
     assert [o.name for o in found] == ["plain", "hard"]
     assert all(0 <= o.size <= settings.eps * 1.0001 for o in found)
@@ -200,31 +200,31 @@ def test_every_attack_runs_in_every_norm(contest, right, name, norm):
     assert name == "noise" or len(seen) >= 2
 
 
-def test_what_is_wrong_already_is_not_attacked(contest, right):
-    image, label = contest.images.images[right], int(contest.images.labels[right])
-    found = attack_image(contest.pair, image, (label + 1) % 10, AttackSettings(eps=0.2))
+def test_what_is_wrong_already_is_not_attacked(comparison, right):
+    image, label = comparison.images.images[right], int(comparison.images.labels[right])
+    found = attack_image(comparison.pair, image, (label + 1) % 10, AttackSettings(eps=0.2))
     assert not any(o.attacked or o.broken or o.size or o.passes for o in found)
-    own = attack_image(contest.pair, image, None, AttackSettings(eps=0.2, steps=2))
+    own = attack_image(comparison.pair, image, None, AttackSettings(eps=0.2, steps=2))
     assert all(o.own and o.label == label == o.clean.answer for o in own)
-    words = pictures.verdict(found, contest.classes, AttackSettings())
+    words = pictures.verdict(found, comparison.classes, AttackSettings())
     assert "nothing to attack" in words
-    assert [d.smallest for d in declines(contest.pair, image, found, AttackSettings(eps=0.2), 0.5)] == [0, 0]
+    assert [d.smallest for d in epsilon_curves(comparison.pair, image, found, AttackSettings(eps=0.2), 0.5)] == [0, 0]
 
 
-def test_an_attack_that_takes_too_long_is_stopped(contest, right, monkeypatch):
+def test_an_attack_that_takes_too_long_is_stopped(comparison, right, monkeypatch):
     monkeypatch.setattr(computing, "ATTACK_SECONDS", -1.0)
     with pytest.raises(UserError, match="took too long"):
-        attack_image(contest.pair, contest.images.images[right], None, AttackSettings(eps=0.2))
+        attack_image(comparison.pair, comparison.images.images[right], None, AttackSettings(eps=0.2))
     with pytest.raises(UserError, match="took too long"):
-        attack_leaderboard(contest, AttackSettings(eps=0.2), 4)
+        attack_leaderboard(comparison, AttackSettings(eps=0.2), 4)
 
 
-def test_probability_only_falls_with_eps_and_the_smallest_breaks(contest, right):
+def test_probability_only_falls_with_eps_and_the_smallest_breaks(comparison, right):
     settings = AttackSettings(eps=0.2, steps=10)
-    image, label = contest.images.images[right], int(contest.images.labels[right])
-    outcomes = attack_image(contest.pair, image, label, settings)
-    found = declines(contest.pair, image, outcomes, settings, 0.5)
-    for decline, outcome, entrant in zip(found, outcomes, contest.pair, strict=True):
+    image, label = comparison.images.images[right], int(comparison.images.labels[right])
+    outcomes = attack_image(comparison.pair, image, label, settings)
+    found = epsilon_curves(comparison.pair, image, outcomes, settings, 0.5)
+    for decline, outcome, entrant in zip(found, outcomes, comparison.pair, strict=True):
         assert decline.radii[0] == 0 and decline.radii[-1] == pytest.approx(0.4) and 0.2 in decline.radii
         assert decline.probabilities == sorted(decline.probabilities, reverse=True)
         assert decline.probabilities[0] == pytest.approx(outcome.clean.probabilities[label])
@@ -234,28 +234,28 @@ def test_probability_only_falls_with_eps_and_the_smallest_breaks(contest, right)
         x, y = image[None].float() / 255, torch.tensor([label])
         hit = clead.attacks.apgd(entrant.model, x, y, eps=min(1.0, 1.1 * decline.smallest), steps=50)
         assert int(entrant.model(hit).argmax()) != label
-    text = pictures.curve(found, contest.pair, settings)
+    text = pictures.epsilon_plot(found, comparison.pair, settings)
     assert 'role="img"' in text and "plain" in text and "http" not in text.replace("http://www.w3.org", "")
 
 
-def test_the_leaderboard_counts_what_holds(contest):
+def test_the_leaderboard_counts_what_holds(comparison):
     settings = AttackSettings(eps=0.1, steps=5)
-    rows = attack_leaderboard(contest, settings, 20)
-    x, y = contest.images.images[:20].float() / 255, contest.images.labels[:20]
-    for entrant in contest.entrants:
+    rows = attack_leaderboard(comparison, settings, 20)
+    x, y = comparison.images.images[:20].float() / 255, comparison.images.labels[:20]
+    for entrant in comparison.models:
         row = next(row for row in rows if row.name == entrant.name)
         flags = entrant.model(x).argmax(1) == y
         assert row.clean == estimate(flags.tolist())
         x_adv = clead.attacks.pgd(entrant.model, x[flags], y[flags], eps=0.1, steps=5)
         flags[flags.clone()] = entrant.model(x_adv).argmax(1) == y[flags]
-        assert row.held == estimate(flags.tolist())
-    held = [row.held.accuracy for row in rows]
+        assert row.robust == estimate(flags.tolist())
+    held = [row.robust.accuracy for row in rows]
     assert held == sorted(held, reverse=True) and rows[0].name == "hard"
     text = pictures.leaderboard(rows, settings)
     assert "n = 20" in text and "not evaluated yet" in text
     for n in (0, 65, 10**9, None, "x", 2.5):
         with pytest.raises(UserError, match="images: must be a whole number from 1 to 64"):
-            attack_leaderboard(contest, settings, n)
+            attack_leaderboard(comparison, settings, n)
 
 
 def test_runs_that_do_not_go_together_are_refused(runs, tmp_path):
@@ -263,22 +263,22 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path):
     clead.train(clead.load_recipe("digits-standard", [*TINY, "1", "--data.limit_test", "40"]), out=other, show=False)
     pair = [runs[0], other]
     with pytest.raises(UserError, match="other test images than plain"):
-        open_contest(open_models(pair, SERVED))
+        open_comparison(open_models(pair, SERVED))
     with pytest.raises(UserError, match="takes 1 to 8 runs, got 9"):
-        open_contest(dict.fromkeys(map(str, range(9))))
+        open_comparison(dict.fromkeys(map(str, range(9))))
 
 
 # What is drawn
 
 
-def test_names_are_text_and_pictures_have_words(contest, right):
-    classes = ("<script>alert(1)</script>", *contest.classes[1:])
-    named = replace(contest, classes=classes)
+def test_names_are_text_and_pictures_have_words(comparison, right):
+    classes = ("<script>alert(1)</script>", *comparison.classes[1:])
+    named = replace(comparison, classes=classes)
     settings = AttackSettings(eps=0.2, steps=3)
-    found = attack_image(contest.pair, contest.images.images[right], None, settings)
+    found = attack_image(comparison.pair, comparison.images.images[right], None, settings)
     found = [replace(outcome, label=0, name='"><img src=x onerror=alert(1)>') for outcome in found]
-    text = pictures.verdict(found, classes, settings) + pictures.outcomes(
-        found, named, contest.images.images[right], settings
+    text = pictures.verdict(found, classes, settings) + pictures.cards(
+        found, named, comparison.images.images[right], settings
     )
     assert "<script" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
     assert text.count("<img ") == text.count('alt="') == 6 and 'alt=""' not in text
@@ -298,14 +298,14 @@ def test_the_change_is_drawn_as_large_as_fits():
 
 
 @pytest.fixture(scope="module")
-def fenced():
+def filtered():
     app = FastAPI()
 
     @app.api_route("/{rest:path}", methods=["GET", "POST", "PUT"])
     async def reached(request: Request) -> Response:
         return Response(await request.body())
 
-    app.add_middleware(Fence, path="/playground", files="/tmp/own", largest_upload=1000)
+    app.add_middleware(GradioPathFilter, path="/playground", files="/tmp/own", largest_upload=1000)
     return TestClient(app)
 
 
@@ -333,43 +333,43 @@ def fenced():
         ("PUT", "/playground/", 404),
     ],
 )
-def test_only_the_pages_own_paths_are_open(fenced, method, path, status):
-    assert fenced.request(method, path).status_code == status
+def test_only_the_pages_own_paths_are_open(filtered, method, path, status):
+    assert filtered.request(method, path).status_code == status
 
 
-def test_what_is_sent_is_bounded_and_names_no_address(fenced):
+def test_what_is_sent_is_bounded_and_names_no_address(filtered):
     join = "/playground/gradio_api/queue/join"
-    assert fenced.post(join, json={"data": [{"path": "/tmp/own/a.png"}]}).status_code == 200
-    assert fenced.post(join, json={"data": [None, "a/path", {"path": None}]}).status_code == 200
+    assert filtered.post(join, json={"data": [{"path": "/tmp/own/a.png"}]}).status_code == 200
+    assert filtered.post(join, json={"data": [None, "a/path", {"path": None}]}).status_code == 200
     for path in ("http://127.0.0.1/", " https://x", "file:///etc/passwd", "/etc/passwd", "/tmp/own/../x", "a.png", ""):
         sent = {"data": [1, {"value": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}]}
-        assert fenced.post(join, json=sent).status_code == 400
-    assert fenced.post(join, content=b"{").status_code == 400
-    assert fenced.post(join, content=b'{"data": [{"path": "/tmp/own/a", "path": "/etc/passwd"}]}').status_code == 400
-    twice = fenced.post(join, content=b'{"data": [{"path": "/etc/passwd", "path": "/tmp/own/a"}]}')
+        assert filtered.post(join, json=sent).status_code == 400
+    assert filtered.post(join, content=b"{").status_code == 400
+    assert filtered.post(join, content=b'{"data": [{"path": "/tmp/own/a", "path": "/etc/passwd"}]}').status_code == 400
+    twice = filtered.post(join, content=b'{"data": [{"path": "/etc/passwd", "path": "/tmp/own/a"}]}')
     assert twice.status_code == 200 and b"passwd" not in twice.content  # nothing behind may read the other one
-    assert fenced.post(join, content=b"[" * 5000).status_code == 400
-    assert fenced.post(join, content=b" " * (LARGEST_EVENT + 1)).status_code == 413
-    assert fenced.post("/playground/gradio_api/upload", content=b"0" * 6000).status_code == 413
-    assert fenced.post("/v1/predict", content=b"0" * 6000).status_code == 200
+    assert filtered.post(join, content=b"[" * 5000).status_code == 400
+    assert filtered.post(join, content=b" " * (MAX_EVENT + 1)).status_code == 413
+    assert filtered.post("/playground/gradio_api/upload", content=b"0" * 6000).status_code == 413
+    assert filtered.post("/v1/predict", content=b"0" * 6000).status_code == 200
 
 
-def test_refusals_of_the_playground_are_problems(fenced):
+def test_refusals_of_the_playground_are_problems(filtered):
     for answer in (
-        fenced.get("/playground/monitoring"),
-        fenced.post("/playground/gradio_api/queue/join", content=b"{"),
-        fenced.post("/playground/gradio_api/upload", content=b"0" * 6000),
+        filtered.get("/playground/monitoring"),
+        filtered.post("/playground/gradio_api/queue/join", content=b"{"),
+        filtered.post("/playground/gradio_api/upload", content=b"0" * 6000),
     ):
         assert answer.headers["content-type"] == "application/problem+json"
         assert answer.json()["status"] == answer.status_code and answer.json()["detail"]
 
 
-def test_one_file_is_uploaded_at_a_time(fenced):
+def test_one_file_is_uploaded_at_a_time(filtered):
     upload = "/playground/gradio_api/upload"
-    assert fenced.post(upload, files=[("files", ("a.png", b"a"))]).status_code == 200
-    assert fenced.post(upload, files=[("files", (f"{i}.png", b"a")) for i in range(2)]).status_code == 422
+    assert filtered.post(upload, files=[("files", ("a.png", b"a"))]).status_code == 200
+    assert filtered.post(upload, files=[("files", (f"{i}.png", b"a")) for i in range(2)]).status_code == 422
     quoted = {"content-type": 'multipart/form-data; boundary="x y"'}
-    assert fenced.post(upload, content=b"--x y\r\n" * 3, headers=quoted).status_code == 422
+    assert filtered.post(upload, content=b"--x y\r\n" * 3, headers=quoted).status_code == 422
 
 
 def _stored(folder, number, size):
@@ -410,11 +410,11 @@ def test_what_gradio_makes_of_an_upload_is_counted_and_removed(tmp_path):
         made.append(_stored(tmp_path, len(made), len(await request.body())))
         return [made[-1]]
 
-    app.add_middleware(Fence, path="/playground", files=str(tmp_path), largest_upload=1000)
+    app.add_middleware(GradioPathFilter, path="/playground", files=str(tmp_path), largest_upload=1000)
     client = TestClient(app)
     client.get("/playground/")  # builds the middleware
     fence = app.middleware_stack
-    while not isinstance(fence, Fence):
+    while not isinstance(fence, GradioPathFilter):
         fence = fence.app
     fence.uploads = Uploads(limit=2000, seconds=3600)
     for _ in range(6):

@@ -88,7 +88,7 @@ async def read_images(
         work = 0 if len(body) < ARRAY else len(body)
         return await _aside(work, pool, lambda: from_npy(body, model, settings))
     files = await _files(request, body, settings) if kind == "multipart/form-data" else [body]
-    pixels = count_pixels(files, settings)
+    pixels = count_pixels(files, settings.max_pixels)
     return await _aside(max(pixels, sum(map(len, files))), pool, lambda: from_files(files, model))
 
 
@@ -205,7 +205,7 @@ async def _files(request: Request, body: bytes, settings: ServeSettings) -> list
     return files
 
 
-def count_pixels(files: list[bytes], settings: ServeSettings) -> int:
+def count_pixels(files: list[bytes], max_pixels: int) -> int:
     """Return the pixels of all files by their headers; Problem if they are too many, or if a file is none of the formats."""
     total = 0
     for number, file in enumerate(files):
@@ -224,11 +224,11 @@ def count_pixels(files: list[bytes], settings: ServeSettings) -> int:
         except Exception as error:  # Pillow's readers raise whatever a broken header makes them raise
             raise Problem(422, f"{name}: not a readable image ({type(error).__name__}); replace it") from None
         total += width * height
-        if total > settings.max_pixels:
+        if total > max_pixels:
             many = f" ({width}×{height} here)" if width < 10**6 else ""
             raise Problem(
                 413,
-                f"{name}: the images of a request may have {settings.max_pixels} pixels together, got more{many}; shrink them",
+                f"{name}: the images of a request may have {max_pixels} pixels together, got more{many}; shrink them",
             )
     return total
 

@@ -16,9 +16,11 @@ from clead.attacks.pgd import PGD
 from clead.attacks.square import Square
 from clead.errors import UserError
 from clead.interfaces import Attack, Objective, Search, Threat
+from clead.results.format import norm_of
 from clead.settings import Ratio, setting, settings, validated
 
 MAX_STEPS = 200
+MAX_SEED = 2**31 - 1
 MAX_IMAGES = 64
 """Test images that the leaderboard attacks at once, at most."""
 MAX_FILE = 8 * 2**20
@@ -26,7 +28,7 @@ MAX_PIXELS = 25_000_000
 MAX_RUNS = 8
 ATTACK_SECONDS = 60.0
 """After so long an attack is given up; the leaderboard has so long for each of its models."""
-LONGEST_QUERY = 500
+MAX_QUERY = 500
 _QUERIES = 25
 
 AttackName = Literal["noise", "fgsm", "pgd", "apgd", "fab", "square"]
@@ -46,22 +48,27 @@ class AttackOption:
 
     Attributes:
         label: its name on the page.
-        words: what it does, in a sentence.
+        about: what it does, in a sentence.
         steps: what a step is, or empty where there is none to choose.
         make: the attack for so many steps.
         passes: about how often a model is asked meanwhile; the progress bar is drawn from it.
-        least: fewest steps.
+        min_steps: fewest steps.
     """
 
     label: str
-    words: str
+    about: str
     steps: str
     make: Callable[[int], Attack | Search]
     passes: Callable[[int], int]
-    least: int = 1
+    min_steps: int = 1
+
+    @property
+    def steps_label(self) -> str:
+        """What stands above the slider for steps."""
+        return f"Steps: {self.steps}" if self.steps else "Steps: this attack has none"
 
 
-OFFERS: dict[str, AttackOption] = {
+ATTACK_OPTIONS: dict[str, AttackOption] = {
     "pgd": AttackOption(
         "PGD – many small steps",
         "Follows the model's own gradient uphill in small steps and stays within ε. The plain strong attack.",
@@ -75,7 +82,7 @@ OFFERS: dict[str, AttackOption] = {
         "gradient steps",
         lambda steps: APGD(steps=steps),
         lambda steps: steps + 1,
-        least=4,  # the radius of L1 shrinks in three stages
+        min_steps=4,  # the radius of L1 shrinks in three stages
     ),
     "fgsm": AttackOption(
         "FGSM – a single step",
@@ -107,10 +114,10 @@ OFFERS: dict[str, AttackOption] = {
     ),
 }
 
-NORM_WORDS: dict[str, tuple[str, str]] = {
-    "linf": ("L∞", "no pixel may change by more than ε"),
-    "l2": ("L2", "the length of the whole change is at most ε (root of the summed squares over all pixels)"),
-    "l1": ("L1", "the summed change over all pixels is at most ε"),
+NORM_RULES: dict[str, str] = {
+    "linf": "no pixel may change by more than ε",
+    "l2": "the length of the whole change is at most ε (root of the summed squares over all pixels)",
+    "l1": "the summed change over all pixels is at most ε",
 }
 
 
@@ -122,7 +129,21 @@ class AttackSettings:
     norm: NormName = setting("linf", "how the size of a change is measured")
     eps: Ratio = setting(Ratio("8/255"), "largest change, in that norm", unit="pixels in [0, 1]", gt=0)
     steps: int = setting(50, "steps of the attack", ge=1, le=MAX_STEPS)
-    seed: int = setting(0, "of what is drawn at random", ge=0, le=2**31 - 1)
+    seed: int = setting(0, "of what is drawn at random", ge=0, le=MAX_SEED)
+
+    @property
+    def option(self) -> AttackOption:
+        """The attack as it stands in the list."""
+        return ATTACK_OPTIONS[self.attack]
+
+    @property
+    def in_255ths(self) -> bool:
+        """Whether ε was written in 255ths."""
+        return self.eps.text.endswith("/255")
+
+
+KEYS = ("attack", "norm", "eps", "steps", "seed")
+"""The settings, in the order of the page and of links."""
 
 
 class Radii(NamedTuple):
@@ -139,41 +160,43 @@ def radii(shape: tuple[int, int, int], norm: str, eps: Ratio) -> dict[str, Radii
     """
     numbers = shape[0] * shape[1] * shape[2]
     side = float(eps) if norm == "linf" else 8 / 255
-    found = {
+    by_norm = {
         # Grey images of digits stand more than photographs before people see it.
-        "linf": Radii(eps if norm == "linf" else Ratio("8/255"), 0.5 if shape[0] == 1 else 64 / 255),
+        "linf": Radii(Ratio("8/255"), 0.5 if shape[0] == 1 else 64 / 255),
         "l2": Radii(Ratio(round(side * numbers**0.5 / 3, 2)), round(0.25 * numbers**0.5, 2)),
         "l1": Radii(Ratio(round(side * numbers / 10, 2)), round(0.1 * numbers, 1)),
     }
-    if norm in found:
-        found[norm] = Radii(eps, max(found[norm].largest, float(eps)))
-    return found
+    if norm in by_norm:
+        by_norm[norm] = Radii(eps, max(by_norm[norm].largest, float(eps)))
+    return by_norm
 
 
-def chosen(values: Mapping[str, Any], allowed: Mapping[str, Radii]) -> AttackSettings:
-    """Return checked settings; raises UserError, one sentence, on anything unknown or out of range."""
-    found = validated(AttackSettings, dict(values))
-    largest = allowed[found.norm].largest
-    if not found.eps <= largest:
+def checked(values: Mapping[str, Any], allowed: Mapping[str, Radii]) -> AttackSettings:
+    """Return settings; raises UserError, one sentence, on anything unknown or out of range."""
+    limits = {"steps": (1, MAX_STEPS), "seed": (0, MAX_SEED)}
+    integers = {key: integer(key, values[key], *limits[key]) for key in limits if key in values}
+    result = validated(AttackSettings, {**values, **integers})
+    largest, name = allowed[result.norm].largest, norm_of(result.norm)
+    if not result.eps <= largest:
         raise UserError(
-            f"eps: must be at most {largest:.4g} for {NORM_WORDS[found.norm][0]} on these images, got {found.eps.text}; choose less"
+            f"eps: must be at most {largest:.4g} for {name} on these images, got {result.eps.text}; choose less"
         )
-    least = OFFERS[found.attack].least
-    if found.steps < least:
-        raise UserError(f"steps: {found.attack} needs at least {least} steps, got {found.steps}; choose more")
-    return found
+    if result.steps < result.option.min_steps:
+        raise UserError(
+            f"steps: {result.attack} needs at least {result.option.min_steps} steps, got {result.steps}; choose more"
+        )
+    return result
 
 
-def whole(name: str, value: Any, least: int, most: int) -> int:
-    """Return a whole number in [least, most]; raises UserError for anything else, such as None, text or 1.5."""
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number in [low, high]; raises UserError for anything else, such as None, text or 1.5."""
     try:
         number = int(value)
-        right = least <= number <= most and number == float(value) and not isinstance(value, bool)
+        if low <= number <= high and number == float(value) and not isinstance(value, bool):
+            return number
     except (TypeError, ValueError, OverflowError):
-        right, number = False, 0
-    if not right:
-        raise UserError(f"{name}: must be a whole number from {least} to {most}, got {str(value)[:40]!r}; change it")
-    return number
+        pass
+    raise UserError(f"{name}: must be a whole number from {low} to {high}, got {str(value)[:40]!r}; change it")
 
 
 def query(settings: AttackSettings, image: int | None, truth: str | None) -> str:
@@ -181,17 +204,8 @@ def query(settings: AttackSettings, image: int | None, truth: str | None) -> str
 
     truth: a class other than the test image's own, ``""`` for the model's own answer, None: nothing of the kind was chosen.
     """
-    parts: dict[str, Any] = {} if image is None else {"image": image}
-    if truth is not None:
-        parts["class"] = truth
-    parts |= {
-        "attack": settings.attack,
-        "norm": settings.norm,
-        "eps": settings.eps.text,
-        "steps": settings.steps,
-        "seed": settings.seed,
-    }
-    return "?" + urlencode(parts, safe="/")
+    values: dict[str, Any] = {"image": image, "class": truth} | {key: getattr(settings, key) for key in KEYS}
+    return "?" + urlencode({key: value for key, value in values.items() if value is not None}, safe="/")
 
 
 class Linked(NamedTuple):
@@ -209,22 +223,16 @@ def read_query(
 
     Keys that are not the playground's are left alone. Raises UserError if a value is not allowed.
     """
-    keys = ("attack", "norm", "eps", "steps", "seed")
-    known = {key: str(given[key]) for key in (*keys, "image", "class") if key in given}
+    known = {key: str(given[key]) for key in (*KEYS, "image", "class") if key in given}
     if not known:
         return None
-    if sum(map(len, known.values())) > LONGEST_QUERY:
-        raise UserError(
-            f"the link is longer than {LONGEST_QUERY} characters, which none of this page's is; copy it again"
-        )
-    values: dict[str, Any] = {key: getattr(start, key) for key in keys}
-    values |= {key: known[key] for key in keys if key in known}
-    if "norm" in known and "eps" not in known and known["norm"] in allowed:
+    if sum(map(len, known.values())) > MAX_QUERY:
+        raise UserError(f"the link is longer than {MAX_QUERY} characters, which none of this page's is; copy it again")
+    values: dict[str, Any] = {key: known.get(key, getattr(start, key)) for key in KEYS}
+    if "eps" not in known and known.get("norm") in allowed:
         values["eps"] = allowed[known["norm"]].default
-    for key, most in (("steps", MAX_STEPS), ("seed", 2**31 - 1)):
-        values[key] = whole(key, values[key], 1 if key == "steps" else 0, most)
-    image = whole("image", known["image"], 0, images - 1) if "image" in known else None
+    image = integer("image", known["image"], 0, images - 1) if "image" in known else None
     truth = known.get("class")
     if truth and truth not in classes:
         raise UserError(f"class: the models know no such class, got {truth[:40]!r}; choose one from the list")
-    return Linked(chosen(values, allowed), image, truth)
+    return Linked(checked(values, allowed), image, truth)

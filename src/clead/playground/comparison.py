@@ -6,12 +6,14 @@ transfers.
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clead.api.results import read_record
@@ -21,11 +23,10 @@ from clead.attacks.runner import check_finite, finite_images, run_attack
 from clead.data.base import fingerprint
 from clead.data.decoding import decode
 from clead.errors import UserError
-from clead.evaluation.correctness import exact_float32
+from clead.evaluation.correctness import exact_float32, to_float
 from clead.inference.models import FittedDetector, ServedModel
 from clead.inference.problems import Problem
 from clead.inference.request_parsing import count_pixels
-from clead.inference.settings import ServeSettings
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements.distances import distances
 from clead.models.split import SplitModel, copied
@@ -35,11 +36,10 @@ from clead.playground.choices import (
     MAX_IMAGES,
     MAX_PIXELS,
     MAX_RUNS,
-    OFFERS,
     AttackSettings,
     Radii,
+    integer,
     radii,
-    whole,
 )
 from clead.results.record import Estimate, Record
 from clead.results.statistics import estimate
@@ -49,12 +49,20 @@ from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 Report = Callable[[float, str], None]
-"""Is told how much is done, in [0, 1], and in words what is being done."""
+"""Is called with how much is done, in [0, 1], and what is being done."""
 
 _CURVE_STEPS = 20
 _CURVE_POINTS = 8
-_SEARCH_STEPS = 100
+_FMN_STEPS = 100
 _HALVINGS = 5
+
+
+class Prediction(NamedTuple):
+    """What one model says of one image: probabilities (K,), the most probable class, and the detector's score, or None."""
+
+    probabilities: list[float]
+    answer: int
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,59 @@ class PlaygroundModel:
     record: Record | None
     device: torch.device
 
-    @property
-    def hardened(self) -> bool:
-        """Whether its training did anything against attacks."""
-        return self.method != "standard"
+    def predict(self, x: Tensor) -> list[Prediction]:
+        """Return what the model and its detector say of images (n, C, H, W) in [0, 1]."""
+        x = x.to(self.device)
+        with exact_float32(), torch.inference_mode():
+            features, logits = self.model.features_and_logits(x)
+            scores: list[float | None] = [None] * len(x)
+            if self.detector is not None:
+                scores = self.detector.score(self.model, x, (features, logits)).tolist()
+        if not torch.isfinite(logits).all():
+            raise UserError(f"{self.name} answers NaN or infinity to this image; choose another one")
+        rows, answers = logits.softmax(1).tolist(), CLASSIFICATION.predict(logits).tolist()
+        return [Prediction(*values) for values in zip(rows, answers, scores, strict=True)]
+
+    def attack(
+        self, attack: Attack | Search, x: Tensor, y: Tensor, threat: Threat, seed: int, counted: CountedModel
+    ) -> Tensor:
+        """Return x_adv on the CPU, verified to be in the threat set; ``counted`` is this model, as the attack gets it."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x, y = x.to(self.device), y.to(self.device)
+        with exact_float32():
+            x_adv = run_attack(attack, counted, x, y, threat, generator=generator, checked=True, precision=None)
+        check_finite(x_adv, type(attack).__name__)
+        return x_adv.cpu()
+
+
+class CountedModel(nn.Module):
+    """A model that counts how often it is asked, reports it, and stops an attack that takes longer than a minute.
+
+    Args:
+        model: the model.
+        report: is called with how much of the whole work is done.
+        text: what is being done.
+        expected: how often the model will be asked, about.
+        share: (i, n): this is the i-th of n equal parts of the work.
+    """
+
+    def __init__(
+        self, model: nn.Module, report: Report | None, text: str, expected: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        super().__init__()
+        self.model, self.report, self.text = model, report, text
+        self.expected, self.share = max(expected, 1), share
+        self.deadline, self.passes = time.monotonic() + ATTACK_SECONDS, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (B, K); raises UserError once the time is up."""
+        self.passes += 1
+        if time.monotonic() > self.deadline:
+            raise UserError("the attack took too long and was stopped; choose fewer steps, or fewer images")
+        if self.report is not None:
+            index, count = self.share
+            self.report((index + min(self.passes / self.expected, 1.0)) / count, self.text)
+        return self.model(x)
 
 
 @dataclass(frozen=True)
@@ -79,19 +136,17 @@ class Comparison:
     """All models, the test images that they share, and what may be chosen.
 
     Attributes:
-        entrants: the first two meet side by side; all are on the leaderboard.
+        models: the first two meet side by side; all are on the leaderboard.
         images: of the evaluation, uint8.
         classes: K names.
-        shape: (C, H, W).
-        fit: how an image file comes to that shape.
+        served: the first model as it is served: its shape, and how an image file comes to it.
         radii: default and largest radius by norm.
         start: what the page begins with.
     """
 
-    entrants: tuple[PlaygroundModel, ...]
+    models: tuple[PlaygroundModel, ...]
     images: ImageSet
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
     served: ServedModel
     radii: Mapping[str, Radii]
     start: AttackSettings
@@ -99,76 +154,72 @@ class Comparison:
     @property
     def pair(self) -> tuple[PlaygroundModel, ...]:
         """Return the one or two models that meet side by side."""
-        return self.entrants[:2]
+        return self.models[:2]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return (C, H, W) of the images."""
+        return self.served.shape
 
 
-def open_contest(models: Mapping[str, ServedModel]) -> Comparison:
-    """Return the comparison of ``models``.
+def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
+    """Return the comparison of ``served`` models.
 
     Raises UserError if there are more than eight, or if they differ in classes, shape or test images: one image is shown to all.
     """
-    if not 1 <= len(models) <= MAX_RUNS:
-        raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(models)}; leave some out")
-    first = next(iter(models.values()))
-    entrants, chosen, kept, read, eps = [], None, "", {}, None
-    for model in models.values():
-        if (model.classes, model.shape) != (first.classes, first.shape):
+    if not 1 <= len(served) <= MAX_RUNS:
+        raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(served)}; leave some out")
+    first = next(iter(served.values()))
+    models, read = [], {}
+    for each in served.values():
+        if (each.classes, each.shape) != (first.classes, first.shape):
             raise UserError(
-                f"{model.name} knows {len(model.classes)} classes of images {model.shape}, {first.name} {len(first.classes)} of "
+                f"{each.name} knows {len(each.classes)} classes of images {each.shape}, {first.name} {len(first.classes)} of "
                 f"{first.shape}; give runs of the same data"
             )
-        run, trained, config = model.run, model.trained, model.config
-        key = (repr(config.data), trained.train.seed, config.eval.split, config.eval.images)
+        config = each.config
+        key = (repr(config.data), each.trained.train.seed, config.eval.split, config.eval.images)
         if key not in read:  # large data is read once for runs that share it
-            images = evaluated_images(run, config, trained, None)[0]
-            read[key] = images, fingerprint([images], model.classes)
-        images, digest = read[key]
-        if chosen is None:
-            chosen, kept = images, digest
-        elif digest != kept:
+            images = evaluated_images(each.run, config, each.trained, None)[0]
+            read[key] = images, fingerprint([images], each.classes)
+        if read[key][1] != next(iter(read.values()))[1]:
             raise UserError(
-                f"{model.name} has other test images than {first.name}; give runs of the same data and split"
+                f"{each.name} has other test images than {first.name}; give runs of the same data and split"
             )
-        method = trained.to_dict()["method"]["name"]
-        evaluated = (run.path / "results" / "evaluation.json").exists()
-        alone = copied(model.model).requires_grad_(False).eval()
-        device = next((p.device for p in alone.parameters()), torch.device("cpu"))
-        record = read_record(run.path) if evaluated else None
-        entrants.append(PlaygroundModel(model.name, method, alone, model.detector, record, device))
-        if eps is None and (method != "standard" or len(models) == 1):
-            eps = config.threat.norm, Ratio(config.threat.eps)
-    norm, radius = eps or (config.threat.norm, Ratio(config.threat.eps))
-    allowed = radii(first.shape, norm, radius)
-    norm = norm if norm in allowed else "linf"
+        model = copied(each.model).requires_grad_(False).eval()
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        record = read_record(each.run.path) if (each.run.path / "results" / "evaluation.json").exists() else None
+        method = each.trained.to_dict()["method"]["name"]
+        models.append(PlaygroundModel(each.name, method, model, each.detector, record, device))
+    # The threat of the first hardened model.
+    hardened = [one.config for one, model in zip(served.values(), models, strict=True) if model.method != "standard"]
+    threat = (hardened or [(first if len(served) == 1 else each).config])[0].threat
+    allowed = radii(first.shape, threat.norm, Ratio(threat.eps))
+    norm = threat.norm if threat.norm in allowed else "linf"
     start = AttackSettings(norm=norm, eps=allowed[norm].default)
-    assert chosen is not None
-    return Comparison(tuple(entrants), chosen, first.classes, first.shape, first, allowed, start)
+    images = next(iter(read.values()))[0]
+    return Comparison(tuple(models), images, first.classes, first, allowed, start)
 
 
-def read_image(content: bytes, contest: Comparison) -> tuple[Tensor, tuple[int, int]]:
+def read_image(content: bytes, comparison: Comparison) -> tuple[Tensor, tuple[int, int]]:
     """Return an image file as (C, H, W) uint8, resized as the training's images were, and its own (width, height).
 
     Raises UserError, before anything is decoded, if the file is too long, has too many pixels, or is no image.
     """
-    import io
-
-    from PIL import Image
-
     if len(content) > MAX_FILE:
         raise UserError(
             f"the file: at most {MAX_FILE // 2**20} MiB are read, got {len(content) / 2**20:.1f}; shrink it"
         )
     try:
-        count_pixels([content], ServeSettings(max_pixels=MAX_PIXELS))
+        count_pixels([content], MAX_PIXELS)
     except Problem as problem:
         if problem.status == 413:
-            raise UserError(
-                f"the file: an image may have {MAX_PIXELS / 1e6:g} megapixels, this one has more; shrink it"
-            ) from None
+            text = f"the file: an image may have {MAX_PIXELS / 1e6:g} megapixels, this one has more; shrink it"
+            raise UserError(text) from None
         raise UserError(problem.detail.replace("image 0", "the file")) from None
-    image = decode([content], ["the file"], contest.served.fit)[0]
-    if tuple(image.shape) != contest.shape:
-        _, height, width = contest.shape
+    image = decode([content], ["the file"], comparison.served.fit)[0]
+    if tuple(image.shape) != comparison.shape:
+        _, height, width = comparison.shape
         raise UserError(
             f"the file: the models were trained on images of {width}×{height} pixels, got {image.shape[2]}×{image.shape[1]}; "
             "resize it (only square ones are resized here)"
@@ -177,24 +228,21 @@ def read_image(content: bytes, contest: Comparison) -> tuple[Tensor, tuple[int, 
         return image, opened.size
 
 
-class Prediction(NamedTuple):
-    """What one model says of one image: probabilities (K,), the most probable class, and the detector's score, or None."""
-
-    probabilities: list[float]
-    answer: int
-    score: float | None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """One model under one attack.
 
     Attributes:
+        name: the model's.
         label: what the attack drives the answer away from.
         own: whether that label is the model's own answer.
+        clean: what the model says of the image.
+        adversarial: what it says of ``x_adv``.
         x_adv: (C, H, W) in [0, 1]; the clean image where there was nothing to attack.
         attacked: False where the clean image was classified wrong already.
         size: of the change, in the attack's norm.
+        seconds: that it took.
+        passes: how often the model was asked.
         elsewhere: what the other models answer to this model's adversarial image, by name.
     """
 
@@ -216,24 +264,8 @@ class Outcome:
         return self.attacked and self.adversarial.answer != self.label
 
 
-class CountedModel(nn.Module):
-    """A model that counts how often it is asked, says so, and stops an attack that takes too long."""
-
-    def __init__(self, model: nn.Module, report: Callable[[int], None], deadline: float) -> None:
-        super().__init__()
-        self.model, self.report, self.deadline, self.passes = model, report, deadline, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (B, K); raises UserError once the time is up."""
-        self.passes += 1
-        if time.monotonic() > self.deadline:
-            raise UserError("the attack took too long and was stopped; choose fewer steps, or fewer images")
-        self.report(self.passes)
-        return self.model(x)
-
-
 def attack_image(
-    entrants: Sequence[PlaygroundModel],
+    models: Sequence[PlaygroundModel],
     image: Tensor,
     label: int | None,
     settings: AttackSettings,
@@ -242,64 +274,42 @@ def attack_image(
     """Attack ``image`` on each model by itself.
 
     Args:
-        entrants: the models.
+        models: the models.
         image: (C, H, W) uint8.
         label: the true class; None: each model's own answer.
         settings: the attack.
-        report: is told of progress.
+        report: is called with the progress.
 
     Each adversarial image is verified: inside the threat set, and classified again by the plain model in float32. Raises UserError
     if an attack takes longer than a minute.
     """
-    x = _pixels(image[None])
+    x = to_float(image[None])
     threat = THREATS.get(settings.norm)(eps=settings.eps)
-    offer = OFFERS[settings.attack]
-    attack = offer.make(settings.steps)
-    found: list[Outcome] = []
-    for place, entrant in enumerate(entrants):
+    attack, expected = settings.option.make(settings.steps), settings.option.passes(settings.steps)
+    outcomes = []
+    for i, model in enumerate(models):
         started = time.monotonic()
-        clean = look(entrant, x)[0]
-        aim = clean.answer if label is None else label
-        x_adv, passes, attacked = x, 0, clean.answer == aim
+        clean = model.predict(x)[0]
+        target = clean.answer if label is None else label
+        counted = CountedModel(model.model, report, f"attacking {model.name}", expected, (i, len(models)))
+        x_adv, attacked = x, clean.answer == target
         if attacked:
-            asked = _asked(
-                entrant, offer.passes(settings.steps), report, place, len(entrants), f"attacking {entrant.name}"
-            )
-            x_adv = _attack(attack, asked, x.to(entrant.device), torch.tensor([aim]), threat, settings.seed).cpu()
-            passes = asked.passes
-        found.append(
-            Outcome(
-                entrant.name,
-                aim,
-                label is None,
-                clean,
-                look(entrant, x_adv)[0],
-                x_adv[0],
-                attacked,
-                float(threat.distance(x_adv - x)),
-                time.monotonic() - started,
-                passes,
-                {other.name: look(other, x_adv)[0].answer for other in entrants if other is not entrant},
-            )
+            x_adv = model.attack(attack, x, torch.tensor([target]), threat, settings.seed, counted)
+        outcome = Outcome(
+            name=model.name,
+            label=target,
+            own=label is None,
+            clean=clean,
+            adversarial=model.predict(x_adv)[0],
+            x_adv=x_adv[0],
+            attacked=attacked,
+            size=float(threat.distance(x_adv - x)),
+            seconds=time.monotonic() - started,
+            passes=counted.passes,
+            elsewhere={other.name: other.predict(x_adv)[0].answer for other in models if other is not model},
         )
-    return found
-
-
-def look(entrant: PlaygroundModel, x: Tensor) -> list[Prediction]:
-    """Return what the model and its detector say of images (n, C, H, W) in [0, 1]."""
-    guard = entrant.detector
-    with exact_float32(), torch.inference_mode():
-        features, logits = entrant.model.features_and_logits(x.to(entrant.device))
-        scores = (
-            None if guard is None else guard.score(entrant.model, x.to(entrant.device), (features, logits)).tolist()
-        )
-    if not torch.isfinite(logits).all():
-        raise UserError(f"{entrant.name} answers NaN or infinity to this image; choose another one")
-    rows = logits.softmax(1).tolist()
-    return [
-        Prediction(row, answer, None if scores is None else scores[i])
-        for i, (row, answer) in enumerate(zip(rows, CLASSIFICATION.predict(logits).tolist(), strict=True))
-    ]
+        outcomes.append(outcome)
+    return outcomes
 
 
 @dataclass(frozen=True)
@@ -319,141 +329,111 @@ class EpsilonCurve:
     smallest: float | None
 
 
-def declines(
-    entrants: Sequence[PlaygroundModel],
+def epsilon_curves(
+    models: Sequence[PlaygroundModel],
     image: Tensor,
     outcomes: Sequence[Outcome],
     settings: AttackSettings,
-    largest: float,
+    max_eps: float,
     report: Report | None = None,
 ) -> list[EpsilonCurve]:
     """Return for each model how it gives way on ``image`` (C, H, W) uint8 as ε grows to twice the chosen one.
 
     At each radius PGD of 20 steps, and the chosen attack's own image at the chosen one; FMN of 100 steps looks for the smallest
     change that makes the answer wrong, and PGD halves the way down to it. A point found in a smaller ball counts in the larger
-    ones, since they hold it too. ``largest``: the largest radius that is allowed.
+    ones, since they hold it too. ``max_eps``: the largest radius that is allowed.
     """
-    x = _pixels(image[None])
-    eps, measure = float(settings.eps), THREATS.get(settings.norm)(eps=0).distance
-    top = min(2 * eps, max(largest, eps))
+    eps = float(settings.eps)
+    top = min(2 * eps, max(max_eps, eps))
     grid = sorted({*(top * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)), eps})
-    found = []
-    for place, (entrant, outcome) in enumerate(zip(entrants, outcomes, strict=True)):
-        label, y = outcome.label, torch.tensor([outcome.label], device=entrant.device)
-        asked = _asked(
-            entrant,
-            (len(grid) - 1 + _HALVINGS) * (_CURVE_STEPS + 1) + _SEARCH_STEPS,
-            report,
-            place,
-            len(entrants),
-            f"how far {entrant.name} holds",
-        )
-        points = [(0.0, outcome.clean), (outcome.size, outcome.adversarial)]
+    expected = (len(grid) - 1 + _HALVINGS) * (_CURVE_STEPS + 1) + _FMN_STEPS
+    curves = []
+    for i, (model, outcome) in enumerate(zip(models, outcomes, strict=True)):
         if outcome.attacked:
-
-            def attack_at(
-                radius: float, entrant: PlaygroundModel = entrant, asked: CountedModel = asked, y: Tensor = y
-            ) -> tuple[float, Prediction]:
-                threat = THREATS.get(settings.norm)(eps=radius)
-                attack = PGD(steps=_CURVE_STEPS, keep="best")
-                x_adv = _attack(attack, asked, x.to(entrant.device), y, threat, settings.seed).cpu()
-                return float(measure(x_adv - x)), look(entrant, x_adv)[0]
-
-            points += [attack_at(radius) for radius in grid[1:]]
-            with exact_float32():
-                nearest = float(distances(FMN(steps=_SEARCH_STEPS), asked, x.to(entrant.device), y, settings.norm))
-            smallest = min([size for size, sight in points if sight.answer != label] + [nearest])
-            held = max(radius for radius in grid if radius < smallest)
-            for _ in range(_HALVINGS if smallest < float("inf") else 0):
-                points.append(attack_at((held + smallest) / 2))
-                broken = points[-1][1].answer != label
-                held, smallest = (held, min(smallest, points[-1][0])) if broken else ((held + smallest) / 2, smallest)
+            counted = CountedModel(model.model, report, f"how far {model.name} holds", expected, (i, len(models)))
+            curves.append(_epsilon_curve(model, to_float(image[None]), outcome, settings, grid, counted))
         else:
-            smallest = 0.0
-        slack = 1 + 1e-4  # a change at the ball's border, measured again in float32
-        lowest = [min(s.probabilities[label] for size, s in points if size <= radius * slack + 1e-7) for radius in grid]
-        found.append(EpsilonCurve(entrant.name, grid, lowest, smallest if smallest < float("inf") else None))
-    return found
+            curves.append(EpsilonCurve(model.name, grid, [outcome.clean.probabilities[outcome.label]] * len(grid), 0.0))
+    return curves
+
+
+def _epsilon_curve(
+    model: PlaygroundModel,
+    x: Tensor,
+    outcome: Outcome,
+    settings: AttackSettings,
+    grid: list[float],
+    counted: CountedModel,
+) -> EpsilonCurve:
+    label, y = outcome.label, torch.tensor([outcome.label], device=model.device)
+    attack, threats = PGD(steps=_CURVE_STEPS, keep="best"), THREATS.get(settings.norm)
+
+    def attack_at(radius: float) -> tuple[float, Prediction]:
+        threat = threats(eps=radius)
+        x_adv = model.attack(attack, x, y, threat, settings.seed, counted)
+        return float(threat.distance(x_adv - x)), model.predict(x_adv)[0]
+
+    points = [(0.0, outcome.clean), (outcome.size, outcome.adversarial), *map(attack_at, grid[1:])]
+    with exact_float32():
+        nearest = float(distances(FMN(steps=_FMN_STEPS), counted, x.to(model.device), y, settings.norm))
+    smallest = min([size for size, prediction in points if prediction.answer != label] + [nearest])
+    held = max(radius for radius in grid if radius < smallest)
+    for _ in range(_HALVINGS if smallest < float("inf") else 0):
+        middle = (held + smallest) / 2
+        points.append(attack_at(middle))
+        if points[-1][1].answer != label:
+            smallest = min(smallest, points[-1][0])
+        else:
+            held = middle
+    slack = 1 + 1e-4  # a change at the ball's border, measured again in float32
+    lowest = [min(p.probabilities[label] for size, p in points if size <= radius * slack + 1e-7) for radius in grid]
+    return EpsilonCurve(outcome.name, grid, lowest, smallest if smallest < float("inf") else None)
 
 
 @dataclass(frozen=True)
 class LeaderboardRow:
     """One line of the leaderboard: what was measured here, on few images, and what the run's record says, on more.
 
-    ``held`` counts images that are right when clean and under the chosen attack; both are None before an attack was run.
+    ``robust`` counts images that are right when clean and under the chosen attack; both are None before an attack was run.
     """
 
     name: str
     method: str
     record: Record | None
     clean: Estimate | None = None
-    held: Estimate | None = None
-    seconds: float = 0.0
+    robust: Estimate | None = None
 
 
-def standings(contest: Comparison) -> list[LeaderboardRow]:
+def recorded_leaderboard(comparison: Comparison) -> list[LeaderboardRow]:
     """Return the leaderboard as the runs' records have it, the most robust first, those without a record last."""
-    found = [LeaderboardRow(entrant.name, entrant.method, entrant.record) for entrant in contest.entrants]
-    return sorted(found, key=lambda s: -s.record.robust_accuracy if s.record else 1.0)
+    rows = [LeaderboardRow(model.name, model.method, model.record) for model in comparison.models]
+    return sorted(rows, key=lambda row: -row.record.robust_accuracy if row.record else 1.0)
 
 
 def attack_leaderboard(
-    contest: Comparison, settings: AttackSettings, n: int, report: Report | None = None
+    comparison: Comparison, settings: AttackSettings, n: int, report: Report | None = None
 ) -> list[LeaderboardRow]:
     """Attack the first ``n`` test images on every model and return the leaderboard, the most robust first.
 
     Raises UserError if n is above 64 or the number of images, or if a model takes more than a minute.
     """
-    n = whole("images", n, 1, min(MAX_IMAGES, len(contest.images)))
-    x, y = _pixels(contest.images.images[:n]), contest.images.labels[:n]
+    n = integer("images", n, 1, min(MAX_IMAGES, len(comparison.images)))
+    x, y = to_float(comparison.images.images[:n]), comparison.images.labels[:n]
     threat = THREATS.get(settings.norm)(eps=settings.eps)
-    offer = OFFERS[settings.attack]
-    attack = offer.make(settings.steps)
-    found = []
-    for place, entrant in enumerate(contest.entrants):
-        started = time.monotonic()
-        right = torch.tensor([sight.answer for sight in look(entrant, x)]) == y
-        held = right.clone()
-        if right.any():
-            asked = _asked(
-                entrant, offer.passes(settings.steps), report, place, len(contest.entrants), f"attacking {entrant.name}"
-            )
-            made = _attack(attack, asked, x[right].to(entrant.device), y[right], threat, settings.seed).cpu()
-            answers = torch.tensor([sight.answer for sight in look(entrant, made)])
-            held[right] = (answers == y[right]) & finite_images(made)
-        found.append(
-            LeaderboardRow(
-                entrant.name,
-                entrant.method,
-                entrant.record,
-                estimate(right.tolist()),
-                estimate(held.tolist()),
-                time.monotonic() - started,
-            )
-        )
-    return sorted(found, key=lambda s: -s.held.accuracy if s.held else 1.0)
+    attack, expected = settings.option.make(settings.steps), settings.option.passes(settings.steps)
+    rows = []
+    for i, model in enumerate(comparison.models):
 
+        def is_correct(x: Tensor, y: Tensor, model: PlaygroundModel = model) -> Tensor:
+            return torch.tensor([prediction.answer for prediction in model.predict(x)]) == y
 
-def _asked(
-    entrant: PlaygroundModel, expected: int, report: Report | None, place: int, of: int, words: str
-) -> CountedModel:
-    """Return the model as an attack gets it; ``expected`` passes are the ``place``-th of ``of`` equal parts of the work."""
-
-    def passed(count: int) -> None:
-        if report is not None:
-            report((place + min(count / max(expected, 1), 1.0)) / of, words)
-
-    return CountedModel(entrant.model, passed, time.monotonic() + ATTACK_SECONDS)
-
-
-def _attack(attack: Attack | Search, asked: CountedModel, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:
-    """Return x_adv, verified to be in the threat set."""
-    generator = torch.Generator(x.device).manual_seed(seed)
-    with exact_float32():
-        x_adv = run_attack(attack, asked, x, y.to(x.device), threat, generator=generator, checked=True, precision=None)
-    check_finite(x_adv, type(attack).__name__)
-    return x_adv
-
-
-def _pixels(images: Tensor) -> Tensor:
-    return images.float() / 255
+        clean = is_correct(x, y)
+        robust = clean.clone()
+        if clean.any():
+            share = (i, len(comparison.models))
+            counted = CountedModel(model.model, report, f"attacking {model.name}", expected, share)
+            x_adv = model.attack(attack, x[clean], y[clean], threat, settings.seed, counted)
+            robust[clean] = is_correct(x_adv, y[clean]) & finite_images(x_adv)
+        measured = estimate(clean.tolist()), estimate(robust.tolist())
+        rows.append(LeaderboardRow(model.name, model.method, model.record, *measured))
+    return sorted(rows, key=lambda row: -row.robust.accuracy if row.robust else 1.0)

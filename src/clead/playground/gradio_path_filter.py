@@ -25,7 +25,7 @@ from clead.inference.problems import Problem, answer
 from clead.inference.request_parsing import Buffers, read_body
 from clead.inference.settings import ServeSettings
 
-LARGEST_EVENT = 256 * 1024
+MAX_EVENT = 256 * 1024
 """Bytes of an event: settings and names of uploaded files, never an image itself."""
 
 _GET = re.compile(
@@ -67,7 +67,7 @@ class Uploads:
         self.files[path] = time.monotonic(), size
 
 
-class Fence:
+class GradioPathFilter:
     """ASGI middleware: under ``path`` only what the page needs, elsewhere everything.
 
     Args:
@@ -106,7 +106,7 @@ class Fence:
                 return
             upload = inside.startswith("/gradio_api/upload")
             # A form adds a few hundred bytes to its file; gradio itself holds the file to its limit.
-            limit = self.largest_upload + 4096 if upload else LARGEST_EVENT
+            limit = self.largest_upload + 4096 if upload else MAX_EVENT
             request = Request(scope, receive)
             async with read_body(request, self.settings, self.buffers, limit) as body:
                 if upload:
