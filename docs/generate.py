@@ -291,7 +291,7 @@ def _kinds() -> str:
         "stderr and in the record's notes. Every row is tried by `tests/integration/test_external_models.py` and written from "
         "`tests/model_kinds.py`: where a kind is evaluated, the flags are those of the plain module.",
         "\n".join(["| model | evaluated | trained by PGD-AT | what the program does |", "|---|---|---|---|", *rows]),
-        "ONNX files, which answer queries only (`--suite queries`); tried by `tests/integration/test_onnx_wild.py` and "
+        "ONNX files, which answer queries only (`--suite black_box`); tried by `tests/integration/test_onnx_wild.py` and "
         "written from `tests/onnx_kinds.py`:",
         _onnx_kinds(),
         "Methods that look at features (`clead`, `acl` …) need the layer that maps them to the logits: the final `nn.Linear` is "

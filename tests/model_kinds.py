@@ -293,14 +293,14 @@ def exported_module() -> nn.Module:
     return program.module()
 
 
-@kind("quantised", "no gradient: `--eval.suite queries`", says="use --eval.suite queries", refused=True)
+@kind("quantised", "no gradient: `--eval.suite black_box`", says="use --eval.suite black_box", refused=True)
 def quantised() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.ao.quantization.quantize_dynamic(Net(), {nn.Linear})
 
 
-KINDS.append(Kind("quantised, by queries", quantised, reference=quantised, suite="queries", says="no gradient"))
+KINDS.append(Kind("quantised, by queries", quantised, reference=quantised, suite="black_box", says="no gradient"))
 
 
 @kind("weights made in inference mode")
@@ -382,7 +382,11 @@ KINDS[-1] = Kind(**{**vars(KINDS[-1]), "reference": cosine})
 
 
 @kind(
-    "images that are detached", "refused: `--eval.suite queries`", says="gives no gradient", refused=True, trained=False
+    "images that are detached",
+    "refused: `--eval.suite black_box`",
+    says="gives no gradient",
+    refused=True,
+    trained=False,
 )
 def detached() -> nn.Module:
     return returning(lambda net, x: plain(net, x.detach()))
@@ -390,7 +394,7 @@ def detached() -> nn.Module:
 
 @kind(
     "images that are detached, beside a tensor with a gradient",
-    "refused: `--eval.suite queries`",
+    "refused: `--eval.suite black_box`",
     says="no gradient",
     refused=True,
 )
@@ -401,7 +405,7 @@ def detached_scale() -> nn.Module:
 
 @kind(
     "a forward under `no_grad`",
-    "refused: `--eval.suite queries`",
+    "refused: `--eval.suite black_box`",
     says="gives no gradient",
     refused=True,
     trained=False,
@@ -410,7 +414,7 @@ def without_gradient() -> nn.Module:
     return returning(torch.no_grad()(plain))
 
 
-KINDS.append(Kind("a forward under `no_grad`, by queries", without_gradient, suite="queries", says="no gradient"))
+KINDS.append(Kind("a forward under `no_grad`, by queries", without_gradient, suite="black_box", says="no gradient"))
 
 
 @kind("rounding, whose gradient is 0 everywhere", "evaluated, and it is said", says="is 0 everywhere")

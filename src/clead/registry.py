@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from clead.errors import UserError, did_you_mean
+from clead.renamed import keep_old_methods
 
 T = TypeVar("T")
 
@@ -21,10 +22,12 @@ class Registry(Generic[T]):
     Args:
         kind: what an entry is called in messages, such as ``"attack"``.
         package: the package whose modules register entries, such as ``"clead.attacks"``.
+        renamed: methods of its classes that had another name: old name → new name.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, renamed: Mapping[str, str] | None = None) -> None:
         self.kind = kind
+        self.renamed = renamed or {}
         self.package = package
         self._entries: dict[str, T] = {}
         self._discovered = False
@@ -35,6 +38,7 @@ class Registry(Generic[T]):
         def decorate(entry: T) -> T:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {entry!r}")
+            keep_old_methods(entry, self.renamed)
             self._entries[name] = entry
             return entry
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from clead.output import tell
 
+VALUES: dict[str, dict[str, str]] = {"eval.suite": {"queries": "black_box"}}
+"""Key of the configuration → old value → new one."""
 _warned: set[str] = set()
 
 
@@ -26,6 +28,27 @@ def note_renamed(old: str, new: str) -> None:
     if old not in _warned:
         _warned.add(old)
         tell(f"note: {old} is called {new} now; the old name goes with version 0.3")
+
+
+def current_value(key: str, value: Any) -> Any:
+    """Return the new name of what a user gave as ``key``, and say so if it was the old one."""
+    new = VALUES[key].get(value, value) if isinstance(value, str) else value
+    if new != value:
+        note_renamed(f"{key} {value}", new)
+    return new
+
+
+def updated(stored: Any) -> Any:
+    """Return what a file holds, nested mappings, with the new names in place of the old ones; nothing is said of it."""
+    if isinstance(stored, list):
+        return [updated(each) for each in stored]
+    if not isinstance(stored, Mapping):
+        return stored
+    renamed = {key.rpartition(".")[2]: values for key, values in VALUES.items()}
+    return {
+        key: renamed[key].get(value, value) if key in renamed and isinstance(value, str) else updated(value)
+        for key, value in stored.items()
+    }
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -47,11 +70,11 @@ def keep_old_methods(cls: Any, methods: Mapping[str, str]) -> None:
     methods: old name → new name.
     """
     for old, new in methods.items():
-        name = f"{cls.__name__}.{old}"
-        if hasattr(cls, old) and not hasattr(cls, new):
-            warn_renamed(name, new)
-            setattr(cls, new, getattr(cls, old))
-        elif hasattr(cls, new) and not hasattr(cls, old):
+        name, own = f"{cls.__name__}.{old}", vars(cls)
+        if old in own and new not in own:
+            warn_renamed(name, new, stacklevel=5)
+            setattr(cls, new, own[old])
+        elif new in own and callable(own[new]) and not hasattr(cls, old):
             setattr(cls, old, _renamed_method(name, new))
 
 

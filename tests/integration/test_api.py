@@ -112,7 +112,7 @@ def test_evaluate_any_module_and_leave_it_as_it_was():
 def test_a_suite_is_chosen_by_name():
     net, images = Net(), torch.rand(8, 1, 8, 8)
     short = {"steps": 1, "curve_points": 0, "check_images": 0}
-    for suite, attacks in (("quick", ["APGD-CE", "APGD-T"]), ("queries", ["Square", "RayS"])):
+    for suite, attacks in (("quick", ["APGD-CE", "APGD-T"]), ("black_box", ["Square", "RayS"])):
         record = clead.evaluate(net, images, torch.arange(8), suite=suite, **short)
         assert record.suite == suite and [part.name for part in record.attacks] == attacks and record.checks == []
     for gone in ("fgsm", "restarts", "objectives"):

@@ -19,7 +19,7 @@ import clead
 from clead import api, cli, config
 from clead.evaluation import masking
 from clead.progress import progress
-from clead.results.record import CheckPart
+from clead.results.record import Check
 from clead.runs.directory import RunDir
 from clead.runs.loading import open_run
 from clead.weights.files import load_weights
@@ -140,7 +140,7 @@ def test_the_whole_way_on_digits(command):
             "suite standard with 1 step instead of its own, not AutoAttack",
         ),
         ("quick", ["APGD-CE", "APGD-T"], "suite quick with 1 step instead of its own, not AutoAttack"),
-        ("queries", ["Square", "RayS"], "suite queries with 1 step instead of its own, not AutoAttack"),
+        ("black_box", ["Square", "RayS"], "suite black_box with 1 step instead of its own, not AutoAttack"),
         ("pgd", ["FGSM", "PGD-1 CE", "PGD-1 margin"], "FGSM, PGD-1 CE and PGD-1 margin, not AutoAttack"),
     ],
 )
@@ -161,9 +161,9 @@ def test_a_suite_ends_with_a_sentence_to_quote(command, runs, suite, attacks, sa
 
 def test_failed_checks_are_said_beside_the_sentence(command, runs, monkeypatch):
     checks = [
-        CheckPart(name="steps", passed=False, explanation="longer attacks break more", numbers={"more": 9.0}),
-        CheckPart(name="noise", passed=True, explanation="noise breaks less", numbers={"less": 1.0}),
-        CheckPart(name="black box", passed=False, explanation="Square breaks more", numbers={"more": 7.0}),
+        Check(name="steps", passed=False, explanation="longer attacks break more", numbers={"more": 9.0}),
+        Check(name="noise", passed=True, explanation="noise breaks less", numbers={"less": 1.0}),
+        Check(name="black box", passed=False, explanation="Square breaks more", numbers={"more": 7.0}),
     ]
     arguments = ("evaluate", "plain", "--suite", "pgd", "--eval.steps", "1", "--eval.check_images", "8")
     for expected in (checks, checks[1:2]):

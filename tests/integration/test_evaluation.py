@@ -271,18 +271,18 @@ def test_the_suites_have_the_constants_of_their_protocol():
 
 
 def test_the_suite_of_queries_has_labels_only_in_linf_and_says_so_elsewhere():
-    attacks, notes = suite("queries", "linf", 10)
+    attacks, notes = suite("black_box", "linf", 10)
     assert [(part.name, part.attack.queries, part.cost) for part in attacks] == [
         ("Square", 5000, 5000),
         ("RayS", 5000, 5000),
     ]
     assert not notes
-    assert [part.attack.queries for part in suite("queries", "linf", 10, steps=7)[0]] == [350, 350]
+    assert [part.attack.queries for part in suite("black_box", "linf", 10, steps=7)[0]] == [350, 350]
     for norm in ("l2", "l1"):
-        attacks, notes = suite("queries", norm, 10)
+        attacks, notes = suite("black_box", norm, 10)
         assert [part.name for part in attacks] == ["Square"]
         assert notes == [
-            f"suite queries in {norm} is Square alone: RayS, which uses labels only, is an attack for linf"
+            f"suite black_box in {norm} is Square alone: RayS, which uses labels only, is an attack for linf"
         ]
         assert not suite("standard", norm, 10)[1]
 
@@ -310,7 +310,7 @@ def test_few_classes_are_attacked_and_said(classes, loss, targets, says):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threat", [Linf(eps="20/255"), L2(eps="20/255"), L1(eps="20/255")])
-@pytest.mark.parametrize("name", ["standard", "quick", "rand", "queries"])
+@pytest.mark.parametrize("name", ["standard", "quick", "rand", "black_box"])
 def test_every_suite_breaks_exactly_the_images_within_eps(name, threat):
     images, right, robust = made()
     record = evaluate(images, threat, replace(QUICK, suite=name, steps=10, batch_size=200)).record
@@ -371,9 +371,9 @@ def test_a_model_without_gradients_is_attacked_by_queries_only():
     images, right, robust = made()
     with pytest.raises(UserError) as caught:
         evaluate(images, settings=replace(QUICK, suite="standard"), model=NoGradient())
-    assert "gives no gradient" in str(caught.value) and "--eval.suite queries" in str(caught.value)
+    assert "gives no gradient" in str(caught.value) and "--eval.suite black_box" in str(caught.value)
     record = evaluate(
-        images, settings=replace(QUICK, suite="queries", steps=4, batch_size=200, curve_points=4), model=NoGradient()
+        images, settings=replace(QUICK, suite="black_box", steps=4, batch_size=200, curve_points=4), model=NoGradient()
     ).record
     assert record.robust_flags == robust.tolist() and record.curve == [] and record.checks == []
     assert any("no gradient" in note for note in record.notes)

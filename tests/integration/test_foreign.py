@@ -17,7 +17,7 @@ from clead.cli.printing import print_comparison
 from clead.config import evaluation_config, load_recipe
 from clead.errors import UserError
 from clead.models.onnx import OnnxModel
-from clead.results.record import DataPart
+from clead.results.record import EvaluatedData
 
 EVAL = ("--threat.eps", "0.05", "--eval.steps", "3", "--eval.curve_points", "0", "--eval.check_images", "0")
 NET = """
@@ -165,10 +165,10 @@ def test_an_onnx_file_by_queries(place, run, batch):
     )
     arguments = ("--model", "net.onnx", "--data.path", "data.npz", *EVAL)
     code, _, err = run("evaluate", *arguments)
-    assert code == 2 and "gives no gradient" in err and "--eval.suite queries" in err and err.count("error:") == 1
-    code, out, err = run("evaluate", *arguments, "--suite", "queries", "--json", "o.json")
+    assert code == 2 and "gives no gradient" in err and "--eval.suite black_box" in err and err.count("error:") == 1
+    code, out, err = run("evaluate", *arguments, "--suite", "black_box", "--json", "o.json")
     assert code == 0, err
-    assert "under suite queries with 3 steps" in out
+    assert "under suite black_box with 3 steps" in out
     queried = json.loads(Path("o.json").read_text())
     assert [part["name"] for part in queried["attacks"]] == ["Square", "RayS"] and queried["clean"]["accuracy"] == 1
     assert queried["notes"] and queried["checks"] == []
@@ -305,7 +305,7 @@ def test_output_record_and_report_say_which_images(place, capsys, counts, which)
 )
 def test_the_words_for_images(fields, which):
     fixed: dict[str, Any] = {"name": "birds", "split": "test", "n": 5, "classes": [], "fingerprint": "", "images": ""}
-    assert DataPart(**{**fixed, **fields}).which == which
+    assert EvaluatedData(**{**fixed, **fields}).which == which
 
 
 def test_a_part_of_the_images_is_said_as_a_part(place, capsys):

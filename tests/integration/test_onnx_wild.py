@@ -422,7 +422,7 @@ def test_an_export_of_ours_goes_round(run_of_three):
     assert model.classes == ("0", "1", "2") and not model.notes
     record = api.evaluate_external(
         "out/model.onnx",
-        evaluation_config("evaluation", ["--data.path", data, "--eval.suite", "queries", "--eval.steps", "2"]),
+        evaluation_config("evaluation", ["--data.path", data, "--eval.suite", "black_box", "--eval.steps", "2"]),
         out="e",
         show=False,
     ).record
@@ -479,7 +479,7 @@ EVALUATE = (
     "--out",
     "out",
 )
-QUERIES = (*EVALUATE, "--suite", "queries")
+QUERIES = (*EVALUATE, "--suite", "black_box")
 
 
 @pytest.mark.slow

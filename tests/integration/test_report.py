@@ -30,7 +30,7 @@ from clead.report.run import parse_eps
 from clead.report.sections.epsilon import epsilon
 from clead.report.sections.stages import draw_stages
 from clead.results.figure import PALETTE
-from clead.results.record import MemoryPart, PredictionsPart, Record
+from clead.results.record import Memory, Predictions, Record
 from clead.results.target import EvaluationTarget
 from clead.threats import THREATS
 from support import ROOT, Nesting
@@ -303,7 +303,7 @@ def test_the_verdict_names_the_suite(tmp_path, suite):
     sentence = verdict.partition("on 1,000 test images of digits, ")[2].partition(".")[0]
     words = {
         "quick": "the quick suite, which is not AutoAttack,",
-        "queries": "attacks by queries only, not AutoAttack,",
+        "black_box": "attacks by queries only, not AutoAttack,",
         "pgd": "FGSM CE, PGD-50 CE and PGD-50 margin, not AutoAttack,",
         "attacks": "APGD-CE, APGD-T, FAB-T and Square, not AutoAttack,",
         "none": "no attack,",
@@ -577,8 +577,8 @@ def full_run(name="clead", robust=0.541, **changes):
     clean = [k if i % 50 else (k + 2) % 10 for i, k in enumerate(labels)]
     record = base.record.model_copy(
         update={
-            "predictions": PredictionsPart(labels=labels, clean=clean, attacked=attacked),
-            "memory": MemoryPart(process=536870912, device=None),
+            "predictions": Predictions(labels=labels, clean=clean, attacked=attacked),
+            "memory": Memory(process=536870912, device=None),
         }
     )
     return RunResult(name, record, base.artifacts, base.history, base.config, measured(record))

@@ -21,7 +21,7 @@ from clead.models.compute_cost import CostMeter
 from clead.models.normalize import Normalize
 from clead.models.seeding import fork_rng
 from clead.models.split import adapt
-from clead.results.record import CheckPart
+from clead.results.record import Check
 from clead.threats.l0 import L0
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2
@@ -93,7 +93,7 @@ def failed(model: nn.Module, threat: Any = LINF, x: Tensor = TEST[0], y: Tensor 
     return {name for name, part in parts.items() if not part.passed}
 
 
-def checks(model: nn.Module, threat: Any = LINF, **kw: Any) -> dict[str, CheckPart]:
+def checks(model: nn.Module, threat: Any = LINF, **kw: Any) -> dict[str, Check]:
     return {part.name: part for part in run_checks(model, *TEST, threat, **kw)}
 
 

@@ -59,7 +59,7 @@ def evaluate(
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
         images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
         labels: (N,) integers in [0, K).
-        suite: standard (AutoAttack), plus, rand, quick, adaptive, queries or pgd.
+        suite: standard (AutoAttack), plus, rand, quick, adaptive, black_box or pgd.
         norm: linf, l2 or l1 (l0 with suite pgd).
         eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
         seed: of the attacks' randomness.

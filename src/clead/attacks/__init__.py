@@ -17,7 +17,9 @@ from typing import Any
 
 from clead.registry import Registry
 
-ATTACKS: Registry[Any] = Registry("attack", "clead.attacks")
+ATTACKS: Registry[Any] = Registry(
+    "attack", "clead.attacks", {"search": "perturb", "doubt": "weakness_warning", "meant_for": "norms"}
+)
 OBJECTIVES: Registry[Any] = Registry("objective", "clead.attacks")
 UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 

@@ -21,7 +21,7 @@ from clead.errors import MissingExtra, UserError, did_you_mean
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Option(help="standard | plus | rand | quick | adaptive | queries | pgd.")
+        str | None, typer.Option(help="standard | plus | rand | quick | adaptive | black_box | pgd.")
     ] = None,
     model: Annotated[
         str | None,
@@ -97,10 +97,12 @@ def _check_models(runs: list[str], model: str | None, weights: str | None, save_
 def _with_suite(suite: str | None, overrides: list[str]) -> list[str]:
     """Return the overrides with ``--suite`` as one of them."""
     from clead.config import parse_overrides
-    from clead.evaluation.suites import SuiteName
+    from clead.config.schema import SuiteName
+    from clead.renamed import current_value
 
     if suite is None:
         return overrides
+    suite = current_value("eval.suite", suite)
     if suite not in get_args(SuiteName):
         raise UserError(f"--suite: unknown suite {suite!r}; {did_you_mean(suite, get_args(SuiteName))}")
     if ["eval", "suite"] in [path for path, _ in parse_overrides(overrides)]:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from clead.attacks import ATTACKS
 from clead.data.datasets import DATASETS
@@ -14,6 +14,7 @@ from clead.errors import UserError
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.registry import Registry
+from clead.renamed import current_value
 from clead.settings import Ratio, setting, settings, validated
 from clead.threats import THREATS
 
@@ -119,14 +120,17 @@ class Train:
             raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
 
 
+SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "black_box", "pgd"]
+
+
 @settings
 class Eval:
     """The worst case over the attacks of a suite, on images that training never saw."""
 
-    suite: Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"] = setting(
+    suite: Annotated[SuiteName, BeforeValidator(lambda name: current_value("eval.suite", name))] = setting(
         "standard",
         "standard: AutoAttack (APGD-CE, APGD-T, FAB-T, Square); plus: its longer version; rand: for randomised models; quick: "
-        "two APGD of 50 steps; adaptive: standard, then the embedding; queries: without gradients (Square, in "
+        "two APGD of 50 steps; adaptive: standard, then the embedding; black_box: without gradients (Square, in "
         "linf also RayS, from labels alone); pgd: FGSM and two PGD-50, each on all images",
     )
     split: Literal["test", "val"] = setting("test", "which images")

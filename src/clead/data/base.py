@@ -28,6 +28,7 @@ from clead.data.label_sampling import hide_labels, stratified
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean, memory_of, printable
 from clead.interfaces import ImageSet, Splits
+from clead.renamed import old_names
 from clead.settings import setting, settings
 
 _log = logging.getLogger("clead")
@@ -590,3 +591,8 @@ def _shape(images: Tensor) -> str:
 def _listed(noun: str, names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"{noun} {shown}"
+
+
+__getattr__ = old_names(
+    __name__, {"Found": "RawSplits", "Part": "RawSplit", "existing": "resolve_path", "mixed": "shuffle_if_sorted"}
+)

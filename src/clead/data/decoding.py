@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clead.errors import UserError
+from clead.renamed import old_names
 
 log = logging.getLogger("clead")
 
@@ -386,3 +387,6 @@ def _trusted(path: Path) -> bool:
             )
             return False
     return True
+
+
+__getattr__ = old_names(__name__, {"Fit": "ResizeSpec"})

@@ -21,7 +21,7 @@ from clead.evaluation.state import ResumableResults
 from clead.evaluation.suites import NamedAttack, attack_name
 from clead.interfaces import Threat
 from clead.progress import Tick, scaled
-from clead.results.record import CheckPart, CurvePoint
+from clead.results.record import Check, CurvePoint
 from clead.results.statistics import estimate
 from clead.settings import Ratio, validated
 
@@ -79,7 +79,7 @@ def robustness_curve(
     return points
 
 
-def masking_checks(plan: EvaluationPlan, store: ResumableResults, limits: Extent, tick: Tick) -> list[CheckPart]:
+def masking_checks(plan: EvaluationPlan, store: ResumableResults, limits: Extent, tick: Tick) -> list[Check]:
     """Return the checks of gradient masking on the first images; ``tick`` advances by 1 in all."""
     n, effort = limits.check_images, limits.checks
     if not n or plan.draws > 1:
@@ -113,4 +113,4 @@ def masking_checks(plan: EvaluationPlan, store: ResumableResults, limits: Extent
                 standing = None if standing is None else standing[: len(x)]
                 warnings.warn(f"the device is out of memory: {len(x)} images for the checks", stacklevel=2)
         store.save(key, {}, {"checks": [check.model_dump() for check in checks]})
-    return [CheckPart.model_validate(check) for check in store.parts[key][1]["checks"]]
+    return [Check.model_validate(check) for check in store.parts[key][1]["checks"]]

@@ -26,7 +26,7 @@ from clead.evaluation.suites import LOWER_PRECISION, NamedAttack
 from clead.interfaces import ImageSet, Threat
 from clead.models.seeding import fork_rng
 from clead.progress import Tick, progress, scaled
-from clead.results.record import CheckPart, CurvePoint
+from clead.results.record import Check, CurvePoint
 from clead.results.target import EvaluationTarget
 
 
@@ -102,7 +102,7 @@ def evaluate_model(
 
 def _curve_and_checks(
     plan: EvaluationPlan, store: ResumableResults, has_gradient: bool, ticks: Sequence[Tick]
-) -> tuple[list[CurvePoint], list[CheckPart], list[str]]:
+) -> tuple[list[CurvePoint], list[Check], list[str]]:
     """Return the curve, the checks of gradient masking, and notes on what of them was limited or left out."""
     curve, checks, notes = [], [], []
     if has_gradient:

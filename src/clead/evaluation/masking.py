@@ -29,7 +29,7 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import has_features, wrapped
 from clead.progress import Tick
-from clead.results.record import CheckPart
+from clead.results.record import Check
 from clead.results.statistics import mcnemar
 from clead.settings import Ratio
 from clead.tasks.classification import CLASSIFICATION
@@ -87,7 +87,7 @@ def run_checks(
     source: nn.Module | None = None,
     tick: Tick | None = None,
     selection: Selection | None = None,
-) -> list[CheckPart]:
+) -> list[Check]:
     """Look for signs that attacks on ``model`` fail for another reason than its robustness.
 
     Costs at most about 550 gradients and 550 answers per image that is classified right when clean (in passes, some
@@ -111,7 +111,7 @@ def run_checks(
     check_inputs(x, y)
     selection = selection or Selection(CHECKS)
     model, source = wrapped(model), None if source is None else wrapped(source)
-    parts: list[CheckPart] = []
+    checks: list[Check] = []
     models = [model] if source is None else [model, source]
     with torch.inference_mode(False), torch.no_grad(), _kept(models), fork_rng(seed):
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
@@ -124,11 +124,11 @@ def run_checks(
             for name, check in _CHECKS.items():
                 if name not in selection.names:
                     continue
-                if part := check(probe):
-                    parts.append(part)
+                if (result := check(probe)) is not None:
+                    checks.append(result)
                 if tick:
                     tick(1, check=name)
-    return parts
+    return checks
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,12 @@ class _Probe:
         return self.standing["long"]
 
 
-def _part(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: float | Tensor) -> CheckPart:
+def _check(name: str, passed: bool, seen: str, good: str, bad: str, **numbers: float | Tensor) -> Check:
     values = {key: float(value) for key, value in numbers.items()}
-    return CheckPart(name=name, passed=bool(passed), numbers=values, explanation=f"{seen}. {good if passed else bad}.")
+    return Check(name=name, passed=bool(passed), numbers=values, explanation=f"{seen}. {good if passed else bad}.")
 
 
-def _mode(probe: _Probe) -> CheckPart:
+def _mode(probe: _Probe) -> Check:
     changed, agree, (training, given) = 0.0, 1.0, probe.given
     if given is not None:
         with fork_rng(
@@ -296,7 +296,7 @@ def _mode(probe: _Probe) -> CheckPart:
             fixed = probe.model(torch.cat([probe.x, probe.x]))[: len(probe.x)]
         changed = float(_distances(given, fixed).max())
         agree = float((CLASSIFICATION.predict(given) == CLASSIFICATION.predict(fixed)).float().mean())
-    return _part(
+    return _check(
         "mode",
         changed <= 1e-3,
         f"{len(training)} layers came in train mode, and eval mode changes {1 - agree:.0%} of the answers",
@@ -314,9 +314,9 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
     return ((a - b).abs().amax(1) / b.abs().max().clamp_min(1e-30)).nan_to_num(1.0, 1.0, 1.0)
 
 
-def _deterministic(probe: _Probe) -> CheckPart:
+def _deterministic(probe: _Probe) -> Check:
     changed = _distances(probe.model(probe.x), probe.logits)
-    return _part(
+    return _check(
         "deterministic",
         float(changed.max()) <= 1e-4,
         f"Two passes over the clean images differ by {float(changed.max()):.2g} of the largest logit",
@@ -328,12 +328,12 @@ def _deterministic(probe: _Probe) -> CheckPart:
     )
 
 
-def _batch(probe: _Probe) -> CheckPart:
+def _batch(probe: _Probe) -> Check:
     half = (len(probe.x) + 1) // 2
     again = torch.cat([probe.model(part) for part in probe.x.flip(0).split(half)]).flip(0)
     changed = _distances(again, probe.logits)
     noise = _distances(probe.model(probe.x), probe.logits)  # of a random model, which is named elsewhere
-    return _part(
+    return _check(
         "batch",
         float(changed.max()) <= 1e-3 + 2 * float(noise.max()),
         f"In other batches the logits differ by {float(changed.max()):.2g} of the largest",
@@ -344,7 +344,7 @@ def _batch(probe: _Probe) -> CheckPart:
     )
 
 
-def _logits(probe: _Probe) -> CheckPart:
+def _logits(probe: _Probe) -> Check:
     logits = probe.logits
     probabilities = bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
     top = logits.topk(2, dim=1).values
@@ -361,7 +361,7 @@ def _logits(probe: _Probe) -> CheckPart:
             "The logits are so large that softmax is exactly 0 and 1, and the cross-entropy has no gradient to follow. Trust the "
             "attacks on the margin, and divide the logits by a temperature"
         )
-    return _part(
+    return _check(
         "logits",
         not probabilities and underflow <= few(len(logits)),
         f"The outputs lie in [{float(logits.min()):.3g}, {float(logits.max()):.3g}], and the largest is ahead by "
@@ -375,7 +375,7 @@ def _logits(probe: _Probe) -> CheckPart:
     )
 
 
-def _normalisation(probe: _Probe) -> CheckPart:
+def _normalisation(probe: _Probe) -> Check:
     x, y, n = probe.x, probe.y, len(probe.x)
     given = int(probe.flags.sum())
     found = {name: CLASSIFICATION.correct(probe.model(changed), y) for name, changed in _variants(x).items()}
@@ -394,7 +394,7 @@ def _normalisation(probe: _Probe) -> CheckPart:
         "normalised": "the model expects normalised images; give it clead.models.normalize.Normalize as its first layer",
         "channels": "the model expects the colours in the other order (BGR for RGB); swap them",
     }[best.split()[0]]
-    return _part(
+    return _check(
         "normalisation",
         not better,
         f"{given} of {n} images are right as they are, {count} when {best}",
@@ -423,7 +423,7 @@ def _variants(x: Tensor) -> dict[str, Tensor]:
     return variants
 
 
-def _smooth(probe: _Probe) -> CheckPart:
+def _smooth(probe: _Probe) -> Check:
     """Compare margin(x + τ·sign) − margin(x) with τ·‖gradient‖₁ over the pixels that have room, for two small τ."""
     x, n = probe.x, len(probe.x)
     objective = probe.objective("margin", probe.model, x, probe.y)
@@ -441,7 +441,7 @@ def _smooth(probe: _Probe) -> CheckPart:
     flat_but_moved = (flat(gradient).abs().amax(1) == 0) & (moved.abs() > rounding)
     wrong = int((~agrees | flat_but_moved).sum())
     random_ = int(((objective(x) - value).abs() > rounding).sum()) > few(n)  # named elsewhere
-    return _part(
+    return _check(
         "smooth",
         wrong <= max(3, 0.25 * n),
         f"For {wrong} of {n} images a small step along the gradient does not change the margin as the gradient says",
@@ -454,7 +454,7 @@ def _smooth(probe: _Probe) -> CheckPart:
     )
 
 
-def _noise(probe: _Probe) -> CheckPart:
+def _noise(probe: _Probe) -> Check:
     standing = torch.ones_like(probe.pgd("margin") if probe.earlier is None else probe.earlier)
     for _ in range(10 if probe.m else 0):
         noisy = probe.threat.random_start(probe.x[probe.right], generator=probe.generator)
@@ -462,7 +462,7 @@ def _noise(probe: _Probe) -> CheckPart:
     broken = ~(probe.white_box() if probe.earlier is None else probe.earlier)
     noise, gradient = int((~standing).sum()), int(broken.sum())
     enough = noise <= few(probe.m) or 2 * noise <= gradient or gradient >= probe.m - few(probe.m)
-    return _part(
+    return _check(
         "noise",
         enough,
         f"Ten draws of noise break {noise} of {probe.m} images, the gradient {gradient}",
@@ -474,10 +474,10 @@ def _noise(probe: _Probe) -> CheckPart:
     )
 
 
-def _steps(probe: _Probe) -> CheckPart:
+def _steps(probe: _Probe) -> Check:
     short, middle = int(probe.pgd("margin", 10).sum()), int(probe.pgd("margin").sum())
     both, long = int(probe.white_box().sum()), int(probe.long().sum())
-    return _part(
+    return _check(
         "steps",
         both - long <= few(probe.m) and middle - short <= few(probe.m),
         f"Of {probe.m} images PGD-10 leaves {short}, PGD-50 {middle}, PGD-50 with both objectives {both}, and PGD-200 from a new "
@@ -492,7 +492,7 @@ def _steps(probe: _Probe) -> CheckPart:
     )
 
 
-def _agreement(probe: _Probe) -> CheckPart:
+def _agreement(probe: _Probe) -> Check:
     ce, margin = probe.pgd("cross_entropy"), probe.pgd("margin")
     counts = {"cross_entropy": int(ce.sum()), "margin": int(margin.sum())}
     more = 0
@@ -502,7 +502,7 @@ def _agreement(probe: _Probe) -> CheckPart:
         more = int((ce & margin & ~features).sum())
     apart = abs(counts["cross_entropy"] - counts["margin"])
     chance = mcnemar(ce.tolist(), margin.tolist()).p_value > 0.01
-    return _part(
+    return _check(
         "agreement",
         (apart <= max(3, 0.2 * probe.m) or chance) and more <= few(probe.m),
         f"Of {probe.m} images PGD-50 leaves " + ", ".join(f"{v} by {k.replace('_', '-')}" for k, v in counts.items()),
@@ -514,7 +514,7 @@ def _agreement(probe: _Probe) -> CheckPart:
     )
 
 
-def _black_box(probe: _Probe) -> CheckPart | None:
+def _black_box(probe: _Probe) -> Check | None:
     standing = probe.long() if probe.earlier is None else probe.earlier
     tried: dict[str, int] = {}
     if probe.source is not None:
@@ -532,7 +532,7 @@ def _black_box(probe: _Probe) -> CheckPart | None:
         tried["square"] = broken
     if not tried:
         return None
-    return _part(
+    return _check(
         "black box",
         max(tried.values()) <= few(probe.m),
         f"Of the {int(standing.sum())} images that stand against the gradient, "
@@ -545,14 +545,14 @@ def _black_box(probe: _Probe) -> CheckPart | None:
     )
 
 
-def _unbounded(probe: _Probe) -> CheckPart:
+def _unbounded(probe: _Probe) -> Check:
     # From the image itself: an image of noise is misclassified as it is, which would prove nothing about the gradient.
     box = Linf(eps=1.0)
     steps = _BOX_STEPS if probe.earlier is None else _FEWER_BOX_STEPS
     left = probe.held("margin", steps, threat=box, random_start=False)
     left = probe.held("cross_entropy", steps, threat=box, among=left, random_start=False)
     count = int(left.sum())
-    return _part(
+    return _check(
         "unbounded",
         count <= few(probe.m),
         f"With any image allowed, PGD-{steps} leaves {count} of {probe.m} right",
@@ -564,7 +564,7 @@ def _unbounded(probe: _Probe) -> CheckPart:
     )
 
 
-def _monotone(probe: _Probe) -> CheckPart:
+def _monotone(probe: _Probe) -> Check:
     counts: dict[str, int] = {}
     for factor in (0.25, 0.5, 1.0, 2.0):
         try:
@@ -575,7 +575,7 @@ def _monotone(probe: _Probe) -> CheckPart:
         counts[f"{factor:g} eps"] = int(probe.held("margin", 20, threat=threat).sum())
     values = list(counts.values())
     rise = max((after - before for before, after in zip(values, values[1:], strict=False)), default=0)
-    return _part(
+    return _check(
         "monotone",
         rise <= few(probe.m),
         f"PGD-20 leaves {', '.join(f'{count} at {name}' for name, count in counts.items())} of {probe.m} images",
@@ -588,7 +588,7 @@ def _monotone(probe: _Probe) -> CheckPart:
     )
 
 
-def _gradients(probe: _Probe) -> CheckPart:
+def _gradients(probe: _Probe) -> Check:
     n, numbers = len(probe.x), {}
     broken = zero = 0
     for name in ("cross_entropy", "margin"):
@@ -599,7 +599,7 @@ def _gradients(probe: _Probe) -> CheckPart:
         numbers[f"zero_{name}"] = missing / n
         numbers[f"median_{name}"] = float(largest.nan_to_num(0, 0, 0).median())
     seen = f"The gradient is 0 for {zero} of {n} images and not finite for {broken}"
-    return _part(
+    return _check(
         "gradients",
         zero <= few(n) and broken == 0 and probe.lost == 0,
         seen + (f"; attacks met {probe.lost} more that are not finite" if probe.lost else ""),
@@ -612,7 +612,7 @@ def _gradients(probe: _Probe) -> CheckPart:
     )
 
 
-_CHECKS: dict[str, Callable[[_Probe], CheckPart | None]] = {
+_CHECKS: dict[str, Callable[[_Probe], Check | None]] = {
     "mode": _mode,
     "deterministic": _deterministic,
     "batch": _batch,

@@ -47,13 +47,13 @@ def check_plan(plan: EvaluationPlan) -> tuple[bool, list[str]]:
             return True, []
         return True, [
             f"the gradient of the logits to the first {len(several)} images is 0 everywhere (rounding, argmax or a sign in the "
-            "model?), so attacks that climb it find nothing: believe --eval.suite queries only"
+            "model?), so attacks that climb it find nothing: believe --eval.suite black_box only"
         ]
     need = [named.name for named in plan.attacks if capabilities(named.attack).needs_gradient]
     if need:
         raise UserError(
             f"the model gives no gradient to its images (it detaches them, runs under no_grad, or is no PyTorch code), which "
-            f"{', '.join(need)} needs; use --eval.suite queries"
+            f"{', '.join(need)} needs; use --eval.suite black_box"
         )
     return False, []
 

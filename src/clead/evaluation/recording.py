@@ -19,15 +19,15 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, weights
 from clead.results.provenance import command, environment
 from clead.results.record import (
-    AttackPart,
-    CheckPart,
-    ClassPart,
+    AttackResult,
+    Check,
+    ClassAccuracy,
     CurvePoint,
-    MemoryPart,
-    ModelPart,
-    PredictionsPart,
+    EvaluatedModel,
+    Memory,
+    Predictions,
     Record,
-    ThreatPart,
+    ThreatModel,
 )
 from clead.results.statistics import estimate
 from clead.settings import Ratio
@@ -50,7 +50,7 @@ def make_evaluation(
     plan: EvaluationPlan,
     store: ResumableResults,
     curve: list[CurvePoint],
-    checks: list[CheckPart],
+    checks: list[Check],
     notes: list[str],
     start: float,
 ) -> Evaluation:
@@ -70,14 +70,14 @@ def make_evaluation(
         seed=plan.settings.seed,
         suite=plan.suite,
         notes=[*notes, *getattr(plan.model, "notes", ()), *_not_finite(plan, store), *targeted_notes],
-        model=ModelPart(
+        model=EvaluatedModel(
             name=plan.target.model,
             parameters=sum(p.numel() for key, p in plan.model.named_parameters() if not key.startswith("projection.")),
             weights=plan.target.weights,
             fingerprint=fingerprint(weights(plan.model)),
         ),
-        data=plan.target.data_part(plan.images),
-        threat=ThreatPart(norm=plan.threat.norm, eps=float(eps), eps_text=eps.text),
+        data=plan.target.evaluated_data(plan.images),
+        threat=ThreatModel(norm=plan.threat.norm, eps=float(eps), eps_text=eps.text),
         clean=estimate(clean.tolist()),
         clean_flags=clean.tolist(),
         worst=estimate(robust.tolist()),
@@ -99,7 +99,7 @@ def make_evaluation(
 
 def _attacks(
     plan: EvaluationPlan, store: ResumableResults, clean: Tensor
-) -> tuple[list[AttackPart], Tensor, Tensor, list[str]]:
+) -> tuple[list[AttackResult], Tensor, Tensor, list[str]]:
     """Return what each attack did, which images are right after all (N,), the saved adversarial images, and notes."""
     robust = clean.clone()
     adversarial = to_float(plan.images.images[: plan.num_saved])
@@ -115,7 +115,7 @@ def _attacks(
         if named.target is not None:
             notes.append(_targeted_note(plan.target.classes[named.target], named, (before & ~flags)[before]))
         attacks.append(
-            AttackPart(
+            AttackResult(
                 name=named.name,
                 settings=describe(named),
                 attacked=int(before.sum()),
@@ -133,11 +133,11 @@ def _attacks(
     return attacks, robust, adversarial, notes
 
 
-def _per_class(plan: EvaluationPlan, clean: Tensor, robust: Tensor) -> list[ClassPart]:
+def _per_class(plan: EvaluationPlan, clean: Tensor, robust: Tensor) -> list[ClassAccuracy]:
     """Return the accuracies of each class that has images."""
     of_clean, of_robust = (plan.task.metrics(flags, plan.images.labels, plan.num_classes) for flags in (clean, robust))
     return [
-        ClassPart(
+        ClassAccuracy(
             name=name,
             n=of_clean["class_n"][k],
             clean_accuracy=of_clean["class_accuracy"][k],
@@ -179,7 +179,7 @@ def _not_finite(plan: EvaluationPlan, store: ResumableResults) -> list[str]:
     return notes
 
 
-def _predictions(plan: EvaluationPlan, store: ResumableResults) -> PredictionsPart | None:
+def _predictions(plan: EvaluationPlan, store: ResumableResults) -> Predictions | None:
     """Return what the images are taken for; None of a randomised model, whose verdict is no single answer."""
     stages = [[tensors for tensors, _ in plan.parts(store, stage)] for stage in range(-1, len(plan.attacks))]
     # A state that an earlier version left does not hold them.
@@ -190,14 +190,14 @@ def _predictions(plan: EvaluationPlan, store: ResumableResults) -> PredictionsPa
     for flags, predicted in attacks:
         attacked = torch.where(survivors & ~flags, predicted, attacked)
         survivors &= flags
-    return PredictionsPart(labels=plan.images.labels.tolist(), clean=clean[1].tolist(), attacked=attacked.tolist())
+    return Predictions(labels=plan.images.labels.tolist(), clean=clean[1].tolist(), attacked=attacked.tolist())
 
 
-def _memory(device: torch.device) -> MemoryPart:
+def _memory(device: torch.device) -> Memory:
     """Return the most memory that was in use, as far as the system tells."""
     status = Path("/proc/self/status")  # not getrusage, whose figure a process inherits from the one that started it
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return MemoryPart(
+    return Memory(
         process=1024 * int(peak[1]) if peak else None,
         device=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )

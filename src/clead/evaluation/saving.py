@@ -18,7 +18,7 @@ from clead.evaluation.recording import Evaluation
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
 from clead.output import tell
-from clead.results.record import Record, TransferredPart
+from clead.results.record import Record, TransferResult
 from clead.runs.loading import OpenedModel
 
 
@@ -46,7 +46,7 @@ def evaluate_into_folder(
     *,
     attacks: Sequence[NamedAttack] | None,
     more: Sequence[NamedAttack],
-    transferred: TransferredPart | None = None,
+    transferred: TransferResult | None = None,
 ) -> Evaluation:
     """Evaluate, write the record, the pictures' tensors and the adversarial images, and only then drop the state."""
     folder, result, shard = output.folder, output.result, output.shard

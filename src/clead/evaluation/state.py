@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clead.atomic_io import check_inside, locked, read_json, remove_tree_inside, write_atomically
 from clead.errors import UserError
+from clead.renamed import updated
 from clead.signature import is_signed, keyless, owned, sign
 from clead.weights.files import fingerprint, load_weights, save_weights
 
@@ -85,6 +86,8 @@ class ResumableResults:
                     f"{self.path} is the state of another evaluation ({'; '.join(different)}); "
                     "repeat that one, or discard it with --fresh"
                 )
+            else:
+                self.header = header  # as its parts are signed: it may hold a name of an earlier version
             self._read(self.path)
             try:
                 yield self
@@ -172,6 +175,7 @@ def read_header(path: Path) -> dict[str, Any] | None:
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Return what differs between two headers, in words."""
+    found, wanted = updated(found), updated(wanted)
     return [
         f"{key}: {_brief(found.get(key))} there, {_brief(wanted.get(key))} here"
         for key in {**found, **wanted}

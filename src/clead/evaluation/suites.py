@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +19,19 @@ from clead.attacks.rays import RayS
 from clead.attacks.square import Square
 from clead.errors import UserError
 from clead.interfaces import Attack, Search
+from clead.renamed import current_value
 from clead.results.record import Record
 from clead.settings import Ratio
 from clead.tasks import Task
 from clead.tasks.classification import TOWARDS_CLASS
 
-SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "queries", "pgd"]
 SUITE_TITLES: dict[str, str] = {
     "standard": "AutoAttack standard",
     "plus": "AutoAttack plus",
     "rand": "AutoAttack rand",
     "quick": "quick suite, not AutoAttack",
     "adaptive": "AutoAttack standard and attacks on the embedding",
-    "queries": "attacks by queries only",
+    "black_box": "attacks by queries only",
     "pgd": "FGSM and PGD, not AutoAttack",
     "attacks": "the attacks listed, not AutoAttack",
 }
@@ -110,7 +110,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
 
     ``standard`` is AutoAttack (Croce & Hein 2020, arXiv:2003.01690, section 6; L1: Croce & Hein 2021, arXiv:2103.01208):
     APGD-CE, APGD-T, FAB-T, Square. ``plus`` and ``rand`` are its longer and its randomised version. ``quick`` has half the
-    steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square. ``queries`` is Square, and in L∞ RayS after it, which
+    steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square. ``black_box`` is Square, and in L∞ RayS after it, which
     uses labels only (Chen & Gu 2020, arXiv:2006.12792), with as many queries.
 
     Args:
@@ -121,6 +121,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
 
     Raises UserError if the suite is not defined for the norm.
     """
+    name = current_value("eval.suite", name)
     if norm not in ("linf", "l2", "l1") and name != "pgd":
         raise UserError(f"suite {name} is defined for linf, l2 and l1, got {norm}; use --eval.suite pgd")
     targets = min(5 if norm == "l1" else 9, num_classes - 1)
@@ -128,17 +129,17 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     notes = []
     if targets < (5 if norm == "l1" else 9) and name in ("standard", "plus", "adaptive"):
         notes.append(f"{num_classes} classes: {targets} target{'s' if targets > 1 else ''} instead of the protocol's")
-    if num_classes == 3 and name not in ("queries", "pgd"):
+    if num_classes == 3 and name not in ("black_box", "pgd"):
         notes.append("3 classes: the targeted DLR loss is not defined, APGD-T maximises the targeted margin")
-    if num_classes == 2 and name not in ("queries", "pgd"):
+    if num_classes == 2 and name not in ("black_box", "pgd"):
         notes.append("2 classes: the DLR loss is not defined, the margin stands in for it")
     ce = APGD(restarts=restarts)
     dlr = APGD(loss="dlr" if num_classes > 2 else "margin")
     targeted = APGD(loss="dlr" if num_classes > 3 else "margin", targets=targets)
     fab, square = FAB(targets=min(9, num_classes - 1)), Square()
     labels_only = [RayS(queries=square.queries)] if norm == "linf" else []
-    if name == "queries" and not labels_only:
-        notes.append(f"suite queries in {norm} is Square alone: RayS, which uses labels only, is an attack for linf")
+    if name == "black_box" and not labels_only:
+        notes.append(f"suite black_box in {norm} is Square alone: RayS, which uses labels only, is an attack for linf")
     attacks: list[Attack | Search] = {
         "standard": [ce, targeted, fab, square],
         "adaptive": [ce, targeted, fab, square],
@@ -152,7 +153,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
         ],
         "rand": [APGD(eot=20), replace(dlr, eot=20)],
         "quick": [APGD(steps=50), replace(targeted, steps=50, targets=min(3, targets))],
-        "queries": [square, *labels_only],
+        "black_box": [square, *labels_only],
         "pgd": [FGSM()],
     }[name]
     pgd = PGD(steps=50, keep="best")

@@ -15,7 +15,7 @@ from clead.evaluation.state import read_header
 from clead.evaluation.suites import NamedAttack
 from clead.interfaces import ImageSet, Model, Threat
 from clead.models.split import weights
-from clead.results.record import TransferredPart
+from clead.results.record import TransferResult
 from clead.results.statistics import estimate
 from clead.weights.files import fingerprint, load_weights
 
@@ -78,7 +78,7 @@ def stored_test(folder: Path, data: str) -> StoredTest | None:
 
 def transferred(
     model: nn.Module, images: ImageSet, stored: StoredTest, threat: Threat, device: torch.device
-) -> TransferredPart:
+) -> TransferResult:
     """Return how many of ``images`` the model has right, clean and as stored; of the first, as far as there are stored ones."""
     n = min(len(images), len(stored.x_adv))
     flags, sizes = [], []
@@ -89,7 +89,7 @@ def transferred(
             x_adv = stored.x_adv[here].to(device)
             flags += (correct_mask(model, x, y) & correct_mask(model, x_adv, y)).tolist()
             sizes.append(threat.distance(x_adv - x).max().item())
-    return TransferredPart(
+    return TransferResult(
         settings=stored.attack,
         fooled=stored.wrong[:n].float().mean().item(),
         robust=estimate(flags),

@@ -69,7 +69,7 @@ def remeasure(
     """
     options = {"check_images": 0, "curve_points": 0, "gallery": 0, "seed": config.eval.seed}
     quick = validated(Eval, {**options, "suite": "quick"})
-    queries = validated(Eval, {**options, "suite": "queries", "steps": QUERY_STEPS})
+    queries = validated(Eval, {**options, "suite": "black_box", "steps": QUERY_STEPS})
     attacked = converted if gradients else StraightThrough(original, converted)
     threat, plain = config.threat, EvaluationOptions(show=show)
     keep = EvaluationOptions(show=show, keep_adversarial=True)

@@ -24,7 +24,7 @@ from clead.interfaces import ImageSet, Splits, Threat
 from clead.measurements import MEASUREMENTS
 from clead.models.split import weights
 from clead.results.provenance import command, environment
-from clead.results.record import DataPart, Estimate, ModelPart, ThreatPart
+from clead.results.record import Estimate, EvaluatedData, EvaluatedModel, ThreatModel
 from clead.results.section import DistanceCurves, Section
 from clead.results.target import EvaluationTarget
 from clead.settings import Ratio
@@ -201,9 +201,9 @@ class MeasurementRecord(BaseModel):
     command: str
     seed: int
     settings: dict[str, Any]
-    model: ModelPart
-    data: DataPart
-    threat: ThreatPart | None
+    model: EvaluatedModel
+    data: EvaluatedData
+    threat: ThreatModel | None
     result: SerializeAsAny[Result]
     notes: list[str] = Field(default_factory=list)
     versions: dict[str, str]
@@ -266,14 +266,14 @@ def measure_target(
     threat = None
     if "threat" in measurement.keys:
         eps = Ratio(target.threat.eps)
-        threat = ThreatPart(norm=target.threat.norm, eps=float(eps), eps_text=eps.text)
-    model = ModelPart(
+        threat = ThreatModel(norm=target.threat.norm, eps=float(eps), eps_text=eps.text)
+    model = EvaluatedModel(
         name=target.about.model,
         parameters=sum(p.numel() for key, p in target.model.named_parameters() if not key.startswith("projection.")),
         weights=target.about.weights,
         fingerprint=fingerprint(weights(target.model)),
     )
-    data = target.about.data_part(target.images)
+    data = target.about.evaluated_data(target.images)
     settings = measurement.decides(target)
     header = {
         "kind": measurement.kind,

@@ -6,4 +6,4 @@ from typing import Any
 
 from clead.registry import Registry
 
-METHODS: Registry[Any] = Registry("method", "clead.methods")
+METHODS: Registry[Any] = Registry("method", "clead.methods", {"memory": "state"})

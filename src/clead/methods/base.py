@@ -14,6 +14,7 @@ from clead.distributed import SINGLE_PROCESS, World
 from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
+from clead.renamed import old_names, warn_renamed
 from clead.settings import settings
 
 
@@ -47,6 +48,12 @@ class StepContext(NamedTuple):
     progress: float = 0.0
     state: nn.Module | None = None
     world: World = SINGLE_PROCESS
+
+    @property
+    def memory(self) -> nn.Module | None:
+        """The name of ``state`` in version 0.1."""
+        warn_renamed("step.memory", "step.state")
+        return self.state
 
 
 def over_whole_batch(
@@ -230,3 +237,6 @@ class Method(ABC):
         """
         step = StepContext(threat, attack, generator, progress, state)
         return self.loss(model, self.views(model, batch, step), step)
+
+
+__getattr__ = old_names(__name__, {"Step": "StepContext"})

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
 
 from clead.errors import printable
+from clead.renamed import VALUES, old_names
 
 SCHEMA_VERSION = 3  # 2 wrote flags as lists of true and false
 
@@ -32,7 +33,7 @@ Flags = Annotated[
 """A flag per image, in their order; JSON has them as a text of 0 and 1."""
 
 
-class _Part(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="after")
@@ -46,7 +47,7 @@ class _Part(BaseModel):
         return value
 
 
-class Estimate(_Part):
+class Estimate(_Frozen):
     """A fraction of n images with its Wilson 95 % interval."""
 
     accuracy: float = Field(ge=0, le=1)
@@ -55,7 +56,7 @@ class Estimate(_Part):
     n: int = Field(ge=1)
 
 
-class ThreatPart(_Part):
+class ThreatModel(_Frozen):
     """The threat model; ``eps_text`` keeps how the radius was written, such as ``8/255``."""
 
     norm: str
@@ -63,7 +64,7 @@ class ThreatPart(_Part):
     eps_text: str
 
 
-class ModelPart(_Part):
+class EvaluatedModel(_Frozen):
     """Which model was attacked: ``fingerprint`` is a hex digest of its weights."""
 
     name: str
@@ -72,7 +73,7 @@ class ModelPart(_Part):
     fingerprint: str
 
 
-class DataPart(_Part):
+class EvaluatedData(_Frozen):
     """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones.
 
     ``origin`` says what the test images are (``clead.interfaces.Splits``); ``skipped`` has one line for each file of the data set
@@ -103,7 +104,7 @@ class DataPart(_Part):
         return origins.get(self.origin, "") if self.split == "test" else ""
 
 
-class AttackPart(_Part):
+class AttackResult(_Frozen):
     """One attack: ``attacked`` images were right before it, ``broken`` of them are wrong after it.
 
     In a suite whose attacks follow each other (all but ``pgd``) an attack meets the survivors of those before it, and ``robust``
@@ -126,7 +127,7 @@ class AttackPart(_Part):
     lost: list[int] = Field(default_factory=list)
 
 
-class CurvePoint(_Part):
+class CurvePoint(_Frozen):
     """Robust accuracy at another radius, for the curve against epsilon."""
 
     eps: float
@@ -135,7 +136,7 @@ class CurvePoint(_Part):
     robust: Estimate
 
 
-class ClassPart(_Part):
+class ClassAccuracy(_Frozen):
     """Accuracy of the images of one class."""
 
     name: str
@@ -144,7 +145,7 @@ class ClassPart(_Part):
     robust_accuracy: float
 
 
-class CheckPart(_Part):
+class Check(_Frozen):
     """One sign of gradient masking: what was measured, whether it is as it should be, and what it means in plain words."""
 
     name: str
@@ -153,7 +154,7 @@ class CheckPart(_Part):
     explanation: str
 
 
-class TransferredPart(_Part):
+class TransferResult(_Frozen):
     """Images that were made for another model, before this one was trained: no worst case, and no part of ``worst``.
 
     ``fooled`` is the fraction of them that the other model gets wrong, ``largest`` the largest perturbation in the threat's norm,
@@ -168,7 +169,7 @@ class TransferredPart(_Part):
     largest: float
 
 
-class PredictionsPart(_Part):
+class Predictions(_Frozen):
     """What each evaluated image is taken for; numbers of classes, in the order of the images.
 
     ``attacked`` is the answer to the image of the first attack that broke it: of the true class's rivals the one with the largest
@@ -180,7 +181,7 @@ class PredictionsPart(_Part):
     attacked: list[int]
 
 
-class MemoryPart(_Part):
+class Memory(_Frozen):
     """The most memory in use, in bytes: ``process``, all that it held since it began; ``device``, tensors on the GPU meanwhile.
 
     None where the system does not tell, and without a GPU. Of an evaluation that was continued or shared out: of its last process.
@@ -190,7 +191,7 @@ class MemoryPart(_Part):
     device: int | None
 
 
-class TrainingPart(_Part):
+class Training(_Frozen):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
     method: str
@@ -201,7 +202,7 @@ class TrainingPart(_Part):
     seed: int
 
 
-class Record(_Part):
+class Record(_Frozen):
     """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
 
     schema_version: Literal[2, 3] = SCHEMA_VERSION
@@ -211,23 +212,28 @@ class Record(_Part):
     seed: int
     suite: str
     notes: list[str]
-    model: ModelPart
-    data: DataPart
-    threat: ThreatPart
+    model: EvaluatedModel
+    data: EvaluatedData
+    threat: ThreatModel
     clean: Estimate
     clean_flags: Flags
     worst: Estimate
     robust_flags: Flags
-    attacks: list[AttackPart]
+    attacks: list[AttackResult]
     curve: list[CurvePoint]
-    checks: list[CheckPart]
-    per_class: list[ClassPart]
-    training: TrainingPart | None
-    transferred: TransferredPart | None = None
-    predictions: PredictionsPart | None = None
-    memory: MemoryPart | None = None
+    checks: list[Check]
+    per_class: list[ClassAccuracy]
+    training: Training | None
+    transferred: TransferResult | None = None
+    predictions: Predictions | None = None
+    memory: Memory | None = None
     versions: dict[str, str]
     seconds: float
+
+    @field_validator("suite", mode="before")
+    @classmethod
+    def _current_suite(cls, name: Any) -> Any:
+        return VALUES["eval.suite"].get(name, name) if isinstance(name, str) else name
 
     @property
     def clean_accuracy(self) -> float:
@@ -243,3 +249,20 @@ class Record(_Part):
     def robust(self) -> list[bool]:
         """Per image: classified right when clean and under every attack."""
         return self.robust_flags
+
+
+__getattr__ = old_names(
+    __name__,
+    {
+        "AttackPart": "AttackResult",
+        "CheckPart": "Check",
+        "ClassPart": "ClassAccuracy",
+        "DataPart": "EvaluatedData",
+        "MemoryPart": "Memory",
+        "ModelPart": "EvaluatedModel",
+        "PredictionsPart": "Predictions",
+        "ThreatPart": "ThreatModel",
+        "TrainingPart": "Training",
+        "TransferredPart": "TransferResult",
+    },
+)

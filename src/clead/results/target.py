@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clead.interfaces import ImageSet
-from clead.results.record import DataPart, TrainingPart
+from clead.results.record import EvaluatedData, Training
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class EvaluationTarget:
     split: Literal["train", "val", "test"]
     data_fingerprint: str
     classes: tuple[str, ...]
-    training: TrainingPart | None = None
+    training: Training | None = None
     origin: Literal["test", "val", "train"] = "test"
     skipped: tuple[str, ...] = ()
     total: int | None = None
 
-    def data_part(self, images: ImageSet) -> DataPart:
+    def evaluated_data(self, images: ImageSet) -> EvaluatedData:
         """Return what a record says of the evaluated images."""
-        return DataPart(
+        return EvaluatedData(
             name=self.data,
             split=self.split,
             n=len(images),

@@ -23,6 +23,7 @@ from typing import Any
 from clead.atomic_io import append_line, check_inside, read_json_lines, remove_leftovers, truncate, write_atomically
 from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError, printable
+from clead.renamed import updated
 from clead.results.provenance import command, environment
 
 PROJECTION = "projection.safetensors"
@@ -99,7 +100,7 @@ class RunDir:
         """Return the run's complete configuration."""
         path = self.path / "config.yaml"
         try:
-            return RunConfig.from_dict(parse_yaml(yaml_text(path), str(path)))
+            return RunConfig.from_dict(updated(parse_yaml(yaml_text(path), str(path))))
         except UnicodeDecodeError:
             raise UserError(f"{path} is damaged: it is not text; copy the run again") from None
 

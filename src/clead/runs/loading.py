@@ -22,7 +22,7 @@ from clead.errors import UserError
 from clead.interfaces import ImageSet, Splits
 from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
-from clead.results.record import TrainingPart
+from clead.results.record import Training
 from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.weights.files import check_weights, load_weights
@@ -106,7 +106,7 @@ def open_run(
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
-        training=training_part(run, trained),
+        training=training_of(run, trained),
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
@@ -220,7 +220,7 @@ def data_name(config: RunConfig) -> str:
     return Path(path).resolve().name if own and path is not None else config.to_dict()["data"]["name"]
 
 
-def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:
+def training_of(run: RunDir, config: RunConfig) -> Training | None:
     """Return what a record says of the training, or None if it did not end."""
     path = run.path / "outcome.json"
     if not path.exists():
@@ -231,4 +231,4 @@ def training_part(run: RunDir, config: RunConfig) -> TrainingPart | None:
         costs = {key: outcome[key] for key in keys}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; remove it, or repeat clead train with --resume") from None
-    return TrainingPart(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)
+    return Training(method=config.to_dict()["method"]["name"], seed=config.train.seed, **costs)

@@ -6,4 +6,4 @@ from typing import Any
 
 from clead.registry import Registry
 
-THREATS: Registry[Any] = Registry("threat", "clead.threats")
+THREATS: Registry[Any] = Registry("threat", "clead.threats", {"size": "distance"})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clead.renamed import old_names
+
 
 def flat(x: Tensor) -> Tensor:
     """Return (B, C·H·W) from (B, C, H, W), whatever the memory format."""
@@ -24,3 +26,6 @@ def sign(gradient: Tensor) -> Tensor:
 def box_slack(x: Tensor, direction: Tensor) -> Tensor:
     """Return how far each pixel of ``x`` in [0, 1] can move towards ``direction`` before it leaves the box (≥ 0)."""
     return torch.where(direction > 0, 1 - x, x).clamp_min(0)
+
+
+__getattr__ = old_names(__name__, {"room": "box_slack"})

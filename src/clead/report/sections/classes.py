@@ -12,7 +12,7 @@ from clead.report.run import RunResult
 from clead.report.sections.stages import bar_axes
 from clead.results.figure import MUTED, Drawing, cell, cell_axes, draw, head, new_axes, style
 from clead.results.format import percent
-from clead.results.record import ClassPart
+from clead.results.record import ClassAccuracy
 
 MOST = 20
 """More classes than this are not drawn."""
@@ -37,7 +37,7 @@ def classes(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     return found
 
 
-def _bars(parts: Sequence[ClassPart], index: int, *, title: str, name: str, label: str) -> Drawing:
+def _bars(parts: Sequence[ClassAccuracy], index: int, *, title: str, name: str, label: str) -> Drawing:
     """Draw clean (pale) and robust (full) accuracy per class; above 20 classes, the 20 least robust."""
     shown = list(parts)
     if len(shown) > MOST:

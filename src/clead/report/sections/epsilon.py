@@ -12,7 +12,7 @@ from clead.evaluation.suites import suite_label
 from clead.report.run import RunResult
 from clead.results.figure import DASHES, ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.results.format import norm_of, percent
-from clead.results.record import Estimate, ThreatPart
+from clead.results.record import Estimate, ThreatModel
 from clead.results.section import DistanceCurves
 from clead.results.statistics import estimate
 
@@ -101,7 +101,7 @@ def _lines(index: int, run: RunResult, norm: str, limit: float) -> list[Line]:
     return lines
 
 
-def _distances(run: RunResult) -> list[tuple[DistanceCurves, ThreatPart | None]]:
+def _distances(run: RunResult) -> list[tuple[DistanceCurves, ThreatModel | None]]:
     """Return what measurements say of the distances to wrong answers, each with its threat."""
     records = [record for kind in run.measurements if (record := run.measured(kind))]
     return [(curves, record.threat) for record in records if (curves := record.result.distance_curves())]
