@@ -60,7 +60,7 @@ def test_commands_and_python_know_them(copy):
     short = "--eval.images 12 --attack.name ni_fgsm --attack.steps 2 --json attack.json"
     python(copy, "clead", "attack", "run", *short.split())
     record = json.loads((copy / "attack.json").read_text())
-    assert record["attacks"][0]["name"] == "NIFGSM" and record["attacks"][0]["backwards"] > 0
+    assert record["attacks"][0]["name"] == "NIFGSM CE" and record["attacks"][0]["backwards"] > 0
     assert "brightness" in python(copy, "clead", "brightness", "run", "--factor", "0.5", "--eval.images", "12")
     assert (copy / "run" / "results" / "brightness.json").exists()
     listed = python(copy, "clead", "list")
