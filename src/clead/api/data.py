@@ -8,7 +8,6 @@ from typing import Any
 from clead.atomic_io import write_atomically
 from clead.data.datasets import DATASETS
 from clead.data.inspection import DataReport, inspect
-from clead.errors import UserError
 from clead.settings import validated
 
 
@@ -32,12 +31,7 @@ def inspect_data(path: str | Path | Any, *, show: str | Path | None = None, **se
     data: Any = path
     if isinstance(path, (str, Path)):
         data = validated(DATASETS.get(settings.pop("name", "auto")), {"path": path, **settings}, "data")
-    try:
-        report, sheet = inspect(data)
-    except NotImplementedError:
-        raise UserError(
-            "data.name parquet_stream reads batch by batch; use --data.name parquet to look at it"
-        ) from None
+    report, sheet = inspect(data)
     if show is not None:
         write_atomically(Path(show), sheet)
     return report

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
+from clead.attacks.capabilities import SHORT, times
 from clead.errors import UserError
 from clead.interfaces import Model, Threat
 from clead.losses import margin as margins
@@ -70,6 +72,12 @@ class APGD:
         0, "classes to aim at, the most likely wrong ones, at most K - 1; 0: away from the label", ge=0, unit="classes"
     )
     eot: int = setting(1, "draws of a randomised model per step, whose gradients are averaged", ge=1, unit="draws")
+
+    def label(self, objective: str) -> str:
+        """Return the name that tables show."""
+        loss, draws = SHORT.get(self.loss, self.loss), f" EoT-{self.eot}" if self.eot > 1 else ""
+        targeted = "APGD-T" if self.loss == "dlr" else f"APGD-T {loss}"
+        return f"{targeted if self.targets else f'APGD-{loss}'}{times(self.restarts)}{draws}"
 
     def perturb(
         self,
@@ -227,7 +235,7 @@ def _spread(logits: Tensor) -> Tensor:
     return ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12
 
 
-class _Path:
+class _Path(ABC):
     """Where each of n images is on its way, and the best point of its way so far. Tensors are (n, …): ``keep`` drops rows.
 
     Attributes:
@@ -269,17 +277,17 @@ class _Path:
         self.point = torch.where(those, self.best, self.point)
         self.gradient = torch.where(those, self.best_gradient, self.gradient)
 
+    @abstractmethod
     def revisions(self, steps: int) -> dict[int, int]:
         """Return the steps after which to revise, each with the number of steps since the one before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, *, first: bool) -> None:
         """Take one step from the point."""
-        raise NotImplementedError
 
+    @abstractmethod
     def revise(self, length: int) -> None:
         """Adapt the steps after ``length`` more of them."""
-        raise NotImplementedError
 
 
 class _Smooth(_Path):

@@ -21,6 +21,7 @@ class Capabilities:
         deterministic: whether it draws nothing, so that a seed changes nothing.
         returns_clean: whether it returns the image itself where it failed.
         searches: whether it looks for a mistake by itself (has ``perturb``) instead of climbing an objective.
+        passes_per_step: forward and backward passes of a step, for the progress bar.
         unrestricted: whether it has a set of allowed images of its own instead of a norm ball (has ``worst`` and ``allows``).
     """
 
@@ -32,8 +33,11 @@ class Capabilities:
     returns_clean: bool = False
     searches: bool = False
     unrestricted: bool = False
+    passes_per_step: int = 2
 
 
+SHORT = {"cross_entropy": "CE", "dlr": "DLR"}
+"""Objectives as the names of attacks have them."""
 _METHODS = {"minimum_norm": "minimal", "searches": "perturb", "unrestricted": "worst"}
 
 
@@ -47,6 +51,22 @@ def capabilities(attack: Any) -> Capabilities:
 def name_of(attack: Any) -> str:
     """Return what messages call an attack."""
     return getattr(attack, "name", None) or type(attack).__name__
+
+
+def attack_name(attack: Any, objective: str = "cross_entropy") -> str:
+    """Return the name that tables show, such as ``PGD-50×5 margin`` or ``APGD-T``: the attack's own ``label``, if it has one."""
+    short = SHORT.get(objective, objective)
+    label = getattr(attack, "label", None)
+    if label is not None:
+        return label(short) if callable(label) else label
+    if capabilities(attack).searches:
+        return name_of(attack)
+    return f"{type(attack).__name__} {short}"
+
+
+def times(number: int) -> str:
+    """Return ``×5``, or nothing for 1."""
+    return f"×{number}" if number > 1 else ""
 
 
 def weakness_warning(attack: Any, threat: Any) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.capabilities import check_norm
+from clead.attacks.capabilities import check_norm, times
 from clead.interfaces import Model, Threat
 from clead.losses.precision import at_least_float32
 from clead.settings import setting, settings
@@ -45,11 +45,16 @@ class FAB:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
     targeted: ClassVar[bool] = True
     returns_clean: ClassVar[bool] = True
+    passes_per_step: ClassVar[int] = 3
     steps: int = setting(100, "steps of each run", ge=1, unit="steps")
     restarts: int = setting(1, "runs per target, all but the first from a random point", ge=1, unit="runs")
     targets: int = setting(
         9, "classes to aim at, the most likely wrong ones, at most K - 1; 0: the nearest boundary at each step", ge=0
     )
+
+    def label(self, objective: str) -> str:
+        """Return the name that tables show."""
+        return f"{'FAB-T' if self.targets else 'FAB'}{times(self.restarts)}"
 
     def perturb(
         self,

@@ -27,6 +27,10 @@ class FGSM:
         Ratio("1"), "length of the step", unit="multiples of eps; 1.25 with random start in Wong 2020", gt=0
     )
 
+    def label(self, objective: str) -> str:
+        """Return the name that tables show."""
+        return "FGSM" if objective == "CE" else f"FGSM {objective}"
+
     def __call__(
         self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None
     ) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
+from clead.attacks.capabilities import times
 from clead.attacks.gradient import value_and_gradient
 from clead.interfaces import Objective, Threat
 from clead.settings import Ratio, setting, settings
@@ -40,6 +41,10 @@ class PGD:
     keep: Literal["last", "best"] = setting(
         "last", "which point of the path to return: the last, or the one of largest objective"
     )
+
+    def label(self, objective: str) -> str:
+        """Return the name that tables show."""
+        return f"PGD-{self.steps}{times(self.restarts)} {objective}"
 
     def __call__(
         self, objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None

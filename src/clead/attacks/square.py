@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -112,7 +113,7 @@ def _stands(value: Tensor) -> Tensor:
     return value <= 0  # not NaN: no answer is no sign of robustness
 
 
-class _Moves:
+class _Moves(ABC):
     """The best images so far, ``best``; a proposal is written into windows of them, and taken back where it is no better.
 
     Around the model's forward there is no work on whole images, except in L1.
@@ -126,12 +127,12 @@ class _Moves:
         self.written: list[tuple[Index | Slices, Tensor, Tensor]] = []
         self.best = self._start()
 
-    def _start(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _start(self) -> Tensor: ...
 
+    @abstractmethod
     def propose(self, fraction: float) -> None:
         """Change ``best`` in windows that cover ``fraction`` of the image."""
-        raise NotImplementedError
 
     def answer(self) -> Tensor:
         """Return the model's logits for the proposal, (n, K)."""

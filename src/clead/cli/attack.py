@@ -129,9 +129,9 @@ def _attack_run(
 ) -> Any:
     """Attack one run, print its record, and return the evaluation; ``results`` are the options of where results go."""
     from clead import api
-    from clead.attacks.capabilities import capabilities
+    from clead.attacks.capabilities import attack_name, capabilities
     from clead.attacks.runner import check_applicable
-    from clead.evaluation.suites import NamedAttack, attack_name
+    from clead.evaluation.suites import NamedAttack
     from clead.tasks.classification import TOWARDS_CLASS
 
     if objective is not None and capabilities(attack).searches:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from clead.attacks.capabilities import attack_name
 from clead.attacks.pgd import PGD
 from clead.data.loaders import make_generator
 from clead.errors import UserError, out_of_memory
@@ -18,7 +19,7 @@ from clead.evaluation.correctness import correct_mask
 from clead.evaluation.extent import Extent
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import ResumableResults
-from clead.evaluation.suites import NamedAttack, attack_name
+from clead.evaluation.suites import NamedAttack
 from clead.interfaces import Threat
 from clead.progress import Tick, scaled
 from clead.results.record import Check, CurvePoint

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clead.attacks.apgd import APGD
-from clead.attacks.capabilities import capabilities
+from clead.attacks.capabilities import attack_name, capabilities
 from clead.attacks.fab import FAB
 from clead.attacks.fgsm import FGSM
 from clead.attacks.pgd import PGD
@@ -46,8 +46,6 @@ LOWER_PRECISION = "the search was in"
 DRAWS = 20
 """Clean and adversarial images of a randomised model (suite rand) are scored by the majority of so many draws."""
 
-_SHORT = {"cross_entropy": "CE", "dlr": "DLR"}
-
 
 @dataclass(frozen=True)
 class NamedAttack:
@@ -70,26 +68,6 @@ class NamedAttack:
     def goal(self, task: Task, y: Tensor) -> tuple[Task, Tensor]:
         """Return what is right while this attack runs, and the targets of it: the labels, or the class to aim at, (B,)."""
         return (task, y) if self.target is None else (TOWARDS_CLASS, torch.full_like(y, self.target))
-
-
-def attack_name(attack: Attack | Search, objective: str = "cross_entropy") -> str:
-    """Return the name that tables show, such as ``PGD-50×5 margin`` or ``APGD-T``."""
-    values = vars(attack) if is_dataclass(attack) else {}
-    times = f"×{values['restarts']}" if values.get("restarts", 1) > 1 else ""
-    if isinstance(attack, PGD):
-        return f"PGD-{attack.steps}{times} {_SHORT.get(objective, objective)}"
-    if isinstance(attack, APGD):
-        draws = f" EoT-{attack.eot}" if attack.eot > 1 else ""
-        loss = _SHORT.get(attack.loss, attack.loss)
-        kind = (f"APGD-T {loss}" if attack.loss != "dlr" else "APGD-T") if attack.targets else f"APGD-{loss}"
-        return f"{kind}{times}{draws}"
-    if isinstance(attack, FAB):
-        return f"FAB-T{times}" if attack.targets else f"FAB{times}"
-    if capabilities(attack).searches:
-        return getattr(attack, "label", None) or getattr(attack, "name", None) or type(attack).__name__
-    if isinstance(attack, FGSM) and objective == "cross_entropy":
-        return "FGSM"
-    return f"{type(attack).__name__} {_SHORT.get(objective, objective)}"
 
 
 def describe(named: NamedAttack) -> dict[str, Any]:
@@ -184,7 +162,7 @@ def _cost(attack: Attack | Search) -> float:
     if "queries" in values:
         return values["queries"] * values.get("restarts", 1)
     runs = max(values.get("targets", 0), 1) * values.get("restarts", 1) * values.get("eot", 1)
-    return 2 * values.get("steps", 1) * runs * (1.5 if isinstance(attack, FAB) else 1)
+    return capabilities(attack).passes_per_step * values.get("steps", 1) * runs
 
 
 def other_steps(record: Record) -> str:

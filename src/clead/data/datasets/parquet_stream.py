@@ -70,8 +70,8 @@ class ParquetStream(InMemoryDataset):
     decode_workers: int | None = setting(None, "Threads that decode images; None: one per core.", unit="threads", ge=1)
 
     def read(self) -> RawSplits:
-        """Not for images that do not fit into memory: ``load`` reads."""
-        raise NotImplementedError
+        """Refuse: ``load`` reads, batch by batch, images that do not fit into memory."""
+        raise UserError("data.name parquet_stream reads batch by batch; use --data.name parquet to look at it")
 
     def load(self, seed: int, *, training: bool = True) -> Splits:
         """Return the splits, with training images that are read later; see ``InMemoryDataset.load`` and this class."""

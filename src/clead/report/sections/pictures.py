@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from clead.errors import MissingExtra
 from clead.report.run import RunResult
 from clead.report.sections.classes import MOST
 from clead.results.figure import INK, PALETTE, Drawing, draw, head, new_axes
+from clead.tasks.classification import CLASSIFICATION
 
 GALLERY_BYTES = 2_500_000
 """Encoded size that the images of all galleries may take together; what does not fit is left out, and said."""
@@ -34,12 +36,13 @@ def galleries(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         reach = float(np.quantile(np.abs(delta), 0.999)) or float(np.abs(delta).max())
         factor = max(1, round(0.5 / reach)) if reach > 0 else 1
         items = []
+        answers = [CLASSIFICATION.predict(torch.from_numpy(scores)).tolist() for scores in (before, after)]
         for k in range(len(x)):
             pictures = [_png(x[k]), _png(0.5 + factor * delta[k], sharp=True), _png(x_adv[k])]
             budget -= sum(map(len, pictures))
             if budget < 0:
                 break
-            first, second, truth = int(before[k].argmax()), int(after[k].argmax()), int(labels[k])
+            first, second, truth = answers[0][k], answers[1][k], int(labels[k])
             outcome = "wrong anyway" if first != truth else "held" if second == truth else "broken"
             items.append(
                 {
