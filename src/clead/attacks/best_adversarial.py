@@ -1,14 +1,15 @@
-"""The best image so far of an attack for the smallest perturbation.
-
-Such an attack has no radius: it looks for the nearest adversarial image. It serves as a search inside a threat set too: what
-it finds there counts, the rest is dropped.
-"""
+"""Attacks for the smallest perturbation, and the best image so far of one."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from clead.interfaces import Model, Threat
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import per_image
 
@@ -47,3 +48,41 @@ class BestAdversarial:
     def within(self, eps: float) -> Tensor:
         """Return the images no larger than ``eps``, and x itself for the others."""
         return torch.where(per_image(self.sizes > eps, self._x), self._x, self.images)
+
+
+class NearestSearch(ABC):
+    """An attack that has no radius: it looks for the nearest adversarial image.
+
+    It serves as a search inside a threat set too: what it finds there counts, the rest is dropped.
+    """
+
+    @abstractmethod
+    def nearest(self, model: Model, x: Tensor, y: Tensor, norm: str, task: Task, enough: float) -> BestAdversarial:
+        """Return the nearest misclassified images found; one no farther than ``enough`` need not be improved."""
+
+    def perturb(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
+        eps = float(threat.eps)
+        return self.nearest(model, x, y, threat.norm, task, eps).within(eps)
+
+    def minimal(
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: str,
+        task: Task = CLASSIFICATION,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
+        return self.nearest(model, x, y, norm, task, 0.0).images

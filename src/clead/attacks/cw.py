@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.best_adversarial import BestAdversarial
-from clead.interfaces import Model, Threat
+from clead.attacks.best_adversarial import BestAdversarial, NearestSearch
+from clead.interfaces import Model
 from clead.settings import setting, settings
 from clead.tasks import Task
-from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import flat
 
 _INSIDE = 1 - 1e-6  # atanh of the box's border itself is infinite
@@ -21,7 +20,7 @@ _INSIDE = 1 - 1e-6  # atanh of the box's border itself is infinite
 
 @ATTACKS.register("cw")
 @settings
-class CW:
+class CW(NearestSearch):
     """min_w ‖x′ − x‖₂² + c · max(z_y − max_{k≠y} z_k, 0) with x′ = (tanh w + 1) / 2, by Adam; c by binary search.
 
     Source: Carlini & Wagner 2017, arXiv:1608.04644, sections V-B (f_6), VI-A and VI-D, with confidence 0. As in the authors'
@@ -37,33 +36,8 @@ class CW:
     step_size: float = setting(0.01, "Adam's step size", unit="units of w, whose tanh is the image", gt=0)
     weight: float = setting(1e-3, "first weight c of the margin against the squared distance", gt=0)
 
-    def perturb(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        threat: Threat,
-        *,
-        task: Task = CLASSIFICATION,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
-        return self._run(model, x, y, task, float(threat.eps)).within(float(threat.eps))
-
-    def minimal(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        norm: str = "l2",
-        task: Task = CLASSIFICATION,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the nearest misclassified image found, (B, C, H, W) in [0, 1]; x where there is none."""
-        return self._run(model, x, y, task, 0.0).images
-
-    def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, enough: float) -> BestAdversarial:
+    def nearest(self, model: Model, x: Tensor, y: Tensor, norm: str, task: Task, enough: float) -> BestAdversarial:
+        """Return the nearest misclassified points that Adam passes."""
         nearest = BestAdversarial(x, "l2")
         everything = torch.arange(len(x), device=x.device)
         nearest.offer(everything, x, task.margin(model(x), y))  # what is wrong already has distance 0

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.best_adversarial import BestAdversarial
-from clead.interfaces import Model, Threat
+from clead.attacks.best_adversarial import BestAdversarial, NearestSearch
+from clead.interfaces import Model
 from clead.settings import setting, settings
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task
 from clead.threats.geometry import flat, per_image, sign
 
 _BEYOND = 1e-4
@@ -19,7 +19,7 @@ _BEYOND = 1e-4
 
 @ATTACKS.register("deepfool")
 @settings
-class DeepFool:
+class DeepFool(NearestSearch):
     """x ← x + |f_k| / ‖w_k‖_q^q · |w_k|^(q−1) · sign(w_k), the class k nearest by |f_k| / ‖w_k‖_q, until the class changes.
 
     Source: Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, algorithm 2 and eq. 10-12; f_k = z_k − z_y and w_k = ∇f_k; q = 2
@@ -33,19 +33,8 @@ class DeepFool:
     overshoot: float = setting(0.02, "part of the perturbation that is added to cross the boundary", ge=0)
     candidates: int = setting(10, "other classes tried, those of largest logits; fewer if there are fewer", ge=1)
 
-    def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return x_adv, (B, C, H, W): what ``minimal`` finds, where that lies in the threat set; x elsewhere."""
-        return self._run(model, x, y, threat.norm).within(float(threat.eps))
-
-    def minimal(
-        self, model: Model, x: Tensor, y: Tensor, *, norm: str, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return the first misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
-        return self._run(model, x, y, norm).images
-
-    def _run(self, model: Model, x: Tensor, y: Tensor, norm: str) -> BestAdversarial:
+    def nearest(self, model: Model, x: Tensor, y: Tensor, norm: str, task: Task, enough: float) -> BestAdversarial:
+        """Return the nearest misclassified points of the path, the first of each image."""
         nearest = BestAdversarial(x, norm)
         left = torch.arange(len(x), device=x.device)
         others = torch.empty(0)
@@ -58,7 +47,7 @@ class DeepFool:
             if step == 0:
                 count = min(self.candidates, logits.shape[1] - 1)
                 others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
-            right = ~nearest.offer(left, x_adv.detach(), CLASSIFICATION.margin(logits.detach(), y[left]))
+            right = ~nearest.offer(left, x_adv.detach(), task.margin(logits.detach(), y[left]))
             if step == self.steps or not right.any():  # synchronises the device
                 break
             total = total + self._to_the_boundary(logits, x_adv, y[left], others, norm)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from clead.attacks import ATTACKS
-from clead.attacks.best_adversarial import BestAdversarial
+from clead.attacks.best_adversarial import BestAdversarial, NearestSearch
 from clead.attacks.gradient import value_and_gradient
-from clead.interfaces import Model, Threat
+from clead.interfaces import Model
 from clead.settings import setting, settings
 from clead.tasks import Task
-from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import box_slack, flat, per_image, sign
 
@@ -25,7 +24,7 @@ _DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 @ATTACKS.register("fmn")
 @settings
-class FMN:
+class FMN(NearestSearch):
     """δ ← Π(δ + α·∇L/‖∇L‖₂) into the ball of radius ε; ε ← ε·(1 − γ) at an adversarial point and ε·(1 + γ) at another.
 
     Source: Pintor et al. 2021, arXiv:2102.12827, algorithm 1; L = max_{k≠y} z_k − z_y. Until a first adversarial point is
@@ -45,33 +44,8 @@ class FMN:
     step_size: float = setting(1.0, "length of the first step", unit="Euclidean length over pixels in [0, 1]", gt=0)
     gamma: float = setting(0.05, "part by which the ball shrinks or grows in the first step", gt=_LAST_GAMMA, lt=1)
 
-    def perturb(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        threat: Threat,
-        *,
-        task: Task = CLASSIFICATION,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return x_adv, (B, C, H, W): the nearest found, where that lies in the threat set; x elsewhere."""
-        return self._run(model, x, y, task, threat.norm, float(threat.eps)).within(float(threat.eps))
-
-    def minimal(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        norm: str,
-        task: Task = CLASSIFICATION,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Return the nearest misclassified point of the path, (B, C, H, W) in [0, 1]; x where there is none."""
-        return self._run(model, x, y, task, norm, 0.0).images
-
-    def _run(self, model: Model, x: Tensor, y: Tensor, task: Task, norm: str, enough: float) -> BestAdversarial:
+    def nearest(self, model: Model, x: Tensor, y: Tensor, norm: str, task: Task, enough: float) -> BestAdversarial:
+        """Return the nearest misclassified points of the path."""
         nearest = BestAdversarial(x, norm)
         measure = THREATS.get(norm)(eps=0).distance
         farthest = measure(torch.maximum(x, 1 - x))
