@@ -1,4 +1,4 @@
-"""What flows between the rooms of this package: batches, step outputs, and the protocols of threats, attacks, methods, datasets.
+"""What flows between the rooms of this package: batches, step outputs, and the protocols of threats and attacks.
 
 Shapes and ranges used everywhere: ``x`` and ``x_adv`` are (B, C, H, W) float in [0, 1]; ``labels`` is (B,) int64 in [0, K);
 ``logits`` (B, K); ``features`` (B, D); ``embedding`` (B, d) of unit length.
@@ -206,12 +206,4 @@ class Unrestricted(Protocol):
 
     def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return which images of ``x_adv`` are in the set around ``x``, up to rounding, (B,) bool."""
-        ...
-
-
-class Dataset(Protocol):
-    """Frozen settings that load into memory."""
-
-    def load(self, seed: int) -> Splits:
-        """Read, decode and split; ``seed`` decides the validation split only."""
         ...

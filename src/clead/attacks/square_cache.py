@@ -351,14 +351,6 @@ def _batch_norm(func: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) 
     return NotImplemented if training else _pointwise(func, x, *args, **kwargs)
 
 
-def _dropout(func: Callable[..., Tensor], x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    return NotImplemented if training else x
-
-
-def _same(func: Callable[..., Tensor], x: Any, **kwargs: Any) -> Any:
-    return x
-
-
 def _copy(func: Callable[..., Tensor], x: Any, **kwargs: Any) -> Any:
     return _Changed(x.memory, x.window, x.row, x.column, x.slot)  # what changes one in place gives it another window
 
@@ -536,12 +528,12 @@ _RULES: dict[Any, Callable[..., Any]] = {
     torch.relu_: lambda func, x: _relu(func, x, inplace=True),
     Tensor.relu_: lambda func, x: _relu(func, x, inplace=True),
     functional.batch_norm: _batch_norm,
-    functional.dropout: _dropout,
+    functional.dropout: lambda func, x, p=0.5, training=True, inplace=False: NotImplemented if training else x,
     functional.avg_pool2d: _pool2d,
     torch.max_pool2d: _pool2d,
     functional.max_pool2d: _pool2d,
     functional.pad: _pad,
-    Tensor.contiguous: _same,
+    Tensor.contiguous: lambda func, x, **kwargs: x,
     Tensor.clone: _copy,
     torch.clone: _copy,
     **dict.fromkeys((torch.sigmoid, torch.tanh, functional.gelu, Tensor.sigmoid, Tensor.tanh), _pointwise),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from torch import nn
 
@@ -49,23 +49,8 @@ def first_layer(normalize: str, mean: Sequence[float], std: Sequence[float]) -> 
     return Normalize(mean, std) if normalize == "data" else nn.Identity()
 
 
-class Builder(Protocol):
-    """Settings that make a model."""
-
-    def build(
-        self,
-        channels: int,
-        num_classes: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        sample_shape: tuple[int, int, int] | None = None,
-    ) -> SplitModel:
-        """Return the model; see ``ModelSettings.build``."""
-        ...
-
-
 def build_model(
-    settings: Builder,
+    settings: Any,
     channels: int,
     num_classes: int,
     mean: Sequence[float],

@@ -100,23 +100,20 @@ class ResNetEncoder(nn.Module):
 class ResNet8(ModelSettings):
     """ResNet-8 (He et al. 2016, sec. 4.2, n = 1), zero-padded shortcuts (A) as there; 0.08 M parameters."""
 
+    depth: ClassVar[int] = 1
     width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
 
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 4 × width."""
-        return ResNetEncoder(channels, self.width, (1, 1, 1), bottleneck=False, pad=True), 4 * self.width
+        return ResNetEncoder(channels, self.width, 3 * (self.depth,), bottleneck=False, pad=True), 4 * self.width
 
 
 @MODELS.register("resnet20")
 @settings
-class ResNet20(ModelSettings):
+class ResNet20(ResNet8):
     """ResNet-20 (He et al. 2016, sec. 4.2, n = 3), zero-padded shortcuts (A) as there; 0.27 M parameters."""
 
-    width: int = setting(16, "channels of the first of three stages; each next one has twice as many", ge=1)
-
-    def encoder(self, channels: int) -> tuple[nn.Module, int]:
-        """Return the encoder and its feature dimension, 4 × width."""
-        return ResNetEncoder(channels, self.width, (3, 3, 3), bottleneck=False, pad=True), 4 * self.width
+    depth = 3
 
 
 @settings

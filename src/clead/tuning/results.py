@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clead.atomic_io import write_atomically
 from clead.config import TUNE, dump_yaml
-from clead.errors import MissingExtra, printable
+from clead.errors import printable
 from clead.output import csv_text
-from clead.results.figure import PALETTE
+from clead.results.figure import PALETTE, Drawing, draw, head, new_axes
 from clead.tuning.space import SearchSpec
 
 _STATES = {
@@ -26,7 +25,7 @@ _STATES = {
     TrialState.RUNNING: "running",
     TrialState.WAITING: "waiting",
 }
-_WIDTH, _HEIGHT, _DPI = 7.2, 3.8, 150
+_SIZE = 520, 280  # points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +117,9 @@ def write_results(path: Path, search: SearchSpec, found: Sequence[Result], *, pl
         for result in front(found):
             write_atomically(path / "front" / f"trial-{result.number:04}.yaml", _recipe(search, result).encode())
     if plots:
-        for name, (as_png, as_svg) in _plots(search, found, best).items():
-            write_atomically(path / f"{name}.png", as_png)
-            write_atomically(path / f"{name}.svg", as_svg)
+        for plot in _plots(search, found, best):
+            for suffix, content in plot.pictures().items():
+                write_atomically(path / f"{plot.name}{suffix}", content)
     return best
 
 
@@ -138,7 +137,7 @@ def _recipe(search: SearchSpec, best: Result) -> str:
     """Return a complete recipe that clead train and clead tune take."""
     tree = {**search.found_config(best.values).to_dict(), TUNE: search.group()}
     seeds = search.settings.seeds
-    head = [
+    lines = [
         f"# trial {best.number} of a search of {search.config.name} (clead tune), chosen on validation images; the test set was "
         "not looked at",
         f"# validation: robust {best.robust:.2%} ({search.settings.suite} suite), clean {best.clean:.2%}, {best.images} images, "
@@ -146,21 +145,15 @@ def _recipe(search: SearchSpec, best: Result) -> str:
         *(f"# found: {key} {printable(str(value))}" for key, value in best.values.items()),
         *(f"# trials alone: {key} {printable(str(value))}" for key, value in search.settings.during.items()),
     ]
-    return "\n".join(head) + "\n" + dump_yaml(tree)
+    return "\n".join(lines) + "\n" + dump_yaml(tree)
 
 
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def _plots(search: SearchSpec, found: Sequence[Result], best: Result) -> dict[str, tuple[bytes, bytes]]:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtra("matplotlib", "tune", "drawing a study") from None
-    drawn = {"history": _history(found), "front": _front(found, best)}
-    if len(importances(search, found)) > 1:
-        drawn["importance"] = _importance(search, found)
-    return drawn
+def _plots(search: SearchSpec, found: Sequence[Result], best: Result) -> list[Drawing]:
+    shares = importances(search, found)
+    return [_history(found), _front(found, best), *([_importance(shares, found)] if len(shares) > 1 else [])]
 
 
 def importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]:
@@ -181,35 +174,15 @@ def importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]
     return optuna.importance.get_param_importances(study)
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.set_xlabel(xlabel)
+def _drawing(name: str, title: str, xlabel: str, ylabel: str, figure: Any, axes: Any) -> Drawing:
+    head(axes, title, xlabel)
     axes.set_ylabel(ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#d8dde3", linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    return draw(figure, name, title, (), ())
 
 
-def _drawn(figure: Any) -> tuple[bytes, bytes]:
-    import matplotlib
-
-    images = []
-    for kind, options in (("png", {"dpi": _DPI}), ("svg", {"metadata": {"Date": None}})):
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "clead", "svg.fonttype": "none"}):
-            figure.savefig(buffer, format=kind, **options)
-        images.append(buffer.getvalue())
-    return images[0], images[1]
-
-
-def _history(found: Sequence[Result]) -> tuple[bytes, bytes]:
+def _history(found: Sequence[Result]) -> Drawing:
     complete = [result for result in found if result.score is not None]
-    figure, axes = _axes("Scores of the trials on validation images", "trial", "score")
+    figure, axes = new_axes(*_SIZE)
     axes.plot([r.number for r in complete], [r.score for r in complete], "o", color=PALETTE[0], label="complete")
     so_far = [max((o.score or 0) for o in complete if o.number <= r.number) for r in complete]
     axes.step([r.number for r in complete], so_far, where="post", color=PALETTE[1], label="best so far")
@@ -219,12 +192,12 @@ def _history(found: Sequence[Result]) -> tuple[bytes, bytes]:
         if numbers:
             axes.plot(numbers, [low] * len(numbers), marker, color="#6b6f76", label=f"{state} (no score)")
     axes.legend(frameon=False, fontsize=9)
-    return _drawn(figure)
+    return _drawing("history", "Scores of the trials on validation images", "trial", "score", figure, axes)
 
 
-def _front(found: Sequence[Result], best: Result) -> tuple[bytes, bytes]:
+def _front(found: Sequence[Result], best: Result) -> Drawing:
     complete = [result for result in found if result.score is not None]
-    figure, axes = _axes("Robust against clean accuracy, validation images", "clean accuracy", "robust accuracy")
+    figure, axes = new_axes(*_SIZE)
     axes.plot([r.clean for r in complete], [r.robust for r in complete], "o", color=PALETTE[0], label="trial")
     line = front(found)
     axes.step([r.clean for r in line], [r.robust for r in line], where="pre", color=PALETTE[1], label="front")
@@ -234,13 +207,14 @@ def _front(found: Sequence[Result], best: Result) -> tuple[bytes, bytes]:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.legend(frameon=False, fontsize=9)
-    return _drawn(figure)
+    title = "Robust against clean accuracy, validation images"
+    return _drawing("front", title, "clean accuracy", "robust accuracy", figure, axes)
 
 
-def _importance(search: SearchSpec, found: Sequence[Result]) -> tuple[bytes, bytes]:
-    shares = importances(search, found)
+def _importance(shares: Mapping[str, float], found: Sequence[Result]) -> Drawing:
     count = sum(result.score is not None for result in found)
-    figure, axes = _axes(f"What decides the score (PED-ANOVA, {count} complete trials)", "share", "")
+    figure, axes = new_axes(*_SIZE)
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=PALETTE[0])
-    return _drawn(figure)
+    title = f"What decides the score (PED-ANOVA, {count} complete trials)"
+    return _drawing("importance", title, "share", "", figure, axes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pickletools
 import re
 import zipfile
@@ -14,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from clead.atomic_io import open_regular
+from clead.atomic_io import open_regular, read_json
 from clead.errors import UserError, did_you_mean
 from clead.models.class_names import names_in
 from clead.models.file_kinds import describe_file, is_pickle
@@ -177,14 +176,7 @@ def _preparation(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _LARGEST_JSON:
-        raise UserError(
-            f"{path} has {path.stat().st_size} bytes, at most {_LARGEST_JSON} are read; is it the right file?"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: it is not JSON; copy it again") from None
+    content = read_json(path, _LARGEST_JSON)
     return content if isinstance(content, dict) else {}
 
 
