@@ -20,7 +20,7 @@ from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import IO, Any
 
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 
 try:
     import fcntl
@@ -135,7 +135,7 @@ def _json_reason(error: Exception) -> str:
         return "nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return "not text"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _memory() -> int:

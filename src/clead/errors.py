@@ -45,6 +45,21 @@ class MissingExtra(UserError):
         super().__init__(f"{purpose} needs {library}, which is not installed; run: pip install 'clead[{extra}]'")
 
 
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Generator[None, None, None]:
+    """Let the block import libraries of an extra; raises MissingExtra if one is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or "a library").partition(".")[0]
+        raise MissingExtra({"sklearn": "scikit-learn"}.get(library, library), extra, purpose) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or the error's kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 _LONGEST = 250
 
 

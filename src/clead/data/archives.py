@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clead.data.bounded import check_unpacked
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 
 try:
     import fcntl
@@ -86,9 +86,8 @@ def unpacked(path: Path) -> Generator[Path, None, None]:
                 "with room, or unpack it yourself and give the folder"
             ) from None
         except Exception as error:  # decoders raise whatever a broken file makes them raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
             raise UserError(
-                f"{path}: a damaged archive ({reason}); fetch it again, or unpack it yourself and give the folder"
+                f"{path}: a damaged archive ({first_line(error)[:200]}); fetch it again, or unpack it yourself and give the folder"
             ) from None
         yield folder
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 
 _LITERALS = frozenset(
     [
@@ -75,7 +75,7 @@ def read_values(content: bytes, name: str, remedy: str) -> dict[str, Any]:
     except _Refused as error:
         reason = str(error)
     except Exception as error:  # pickletools raises whatever a broken file makes it raise
-        reason = f"a damaged file ({next(iter(str(error).splitlines()), type(error).__name__)[:200]})"
+        reason = f"a damaged file ({first_line(error)[:200]})"
     raise UserError(
         f"{name}: a pickle can run code, so it is not unpickled: only dicts, lists, texts, integers and arrays of them are read "
         f"from it, got {reason}; {remedy}"

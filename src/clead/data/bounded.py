@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from clead.atomic_io import read_regular
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 
 UNPACKED_ABOVE, UNPACKED_RATIO = 2**28, 100
 _BLOCK = 2**20
@@ -79,8 +79,7 @@ def npy_header(head: bytes, size: int, name: str) -> NpyHeader:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, column_major, dtype = read_header(file)
     except Exception as error:  # NumPy raises whatever a broken header makes it raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{name}: not a NumPy array ({reason}); write it with numpy.save") from None
+        raise UserError(f"{name}: not a NumPy array ({first_line(error)}); write it with numpy.save") from None
     if dtype.hasobject:
         raise UserError(
             f"{name}: holds Python objects ({dtype}), which may run code when read and are refused; write plain arrays: "

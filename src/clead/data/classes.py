@@ -16,7 +16,7 @@ import yaml
 from pydantic import BeforeValidator
 from torch import Tensor
 
-from clead.errors import UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, first_line
 from clead.interfaces import ImageSet, Splits
 
 _NAMED = 5  # classes that a note names
@@ -168,8 +168,7 @@ def _file_or_text(value: str | Path) -> Any:
         if path.suffix.lower() in (".yaml", ".yml"):
             return _inside(yaml.load(text, _Loader))
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{_RULE}; got {str(path)!r}, which is not readable ({reason})") from None
+        raise UserError(f"{_RULE}; got {str(path)!r}, which is not readable ({first_line(error)})") from None
     return _lines(text)
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 from clead.renamed import old_names
 
 log = logging.getLogger("clead")
@@ -210,7 +210,7 @@ def decode_one(blob: bytes, name: str, fit: ResizeSpec, remarks: Counter[str] | 
         raise UserError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
         unknown = isinstance(error, PIL.UnidentifiedImageError)
-        detail = "unknown format" if unknown else next(iter(str(error).splitlines()), type(error).__name__)
+        detail = "unknown format" if unknown else first_line(error)
         raise UserError(
             f"{name}: not a readable image ({detail}, {len(blob)} bytes); replace or remove it "
             f"(read: {', '.join(FORMATS)})"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from clead.data.groups import group_names
-from clead.errors import MissingExtra
+from clead.errors import needs_extra
 from clead.interfaces import ImageSet
 
 HASHED = 5000
@@ -199,10 +199,8 @@ def signatures(images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np
 
     The hash is pHash (DCT of a 32×32 grey copy). Raises MissingExtra without imagehash.
     """
-    try:
+    with needs_extra("data", "looking for nearly equal images"):
         import imagehash
-    except ImportError:
-        raise MissingExtra("imagehash", "data", "looking for nearly equal images") from None
     hashes = np.empty((len(images), 64), np.float32)
     thumbs = np.empty((len(images), _THUMB**2), np.float32)
     for k, array in enumerate(images):

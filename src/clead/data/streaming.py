@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from clead.data.decoding import ResizeSpec, cache_folder, decode_one, read_cache, readable, stack, write_cache
-from clead.errors import MissingExtra, UserError
+from clead.errors import UserError, first_line, needs_extra
 
 _log = logging.getLogger("clead")
 
@@ -46,11 +46,9 @@ class Shards:
     """
 
     def __init__(self, files: Sequence[Path], column: str, buffer: int) -> None:
-        try:
+        with needs_extra("data", "reading Parquet files"):
             import pyarrow.compute
             import pyarrow.parquet
-        except ImportError:
-            raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
         self.files, self.column = list(files), column
         self._pyarrow: Any = pyarrow
         self.stamps = [_stamp(file) for file in self.files]
@@ -121,8 +119,9 @@ class Shards:
                 wanted = self.column if encoded else f"{self.column}.bytes"
                 table = opened.read_row_group(group.number, columns=[wanted])
             except (OSError, self._pyarrow.ArrowException) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{file}: row group {group.number} cannot be read ({reason}); fetch it again") from None
+                raise UserError(
+                    f"{file}: row group {group.number} cannot be read ({first_line(error)}); fetch it again"
+                ) from None
             column = table[self.column].combine_chunks()
             column = column if encoded else self._pyarrow.compute.struct_field(column, "bytes")
             self._kept[number] = column
@@ -132,8 +131,9 @@ class Shards:
         try:
             return self._pyarrow.parquet.ParquetFile(self.files[number], page_checksum_verification=True)
         except (OSError, self._pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.files[number]}: not a readable Parquet file ({reason}); fetch it again") from None
+            raise UserError(
+                f"{self.files[number]}: not a readable Parquet file ({first_line(error)}); fetch it again"
+            ) from None
 
 
 class StreamedImages:

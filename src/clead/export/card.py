@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clead.errors import MissingExtra, printable
+from clead.errors import needs_extra, printable
 from clead.evaluation.suites import in_words
 from clead.export.remeasured import Remeasured
 from clead.results.record import Estimate, Record
@@ -38,10 +38,8 @@ def card(
         remeasured: accuracy after the conversion, if numbers were rounded.
         notes: what a reader must know before trusting the numbers.
     """
-    try:
+    with needs_extra("export", "the model card"):
         import jinja2
-    except ImportError as error:
-        raise MissingExtra("jinja2", "export", "the model card") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,

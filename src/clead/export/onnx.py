@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clead.errors import MissingExtra, UserError
+from clead.errors import UserError, needs_extra
 from clead.evaluation.correctness import exact_float32
 from clead.models.split import SplitModel
 
@@ -45,11 +45,9 @@ def to_onnx(
 
     Raises UserError naming the operation that ONNX has no counterpart of.
     """
-    try:
+    with needs_extra("export", "the ONNX format"):
         import onnx
         import onnxscript  # noqa: F401  (what torch.onnx exports with)
-    except ImportError as error:
-        raise MissingExtra(str(error.name), "export", "the ONNX format") from None
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
@@ -104,10 +102,8 @@ def _culprit(error: BaseException) -> str:
 
 def session(content: bytes, *, spin: bool = True) -> Any:
     """Return an onnxruntime session on the CPU for an ONNX file's ``content``; ``spin``: whether its threads wait actively."""
-    try:
+    with needs_extra("export", "the ONNX format"):
         import onnxruntime
-    except ImportError:
-        raise MissingExtra("onnxruntime", "export", "the ONNX format") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -142,11 +138,9 @@ def to_int8(content: bytes, batches: Iterable[Tensor]) -> bytes:
     """
     import tempfile
 
-    try:
+    with needs_extra("export", "int8"):
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ImportError as error:
-        raise MissingExtra(str(error.name), "export", "int8") from None
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clead.errors import MissingExtra, UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, needs_extra
 from clead.models.class_names import names_in
 from clead.models.file_kinds import describe_file
 from clead.models.model_input import InputLayer, ModelInput
@@ -253,10 +253,8 @@ def is_onnx(model: Any) -> bool:
 
 def _session(path: Path) -> Any:
     """Return onnxruntime's session; raises UserError that says what the file is, if it is something else."""
-    try:
+    with needs_extra("onnx", "evaluating an ONNX model"):
         import onnxruntime
-    except ImportError:
-        raise MissingExtra("onnxruntime", "onnx", "evaluating an ONNX model") from None
     if not path.is_file():
         raise UserError(f"no ONNX file at {path}; give the path of a file that torch.onnx.export or another tool wrote")
     if path.suffix == ".onnx" and path.stat().st_size >= _LARGEST:

@@ -11,7 +11,7 @@ from typing import Any
 
 from clead.atomic_io import open_regular, write_output
 from clead.config import dump_yaml
-from clead.errors import MissingExtra, UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, needs_extra
 from clead.evaluation.suites import in_words, suite_label, under_suite
 from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
@@ -92,10 +92,8 @@ def check_target(path: Path) -> None:
 
 
 def _template() -> Any:
-    try:
+    with needs_extra("report", "the report"):
         import jinja2
-    except ImportError as error:
-        raise MissingExtra("jinja2", "report", "the report") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

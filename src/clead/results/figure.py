@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from clead.errors import MissingExtra
+from clead.errors import needs_extra
 from clead.output import csv_text
 from clead.results.record import Estimate
 
@@ -136,10 +136,8 @@ def draw(
 
 def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Return a figure of ``width`` × ``height`` points, drawn without pyplot's global state, and its axes."""
-    try:
+    with needs_extra("report", "the report"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "report", "the report") from error
     figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     axes = figure.subplots()
     for side in ("top", "right", "left"):

@@ -19,7 +19,7 @@ import sqlalchemy as sql
 import sqlalchemy.exc
 from filelock import FileLock, Timeout
 
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 
 _log = logging.getLogger("clead")
 _POLL = 0.1
@@ -143,7 +143,7 @@ class TableLeases:
                     beat = self._table.update().where(self._mine()).values(beat=_now(connection))
                     connection.execute(beat)
             except sql.exc.SQLAlchemyError as error:  # it may come back before we count as dead
-                _log.warning("the study's database does not answer: %s", str(error).splitlines()[0])
+                _log.warning("the study's database does not answer: %s", first_line(error))
 
 
 def _now(connection: sql.Connection) -> datetime:

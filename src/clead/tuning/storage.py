@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend, JournalFileOpenLock
 
 from clead.atomic_io import read_json_lines, unshare
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 from clead.tuning.leases import Leases, TableLeases
 
 JOURNAL = "study.journal"
@@ -82,7 +82,7 @@ def open_storage(out: Path, url: str | None, name: str, silence: float) -> tuple
             return storage, Leases(locks, TableLeases(storage.engine, name, silence))
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             raise UserError(
-                f"--storage {shown}: its driver is not installed ({str(error).splitlines()[0]}); for PostgreSQL: "
+                f"--storage {shown}: its driver is not installed ({first_line(error)}); for PostgreSQL: "
                 "pip install psycopg2-binary"
             ) from None
         except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError) as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clead.atomic_io import open_regular, read_json
-from clead.errors import UserError, did_you_mean
+from clead.errors import UserError, did_you_mean, first_line
 from clead.models.class_names import names_in
 from clead.models.file_kinds import describe_file, is_pickle
 from clead.weights.files import load_weights, read_safetensors
@@ -194,8 +194,9 @@ def _torch_content(path: Path, *, zipped: bool) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # a damaged file ends in any
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not a file of torch.save ({reason[:120]}); copy it again") from None
+        raise UserError(
+            f"{path} is damaged or not a file of torch.save ({first_line(error)[:120]}); copy it again"
+        ) from None
 
 
 def _check_archive(path: Path) -> None:

@@ -16,7 +16,7 @@ from clead.data.base import InMemoryDataset, RawSplit, RawSplits, resolve_path, 
 from clead.data.bounded import check_unpacked, read_npy
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
-from clead.errors import UserError
+from clead.errors import UserError, first_line
 from clead.settings import setting, settings
 
 _ROLES = {
@@ -78,9 +78,8 @@ def read_npz(path: Path) -> RawSplits:
     except UserError:
         raise
     except Exception as error:  # zipfile and its decoders raise whatever a broken file makes them raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{path}: not a readable .npz file ({reason}); write it with numpy.savez and plain arrays"
+            f"{path}: not a readable .npz file ({first_line(error)}); write it with numpy.savez and plain arrays"
         ) from None
     return from_arrays(arrays, path, skipped)
 

@@ -15,7 +15,7 @@ from clead.data.base import InMemoryDataset, RawSplit, RawSplits, Role, resolve_
 from clead.data.classes import number_labels
 from clead.data.datasets import DATASETS, READERS, Reader
 from clead.data.files import display, files_below, visible_folders
-from clead.errors import MissingExtra, UserError
+from clead.errors import UserError, first_line, needs_extra
 from clead.settings import setting, settings
 
 IMAGE = ("img", "image", "pixel_values", "picture", "photo", "images", "jpg", "jpeg", "png", "webp")
@@ -346,11 +346,9 @@ def unread(path: Path, taken: set[Path]) -> tuple[str, ...]:
 
 
 def _schema(shard: Path) -> Any:
-    try:
+    with needs_extra("data", "reading Parquet files"):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "data", "reading Parquet files") from None
     try:
         return pyarrow.parquet.read_schema(shard)
     except (OSError, pyarrow.ArrowException) as error:
@@ -358,8 +356,7 @@ def _schema(shard: Path) -> Any:
 
 
 def _unreadable(shard: Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0]
-    return UserError(f"{shard}: not a readable Parquet file ({reason}); fetch it again")
+    return UserError(f"{shard}: not a readable Parquet file ({first_line(error)}); fetch it again")
 
 
 READERS.register("parquet")(

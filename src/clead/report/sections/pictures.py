@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clead.errors import MissingExtra
+from clead.errors import needs_extra
 from clead.report.run import RunResult
 from clead.report.sections.classes import MOST
 from clead.results.figure import INK, PALETTE, Drawing, draw, head, new_axes
@@ -113,11 +113,9 @@ def project(clean: np.ndarray, adv: np.ndarray, *, seed: int = 0) -> tuple[np.nd
     """
     both = np.concatenate([clean, adv]).astype(np.float64)
     if both.shape[1] > 2 and len(np.unique(both, axis=0)) > 15 and len(clean) > 15:
-        try:
+        with needs_extra("report", "the embedding map of the report"):
             from sklearn.manifold import TSNE
             from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
-        except ImportError as error:
-            raise MissingExtra("scikit-learn", "report", "the embedding map of the report") from error
         perplexity = min(30.0, len(both) / 6)
         with threadpool_limits(1):  # so few points gain nothing from threads, and lose tenfold on busy cores
             plane = TSNE(random_state=seed, init="pca", perplexity=perplexity).fit_transform(both)
