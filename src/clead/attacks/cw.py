@@ -54,14 +54,7 @@ class CW(NearestSearch):
         return nearest
 
     def _descend(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        index: Tensor,
-        nearest: BestAdversarial,
-        task: Task,
+        self, model: Model, x: Tensor, y: Tensor, weight: Tensor, index: Tensor, nearest: BestAdversarial, task: Task
     ) -> Tensor:
         """Minimise for one weight per image, offering every point of the path; returns which images were ever wrong, (B,)."""
         w = ((2 * x - 1) * _INSIDE).atanh()

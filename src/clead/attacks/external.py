@@ -307,11 +307,6 @@ def _foolbox(
 @contextlib.contextmanager
 def _quiet(seed: int) -> Generator[None, None, None]:
     """Let a library draw, print, warn and differentiate inside the block, and leave no trace of it."""
-    with (
-        fork_rng(seed),
-        torch.enable_grad(),
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
+    with fork_rng(seed), torch.enable_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

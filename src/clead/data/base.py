@@ -160,10 +160,7 @@ class InMemoryDataset(ABC):
         None, "Keep so many test images, evenly by class; for quick trials.", unit="images", ge=1
     )
     image_size: int | None = setting(
-        None,
-        "Resize images to a square of this side; by default they must all have one size.",
-        unit="pixels",
-        ge=1,
+        None, "Resize images to a square of this side; by default they must all have one size.", unit="pixels", ge=1
     )
     resize: Literal["squash", "crop"] = setting(
         "squash", "How to make them square: squash both sides, or resize the shorter one and crop the centre."

@@ -40,10 +40,7 @@ class Augmentation:
     """
 
     crop: int = setting(
-        0,
-        "Shift each image by up to so many pixels; what comes in is black (zero padding).",
-        unit="pixels",
-        ge=0,
+        0, "Shift each image by up to so many pixels; what comes in is black (zero padding).", unit="pixels", ge=0
     )
     flip: bool = setting(False, "Mirror each image left to right with probability 1/2.")
     random_resized_crop: tuple[float, float] | None = setting(
@@ -185,11 +182,7 @@ def zoom(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tenso
     """Enlarge each image's box, (B,) float as fractions of the image, to the whole, bilinearly."""
     zero = torch.zeros_like(top)
     theta = torch.stack(
-        [
-            torch.stack([width, zero, 2 * left + width - 1], 1),
-            torch.stack([zero, height, 2 * top + height - 1], 1),
-        ],
-        1,
+        [torch.stack([width, zero, 2 * left + width - 1], 1), torch.stack([zero, height, 2 * top + height - 1], 1)], 1
     )
     grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
     zoomed = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

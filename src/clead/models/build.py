@@ -19,8 +19,7 @@ class ModelSettings(ABC):
     """What the settings of every model have in common."""
 
     normalize: Literal["data", "none"] = setting(
-        "data",
-        "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
+        "data", "data: the first layer standardises by the training set's mean and std; none: pixels as they are"
     )
 
     @abstractmethod

@@ -40,10 +40,7 @@ class Residual(nn.Module):
         layers: list[nn.Module] = []
         for before, after, kernel, step in plan:
             layers += [nn.ReLU()] if layers else []
-            layers += [
-                nn.Conv2d(before, after, kernel, step, padding=kernel // 2, bias=False),
-                nn.BatchNorm2d(after),
-            ]
+            layers += [nn.Conv2d(before, after, kernel, step, padding=kernel // 2, bias=False), nn.BatchNorm2d(after)]
         self.residual = nn.Sequential(*layers)
         self.stride, self.padding = stride, outputs - inputs
         self.shortcut: nn.Module | None = None

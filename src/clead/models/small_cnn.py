@@ -24,11 +24,7 @@ class SmallEncoder(nn.Module):
         layers: list[nn.Module] = []
         before = channels
         for after, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2)):
-            layers += [
-                nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
+            layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
             before = after
         self.convolutions = nn.Sequential(*layers)
         self.linear = nn.Linear(before * pool * pool, features)

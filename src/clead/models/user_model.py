@@ -49,8 +49,7 @@ class Custom:
         "--model.input.KEY); none: (B, C, H, W) in [0, 1], RGB",
     )
     normalize: Literal["data", "none"] = setting(
-        "none",
-        "data: the first layer standardises by the training set's mean and std; none: pixels as they are",
+        "none", "data: the first layer standardises by the training set's mean and std; none: pixels as they are"
     )
 
     def __post_init__(self) -> None:

@@ -218,9 +218,7 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
         tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", tag)
         tag = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", tag)
         tag = re.sub(
-            r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?|(?<= )transform=\"rotate\(-0 [^\"]*\"",
-            "",
-            tag,
+            r"font-family: [^;\"]*;?|font: ([\d.]+px) [^;\"]*;?|(?<= )transform=\"rotate\(-0 [^\"]*\"", "", tag
         )
         tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)
         return re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: _VARIABLES.get(m[0], m[0]), tag)

@@ -64,12 +64,7 @@ def read_idx(path: Path, *names: str) -> RawSplits:
     parts: dict[str, Any] = {
         split: RawSplit(images[split], label) for split, label in zip(labels, numbered, strict=True)
     }
-    return RawSplits(
-        **parts,
-        classes=named,
-        notes=(*notes, *named_notes),
-        ordered=True,
-    )
+    return RawSplits(**parts, classes=named, notes=(*notes, *named_notes), ordered=True)
 
 
 def _part(folder: Path, file: str) -> tuple[torch.Tensor, np.ndarray]:

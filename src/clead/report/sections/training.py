@@ -11,11 +11,7 @@ from clead.report.run import RunResult
 from clead.results.figure import INK, Drawing, draw, head, new_axes, percent_axis, style
 from clead.results.format import percent
 
-_X_AXES = (
-    ("forward_equivalents", "forward-equivalents per training image"),
-    ("epoch", "epoch"),
-    ("step", "step"),
-)
+_X_AXES = (("forward_equivalents", "forward-equivalents per training image"), ("epoch", "epoch"), ("step", "step"))
 _NOT_A_TERM = (
     "kind",
     "step",
