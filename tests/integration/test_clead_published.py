@@ -13,7 +13,7 @@ from clead.attacks.cw import CW
 from clead.attacks.fgsm import FGSM
 from clead.attacks.runner import run_attack
 from clead.config import load_recipe
-from clead.data.loaders import Loader
+from clead.data.loaders import Loader, ViewSettings
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import Batch, ImageSet
@@ -116,7 +116,7 @@ def test_the_defaults_are_those_of_the_paper():
 def test_a_batch_has_the_stored_images_of_its_own_images_in_every_order():
     images = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 1, 2, 2).contiguous()
     stored = (images.float() / 255 + 0.25).half()
-    loader = Loader(ImageSet(images, torch.zeros(50).long()), 8, stored=stored)
+    loader = Loader(ImageSet(images, torch.zeros(50).long()), 8, views=ViewSettings(stored=stored))
     orders = []
     for epoch in range(3):
         for batch in loader.epoch(epoch):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import clead
 from clead.config import load_recipe
 from clead.data.label_sampling import corrupt_labels, for_method, hide_labels, stratified
-from clead.data.loaders import Loader
+from clead.data.loaders import Loader, ViewSettings
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -207,7 +207,7 @@ def test_every_part_of_a_batch_gets_its_share_of_labelled_images():
 @pytest.mark.parametrize("share", [None, 0.4, 1.0])
 def test_batches_do_not_depend_on_history(share):
     data = dataclasses.replace(flagged(50, 7), labelled_share=share)
-    make = lambda seed: Loader(data, 6, seed=seed, augment=Augmentation(crop=1), drop_last=True)  # noqa: E731
+    make = lambda seed: Loader(data, 6, seed=seed, views=ViewSettings(Augmentation(crop=1)), drop_last=True)  # noqa: E731
     straight = make(3)
     run = [batch for epoch in range(5) for batch in straight.epoch(epoch)]
     resumed = [*make(3).epoch(3, start=2), *make(3).epoch(4)]
@@ -245,8 +245,8 @@ def test_a_loader_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="at least 2 images per batch, one of each kind, got 1"):
         Loader(dataclasses.replace(flagged(9, 3), labelled_share=0.5), 1)
     with pytest.raises(ValueError, match="cutmix mixes labels and needs one of every image, got cutmix=1 without"):
-        Loader(flagged(9, 3), 4, cutmix=1.0, num_classes=3)
-    batch = Loader(for_method(flagged(9, 3), False), 4, cutmix=1.0, num_classes=3).batch(0, 0)
+        Loader(flagged(9, 3), 4, views=ViewSettings(cutmix=1.0, num_classes=3))
+    batch = Loader(for_method(flagged(9, 3), False), 4, views=ViewSettings(cutmix=1.0, num_classes=3)).batch(0, 0)
     assert batch.soft_labels.shape == (4, 3)
 
 

@@ -20,7 +20,7 @@ from clead.config import load_recipe
 from clead.data.channels import mean_std
 from clead.data.datasets.parquet import Parquet
 from clead.data.datasets.parquet_stream import ParquetStream
-from clead.data.loaders import Loader
+from clead.data.loaders import Loader, ViewSettings
 from clead.data.streaming import StreamedImages
 from clead.data.views import Augmentation
 from clead.distributed import World
@@ -133,7 +133,7 @@ def test_row_groups_are_read_once_per_epoch(folder, monkeypatch):
 def test_processes_decode_their_own_images_and_together_have_what_one_has(folder, monkeypatch):
     train = stream(folder).load(0).train
     crop = Augmentation(crop=2, flip=True)
-    options = {"seed": 3, "augment": crop, "view": crop}
+    options = {"seed": 3, "views": ViewSettings(crop, crop)}
     whole = Loader(train, 16, **options)
     parts = [Loader(train, 16, world=World(rank, 2), **options) for rank in range(2)]
     decoded = []

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import clead
 from clead.config import load_recipe
-from clead.data.loaders import Loader, cutmix, make_generator
+from clead.data.loaders import Loader, ViewSettings, cutmix, make_generator
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -82,9 +82,7 @@ def image_set(count=20):
 
 def test_the_loader_mixes_after_augmentation_and_repeats_itself():
     plain, mixing = (
-        Loader(
-            image_set(), 8, seed=3, augment=Augmentation(crop=1), view=Augmentation(crop=2), cutmix=alpha, num_classes=3
-        )
+        Loader(image_set(), 8, seed=3, views=ViewSettings(Augmentation(crop=1), Augmentation(crop=2), alpha, 3))
         for alpha in (0.0, 1.0)
     )
     kinds = set()
@@ -115,7 +113,7 @@ def test_mixed_images_of_one_class_keep_its_label():
 
 def test_misuse_is_one_line():
     with pytest.raises(ValueError, match="needs num_classes, got cutmix=1 without it"):
-        Loader(image_set(), 4, cutmix=1.0)
+        Loader(image_set(), 4, views=ViewSettings(cutmix=1.0))
     with pytest.raises(UserError, match="data.cutmix: input should be greater than or equal to 0, got -1"):
         load_recipe("digits-pgd-at", ["--data.cutmix", "-1"])
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clead.data.loaders import Loader, make_generator
+from clead.data.loaders import Loader, ViewSettings, make_generator
 from clead.data.views import Augmentation
 from clead.interfaces import ImageSet
 
@@ -41,7 +41,7 @@ def test_an_epoch_visits_every_image_once(count, size, drop_last):
 
 def test_batches_do_not_depend_on_history():
     augment, view = Augmentation(crop=1), Augmentation(color_jitter=1.0)
-    make = lambda: Loader(image_set(20), 6, seed=3, augment=augment, view=view)  # noqa: E731
+    make = lambda: Loader(image_set(20), 6, seed=3, views=ViewSettings(augment, view))  # noqa: E731
     straight = make()
     run = [batch for epoch in range(3) for batch in straight.epoch(epoch)]
     resumed = [*make().epoch(1, start=2), *make().epoch(2)]
@@ -52,29 +52,27 @@ def test_batches_do_not_depend_on_history():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_order_changes_with_epoch_and_seed_but_not_without_shuffle():
+def test_order_changes_with_epoch_and_seed():
     orders = {
         tuple(n for batch in Loader(image_set(30), 7, seed=seed).epoch(epoch) for n in numbers(batch))
         for seed in range(3)
         for epoch in range(3)
     }
     assert len(orders) == 9
-    plain = Loader(image_set(10), 4, shuffle=False)
-    assert [n for batch in plain.epoch(4) for n in numbers(batch)] == list(range(10))
 
 
 def test_views_are_drawn_apart():
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     data, augment = ImageSet(images, torch.zeros(8, dtype=torch.int64)), Augmentation(crop=2)
-    both = Loader(data, 8, augment=augment, view=augment, shuffle=False).batch(0, 0)
+    both = Loader(data, 8, views=ViewSettings(augment, augment)).batch(0, 0)
     assert both.second_view is not None and not torch.equal(both.images, both.second_view)
     # Asking for a second view leaves the first as it is; without augment it is the plain image.
-    assert torch.equal(Loader(data, 8, augment=augment, shuffle=False).batch(0, 0).images, both.images)
-    plain = Loader(data, 8, view=Augmentation(), shuffle=False).batch(0, 0)
-    assert torch.equal(plain.images, images / 255) and torch.equal(plain.images, plain.second_view)
-    # Views change from epoch to epoch and from batch to batch.
+    assert torch.equal(Loader(data, 8, views=ViewSettings(augment)).batch(0, 0).images, both.images)
+    plain = Loader(data, 8, views=ViewSettings(second=Augmentation())).batch(0, 0)
+    assert torch.equal(plain.images, images[plain.index] / 255) and torch.equal(plain.images, plain.second_view)
+    # ViewSettings change from epoch to epoch and from batch to batch.
     twice = ImageSet(images[:1].expand(8, -1, -1, -1), data.labels)
-    loader = Loader(twice, 4, augment=augment, shuffle=False)
+    loader = Loader(twice, 4, views=ViewSettings(augment))
     kinds = {bytes(loader.batch(e, i).images.numpy()) for e in range(2) for i in range(2)}
     assert len(kinds) == 4
 
@@ -84,16 +82,16 @@ def test_annealed_views_follow_the_progress_and_nothing_else():
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     data, strong = ImageSet(images, torch.zeros(8, dtype=torch.int64)), {"color_jitter": 1.0, "greyscale": 0.5}
     augment, view = Augmentation(**strong, anneal=0.25), Augmentation(**strong, anneal=0.5)
-    make = lambda: Loader(data, 8, augment=augment, view=view, shuffle=False)  # noqa: E731
+    make = lambda: Loader(data, 8, views=ViewSettings(augment, view))  # noqa: E731
     for progress, strengths in ((0.0, (1, 1)), (0.3, (0.75, 1)), (0.5, (0.5, 0.5)), (0.99, (0.25, 0.5))):
         batch = make().batch(1, 0, progress)
         for stream, strength, found in zip((2, 3), strengths, (batch.images, batch.second_view), strict=True):
             expected = Augmentation(**strong)(
-                images / 255, generator=make_generator("cpu", 0, 1, 0, stream), strength=strength
+                images[batch.index] / 255, generator=make_generator("cpu", 0, 1, 0, stream), strength=strength
             )
             assert torch.equal(found, expected), (progress, stream)
     assert torch.equal(make().batch(1, 0).images, make().batch(1, 0, 0.2).images)
-    constant = Loader(data, 8, augment=Augmentation(**strong), shuffle=False)
+    constant = Loader(data, 8, views=ViewSettings(Augmentation(**strong)))
     assert torch.equal(constant.batch(1, 0, 0.9).images, constant.batch(1, 0).images)
 
 
@@ -119,7 +117,7 @@ def test_seeded_keeps_keys_apart():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_order_is_the_same_on_every_device():
     data, augment = image_set(20), Augmentation(crop=1)
-    cpu, gpu = (Loader(data, 6, device=device, augment=augment, seed=4) for device in ("cpu", "cuda"))
+    cpu, gpu = (Loader(data, 6, device=device, views=ViewSettings(augment), seed=4) for device in ("cpu", "cuda"))
     for one, other in zip(cpu.epoch(2), gpu.epoch(2), strict=True):
         assert other.images.is_cuda and torch.equal(one.labels, other.labels.cpu())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +31,25 @@ def make_generator(device: torch.device | str, *integers: int) -> torch.Generato
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)  # 63 bits suit every device
 
 
+@dataclass(frozen=True)
+class ViewSettings:
+    """What batches have of each image.
+
+    Attributes:
+        first: makes ``Batch.images``; None for the plain images.
+        second: makes ``Batch.second_view`` from the plain images; None for no second view.
+        cutmix: α of ``cutmix``, which mixes ``Batch.images`` after ``first`` and makes ``Batch.soft_labels``; 0: off.
+        num_classes: K, needed for soft labels.
+        stored: one more image for each image of the set, (N, C, H, W) float, of which ``Batch.stored`` is made.
+    """
+
+    first: Augmentation | None = None
+    second: Augmentation | None = None
+    cutmix: float = 0.0
+    num_classes: int | None = None
+    stored: Tensor | None = None
+
+
 class Loader:
     """Training batches; the uint8 images stay on the device, and views are drawn there.
 
@@ -46,13 +66,8 @@ class Loader:
         batch_size: images per batch, ≥ 1.
         device: where batches are made.
         seed: decides order and views.
-        shuffle: draw a new order every epoch.
         drop_last: leave out the last, smaller batch.
-        augment: makes ``Batch.images``; None for the plain images.
-        view: makes ``Batch.second_view`` from the plain images; None for no second view.
-        cutmix: α of ``cutmix``, which mixes ``Batch.images`` after ``augment`` and makes ``Batch.soft_labels``; 0: off.
-        num_classes: K, needed for soft labels.
-        stored: one more image for each image of the set, (N, C, H, W) float, of which ``Batch.stored`` is made.
+        views: what is made of each image; None: the plain image.
         world: each of its processes gets an equal part of every batch; random numbers are drawn for the whole batch.
         microbatches: so many equal parts, one after another, make the part of a process.
     """
@@ -64,13 +79,8 @@ class Loader:
         *,
         device: torch.device | str = "cpu",
         seed: int = 0,
-        shuffle: bool = True,
         drop_last: bool = False,
-        augment: Augmentation | None = None,
-        view: Augmentation | None = None,
-        cutmix: float = 0.0,
-        num_classes: int | None = None,
-        stored: Tensor | None = None,
+        views: ViewSettings | None = None,
         world: World = SINGLE_PROCESS,
         microbatches: int = 1,
     ) -> None:
@@ -78,16 +88,15 @@ class Loader:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(image_set) == 0:
             raise ValueError("a loader needs at least one image, got an empty set")
-        if cutmix and num_classes is None:
-            raise ValueError(f"cutmix makes soft labels and needs num_classes, got cutmix={cutmix:g} without it")
+        self.views = views = views or ViewSettings()
+        if views.cutmix and views.num_classes is None:
+            raise ValueError(f"cutmix makes soft labels and needs num_classes, got cutmix={views.cutmix:g} without it")
         self.device = torch.device(device)
         self.images = image_set.images.to(self.device)
         self.labels = image_set.visible_labels.to(self.device)
-        self.stored = None if stored is None else stored.to(self.device)
+        self.stored = None if views.stored is None else views.stored.to(self.device)
         self.batch_size = batch_size
-        self.seed, self.shuffle = seed, shuffle
-        self.augment, self.view = augment, view
-        self.cutmix, self.num_classes = cutmix, num_classes
+        self.seed = seed
         self.world, self.shares = world, world.world_size * microbatches
         full, rest = divmod(len(image_set), batch_size)
         self.steps_per_epoch: int = full + int(full == 0 or (rest > 1 and not drop_last))
@@ -103,9 +112,9 @@ class Loader:
         share, size = image_set.labelled_share, min(self.batch_size, len(labelled))
         if image_set.pseudo_labels is None and share != 1:
             self.labelled = labelled.to(self.device)
-            if self.cutmix:
+            if self.views.cutmix:
                 raise ValueError(
-                    f"cutmix mixes labels and needs one of every image, got cutmix={self.cutmix:g} without"
+                    f"cutmix mixes labels and needs one of every image, got cutmix={self.views.cutmix:g} without"
                 )
         if share is None:
             return
@@ -133,14 +142,20 @@ class Loader:
             whole = plain.new_zeros(len(chosen), *plain.shape[1:])
             whole[local] = plain
             plain = whole
-        first = self._draw(self.augment, plain, progress, epoch, index, _FIRST_VIEW)
-        second = None if self.view is None else self._draw(self.view, plain, progress, epoch, index, _SECOND_VIEW)
+        first = self._draw(self.views.first, plain, progress, epoch, index, _FIRST_VIEW)
+        second = (
+            None
+            if self.views.second is None
+            else self._draw(self.views.second, plain, progress, epoch, index, _SECOND_VIEW)
+        )
         soft = None
-        if self.cutmix:
-            assert self.num_classes is not None
+        if self.views.cutmix:
+            assert self.views.num_classes is not None
             # Drawn on the CPU, so that every device sees the same boxes.
             generator = make_generator("cpu", self.seed, epoch, index, _CUTMIX)
-            first, soft = cutmix(first, self.labels[chosen], self.num_classes, self.cutmix, generator=generator)
+            first, soft = cutmix(
+                first, self.labels[chosen], self.views.num_classes, self.views.cutmix, generator=generator
+            )
         if local is not None:
             chosen, first = chosen[local], first[local]
             second, soft = (None if each is None else each[local] for each in (second, soft))
@@ -170,7 +185,7 @@ class Loader:
 
     def _read(self, chosen: Tensor) -> Tensor:
         """Return which images of a batch have to be read: this process's own, or all where images are mixed."""
-        return chosen if self.world.world_size == 1 or self.cutmix else chosen[self.positions(len(chosen))]
+        return chosen if self.world.world_size == 1 or self.views.cutmix else chosen[self.positions(len(chosen))]
 
     def _chosen(self, epoch: int, index: int) -> Tensor:
         """Return which images are in a batch, (B,) int64."""
@@ -192,13 +207,11 @@ class Loader:
         kept = self._orders.get(stream)
         if kept is None or kept[0] != turn:
             # Drawn on the CPU, so that every device sees the same order.
-            order = torch.arange(count)
-            if self.shuffle:
-                generator = make_generator("cpu", self.seed, turn, stream)
-                if isinstance(self.images, StreamedImages):
-                    order = self.images.shuffled(generator)
-                else:
-                    order = torch.randperm(count, generator=generator)
+            generator = make_generator("cpu", self.seed, turn, stream)
+            if isinstance(self.images, StreamedImages):
+                order = self.images.shuffled(generator)
+            else:
+                order = torch.randperm(count, generator=generator)
             self._orders[stream] = kept = (turn, order.to(self.device))
         return kept[1]
 

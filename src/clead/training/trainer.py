@@ -22,7 +22,7 @@ from clead.config import RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
 from clead.data.label_sampling import for_method
-from clead.data.loaders import Loader, make_generator
+from clead.data.loaders import Loader, ViewSettings, make_generator
 from clead.devices import device_of
 from clead.distributed import (
     SlicedThreat,
@@ -230,11 +230,13 @@ class Trainer:
             device=self.device,
             seed=self.settings.seed,
             drop_last=True,
-            augment=data.augment,
-            view=data.view if method.uses_second_view else None,
-            cutmix=data.cutmix,
-            num_classes=len(self.splits.classes),
-            stored=adversaries,
+            views=ViewSettings(
+                first=data.augment,
+                second=data.view if method.uses_second_view else None,
+                cutmix=data.cutmix,
+                num_classes=len(self.splits.classes),
+                stored=adversaries,
+            ),
             world=self.world,
             microbatches=self.settings.accumulate,
         )
