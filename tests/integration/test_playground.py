@@ -305,7 +305,7 @@ def filtered():
     async def reached(request: Request) -> Response:
         return Response(await request.body())
 
-    app.add_middleware(GradioPathFilter, path="/playground", files="/tmp/own", largest_upload=1000)
+    app.add_middleware(GradioPathFilter, path="/playground", files="/tmp/own", max_upload=1000)
     return TestClient(app)
 
 
@@ -410,7 +410,7 @@ def test_what_gradio_makes_of_an_upload_is_counted_and_removed(tmp_path):
         made.append(_stored(tmp_path, len(made), len(await request.body())))
         return [made[-1]]
 
-    app.add_middleware(GradioPathFilter, path="/playground", files=str(tmp_path), largest_upload=1000)
+    app.add_middleware(GradioPathFilter, path="/playground", files=str(tmp_path), max_upload=1000)
     client = TestClient(app)
     client.get("/playground/")  # builds the middleware
     fence = app.middleware_stack

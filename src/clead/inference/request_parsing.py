@@ -60,11 +60,10 @@ def body_kind(request: Request) -> str:
     """Return the content type; raises Problem if it is none that is read."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in ("multipart/form-data", "application/json", NPY) and not kind.startswith("image/"):
-        raise Problem(
-            415,
-            f"content-type: must be multipart/form-data with files, image/png (or another image), application/json, or {NPY} with "
-            f"a .npy file, got {kind[:60] or 'none'!r}; set the header",
+        known = (
+            f"multipart/form-data with files, image/png (or another image), application/json, or {NPY} with a .npy file"
         )
+        raise Problem(415, f"content-type: must be {known}, got {kind[:60] or 'none'!r}; set the header")
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
         raise Problem(415, f"content-encoding: bodies are read as they are, got {coding[:60]!r}; send it unpacked")
@@ -115,11 +114,8 @@ class Buffers:
     def take(self, size: int) -> None:
         """Count ``size`` more bytes; raises Problem 503 if they are too many."""
         if self.held + size > self.limit:
-            raise Problem(
-                503,
-                f"the server holds {self.limit} bytes of requests already, which is its limit; come back in a second",
-                {"Retry-After": "1", "Connection": "close"},
-            )
+            text = f"the server holds {self.limit} bytes of requests already, which is its limit; come back in a second"
+            raise Problem(503, text, {"Retry-After": "1", "Connection": "close"})
         self.held += size
 
 
@@ -133,43 +129,35 @@ async def read_body(
     ``read_seconds``, or more slowly than ``min_rate`` after two seconds; 503 if ``buffers`` are full.
     """
     limit = settings.max_body if limit is None else limit
+    text = f"body: at most {limit} bytes are read, got more; send fewer or smaller images"
+    too_long = Problem(413, text, {"Connection": "close"})
     claimed = request.headers.get("content-length", "0")
     if not claimed.isdecimal() or len(claimed) > 18 or int(claimed) > limit:
-        raise _too_long(limit)
-    body, taken = bytearray(), 0
-    chunks = request.stream()
-    loop = asyncio.get_running_loop()
-    start = loop.time()
+        raise too_long
+    body, counted, chunks = bytearray(), 0, request.stream()
+    now = asyncio.get_running_loop().time
+    start = now()
     try:
         while True:
             patience = min(settings.read_seconds, _GRACE + len(body) / settings.min_rate)
             try:
-                chunk = await asyncio.wait_for(anext(chunks), max(0.0, start + patience - loop.time()))
+                chunk = await asyncio.wait_for(anext(chunks), max(0.0, start + patience - now()))
             except StopAsyncIteration:
                 break
             except asyncio.TimeoutError:
-                raise _too_slow(settings, patience) from None
+                rule = f"within {settings.read_seconds:g} seconds"
+                if patience < settings.read_seconds:
+                    rule += f" and at {settings.min_rate} bytes per second or more"
+                text = f"body: must arrive {rule}, it did not; send less, or over a faster line"
+                raise Problem(408, text, {"Connection": "close"}) from None
             if len(body) + len(chunk) > limit:
-                raise _too_long(limit)
+                raise too_long
             buffers.take(len(chunk))
-            taken += len(chunk)
+            counted += len(chunk)
             body += chunk
         yield bytes(body)
     finally:
-        buffers.held -= taken
-
-
-def _too_long(limit: int) -> Problem:
-    text = f"body: at most {limit} bytes are read, got more; send fewer or smaller images"
-    return Problem(413, text, {"Connection": "close"})
-
-
-def _too_slow(settings: ServeSettings, patience: float) -> Problem:
-    rule = f"within {settings.read_seconds:g} seconds"
-    if patience < settings.read_seconds:
-        rule += f" and at {settings.min_rate} bytes per second or more"
-    text = f"body: must arrive {rule}, it did not; send less, or over a faster line"
-    return Problem(408, text, {"Connection": "close"})
+        buffers.held -= counted
 
 
 async def _files(request: Request, body: bytes, settings: ServeSettings) -> list[bytes]:
@@ -186,9 +174,8 @@ async def _files(request: Request, body: bytes, settings: ServeSettings) -> list
         if "Too many files" in error.message:
             raise _too_many(settings, f"more than {settings.max_images}") from None
         if "Too many fields" in error.message:
-            raise Problem(
-                422, "form: must hold files under the name 'images' only, got a plain field; leave it out"
-            ) from None
+            text = "form: must hold files under the name 'images' only, got a plain field; leave it out"
+            raise Problem(422, text) from None
         raise Problem(400, f"form: broken multipart data ({error.message.rstrip('.')}); send it anew") from None
     except Exception as error:  # python-multipart meets broken bytes with many kinds
         raise Problem(400, f"form: broken multipart data ({type(error).__name__}); send it anew") from None
@@ -218,18 +205,15 @@ def count_pixels(files: list[bytes], max_pixels: int) -> int:
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             width = height = 10**6  # Pillow does not tell how many; no image file has as many
         except UnidentifiedImageError:
-            raise Problem(
-                415, f"{name}: must be one of {', '.join(WEB_FORMATS)}, got {_kind(file)}; convert it"
-            ) from None
+            text = f"{name}: must be one of {', '.join(WEB_FORMATS)}, got {_kind(file)}; convert it"
+            raise Problem(415, text) from None
         except Exception as error:  # Pillow's readers raise whatever a broken header makes them raise
             raise Problem(422, f"{name}: not a readable image ({type(error).__name__}); replace it") from None
         total += width * height
         if total > max_pixels:
-            many = f" ({width}×{height} here)" if width < 10**6 else ""
-            raise Problem(
-                413,
-                f"{name}: the images of a request may have {max_pixels} pixels together, got more{many}; shrink them",
-            )
+            given = f"more ({width}×{height} here)" if width < 10**6 else "more"
+            text = f"{name}: the images of a request may have {max_pixels} pixels together, got {given}; shrink them"
+            raise Problem(413, text)
     return total
 
 
@@ -249,12 +233,9 @@ def from_files(files: list[bytes], model: ServedModel) -> np.ndarray:
     except UserError as error:
         raise Problem(422, str(error)) from None
     if tuple(images.shape[1:]) != model.shape:
-        _, height, width = model.shape
-        raise Problem(
-            422,
-            f"images: {model.name} was trained on images of {width}×{height} pixels, got {images.shape[3]}×{images.shape[2]}; "
-            "resize them (only square ones are resized here)",
-        )
+        (_, height, width), given = model.shape, f"{images.shape[3]}×{images.shape[2]}"
+        text = f"images: {model.name} was trained on images of {width}×{height} pixels, got {given}"
+        raise Problem(422, f"{text}; resize them (only square ones are resized here)")
     return images.numpy()
 
 
@@ -265,91 +246,75 @@ def from_json(body: bytes, model: ServedModel, settings: ServeSettings) -> np.nd
     # Counted first: millions of empty lists are a short body, and seconds of work. A few too many are told more exactly below.
     lists, numbers = most * (1 + channels * (1 + height)), most * channels * height * width
     if body.count(b"[") > 2 * lists + 1000 or body.count(b",") > 2 * numbers + 1000:
-        raise Problem(
-            422,
-            f"images: at most {most} images of {channels}×{height}×{width} are read, got more lists or numbers than they have; "
-            "send fewer, or of that shape",
-        )
+        text = f"images: at most {most} images of {channels}×{height}×{width} are read, got more lists or numbers than they have"
+        raise Problem(422, f"{text}; send fewer, or of that shape")
     try:
         given = Arrays.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        broken = problems[0]["type"] == "json_invalid"
-        raise Problem(400 if broken else 422, "body: not JSON" if broken else first_error(problems)) from None
-    if len(given.images) > settings.max_images:
+        if problems[0]["type"] == "json_invalid":
+            raise Problem(400, "body: not JSON") from None
+        raise Problem(422, first_error(problems)) from None
+    if len(given.images) > most:
         raise _too_many(settings, str(len(given.images)))
     try:
         images = np.array(given.images, dtype=np.float64)
     except ValueError:
-        raise Problem(
-            422, "images: all rows, channels and images must be equally long, got lists of several lengths"
-        ) from None
-    if given.pixels == "uint8":
-        checked(images, model, settings, 255)
-        whole = images.astype(np.uint8)
-        if not (images == whole).all():
-            place = _place(images != whole)
-            raise Problem(
-                422,
-                f"images{place}: must be a whole number, got {images[tuple(place)]:g}; use pixels: unit",
-            )
-        return whole
-    checked(images, model, settings, 1)
-    return images.astype(np.float32)
+        text = "images: all rows, channels and images must be equally long, got lists of several lengths"
+        raise Problem(422, text) from None
+    if given.pixels == "unit":
+        check_images(images, model, settings, 1)
+        return images.astype(np.float32)
+    check_images(images, model, settings, 255)
+    integers = images.astype(np.uint8)
+    if not (images == integers).all():
+        place, value = _first(images != integers, images)
+        raise Problem(422, f"images{place}: must be a whole number, got {value:g}; use pixels: unit")
+    return integers
 
 
 def from_npy(body: bytes, model: ServedModel, settings: ServeSettings) -> np.ndarray:
     """Return the images of a .npy file; its header is read by itself, for what it claims would be allocated."""
     file = io.BytesIO(body)
     try:
-        version = np.lib.format.read_magic(file)
-        read: Any = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
+        numpy: Any = np.lib.format
+        read = {(1, 0): numpy.read_array_header_1_0, (2, 0): numpy.read_array_header_2_0}[numpy.read_magic(file)]
         shape, fortran, dtype = read(file)
         if any(type(side) is not int or side < 0 for side in shape):
             raise ValueError
     except Exception as error:  # NumPy's reader raises whatever a broken header makes it raise
-        raise Problem(
-            400, f"body: must be a .npy file as numpy.save writes it ({type(error).__name__}); send one"
-        ) from None
+        text = f"body: must be a .npy file as numpy.save writes it ({type(error).__name__}); send one"
+        raise Problem(400, text) from None
     if dtype not in (np.uint8, np.float32, np.float64):
         raise Problem(422, f"array: must be uint8, float32 or float64, got {str(dtype)[:40]}; convert it")
     if math.prod(shape) * dtype.itemsize != len(body) - file.tell():
-        raise Problem(
-            400, f"array: its header speaks of shape {str(shape)[:60]}, which its length contradicts; save it anew"
-        )
+        text = f"array: its header speaks of shape {str(shape)[:60]}, which its length contradicts; save it anew"
+        raise Problem(400, text)
     images = np.frombuffer(body, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
-    checked(images, model, settings, 255 if images.dtype == np.uint8 else 1)
+    check_images(images, model, settings, 255 if images.dtype == np.uint8 else 1)
     return np.require(images, np.uint8 if images.dtype == np.uint8 else np.float32, ["C", "W"])
 
 
-def checked(images: np.ndarray, model: ServedModel, settings: ServeSettings, top: int) -> None:
+def check_images(images: np.ndarray, model: ServedModel, settings: ServeSettings, top: int) -> None:
     """Raise Problem unless ``images`` is (n, C, H, W) in the model's shape, 1 ≤ n ≤ max_images, with values in [0, ``top``]."""
-    expected = "×".join(map(str, model.shape))
     if images.ndim != 4 or images.shape[1:] != model.shape:
-        given = "×".join(map(str, images.shape)) or "a single number"
-        raise Problem(
-            422,
-            f"images: {model.name} takes n×{expected} (images, channels, rows, columns), got {given}; "
-            "bring the array to that shape, or send image files, which are resized here",
-        )
+        expected, given = ("×".join(map(str, shape)) for shape in (model.shape, images.shape))
+        text = f"images: {model.name} takes n×{expected} (images, channels, rows, columns), got {given or 'a single number'}"
+        raise Problem(422, f"{text}; bring the array to that shape, or send image files, which are resized here")
     if not 1 <= len(images) <= settings.max_images:
         raise _too_many(settings, str(len(images)))
     if images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= top):
-        place = _place(~((images >= 0) & (images <= top)))
-        raise Problem(
-            422,
-            f"images{place}: a pixel must be in [0, {top}], got {images[tuple(place)]:g}; rescale the array or repair it",
-        )
+        place, value = _first(~((images >= 0) & (images <= top)), images)
+        text = f"images{place}: a pixel must be in [0, {top}], got {value:g}; rescale the array or repair it"
+        raise Problem(422, text)
 
 
-def _place(wrong: np.ndarray) -> list[int]:
-    return [int(i) for i in np.argwhere(wrong)[0]]
+def _first(wrong: np.ndarray, images: np.ndarray) -> tuple[list[int], float]:
+    """Return the first place at which ``wrong`` is true, and what stands there."""
+    place = [int(i) for i in np.argwhere(wrong)[0]]
+    return place, images[tuple(place)]
 
 
 def _too_many(settings: ServeSettings, given: str) -> Problem:
-    return Problem(
-        422, f"images: a request may hold 1 to {settings.max_images} images, got {given}; send several requests"
-    )
+    text = f"images: a request may hold 1 to {settings.max_images} images, got {given}; send several requests"
+    return Problem(422, text)

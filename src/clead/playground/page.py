@@ -92,7 +92,7 @@ def add_playground(app: FastAPI, settings: ServeSettings | None = None) -> None:
         head=pictures.HEAD,
     )
     # Innermost: what comes here has passed the server's name and the log.
-    limits: dict[str, Any] = {"largest_upload": MAX_FILE, "settings": settings or ServeSettings()}
+    limits: dict[str, Any] = {"max_upload": MAX_FILE, "settings": settings or ServeSettings()}
     app.user_middleware.append(Middleware(GradioPathFilter, path=PATH, files=get_upload_folder(), **limits))
 
     @app.get("/", include_in_schema=False)

@@ -7,7 +7,6 @@ import hmac
 import json
 import time
 from contextlib import suppress
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +21,7 @@ OPEN = frozenset({*HEALTH, "/openapi.json", "/docs", "/redoc"})
 """Paths that need no API key, with what /docs and /redoc load; they say nothing about a model but its classes."""
 ASSETS = "/static-offline-docs/"
 _NAMED = frozenset({*OPEN, "/metrics", "/v1/predict", "/v1/explain"})
-_LONGEST_LOGGED = 300  # characters of a path
+_MAX_LOGGED = 300  # characters of a path
 
 
 class Gate:
@@ -34,85 +33,72 @@ class Gate:
         self.key = None if settings.api_key is None else settings.api_key.get_secret_value().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or refuse it."""
-        if scope["type"] == "websocket":
-            if self._refusal(scope, scope["path"]) is None:
-                await self.app(scope, receive, send)
-            else:
-                await send({"type": "websocket.close", "code": 1008})
-            return
+        """Let a request through, or refuse it; there are no websockets."""
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            else:
+                await self.app(scope, receive, send)
             return
         start, path = time.perf_counter(), scope["path"]
-        watched = _Watched(scope, send)
+        response = _Response(scope, send)
         try:
-            refusal = self._refusal(scope, path)
-            if refusal is not None:
-                self.metrics.refused.labels(str(refusal.status)).inc()
-                await answer(refusal)(scope, receive, watched)
+            if (problem := self._problem(scope, path)) is None:
+                await self._inside(scope, receive, response)
             else:
-                await self._inside(scope, receive, watched)
+                self.metrics.refused.labels(str(problem.status)).inc()
+                await answer(problem)(scope, receive, response)
         finally:
-            self._note(scope, path, watched.status, time.perf_counter() - start)
+            self._log(scope, path, response.status, time.perf_counter() - start)
 
-    async def _inside(self, scope: Scope, receive: Receive, watched: _Watched) -> None:
+    async def _inside(self, scope: Scope, receive: Receive, response: _Response) -> None:
         if scope["method"] == "HEAD" and (scope["path"] in _NAMED or scope["path"].startswith(ASSETS)):
-            scope = {**scope, "method": "GET"}  # the same head; ``watched`` leaves the body out
+            scope = {**scope, "method": "GET"}  # the same head; ``response`` leaves the body out
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, response)
         except asyncio.CancelledError:  # the server's time for finishing is over
-            if watched.started:
+            if response.started:
                 raise
             problem = Problem(503, "the server stopped before this was answered; come back later", {"Retry-After": "5"})
-            await answer(problem)(scope, receive, watched)
+            await answer(problem)(scope, receive, response)
         except Exception:
             raise  # is answered further out
         except BaseException:  # such as SystemExit, which would end the server
             log.exception("a request ended with an exception that is meant to end the process")
-            if not watched.started:
-                await answer(standard(500))(scope, receive, watched)
+            if not response.started:
+                await answer(standard(500))(scope, receive, response)
 
-    def _note(self, scope: Scope, path: str, status: int, seconds: float) -> None:
+    def _log(self, scope: Scope, path: str, status: int, seconds: float) -> None:
         label = path if path in _NAMED else "other"
         self.metrics.requests.labels(label, str(status)).inc()
         self.metrics.seconds.labels(label).observe(seconds)
-        client = scope.get("client")
-        fields: dict[str, Any] = {
-            "method": scope["method"],
-            "path": path[:_LONGEST_LOGGED],
-            "status": status,
-            "milliseconds": round(1000 * seconds, 2),
-            "client": client[0] if client else None,
-        }
-        log.info("request", extra=fields)
+        client = scope["client"][0] if scope.get("client") else None
+        fields = {"method": scope["method"], "path": path[:_MAX_LOGGED], "status": status}
+        log.info("request", extra={**fields, "milliseconds": round(1000 * seconds, 2), "client": client})
 
-    def _refusal(self, scope: Scope, path: str) -> Problem | None:
+    def _problem(self, scope: Scope, path: str) -> Problem | None:
+        """Return why a request is refused before it is looked at, or None."""
         state = scope["app"].state
-        if state.hosts is not None and (refusal := state.hosts.refusal(scope)) is not None:
-            return refusal
+        if state.hosts is not None and (problem := state.hosts.refusal(scope)) is not None:
+            return problem
         if self.key is not None and path not in OPEN and not path.startswith(ASSETS):
             headers = Headers(scope=scope)
             scheme, _, token = headers.get("authorization", "").partition(" ")
             given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
             if not hmac.compare_digest(given.encode("latin-1"), self.key):
-                return Problem(
-                    401,
-                    "API key: missing or wrong; send it as X-API-Key or as Authorization: Bearer",
-                    {"WWW-Authenticate": "Bearer"},
-                )
+                text = "API key: missing or wrong; send it as X-API-Key or as Authorization: Bearer"
+                return Problem(401, text, {"WWW-Authenticate": "Bearer"})
         if state.draining and path not in HEALTH:
             text = "the server is stopping and takes no new requests; come back in a few seconds"
             return Problem(503, text, {"Retry-After": "5", "Connection": "close"})
         return None
 
 
-class _Watched:
+class _Response:
     """``send`` that remembers the status, leaves out bodies that HEAD must not have, and makes every error a problem."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
-        self.scope, self.send = scope, send
-        self.head = scope["method"] == "HEAD"
+        self.send, self.head = send, scope["method"] == "HEAD"
         self.status, self.started = 500, False
         self.replaced: Message | None = None  # the start of an answer that is made a problem
         self.done = False
@@ -142,7 +128,7 @@ class _Watched:
         problem = standard(self.status, {k: v for k, v in headers.items() if k in ("allow", "retry-after")})
         with suppress(ValueError, TypeError, KeyError):
             detail = json.loads(body)["detail"] if headers.get("content-type") == "application/json" else None
-            if isinstance(detail, str) and detail.isprintable() and len(detail) <= _LONGEST_LOGGED:
+            if isinstance(detail, str) and detail.isprintable() and len(detail) <= _MAX_LOGGED:
                 problem.detail = detail
         response = answer(problem)
         await self.send({**start, "headers": response.raw_headers})

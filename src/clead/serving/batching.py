@@ -6,8 +6,10 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,10 @@ from clead.serving.logs import log
 from clead.serving.metrics import Metrics
 
 
-@dataclass
-class _Item:
+class _Item(NamedTuple):
     images: np.ndarray
-    future: asyncio.Future[Outputs]
-    loop: asyncio.AbstractEventLoop
     first: int  # place of its first image in the request
+    future: Future[Outputs]
 
 
 class Batcher:
@@ -52,14 +52,10 @@ class Batcher:
         metrics: Metrics,
         stuck_seconds: float = 30.0,
     ) -> None:
-        self._work = work
-        self._max_batch = max_batch
+        self._work, self._max_batch, self._name, self._stuck_seconds = work, max_batch, name, stuck_seconds
+        self._metrics, self._depth = metrics, metrics.queue.labels(name)
         self._waiting: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._metrics = metrics
-        self._depth = metrics.queue.labels(name)
-        self._name = name
         self._thread: threading.Thread | None = None
-        self._stuck_seconds = stuck_seconds
         self._busy_since: float | None = None
 
     def start(self) -> None:
@@ -92,51 +88,40 @@ class Batcher:
         """Return the outputs of images (n, C, H, W), any n ≥ 1, in their order; raises Problem 500 or 503."""
         if trouble := self.trouble():
             raise _unavailable(trouble)
-        loop = asyncio.get_running_loop()
         starts = range(0, len(images), self._max_batch)
-        items = [_Item(images[i : i + self._max_batch], loop.create_future(), loop, i) for i in starts]
+        items = [_Item(images[start : start + self._max_batch], start, Future()) for start in starts]
         self._depth.inc(len(images))
         for item in items:
             self._waiting.put(item)
         if self._thread is None or not self._thread.is_alive():  # it ended in this very moment
             self._fail_waiting()
         try:
-            outputs = [await item.future for item in items]
+            outputs = [await asyncio.wrap_future(item.future) for item in items]
         finally:
             for item in items:
                 item.future.cancel()
         return outputs[0] if len(outputs) == 1 else Outputs.join(outputs)
 
     def _run(self) -> None:
-        try:
-            while self._work_until_stopped():
-                log.error("the worker of model %s goes on with the next batch", self._name)
-        finally:
-            self._busy_since = None
-            self._fail_waiting()
-
-    def _work_until_stopped(self) -> bool:
-        """Compute batch after batch; return False when told to stop, True after an error outside of the model."""
+        """Compute batch after batch until told to stop."""
         batch: list[_Item] = []
         following: _Item | None = None
         try:
-            while True:
-                item = following or self._waiting.get()
-                if item is None:
-                    return False
-                batch, following = self._gathered(item)
-                self._depth.dec(sum(len(item.images) for item in batch))
-                self._busy_since = time.monotonic()
-                self._compute(batch)
-                self._busy_since, batch = None, []
-        except BaseException:  # nothing may end this thread: all requests depend on it
-            log.exception("the worker of model %s failed", self._name)
+            while (item := following or self._waiting.get()) is not None:
+                batch, following = [item], None
+                try:
+                    batch, following = self._gathered(item)
+                    self._depth.dec(sum(len(item.images) for item in batch))
+                    self._busy_since = time.monotonic()
+                    self._compute(batch)
+                except BaseException:  # nothing may end this thread: all requests depend on it
+                    log.exception("the worker of model %s failed, and goes on with the next batch", self._name)
+                    for item in batch:
+                        self._deliver(item, _unavailable(f"the worker of model {self._name} failed; try again"))
+                self._busy_since = None
+        finally:
             self._busy_since = None
-            if following is not None:
-                self._waiting.put(following)
-            for item in batch:
-                self._deliver(item, _unavailable(f"the worker of model {self._name} failed; try again"))
-            return True
+            self._fail_waiting()
 
     def _gathered(self, item: _Item) -> tuple[list[_Item], _Item | None]:
         """Return the batch that begins with ``item``, and the item that no longer fits into it."""
@@ -156,59 +141,50 @@ class Batcher:
         return batch, None
 
     def _compute(self, batch: list[_Item]) -> None:
-        batch = [item for item in batch if not item.future.cancelled()]
-        if not batch:
-            return
-        sizes = [len(item.images) for item in batch]
+        if batch := [item for item in batch if item.future.set_running_or_notify_cancel()]:
+            for item, answer in self._answers(batch):
+                self._deliver(item, answer)
+
+    def _answers(self, batch: list[_Item]) -> Iterator[tuple[_Item, Outputs | Problem]]:
+        """Yield an answer to each item: outputs, or the problem of those that make the batch fail, which are found by halving."""
         try:
-            self._metrics.batch.labels(self._name).observe(sum(sizes))
-            answers = list(self._work([item.images for item in batch]).split(sizes))
+            self._metrics.batch.labels(self._name).observe(sum(len(item.images) for item in batch))
+            outputs = self._work([item.images for item in batch])
         except BaseException as error:  # SystemExit and the like too: whatever a model raises belongs to requests
-            if len(batch) > 1:
-                middle = len(batch) // 2
-                self._compute(batch[:middle])
-                self._compute(batch[middle:])
+            middle = len(batch) // 2
+            if middle:
+                yield from self._answers(batch[:middle])
+                yield from self._answers(batch[middle:])
             else:
-                self._deliver(batch[0], self._in_smaller_batches(batch[0], error))
+                yield batch[0], self._after_failure(batch[0], error)
             return
-        for item, answer in zip(batch, answers, strict=True):
+        for item, answer in zip(batch, outputs.split([len(item.images) for item in batch]), strict=True):
             row = answer.first_not_finite()
             if row is None:
-                self._deliver(item, answer)
+                yield item, answer
             elif len(batch) > 1:  # it may have come from another request's image
-                self._compute([item])
+                yield from self._answers([item])
             else:
-                self._deliver(item, self._not_finite(item, row))
+                text = f"image {item.first + row}: the model answered NaN or infinity to finite pixels; leave this image out"
+                yield item, self._failed("not_finite", None, Problem(500, text))
 
-    def _in_smaller_batches(self, item: _Item, error: BaseException) -> Outputs | Problem:
-        """Return the outputs of a request that did not fit into memory, computed in halves; or its failure as a problem."""
+    def _after_failure(self, item: _Item, error: BaseException) -> Outputs | Problem:
+        """Return the outputs of images that did not fit into memory together, computed in halves; or the failure as a problem."""
         if not _out_of_memory(error):
-            kind = "exit" if not isinstance(error, Exception) else "error"
-            return self._failed(
-                kind, error, Problem(500, "the model failed on this request; the server's log says why")
-            )
-        if len(item.images) == 1:
+            kind = "error" if isinstance(error, Exception) else "exit"
+            problem = Problem(500, "the model failed on this request; the server's log says why")
+            return self._failed(kind, error, problem)
+        middle = len(item.images) // 2
+        if not middle:
             text = "the server has not enough memory for an image of this request; come back later"
             return self._failed("memory", error, Problem(503, text, {"Retry-After": "10"}))
-        outputs, middle = [], len(item.images) // 2
-        for rows, first in ((item.images[:middle], item.first), (item.images[middle:], item.first + middle)):
-            half = _Item(rows, item.future, item.loop, first)
-            if item.future.cancelled():
-                return _unavailable("the request was given up")
-            try:
-                answer: Outputs | Problem = self._work([rows])
-            except BaseException as again:
-                answer = self._in_smaller_batches(half, again)
-            if isinstance(answer, Outputs) and (row := answer.first_not_finite()) is not None:
-                answer = self._not_finite(half, row)
+        halves = []
+        for start, images in ((0, item.images[:middle]), (middle, item.images[middle:])):
+            ((_, answer),) = self._answers([_Item(images, item.first + start, item.future)])
             if isinstance(answer, Problem):
                 return answer
-            outputs.append(answer)
-        return Outputs.join(outputs)
-
-    def _not_finite(self, item: _Item, row: int) -> Problem:
-        text = f"image {item.first + row}: the model answered NaN or infinity to finite pixels; leave this image out"
-        return self._failed("not_finite", None, Problem(500, text))
+            halves.append(answer)
+        return Outputs.join(halves)
 
     def _failed(self, kind: str, error: BaseException | None, problem: Problem) -> Problem:
         self._metrics.failures.labels(self._name, kind).inc()
@@ -227,19 +203,11 @@ class Batcher:
 
     @staticmethod
     def _deliver(item: _Item, answer: Outputs | Problem) -> None:
-        try:
-            item.loop.call_soon_threadsafe(_settle, item.future, answer)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            log.warning("an answer came after the server had stopped")
-
-
-def _settle(future: asyncio.Future[Outputs], answer: Outputs | Problem) -> None:
-    if future.done():
-        return
-    if isinstance(answer, Problem):
-        future.set_exception(answer)
-    else:
-        future.set_result(answer)
+        with suppress(InvalidStateError):  # it has been given up, or answered
+            if isinstance(answer, Problem):
+                item.future.set_exception(answer)
+            else:
+                item.future.set_result(answer)
 
 
 def _unavailable(text: str) -> Problem:

@@ -6,14 +6,14 @@ import json
 import logging
 import queue
 import sys
-import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from logging.handlers import QueueHandler, QueueListener
 from typing import Any
 
 log = logging.getLogger("clead.serving")
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
@@ -29,57 +29,48 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {key: value for key, value in vars(record).items() if key not in _OWN}
+        line |= {key: value for key, value in vars(record).items() if key not in _STANDARD}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
 
-class _Aside(logging.Handler):
-    """Writes lines to a stream from a thread of its own: whoever reads them too slowly, or not at all, holds up no request.
+class _JsonHandler(QueueHandler):
+    """Writes JSON lines to a stream from a thread of its own: whoever reads them too slowly, or not at all, holds up no request.
 
     Lines beyond ``most`` that wait are dropped, and counted in a line of their own once there is room again.
     """
 
     def __init__(self, stream: Any, most: int = 10_000) -> None:
-        super().__init__()
-        self._stream = stream
-        self._lines: queue.Queue[str] = queue.Queue(most)
-        self._dropped = 0
-        threading.Thread(target=self._write, name="log", daemon=True).start()
+        self.lines: queue.Queue[logging.LogRecord] = queue.Queue(most)
+        super().__init__(self.lines)
+        self.setFormatter(JsonFormatter())
+        self.dropped = 0
+        writer: Any = logging.StreamHandler(stream)
+        writer.handleError = lambda record: None  # closed: nobody reads it
+        QueueListener(self.lines, writer).start()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand a record to the thread."""
+    def enqueue(self, record: logging.LogRecord) -> None:
         try:
-            if self._dropped:
-                self._lines.put_nowait(
-                    json.dumps({"level": "warning", "message": "log lines dropped", "count": self._dropped})
-                )
-                self._dropped = 0
-            self._lines.put_nowait(self.format(record))
+            if self.dropped:
+                lost = {"name": log.name, "levelname": "WARNING", "msg": "log lines dropped", "count": self.dropped}
+                self.lines.put_nowait(self.prepare(logging.makeLogRecord(lost)))
+                self.dropped = 0
+            self.lines.put_nowait(record)
         except queue.Full:
-            self._dropped += 1
-
-    def _write(self) -> None:
-        while True:
-            line = self._lines.get()
-            with suppress(OSError, ValueError):  # closed: nobody reads it
-                self._stream.write(line + "\n")
-                self._stream.flush()
-            self._lines.task_done()
+            self.dropped += 1
 
     def finish(self, seconds: float) -> None:
         """Wait until all is written, but not longer than ``seconds``."""
         deadline = time.monotonic() + seconds
-        while self._lines.unfinished_tasks and time.monotonic() < deadline:
+        while self.lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.01)
 
 
 @contextmanager
 def log_as_json() -> Generator[None, None, None]:
     """Write all log lines of this process, and Python's warnings, as JSON to stderr; requests and uvicorn's from INFO on."""
-    handler = _Aside(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler = _JsonHandler(sys.stderr)
     root = logging.getLogger()
     root.handlers.clear()
     root.addHandler(handler)
