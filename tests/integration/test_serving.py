@@ -188,16 +188,16 @@ def test_what_detect_measured_is_said_of_the_same_weights_only(run, tmp_path):
     try:
         model = ServedModel("small", run, ServeSettings(threads=1))
         assert model.detector is not None and model.detector.measured is not None
-        assert model.detector.measured.point.rate == 0.05
+        assert model.detector.measured.rate == 0.05
         assert (
-            model.detector.measured.point.aware
+            model.detector.measured.attacker_aware
             == next(p for p in record.result.detectors[0].curve if p.rate == 0.05).aware
         )
         with TestClient(create_app([run], ServeSettings(threads=1))) as client:
             shown = client.post("/v1/explain", content=npy(np.zeros((1, 1, 8, 8), np.uint8)), headers=NPY).json()[
                 "detector"
             ]
-        assert shown["measured"]["attacker_aware"]["accuracy"] == model.detector.measured.point.aware.accuracy
+        assert shown["measured"]["attacker_aware"]["accuracy"] == model.detector.measured.attacker_aware.accuracy
         assert shown["measured"]["images"] == 6 and "not measured" not in shown["warning"]
         content = json.loads(path.read_text())
         content["model"]["fingerprint"] = "0" * 32
@@ -1126,3 +1126,26 @@ def test_a_path_cannot_forge_log_lines(client, caplog, path):
     line = JsonFormatter().format(caplog.records[-1])
     assert line.isprintable() and line.isascii() and len(line) < 2500
     assert json.loads(line)["status"] == 404
+
+
+def test_every_setting_of_a_server_is_an_option(monkeypatch):
+    import clead.serving
+    from clead.cli.app import app
+
+    given = []
+    monkeypatch.setattr(clead.serving, "serve", lambda make, settings, **kwargs: given.append(settings))
+    arguments = ["serve", "runs/x", "--detector", "none", "--no-thumbnails", "--allowed-hosts", "a.org, b.org"]
+    numbers = {"threads": 3, "max_batch": 5, "reject": 0.1, "reference": 30, "max_images": 7, "max_body": 2000}
+    numbers |= {"max_pixels": 8, "max_requests": 9, "max_buffered": 3000, "max_head": 4000, "max_connections": 10}
+    numbers |= {"max_per_client": 11, "read_seconds": 1.5, "min_rate": 12, "request_seconds": 2.5, "drain_seconds": 13}
+    for key, value in numbers.items():
+        arguments += [f"--{key.replace('_', '-')}", str(value)]
+    monkeypatch.setenv("CLEAD_API_KEY", KEY)
+    app([*arguments, "--engine", "onnx"], standalone_mode=False)
+    fields = ServeSettings.__pydantic_fields__
+    expected = {**numbers, "engine": "onnx", "detector": None, "thumbnails": False, "allowed_hosts": ("a.org", "b.org")}
+    assert {**expected, "api_key": given[0].api_key} == {key: getattr(given[0], key) for key in fields}
+    assert given[0].api_key.get_secret_value() == KEY
+    monkeypatch.delenv("CLEAD_API_KEY")
+    app(["serve", "runs/x"], standalone_mode=False)
+    assert given[1] == ServeSettings()

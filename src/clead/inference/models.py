@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,9 +27,10 @@ from clead.export.onnx import AGREE, session, to_onnx
 from clead.inference.png import png_uri
 from clead.inference.settings import ServeSettings
 from clead.measurements.base import MeasurementRecord
-from clead.measurements.detection import DETECTORS, Detection, DetectionPoint, Detector, threshold_at
+from clead.measurements.detection import DETECTORS, Detection, Detector, threshold_at
 from clead.models.split import SplitModel, weights
 from clead.progress import progress
+from clead.results.record import Estimate
 from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
 from clead.weights.files import fingerprint, load_weights
@@ -64,13 +65,22 @@ class Outputs(NamedTuple):
         return Outputs(*joined)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What ``clead detect`` measured of this detector and these weights, at the clean rejection rate nearest to the server's."""
+class MeasuredAnswer(BaseModel):
+    """From ``clead detect``: the part of all images that is right, or rejected at ``rate``, under attacks.
 
-    detection: Detection
-    point: DetectionPoint
+    The attacker knows the detector, or not; ``without_detector`` is what is right under the attacks that do not.
+    """
+
     command: str
+    images: int
+    norm: str
+    eps: str
+    fitted: int
+    rate: float
+    clean_rejected: Estimate
+    without_detector: Estimate
+    attacker_unaware: Estimate
+    attacker_aware: Estimate
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ class FittedDetector:
     rate: float
     fitted: int
     calibrated: int
-    measured: Measured | None
+    measured: MeasuredAnswer | None
 
     @property
     def name(self) -> str:
@@ -281,17 +291,27 @@ def open_models(
     return {name: ServedModel(name, run.path, settings, overrides) for name, run in zip(names, opened, strict=True)}
 
 
-def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> Measured | None:
-    """Return what ``results/detect.json`` says of this detector on these very weights, if it does."""
-    path = run.path / "results" / "detect.json"
+def _measured(run: RunDir, model: SplitModel, name: str, rate: float) -> MeasuredAnswer | None:
+    """Return what ``results/detect.json`` says of this detector on these very weights, at the rate nearest to ``rate``."""
     try:
-        record = MeasurementRecord.model_validate_json(read_regular(path, JSON_LIMIT))
+        record = MeasurementRecord.model_validate_json(read_regular(run.path / "results" / "detect.json", JSON_LIMIT))
     except (OSError, ValidationError):
         return None
-    if not isinstance(record.result, Detection) or record.model.fingerprint != fingerprint(weights(model)):
+    detection = record.result
+    if not isinstance(detection, Detection) or record.model.fingerprint != fingerprint(weights(model)):
         return None
-    for detector in record.result.detectors:
-        if detector.name == name:
-            point = min(detector.curve, key=lambda point: abs(point.rate - rate))
-            return Measured(record.result, point, record.command)
+    for curve in (detector.curve for detector in detection.detectors if detector.name == name):
+        point = min(curve, key=lambda point: abs(point.rate - rate))
+        return MeasuredAnswer(
+            command=record.command,
+            images=detection.images,
+            norm=detection.norm,
+            eps=detection.eps_text,
+            fitted=detection.fitted,
+            rate=point.rate,
+            clean_rejected=point.clean_rejected,
+            without_detector=detection.robust,
+            attacker_unaware=point.oblivious,
+            attacker_aware=point.aware,
+        )
     return None

@@ -81,18 +81,17 @@ async def read_images(
     """
     kind = body_kind(request)
     if kind == "application/json":
-        return await _aside(len(body), pool, lambda: from_json(body, model, settings))
+        return await run(lambda: from_json(body, model, settings), pool if len(body) > SMALL else None)
     if kind == NPY:
         # Bytes are looked at where they lie; floats are compared and converted.
-        work = 0 if len(body) < ARRAY else len(body)
-        return await _aside(work, pool, lambda: from_npy(body, model, settings))
+        return await run(lambda: from_npy(body, model, settings), pool if len(body) > ARRAY else None)
     files = await _files(request, body, settings) if kind == "multipart/form-data" else [body]
-    pixels = count_pixels(files, settings.max_pixels)
-    return await _aside(max(pixels, sum(map(len, files))), pool, lambda: from_files(files, model))
+    size = max(count_pixels(files, settings.max_pixels), sum(map(len, files)))
+    return await run(lambda: from_files(files, model), pool if size > SMALL else None)
 
 
-async def _aside(size: int, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """Do small work at once and large work in a thread, so that one large request does not hold up the others."""
+async def run(work: Callable[[], T], pool: ThreadPoolExecutor | None) -> T:
+    """Do small work at once (no ``pool``) and large work in a thread, so that one large request does not hold up the others."""
 
     def contained() -> T:
         try:
@@ -100,9 +99,9 @@ async def _aside(size: int, pool: ThreadPoolExecutor, work: Callable[[], T]) -> 
         except Exception:
             raise
         except BaseException as error:  # such as SystemExit, which would end the event loop
-            raise RuntimeError(f"{type(error).__name__} while reading a request") from error
+            raise RuntimeError(f"{type(error).__name__} while answering a request") from error
 
-    return contained() if size <= SMALL else await asyncio.get_running_loop().run_in_executor(pool, contained)
+    return contained() if pool is None else await asyncio.get_running_loop().run_in_executor(pool, contained)
 
 
 class Buffers:

@@ -51,7 +51,7 @@ class AttackOption:
         about: what it does, in a sentence.
         steps: what a step is, or empty where there is none to choose.
         make: the attack for so many steps.
-        passes: about how often a model is asked meanwhile; the progress bar is drawn from it.
+        passes_per_step: about how often a model is asked in a step; the progress bar is drawn from it.
         min_steps: fewest steps.
     """
 
@@ -59,8 +59,12 @@ class AttackOption:
     about: str
     steps: str
     make: Callable[[int], Attack | Search]
-    passes: Callable[[int], int]
+    passes_per_step: int = 1
     min_steps: int = 1
+
+    def passes(self, steps: int) -> int:
+        """Return about how often a model is asked."""
+        return self.passes_per_step * (steps if self.steps else 1) + 1
 
     @property
     def steps_label(self) -> str:
@@ -74,14 +78,12 @@ ATTACK_OPTIONS: dict[str, AttackOption] = {
         "Follows the model's own gradient uphill in small steps and stays within ε. The plain strong attack.",
         "gradient steps",
         lambda steps: PGD(steps=steps, keep="best"),
-        lambda steps: steps + 1,
     ),
     "apgd": AttackOption(
         "APGD – finds its own step size",
         "PGD that adapts its step size as it goes: the first attack of AutoAttack, the field's standard.",
         "gradient steps",
         lambda steps: APGD(steps=steps),
-        lambda steps: steps + 1,
         min_steps=4,  # the radius of L1 shrinks in three stages
     ),
     "fgsm": AttackOption(
@@ -89,28 +91,26 @@ ATTACK_OPTIONS: dict[str, AttackOption] = {
         "One step along the gradient, as far as ε allows: the oldest and weakest of the gradient attacks.",
         "",
         lambda steps: FGSM(),
-        lambda steps: 2,
     ),
     "fab": AttackOption(
         "FAB – the nearest wrong answer",
         "Looks for the closest image that one of the three most likely wrong classes gets; counts if it is within ε.",
         "steps for each of the three classes",
         lambda steps: FAB(steps=steps, targets=3),
-        lambda steps: 3 * steps + 1,
+        passes_per_step=3,
     ),
     "square": AttackOption(
         "Square – only asks questions",
         f"Sees no gradient, only the model's answers: changes random squares and keeps what helps; {_QUERIES} questions a step.",
         f"times {_QUERIES} questions",
         lambda steps: Square(queries=_QUERIES * steps),
-        lambda steps: _QUERIES * steps,
+        passes_per_step=_QUERIES,
     ),
     "noise": AttackOption(
         "Random noise – no attack at all",
         "Moves every pixel at random within ε. Nothing is aimed, so models rarely mind: compare it with an attack.",
         "",
         lambda steps: _Noise(),
-        lambda steps: 1,
     ),
 }
 

@@ -25,16 +25,7 @@ from clead.results.format import duration, interval, norm_of, percent, threat_of
 from clead.results.record import Estimate
 
 _SHOWN = 5
-_METHODS = {
-    "pgd_at": "PGD-AT",
-    "trades": "TRADES",
-    "mart": "MART",
-    "fgsm_rs": "FGSM-RS",
-    "free": "free adversarial training",
-    "clead": "C-LEAD",
-    "clead_published": "C-LEAD as published",
-    "acl": "ACL",
-}
+_METHODS = {"free": "free adversarial training", "clead": "C-LEAD", "clead_published": "C-LEAD as published"}
 
 HEAD = (
     "<style>.gradio-container{max-width:1320px!important;margin:0 auto!important}"
@@ -58,7 +49,8 @@ def trained(model: PlaygroundModel | LeaderboardRow) -> str:
     """Return in words how a model was trained."""
     if model.method == "standard":
         return "trained without attacks"
-    return f"trained against attacks: {_METHODS.get(model.method, model.method)}"
+    name = _METHODS.get(model.method, model.method.upper().replace("_", "-"))
+    return f"trained against attacks: {name}"
 
 
 def change(delta: Tensor) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from clead.results.record import Estimate
+from clead.inference.models import MeasuredAnswer
 
 
 class PredictQuery(BaseModel):
@@ -67,24 +67,6 @@ class Explanation(Prediction):
     """A prediction with its nearest training images, the nearest first."""
 
     neighbours: list[NeighbourAnswer]
-
-
-class MeasuredAnswer(BaseModel):
-    """From ``clead detect``: the part of all images that is right, or rejected at ``rate``, under attacks.
-
-    The attacker knows the detector, or not; ``without_detector`` is what is right under the attacks that do not.
-    """
-
-    command: str
-    images: int
-    norm: str
-    eps: str
-    fitted: int
-    rate: float
-    clean_rejected: Estimate
-    without_detector: Estimate
-    attacker_unaware: Estimate
-    attacker_aware: Estimate
 
 
 class DetectorAnswer(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -15,7 +15,7 @@ from clead import __version__
 from clead.errors import did_you_mean
 from clead.inference.models import FittedDetector, Outputs, ServedModel
 from clead.inference.problems import Problem
-from clead.inference.request_parsing import Buffers, body_kind, read_body, read_images
+from clead.inference.request_parsing import Buffers, body_kind, read_body, read_images, run
 from clead.inference.settings import ServeSettings
 from clead.serving.batching import Batcher
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
@@ -58,11 +58,11 @@ class Service:
         """Answer with one prediction per image."""
         model = self._model(query)
 
-        async def content(outputs: Outputs) -> dict[str, Any]:
+        def predicted(outputs: Outputs) -> dict[str, Any]:
             predictions = self._predictions(model, outputs, query)
             return {"model": model.name, "classes": model.classes, "predictions": predictions}
 
-        return await self._answer(request, model, content)
+        return await self._answer(request, model, predicted)
 
     async def explain(self, request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
         """Answer with predictions, the nearest training images, and what the detector is worth."""
@@ -70,22 +70,16 @@ class Service:
         label = _class_index(model, query.of)
 
         def explained(outputs: Outputs) -> dict[str, Any]:
-            predictions = self._predictions(model, outputs, query)
-            self._add_neighbours(predictions, model, outputs, query.neighbours, label)
-            detector = _about_detector(model.detector)
-            return {"model": model.name, "classes": model.classes, "explanations": predictions, "detector": detector}
-
-        async def content(outputs: Outputs) -> dict[str, Any]:
             count = len(outputs.probabilities)
             if (shown := count * query.neighbours) > _MAX_SHOWN:
-                raise Problem(
-                    422,
-                    f"neighbours: at most {_MAX_SHOWN} training images are shown in one answer, got {count} images times "
-                    f"{query.neighbours} neighbours, {shown}; ask for fewer",
-                )
-            return await asyncio.get_running_loop().run_in_executor(self.pool, explained, outputs)
+                text = f"neighbours: at most {_MAX_SHOWN} training images are shown in one answer, got {count} images times"
+                raise Problem(422, f"{text} {query.neighbours} neighbours, {shown}; ask for fewer")
+            explanations = self._predictions(model, outputs, query)
+            self._add_neighbours(explanations, model, outputs, query.neighbours, label)
+            answer = {"model": model.name, "classes": model.classes, "explanations": explanations}
+            return answer | {"detector": _about(model.detector)}
 
-        return await self._answer(request, model, content)
+        return await self._answer(request, model, explained, in_thread=True)
 
     async def healthz(self) -> Health:
         """Say that the server lives, or which worker will give no answers any more."""
@@ -120,13 +114,25 @@ class Service:
         return self.models[name]
 
     async def _answer(
-        self, request: Request, model: ServedModel, content: Callable[[Outputs], Awaitable[dict[str, Any]]]
+        self,
+        request: Request,
+        model: ServedModel,
+        content: Callable[[Outputs], dict[str, Any]],
+        *,
+        in_thread: bool = False,
     ) -> Response:
         """Read the images of a request, and answer with what ``content`` makes of the model's outputs.
 
         A request takes one of the ``max_requests`` places when it has arrived, so that slow ones take none. It is given up
         ``request_seconds`` after that.
         """
+
+        async def computed(body: bytes) -> dict[str, Any]:
+            images = await read_images(request, body, model, self.settings, self.pool)
+            outputs = await self.batchers[model.name].outputs(images)
+            self.metrics.images.labels(model.name).inc(len(images))
+            return await run(lambda: content(outputs), self.pool if in_thread else None)
+
         body_kind(request)
         self._check_places()
         async with read_body(request, self.settings, self.buffers) as body:
@@ -134,33 +140,19 @@ class Service:
             async with self.places:
                 with self.metrics.in_flight.track_inprogress():
                     try:
-                        work = self._computed(request, body, model, content)
-                        result = await asyncio.wait_for(work, self.settings.request_seconds)
+                        result = await asyncio.wait_for(computed(body), self.settings.request_seconds)
                     except asyncio.TimeoutError:
-                        raise Problem(
-                            503,
-                            f"the answer took more than {self.settings.request_seconds:g} seconds; send fewer images, or come back "
-                            "later",
-                            {"Retry-After": "5"},
-                        ) from None
+                        text = f"the answer took more than {self.settings.request_seconds:g} seconds"
+                        text += "; send fewer images, or come back later"
+                        raise Problem(503, text, {"Retry-After": "5"}) from None
         return Response(to_json(result), media_type="application/json")
-
-    async def _computed(
-        self, request: Request, body: bytes, model: ServedModel, content: Callable[[Outputs], Awaitable[dict[str, Any]]]
-    ) -> dict[str, Any]:
-        images = await read_images(request, body, model, self.settings, self.pool)
-        outputs = await self.batchers[model.name].outputs(images)
-        self.metrics.images.labels(model.name).inc(len(images))
-        return await content(outputs)
 
     def _check_places(self) -> None:
         if self.places.locked():
             self.metrics.refused.labels("503").inc()
-            raise Problem(
-                503,
-                f"the server works on {self.settings.max_requests} requests already, which is its limit; come back in a second",
-                {"Retry-After": "1", "Connection": "close"},
-            )
+            limit = self.settings.max_requests
+            text = f"the server works on {limit} requests already, which is its limit; come back in a second"
+            raise Problem(503, text, {"Retry-After": "1", "Connection": "close"})
 
     def _predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
         """Return one ``Prediction`` per image, as plain data."""
@@ -199,33 +191,11 @@ class Service:
             ]
 
 
-def _about_detector(detector: FittedDetector | None) -> dict[str, Any]:
+def _about(detector: FittedDetector | None) -> dict[str, Any]:
     """Return a ``DetectorAnswer`` as plain data."""
     assert detector is not None
-    measured = None
-    if detector.measured is not None:
-        detection, point = detector.measured.detection, detector.measured.point
-        measured = {
-            "command": detector.measured.command,
-            "images": detection.images,
-            "norm": detection.norm,
-            "eps": detection.eps_text,
-            "fitted": detection.fitted,
-            "rate": point.rate,
-            "clean_rejected": point.clean_rejected,
-            "without_detector": detection.robust,
-            "attacker_unaware": point.oblivious,
-            "attacker_aware": point.aware,
-        }
-    return {
-        "name": detector.name,
-        "rate": detector.rate,
-        "threshold": detector.threshold,
-        "fitted": detector.fitted,
-        "calibrated": detector.calibrated,
-        "warning": _WARNING if measured else _WARNING + _UNMEASURED,
-        "measured": measured,
-    }
+    facts = {key: getattr(detector, key) for key in ("name", "rate", "threshold", "fitted", "calibrated", "measured")}
+    return facts | {"warning": _WARNING if detector.measured else _WARNING + _UNMEASURED}
 
 
 def _class_index(model: ServedModel, name: str | None) -> int | None:
