@@ -606,3 +606,8 @@ def test_evaluation_page_names_every_suite_and_check():
     checks = [row for row in rows if row in CHECKS]
     assert tuple(checks) == tuple(CHECKS)
     assert [name for name in get_args(SuiteName) if f"`{name}`" not in rows] == []
+
+
+def test_files_that_the_page_on_the_code_names_exist():
+    named = re.findall(r"`((?:src|tests|examples)/[\w./-]+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 20 and [name for name in named if not (ROOT / name).exists()] == []

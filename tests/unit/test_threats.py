@@ -10,6 +10,7 @@ from scipy.optimize import linprog, minimize
 from clead.errors import UserError
 from clead.settings import validated
 from clead.threats import THREATS
+from clead.threats.geometry import contains
 from clead.threats.l1 import L1
 from clead.threats.l2 import L2
 from clead.threats.linf import Linf
@@ -138,3 +139,17 @@ def test_no_remedy_is_invented(norm, eps):
     with pytest.raises(UserError) as caught:
         validated(THREATS.get(norm), {"eps": eps})
     assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["linf", "l2", "l1", "l0"])
+def test_contains_is_eps_and_the_box_to_rounding(name):
+    threat = THREATS.get(name)(eps=2 if name == "l0" else 0.25)
+    x = torch.full((5, 1, 2, 2), 0.9)
+    steps = torch.zeros_like(x)
+    steps[0, 0, 0, 0] = -0.25  # on the edge
+    steps[1, 0, 0, 0] = -0.2502 if name != "l0" else -0.1
+    steps[1, 0, 0, 1] = steps[1, 0, 1, 0] = -0.1 if name == "l0" else 0  # outside
+    steps[2, 0, 0, 0] = 0.101  # out of the box
+    steps[3, 0, 0, 0] = torch.nan
+    assert contains(threat, x + steps, x).tolist() == [True, False, False, False, True]
+    assert contains(threat, (x + steps)[:1].half(), x[:1].half()).all()

@@ -18,6 +18,7 @@ from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
 from clead.settings import validated
 from clead.threats import THREATS
+from clead.threats.geometry import contains
 from clead.weights.files import fingerprint
 
 
@@ -49,8 +50,6 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         )
     threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
     x, labels = to_float(images.images), images.labels
-    size = threat.distance(x_adv - x)
-    in_box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)  # False for NaN
     with exact_float32():
         right = torch.cat([correct_mask(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
         as_file = torch.cat(
@@ -65,7 +64,7 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         "wrong": int((~right & ~about["robust"]).sum()),
         "accuracy": right.double().mean().item(),
         "accuracy_8_bits": as_file.double().mean().item(),
-        "largest": size.max().item(),
+        "largest": threat.distance(x_adv - x).max().item(),
         "eps": threat.eps,
-        "outside": int((~((size <= threat.eps * (1 + 1e-5) + 1e-6) & in_box)).sum()),
+        "outside": int((~contains(threat, x_adv, x)).sum()),
     }

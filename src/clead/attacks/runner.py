@@ -24,6 +24,7 @@ from clead.models.split import wrapped
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
+from clead.threats.geometry import contains
 
 _log = logging.getLogger("clead")
 TARGETED_OBJECTIVES = ("cross_entropy", "margin")
@@ -244,26 +245,18 @@ def verified(x_adv: Tensor, x: Tensor, threat: Threat, attack: str) -> Tensor:
     if x_adv.shape != x.shape:
         raise AttackError(f"{attack} must return images of shape {tuple(x.shape)}, got {tuple(x_adv.shape)}")
     x_adv = x_adv.detach()
-    size = threat.distance(x_adv - x)
-    box = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
-    allowed = (size <= reach(threat, x)) & box
+    allowed = contains(threat, x_adv, x)
     if allowed.all():  # synchronises the device
         return x_adv
     if (outside := finite_images(x_adv) & ~allowed).any():
         index = int(outside.nonzero()[0, 0])
         low, high = x_adv[index].min().item(), x_adv[index].max().item()
+        size = threat.distance((x_adv - x)[index : index + 1]).item()
         raise AttackError(
-            f"{attack} left the threat set on {int(outside.sum())} of {len(x)} images: image {index} is {size[index].item():.6g} "
+            f"{attack} left the threat set on {int(outside.sum())} of {len(x)} images: image {index} is {size:.6g} "
             f"from the clean one ({threat.norm}, eps {threat.eps:.6g}), with pixels in [{low:.6g}, {high:.6g}]"
         )
     return x_adv
-
-
-def reach(threat: Threat, x: Tensor) -> float:
-    """Return how large a perturbation of ``x`` may measure: eps and what rounding adds."""
-    half = x.element_size() < 4
-    rounding = threat.distance(torch.full_like(x[:1], torch.finfo(x.dtype).eps)).item() if half else 1e-6
-    return threat.eps * (1 + 1e-5) + rounding
 
 
 def finite_images(x_adv: Tensor) -> Tensor:

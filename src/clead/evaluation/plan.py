@@ -28,6 +28,7 @@ from clead.results.target import EvaluationTarget, digest
 from clead.settings import Ratio
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
+from clead.threats.geometry import contains
 from clead.weights.files import fingerprint
 
 MAP_POINTS = 300
@@ -135,8 +136,7 @@ class EvaluationPlan:
 
     def contains(self, x_adv: Tensor, x: Tensor) -> bool:
         """Say whether all of ``x_adv`` is in the threat set around ``x`` and in the pixel box, to rounding; not if it is NaN."""
-        size = self.threat.distance(x_adv - x).max().item()
-        return size <= self.threat.eps * (1 + 1e-5) + 1e-6 and bool(x_adv.min() >= 0 and x_adv.max() <= 1)
+        return bool(contains(self.threat, x_adv, x).all())
 
     def header(self, shard: Shard) -> dict[str, Any]:
         """Return everything that decides the flags: a state is continued only by the same."""
