@@ -122,3 +122,65 @@ def test_import_clead_is_light():
         assert getattr(clead, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         clead.nothing  # noqa: B018
+
+
+LONGEST, MOST_PARAMETERS = 80, 8
+TOO_LONG = {"serving/protocol.py: limited_protocol"}  # a class of uvicorn's parser inside a function; to be divided
+
+
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.walk(ast.parse(path.read_text()))
+    return [node for node in tree if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_no_function_is_longer_than_a_screen():
+    long = {
+        f"{path.relative_to(PACKAGE).as_posix()}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in FILES
+        for node in functions(path)
+    }
+    assert {name for name, lines in long.items() if lines > LONGEST} == TOO_LONG
+
+
+def test_internal_functions_take_few_parameters():
+    """Public is what ``clead``, ``clead.attacks`` and ``clead.tuning`` show; the parameters of commands are options."""
+    tuning = importlib.import_module("clead.tuning")
+    public = {name for module in (clead, clead.attacks, tuning) for name in module.__all__}
+    for path in FILES:
+        for node in functions(path):
+            named = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            count = len([each for each in named if each.arg not in ("self", "cls")])
+            commands = [ast.unparse(each) for each in node.decorator_list if ".command(" in ast.unparse(each)]
+            if node.name not in public and not commands:
+                where = f"{path.relative_to(PACKAGE)}:{node.lineno}: {node.name}"
+                assert count <= MOST_PARAMETERS, (
+                    f"{where} takes {count} parameters; make what belongs together one value"
+                )
+
+
+def test_imports_form_no_circle():
+    """Not counted: a package that its own files import, for the registry in which they register."""
+    modules = {dotted(path): path for path in FILES}
+    arrows = {
+        name: {target for _, target in imports(path) if target != name and not name.startswith(f"{target}.")}
+        for name, path in modules.items()
+    }
+    while leaves := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+    assert not arrows, f"these modules import each other in a circle, or what does: {sorted(arrows)}"
+
+
+def test_a_circle_and_a_train_of_parameters_are_seen(tmp_path, monkeypatch):
+    """The tests above can fail."""
+    package = tmp_path / "clead"
+    package.mkdir()
+    (package / "a.py").write_text("import clead.b\n\ndef f(a, b, c, d, e, f, g, h, i):\n" + "    a = 1\n" * 80)
+    (package / "b.py").write_text("def g():\n    from clead import a\n")
+    monkeypatch.setitem(globals(), "PACKAGE", package)
+    monkeypatch.setitem(globals(), "FILES", sorted(package.rglob("*.py")))
+    with pytest.raises(AssertionError, match="circle"):
+        test_imports_form_no_circle()
+    with pytest.raises(AssertionError, match="takes 9 parameters"):
+        test_internal_functions_take_few_parameters()
+    with pytest.raises(AssertionError, match="f"):
+        test_no_function_is_longer_than_a_screen()

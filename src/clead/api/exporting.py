@@ -184,23 +184,18 @@ class _Export:
             "remeasured": self.remeasured.model_dump() if self.remeasured else None,
         }
         (folder / "export.json").write_text(json.dumps(result, indent=1))
-        written = card(
-            name=self.opened.run.name,
-            format=self.format,
-            file=self.file,
-            precision=self.precision,
-            licence=licence,
-            facts=self._facts(tree, text, result["size"]),
-            record=record,
-            remeasured=self.remeasured,
-            notes=notes,
-        )
+        facts = {**self._facts(tree, text, result["size"]), "licence": licence}
+        written = card(facts, record=record, remeasured=self.remeasured, notes=notes)
         (folder / "README.md").write_text(written)
         return result
 
     def _facts(self, tree: dict[str, Any], text: str, size: int) -> dict[str, Any]:
         """Return what the card says of the model."""
         return {
+            "name": self.opened.run.name,
+            "format": self.format,
+            "file": self.file,
+            "precision": self.precision,
             "classes": list(self.metadata["classes"]),
             "shape": list(self.metadata["shape"]),
             "threat": {"norm": self.config.threat.norm, "text": tree["threat"]["eps"]},

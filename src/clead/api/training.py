@@ -32,7 +32,7 @@ from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
-from clead.training.trainer import AfterValidation, TrainResult, fit
+from clead.training.trainer import AfterValidation, Callbacks, TrainResult, fit
 from clead.weights.files import load_weights, save_weights
 
 _log = logging.getLogger("clead")
@@ -110,14 +110,13 @@ def train(
         processes.barrier()
         run = RunDir(path)
         # Leave the caller's global random state, and what of the model is frozen, as they were.
+        callbacks = Callbacks(after_validation=after_validation)
         memory = memory_of("the training", "data.batch_size", "model.width")
         with fork_rng(config.train.seed), unfrozen_afterwards(split_model), memory:
             if config.stages:
-                outcome = fit_stages(config, splits, split_model, run, show=show, after_validation=after_validation)
+                outcome = fit_stages(config, splits, split_model, run, show=show, callbacks=callbacks)
             else:
-                outcome = fit(
-                    config, splits, split_model, run, resume=continuing, show=show, after_validation=after_validation
-                )
+                outcome = fit(config, splits, split_model, run, resume=continuing, show=show, callbacks=callbacks)
         if processes.is_main:
             write_outcome(path, outcome)
         processes.barrier()

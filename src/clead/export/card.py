@@ -13,27 +13,12 @@ from clead.export.remeasured import Remeasured
 from clead.results.record import Estimate, Record
 
 
-def card(
-    *,
-    name: str,
-    format: str,
-    file: str,
-    precision: str,
-    licence: str,
-    facts: Mapping[str, Any],
-    record: Record | None,
-    remeasured: Remeasured | None,
-    notes: list[str],
-) -> str:
+def card(facts: Mapping[str, Any], *, record: Record | None, remeasured: Remeasured | None, notes: list[str]) -> str:
     """Return the card as Markdown with the YAML header of Hugging Face's model cards.
 
     Args:
-        name: of the model.
-        format: onnx or safetensors.
-        file: of the weights.
-        precision: float32, bfloat16 or int8.
-        licence: an identifier such as ``mit``; ``unknown`` where nobody has said.
-        facts: classes, shape, threat, method, config (YAML), command, versions, fingerprint, data, size, difference.
+        facts: name of the model, file of the weights and its format, precision, licence (an identifier such as ``mit``;
+            ``unknown`` where nobody has said), classes, shape, threat, method, config (YAML), versions, fingerprint, data, size …
         record: the evaluation of the very weights, if there is one.
         remeasured: accuracy after the conversion, if numbers were rounded.
         notes: what a reader must know before trusting the numbers.
@@ -52,11 +37,6 @@ def card(
     environment.filters["inert"] = _inert
     environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return environment.get_template("card.md.jinja").render(
-        name=name,
-        format=format,
-        file=file,
-        precision=precision,
-        licence=licence,
         record=record,
         remeasured=remeasured,
         notes=notes,

@@ -17,7 +17,7 @@ from clead.devices import device_of
 from clead.interfaces import Splits
 from clead.models.split import SplitModel
 from clead.runs.directory import RunDir
-from clead.training.trainer import PARTS, PRECISION, fit
+from clead.training.trainer import PARTS, PRECISION, Callbacks, fit
 
 _WARM_UP = 3
 _OPERATORS = 12
@@ -60,7 +60,12 @@ def profile_training(config: RunConfig, splits: Splits, model: SplitModel, *, st
                 profiler.step()
 
         outcome = fit(
-            config, splits, model, RunDir.create(Path(folder) / "run", config), show=False, after_step=after_step
+            config,
+            splits,
+            model,
+            RunDir.create(Path(folder) / "run", config),
+            show=False,
+            callbacks=Callbacks(after_step),
         )
     step = statistics.median(b - a for a, b in zip(times[_WARM_UP - 1 :], times[_WARM_UP:], strict=False))
     averages = profiler.key_averages()

@@ -19,7 +19,7 @@ from clead.runs.directory import RunDir
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
 from clead.training.signals import Interrupted
-from clead.training.trainer import AfterValidation, TrainResult, fit
+from clead.training.trainer import Callbacks, TrainResult, fit
 from clead.weights.files import load_weights, save_weights
 
 _ADDED_UP = ("step", "epoch", "seconds", "forward_equivalents")
@@ -32,14 +32,14 @@ def fit_stages(
     run: RunDir,
     *,
     show: bool = True,
-    after_validation: AfterValidation | None = None,
+    callbacks: Callbacks | None = None,
 ) -> TrainResult:
     """Train the stages of ``config`` in ``run/stages/N-NAME``, each a complete run directory, and join them in ``run``.
 
     A stage begins with the last weights of the one before it (those averaged, if it averages), and with its projection head if both
     have one of the same size. What is finished is not done again and what was begun goes on, so this is also how a run is resumed.
     ``run`` gets the weights of the last stage and the metrics of all, whose steps, epochs, seconds and costs go on counting.
-    ``after_validation`` is told of the last stage's validations, as in ``fit``.
+    ``callbacks`` are called in the last stage, as in ``fit``.
 
     Returns:
         What all stages cost together; best step and validation are the last one's. Raises as ``fit``.
@@ -80,7 +80,7 @@ def fit_stages(
                         here,
                         resume=begun,
                         show=show,
-                        after_validation=after_validation if stage is config.stages[-1] else None,
+                        callbacks=callbacks if stage is config.stages[-1] else None,
                         stored=run.path / "stored",
                     )
             except Interrupted as error:

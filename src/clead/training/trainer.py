@@ -64,7 +64,10 @@ AfterValidation = Callable[[float, float, float], None]
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What a caller is told of, see ``fit``."""
+    """What is called after every step, and after every validation of a method that trains the classifier.
+
+    An exception of theirs ends the training.
+    """
 
     after_step: Callable[[], None] | None = None
     after_validation: AfterValidation | None = None
@@ -111,8 +114,7 @@ def fit(
     *,
     resume: bool = False,
     show: bool = True,
-    after_step: Callable[[], None] | None = None,
-    after_validation: AfterValidation | None = None,
+    callbacks: Callbacks | None = None,
     stored: Path | None = None,
 ) -> TrainResult:
     """Train ``model`` in place and leave weights, metrics and a resume state in ``run``.
@@ -126,8 +128,7 @@ def fit(
         run: the directory.
         resume: go on from the run's last checkpoint.
         show: show progress.
-        after_step: called after every step; an exception of its ends the training.
-        after_validation: called after every validation of a method that trains the classifier; the same.
+        callbacks: what is called meanwhile.
         stored: where images that are attacked before the first step are kept; None: ``RUN/stored``.
 
     Raises NonFiniteLoss, Interrupted (state saved), or UserError if a checkpoint does not fit.
@@ -139,7 +140,7 @@ def fit(
         raise_on_lost_worker(str(run.path)) if several else contextlib.nullcontext(),
         synchronised(model) if several and config.train.sync_batch_norm else contextlib.nullcontext(),
     ):
-        trainer = Trainer(config, splits, model, run, world, device, Callbacks(after_step, after_validation))
+        trainer = Trainer(config, splits, model, run, world, device, callbacks or Callbacks())
         trainer.setup(resume=resume, show=show and world.is_main, stored=stored)
         return trainer.fit()
 
