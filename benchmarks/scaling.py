@@ -38,7 +38,7 @@ def worker(folder, steps):
     from clead.config import load_recipe
     from clead.runs.directory import RunDir
     from clead.runs.loading import build
-    from clead.training.trainer import fit
+    from clead.training.trainer import Callbacks, fit
 
     torch.set_num_threads(1)
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -54,7 +54,7 @@ def worker(folder, steps):
         times.append(time.perf_counter())
         bytes_before.append(dict(distributed.TRAFFIC))
 
-    fit(config, splits, build(config, splits), run, show=False, after_step=step)
+    fit(config, splits, build(config, splits), run, show=False, callbacks=Callbacks(step))
     if int(os.environ.get("RANK", "0")) == 0:
         spent = np.diff(times)[2:]
         sent = {
