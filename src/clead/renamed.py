@@ -1,4 +1,4 @@
-"""Old names that work until version 0.3: each says once per process, in one line, what to write instead."""
+"""What became of old names: renamed ones work until version 0.3 and say once what to write instead; retired keys say why."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from clead.output import tell
 
 VALUES: dict[str, dict[str, str]] = {"eval.suite": {"queries": "black_box"}}
 """Key of the configuration → old value → new one."""
+_ANY = object()
+RETIRED: dict[tuple[str, str], Any] = {
+    ("train", "parts"): _ANY,
+    ("method", "contrastive_ramp"): "constant",
+    ("method", "temperature_end"): None,
+    ("method", "stop_gradient"): False,
+    ("method", "negatives"): "all",
+    ("method", "hardness"): 1.0,
+    ("method", "asymmetry"): 0.8,
+    ("method", "contrastive_layer"): None,
+    ("method", "queue"): 0,
+    ("method", "momentum"): 0.99,
+    ("method", "pseudo_label_confidence"): None,
+}
+"""Keys of earlier versions, which stand in the configurations of their runs, and their value that changed nothing."""
+RETIRED_VALUES = {("method", "contrastive_loss"): ("prototype", "asymmetric")}
 _warned: set[str] = set()
 
 
@@ -84,3 +100,25 @@ def _renamed_method(old: str, new: str) -> Callable[..., Any]:
         return getattr(self, new)(*args, **keywords)
 
     return method
+
+
+def retired_problem(group: str, key: str, value: Any) -> str:
+    """Say why a key of an earlier version, or a value of one, can be used no more."""
+    if RETIRED.get((group, key)) is _ANY:
+        return f"{group}.{key}: is no setting any more; leave it out: any number of processes trains alike"
+    return (
+        f"{group}.{key}: left with version 0.2.0, because it gained nothing, got {value!r}; leave it out, or run it at the git "
+        "tag studies-1: git checkout studies-1"
+    )
+
+
+def without_retired(group: str, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the keys that still exist, and what is wrong with the others: nothing, if they changed nothing."""
+    problems = [
+        retired_problem(group, key, value)
+        for key, value in values.items()
+        if ((group, key) in RETIRED and RETIRED[group, key] not in (_ANY, value))
+        or value in RETIRED_VALUES.get((group, key), ())
+    ]
+    gone = {key for key in values if (group, key) in RETIRED or values[key] in RETIRED_VALUES.get((group, key), ())}
+    return {key: value for key, value in values.items() if key not in gone}, problems

@@ -598,8 +598,8 @@ def test_quoted_figures_are_those_of_the_records():
 def test_evaluation_page_names_every_suite_and_check():
     from typing import get_args
 
+    from clead.config.schema import SuiteName
     from clead.evaluation.masking import CHECKS
-    from clead.evaluation.suites import SuiteName
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
     rows = re.findall(r"^\| ([\w` ]+) \|", text, flags=re.M)

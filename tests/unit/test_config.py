@@ -23,10 +23,11 @@ from clead.config import (
     parse_yaml,
     recipe_names,
 )
+from clead.config.schema import SuiteName
 from clead.data.datasets import DATASETS
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
-from clead.evaluation.suites import SUITE_TITLES, SuiteName, suite
+from clead.evaluation.suites import SUITE_TITLES, suite
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.threats import THREATS

@@ -7,10 +7,11 @@ from typing import Any
 
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, RETIRED, TUNE, retired_problem
+from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
 from clead.config.yaml_io import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
+from clead.renamed import RETIRED, retired_problem
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:

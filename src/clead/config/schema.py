@@ -14,7 +14,7 @@ from clead.errors import UserError
 from clead.methods import METHODS
 from clead.models import MODELS
 from clead.registry import Registry
-from clead.renamed import current_value
+from clead.renamed import current_value, without_retired
 from clead.settings import Ratio, setting, settings, validated
 from clead.threats import THREATS
 
@@ -190,49 +190,9 @@ def type_problem(group: str, value: Any) -> str:
     return f"must be the settings of a registered {REGISTRY_GROUPS[group][0].kind} ({', '.join(known.values())}), got {value!r}"
 
 
-_ANY = object()
-RETIRED: dict[tuple[str, str], Any] = {
-    ("train", "parts"): _ANY,
-    ("method", "contrastive_ramp"): "constant",
-    ("method", "temperature_end"): None,
-    ("method", "stop_gradient"): False,
-    ("method", "negatives"): "all",
-    ("method", "hardness"): 1.0,
-    ("method", "asymmetry"): 0.8,
-    ("method", "contrastive_layer"): None,
-    ("method", "queue"): 0,
-    ("method", "momentum"): 0.99,
-    ("method", "pseudo_label_confidence"): None,
-}
-"""Keys of earlier versions, which stand in the configurations of their runs, and their value that changed nothing."""
-_RETIRED_VALUES = {("method", "contrastive_loss"): ("prototype", "asymmetric")}
-
-
-def retired_problem(group: str, key: str, value: Any) -> str:
-    """Say why a key of an earlier version, or a value of one, can be used no more."""
-    if RETIRED.get((group, key)) is _ANY:
-        return f"{group}.{key}: is no setting any more; leave it out: any number of processes trains alike"
-    return (
-        f"{group}.{key}: left with version 0.2.0, because it gained nothing, got {value!r}; leave it out, or run it at the git "
-        "tag studies-1: git checkout studies-1"
-    )
-
-
-def _without_retired(group: str, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the keys that still exist, and what is wrong with the others: nothing, if they changed nothing."""
-    problems = [
-        retired_problem(group, key, value)
-        for key, value in values.items()
-        if ((group, key) in RETIRED and RETIRED[group, key] not in (_ANY, value))
-        or value in _RETIRED_VALUES.get((group, key), ())
-    ]
-    gone = {key for key in values if (group, key) in RETIRED or values[key] in _RETIRED_VALUES.get((group, key), ())}
-    return {key: value for key, value in values.items() if key not in gone}, problems
-
-
 def build(group: str, values: dict[str, Any]) -> Any:
     """Return the settings of a group from its keys; raises UserError that lists every problem."""
-    values, retired = _without_retired(group, values)
+    values, retired = without_retired(group, values)
     try:
         made = _build(group, values)
     except UserError as error:
