@@ -105,16 +105,6 @@ class FittedDetector:
 
 
 @dataclass(frozen=True)
-class Neighbour:
-    """One training image: its place in the run's training set, its class, the cosine of its features, its row in the reference."""
-
-    index: int
-    label: int
-    similarity: float
-    row: int
-
-
-@dataclass(frozen=True)
 class Reference:
     """Training images (N, C, H, W) uint8, labels (N,), places in the training set (N,), and directions of features (N, D)."""
 
@@ -122,8 +112,10 @@ class Reference:
     labels: Tensor
     index: Tensor
     directions: Tensor
+    classes: tuple[str, ...]
+    thumbnails: bool
 
-    def nearest(self, features: np.ndarray, k: int, label: int | None = None) -> list[list[Neighbour]]:
+    def nearest(self, features: np.ndarray, k: int, label: int | None = None) -> list[list[dict[str, Any]]]:
         """Return for each row of features (n, D) the ``k`` training images of most similar direction, of one class if given."""
         among = torch.arange(len(self.labels)) if label is None else (self.labels == label).nonzero()[:, 0]
         directions = self.directions if label is None else self.directions[among]
@@ -131,16 +123,17 @@ class Reference:
         values, positions = cosines.topk(min(k, len(among)), dim=1)
         rows = among[positions]
         return [
-            [
-                Neighbour(int(self.index[row]), int(self.labels[row]), value, row)
-                for value, row in zip(*neighbours, strict=True)
-            ]
-            for neighbours in zip(values.clamp(-1, 1).tolist(), rows.tolist(), strict=True)
+            [self._neighbour(row, cosine) for row, cosine in zip(*nearest, strict=True)]
+            for nearest in zip(rows.tolist(), values.clamp(-1, 1).tolist(), strict=True)
         ]
 
-    def thumbnail(self, row: int) -> str:
-        """Return the image of a row as a PNG in a data URI, in its own size."""
-        return png_uri(self.images[row])
+    def _neighbour(self, row: int, cosine: float) -> dict[str, Any]:
+        return {
+            "index": int(self.index[row]),
+            "label": self.classes[self.labels[row]],
+            "similarity": round(cosine, 6),
+            "thumbnail": png_uri(self.images[row]) if self.thumbnails else None,
+        }
 
 
 class ServedModel:
@@ -208,7 +201,8 @@ class ServedModel:
                 "%s: %d validation images are too few for a threshold that rejects %g of clean images: nothing is rejected",
                 *(self.name, len(scores), settings.reject),
             )
-        self.reference = Reference(images, labels, index, functional.normalize(features, dim=1).cpu())
+        directions = functional.normalize(features, dim=1).cpu()
+        self.reference = Reference(images, labels, index, directions, self.classes, settings.thumbnails)
         measured = _measured(self.run, self.model, detector.name, settings.reject)
         self.detector = FittedDetector(detector, threshold, settings.reject, len(labels), len(scores), measured)
 

@@ -89,8 +89,8 @@ def _add_paths(app: FastAPI, service: Service, settings: ServeSettings) -> None:
         about = "Classify images, and show their nearest training images and how suspicious they are"
         app.add_api_route("/v1/explain", service.explain, summary=about, response_model=ExplainAnswer, **images)
 
-    def unwell(meaning: str) -> dict[int | str, dict[str, Any]]:
-        return openapi.refusals((*openapi.ANY_PATH, 503), locked=locked, _503=meaning)
+    def unwell(meaning: str) -> dict[Any, dict[str, Any]]:
+        return openapi.refusals((*openapi.ANY_PATH, 503), locked=locked, unavailable=meaning)
 
     app.add_api_route(
         "/healthz",

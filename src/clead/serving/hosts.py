@@ -39,23 +39,15 @@ class Hosts:
         host = host_of(given[0])
         if host is None:
             return Problem(400, f"Host: must be a name or an address, got {given[0][:60]!r}; correct it", close)
-        if not self._knows(host) and not (self.addresses and _address(host)):
-            return Problem(
-                421,
-                f"Host: this server does not answer to the name {host[:60]!r}; if it is meant to, start it with --allowed-hosts "
-                f"{host[:60]}",
-                close,
-            )
+        if not self._knows(host) and not (self.addresses and _is_address(host)):
+            text = f"Host: this server does not answer to the name {host[:60]!r}; if it is meant to"
+            return Problem(421, f"{text}, start it with --allowed-hosts {host[:60]}", close)
         for value in (value.decode("latin-1") for name, value in headers if name == b"origin"):
             scheme, _, rest = value.partition("://")
             origin = host_of(rest) if scheme in ("http", "https") else None
             if origin is None or (origin != host and not self._knows(origin)):
-                return Problem(
-                    403,
-                    f"Origin: pages of {value[:60]!r} may not use this server; if they are meant to, start it with --allowed-hosts "
-                    "and their host's name",
-                    close,
-                )
+                text = f"Origin: pages of {value[:60]!r} may not use this server; if they are meant to"
+                return Problem(403, f"{text}, start it with --allowed-hosts and their host's name", close)
         return None
 
     def _knows(self, host: str) -> bool:
@@ -77,20 +69,21 @@ def hosts_of(names: Iterable[str], host: str | None = None, bound: str | None = 
     if ANY in known:
         return None
     known |= {"localhost", "127.0.0.1", "::1"}
-    everywhere = bound is not None and ipaddress.ip_address(bound.partition("%")[0]).is_unspecified
-    if bound is not None and not everywhere:
-        known.add(ipaddress.ip_address(bound.partition("%")[0]).compressed)
     if host is not None and (name := host_of(f"[{host}]" if ":" in host else host)) is not None:
         known.add(name)
-    if bound is not None and not ipaddress.ip_address(bound.partition("%")[0]).is_loopback:
+    if bound is None:
+        return Hosts(frozenset(known))
+    address = ipaddress.ip_address(bound.partition("%")[0])
+    if not address.is_unspecified:
+        known.add(address.compressed)
+    if not address.is_loopback:
         name = socket.gethostname().lower()
         known |= {name, name.partition(".")[0]}
-    return Hosts(frozenset(known), everywhere)
+    return Hosts(frozenset(known), address.is_unspecified)
 
 
-def _address(host: str) -> bool:
+def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host)
+        return bool(ipaddress.ip_address(host))
     except ValueError:
         return False
-    return True

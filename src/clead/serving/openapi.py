@@ -28,9 +28,9 @@ ANY_PATH = (400, 403, 421, 429, 431)
 """Statuses that any path may answer with."""
 
 
-def refusals(statuses: Iterable[int] = _REFUSALS, *, locked: bool, **texts: str) -> dict[int | str, dict[str, Any]]:
-    """Return how these refusals look; 401 only where an API key is asked for. ``texts``: what one means here, as ``_503=...``."""
-    meanings = _REFUSALS | {int(status.removeprefix("_")): text for status, text in texts.items()}
+def refusals(statuses: Iterable[int] = _REFUSALS, *, locked: bool, unavailable: str = "") -> dict[Any, dict[str, Any]]:
+    """Return how these refusals look; 401 only where an API key is asked for. ``unavailable``: what 503 means here."""
+    meanings = _REFUSALS | ({503: unavailable} if unavailable else {})
     return {
         status: {"model": ProblemDetails, "description": meanings[status], "content": {MEDIA_TYPE: {}}}
         for status in statuses

@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
-import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -26,25 +23,21 @@ from clead.serving.protocol import limited_protocol
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to ``host`` and ``port``, 0 for any free one; raises UserError if that cannot be."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, kind)
     except OSError as error:
-        raise UserError(
-            f"--host {host}: {error.strerror or error}; give an address of this machine, such as 127.0.0.1"
-        ) from None
+        text = f"--host {host}: {error.strerror or error}; give an address of this machine, such as 127.0.0.1"
+        raise UserError(text) from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
         bound.listen(2048)
     except OSError as error:
         bound.close()
+        text = f"--host {host} --port {port}: {error.strerror}; give an address of this machine and a free port"
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {port} of {host} is in use; give another one, or 0 for any free one") from None
-        raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; give an address of this machine and a free port"
-        ) from None
+            text = f"--port {port} of {host} is in use; give another one, or 0 for any free one"
+        raise UserError(text) from None
     return bound
 
 
@@ -81,7 +74,7 @@ def serve(
             say(
                 "--allowed-hosts *: any name in Host and Origin is answered to, so pages from elsewhere can use this server"
             )
-        with log_as_json(), _stopped_quietly():
+        with log_as_json():
             log.info("listening", extra={"host": shown, "port": taken, "models": list(app.state.models)})
             _Server(config).run(sockets=[bound])
     finally:
@@ -102,17 +95,4 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.02)
         self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))
         await super().shutdown(sockets)
-
-
-@contextmanager
-def _stopped_quietly() -> Generator[None, None, None]:
-    """Make uvicorn's end a normal one: after draining it raises the signal again, for whoever was there before."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        self._captured_signals.clear()  # else uvicorn raises them again, for whoever was there before

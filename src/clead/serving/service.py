@@ -74,8 +74,13 @@ class Service:
             if (shown := count * query.neighbours) > _MAX_SHOWN:
                 text = f"neighbours: at most {_MAX_SHOWN} training images are shown in one answer, got {count} images times"
                 raise Problem(422, f"{text} {query.neighbours} neighbours, {shown}; ask for fewer")
+            assert (
+                model.reference is not None and model.detector is not None
+            )  # there is no such path without a detector
             explanations = self._predictions(model, outputs, query)
-            self._add_neighbours(explanations, model, outputs, query.neighbours, label)
+            neighbours = model.reference.nearest(outputs.features, query.neighbours, label)
+            for explanation, nearest in zip(explanations, neighbours, strict=True):
+                explanation["neighbours"] = nearest
             answer = {"model": model.name, "classes": model.classes, "explanations": explanations}
             return answer | {"detector": _about(model.detector)}
 
@@ -174,26 +179,9 @@ class Service:
         self.metrics.rejected.labels(model.name).inc(count)
         return predictions
 
-    def _add_neighbours(
-        self, predictions: list[dict[str, Any]], model: ServedModel, outputs: Outputs, k: int, label: int | None
-    ) -> None:
-        reference = model.reference
-        assert reference is not None  # there is a path to explain with a detector only
-        for prediction, nearest in zip(predictions, reference.nearest(outputs.features, k, label), strict=True):
-            prediction["neighbours"] = [
-                {
-                    "index": one.index,
-                    "label": model.classes[one.label],
-                    "similarity": round(one.similarity, 6),
-                    "thumbnail": reference.thumbnail(one.row) if self.settings.thumbnails else None,
-                }
-                for one in nearest
-            ]
 
-
-def _about(detector: FittedDetector | None) -> dict[str, Any]:
+def _about(detector: FittedDetector) -> dict[str, Any]:
     """Return a ``DetectorAnswer`` as plain data."""
-    assert detector is not None
     facts = {key: getattr(detector, key) for key in ("name", "rate", "threshold", "fitted", "calibrated", "measured")}
     return facts | {"warning": _WARNING if detector.measured else _WARNING + _UNMEASURED}
 
