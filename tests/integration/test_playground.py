@@ -170,12 +170,12 @@ def test_each_model_is_attacked_by_itself(comparison, right):
     before = [fingerprint(weights(e.model)) for e in comparison.models]
     plain, hard = attack_image(comparison.pair, image, label, settings)
     x, y = image[None].float() / 255, torch.tensor([label])
-    for outcome, entrant, other in ((plain, *comparison.pair), (hard, *comparison.pair[::-1])):
-        expected = clead.attacks.pgd(entrant.model, x, y, eps=0.2, steps=7, seed=3)
+    for outcome, model, other in ((plain, *comparison.pair), (hard, *comparison.pair[::-1])):
+        expected = clead.attacks.pgd(model.model, x, y, eps=0.2, steps=7, seed=3)
         assert torch.allclose(outcome.x_adv, expected[0], atol=1e-6)
-        assert outcome.adversarial.answer == int(entrant.model(expected).argmax())
+        assert outcome.adversarial.answer == int(model.model(expected).argmax())
         assert outcome.adversarial.probabilities == pytest.approx(
-            entrant.model(expected).softmax(1)[0].tolist(), abs=1e-4
+            model.model(expected).softmax(1)[0].tolist(), abs=1e-4
         )
         assert outcome.elsewhere == {other.name: int(other.model(expected).argmax())}
         assert outcome.passes == 8 and outcome.size <= 0.2 + 1e-6 and outcome.attacked and not outcome.own
@@ -224,7 +224,7 @@ def test_probability_only_falls_with_eps_and_the_smallest_breaks(comparison, rig
     image, label = comparison.images.images[right], int(comparison.images.labels[right])
     outcomes = attack_image(comparison.pair, image, label, settings)
     found = epsilon_curves(comparison.pair, image, outcomes, settings, 0.5)
-    for decline, outcome, entrant in zip(found, outcomes, comparison.pair, strict=True):
+    for decline, outcome, model in zip(found, outcomes, comparison.pair, strict=True):
         assert decline.radii[0] == 0 and decline.radii[-1] == pytest.approx(0.4) and 0.2 in decline.radii
         assert decline.probabilities == sorted(decline.probabilities, reverse=True)
         assert decline.probabilities[0] == pytest.approx(outcome.clean.probabilities[label])
@@ -232,8 +232,8 @@ def test_probability_only_falls_with_eps_and_the_smallest_breaks(comparison, rig
         if outcome.broken:
             assert decline.smallest <= outcome.size + 1e-6
         x, y = image[None].float() / 255, torch.tensor([label])
-        hit = clead.attacks.apgd(entrant.model, x, y, eps=min(1.0, 1.1 * decline.smallest), steps=50)
-        assert int(entrant.model(hit).argmax()) != label
+        hit = clead.attacks.apgd(model.model, x, y, eps=min(1.0, 1.1 * decline.smallest), steps=50)
+        assert int(model.model(hit).argmax()) != label
     text = pictures.epsilon_plot(found, comparison.pair, settings)
     assert 'role="img"' in text and "plain" in text and "http" not in text.replace("http://www.w3.org", "")
 
@@ -242,15 +242,15 @@ def test_the_leaderboard_counts_what_holds(comparison):
     settings = AttackSettings(eps=0.1, steps=5)
     rows = attack_leaderboard(comparison, settings, 20)
     x, y = comparison.images.images[:20].float() / 255, comparison.images.labels[:20]
-    for entrant in comparison.models:
-        row = next(row for row in rows if row.name == entrant.name)
-        flags = entrant.model(x).argmax(1) == y
+    for model in comparison.models:
+        row = next(row for row in rows if row.model.name == model.name)
+        flags = model.model(x).argmax(1) == y
         assert row.clean == estimate(flags.tolist())
-        x_adv = clead.attacks.pgd(entrant.model, x[flags], y[flags], eps=0.1, steps=5)
-        flags[flags.clone()] = entrant.model(x_adv).argmax(1) == y[flags]
+        x_adv = clead.attacks.pgd(model.model, x[flags], y[flags], eps=0.1, steps=5)
+        flags[flags.clone()] = model.model(x_adv).argmax(1) == y[flags]
         assert row.robust == estimate(flags.tolist())
     held = [row.robust.accuracy for row in rows]
-    assert held == sorted(held, reverse=True) and rows[0].name == "hard"
+    assert held == sorted(held, reverse=True) and rows[0].model.name == "hard"
     text = pictures.leaderboard(rows, settings)
     assert "n = 20" in text and "not evaluated yet" in text
     for n in (0, 65, 10**9, None, "x", 2.5):

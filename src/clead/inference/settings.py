@@ -36,10 +36,7 @@ class ServeSettings:
         "no neighbours, and the data is not read.",
     )
     reject: float = setting(
-        0.05,
-        "Part of clean images that the detector may reject, which sets its threshold.",
-        gt=0,
-        lt=1,
+        0.05, "Part of clean images that the detector may reject, which sets its threshold.", gt=0, lt=1
     )
     reference: int = setting(
         10_000,

@@ -89,23 +89,12 @@ class PlaygroundModel:
         rows, answers = logits.softmax(1).tolist(), CLASSIFICATION.predict(logits).tolist()
         return [Prediction(*values) for values in zip(rows, answers, scores, strict=True)]
 
-    def attack(
-        self, attack: Attack | Search, x: Tensor, y: Tensor, threat: Threat, seed: int, counted: CountedModel
-    ) -> Tensor:
-        """Return x_adv on the CPU, verified to be in the threat set; ``counted`` is this model, as the attack gets it."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        x, y = x.to(self.device), y.to(self.device)
-        with exact_float32():
-            x_adv = run_attack(attack, counted, x, y, threat, generator=generator, checked=True, precision=None)
-        check_finite(x_adv, type(attack).__name__)
-        return x_adv.cpu()
-
 
 class CountedModel(nn.Module):
-    """A model that counts how often it is asked, reports it, and stops an attack that takes longer than a minute.
+    """A model as attacks get it: it counts how often it is asked, reports it, and stops what takes longer than a minute.
 
     Args:
-        model: the model.
+        of: the model.
         report: is called with how much of the whole work is done.
         text: what is being done.
         expected: how often the model will be asked, about.
@@ -113,11 +102,11 @@ class CountedModel(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, report: Report | None, text: str, expected: int, share: tuple[int, int] = (0, 1)
+        self, of: PlaygroundModel, report: Report | None, text: str, expected: int, share: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.model, self.report, self.text = model, report, text
-        self.expected, self.share = max(expected, 1), share
+        self.model, self.device, self.report, self.text = of.model, of.device, report, text
+        self.expected, self.share = expected, share
         self.deadline, self.passes = time.monotonic() + ATTACK_SECONDS, 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,6 +118,15 @@ class CountedModel(nn.Module):
             index, count = self.share
             self.report((index + min(self.passes / self.expected, 1.0)) / count, self.text)
         return self.model(x)
+
+    def attack(self, attack: Attack | Search, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:
+        """Return x_adv on the CPU, verified to be in the threat set."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        x, y = x.to(self.device), y.to(self.device)
+        with exact_float32():
+            x_adv = run_attack(attack, self, x, y, threat, generator=generator, checked=True, precision=None)
+        check_finite(x_adv, type(attack).__name__)
+        return x_adv.cpu()
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
     if not 1 <= len(served) <= MAX_RUNS:
         raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(served)}; leave some out")
     first = next(iter(served.values()))
-    models, read = [], {}
+    models, hardened, read = [], [], {}
     for each in served.values():
         if (each.classes, each.shape) != (first.classes, first.shape):
             raise UserError(
@@ -183,22 +181,19 @@ def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
             images = evaluated_images(each.run, config, each.trained, None)[0]
             read[key] = images, fingerprint([images], each.classes)
         if read[key][1] != next(iter(read.values()))[1]:
-            raise UserError(
-                f"{each.name} has other test images than {first.name}; give runs of the same data and split"
-            )
+            text = f"{each.name} has other test images than {first.name}"
+            raise UserError(f"{text}; give runs of the same data and split")
         model = copied(each.model).requires_grad_(False).eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         record = read_record(each.run.path) if (each.run.path / "results" / "evaluation.json").exists() else None
         method = each.trained.to_dict()["method"]["name"]
         models.append(PlaygroundModel(each.name, method, model, each.detector, record, device))
-    # The threat of the first hardened model.
-    hardened = [one.config for one, model in zip(served.values(), models, strict=True) if model.method != "standard"]
-    threat = (hardened or [(first if len(served) == 1 else each).config])[0].threat
+        hardened += [config] if method != "standard" else []
+    threat = (hardened or [each.config])[0].threat
     allowed = radii(first.shape, threat.norm, Ratio(threat.eps))
     norm = threat.norm if threat.norm in allowed else "linf"
     start = AttackSettings(norm=norm, eps=allowed[norm].default)
-    images = next(iter(read.values()))[0]
-    return Comparison(tuple(models), images, first.classes, first, allowed, start)
+    return Comparison(tuple(models), next(iter(read.values()))[0], first.classes, first, allowed, start)
 
 
 def read_image(content: bytes, comparison: Comparison) -> tuple[Tensor, tuple[int, int]]:
@@ -207,23 +202,20 @@ def read_image(content: bytes, comparison: Comparison) -> tuple[Tensor, tuple[in
     Raises UserError, before anything is decoded, if the file is too long, has too many pixels, or is no image.
     """
     if len(content) > MAX_FILE:
-        raise UserError(
-            f"the file: at most {MAX_FILE // 2**20} MiB are read, got {len(content) / 2**20:.1f}; shrink it"
-        )
+        text = f"at most {MAX_FILE // 2**20} MiB are read, got {len(content) / 2**20:.1f}; shrink it"
+        raise UserError(f"the file: {text}")
     try:
         count_pixels([content], MAX_PIXELS)
     except Problem as problem:
+        text = problem.detail.replace("image 0", "the file")
         if problem.status == 413:
             text = f"the file: an image may have {MAX_PIXELS / 1e6:g} megapixels, this one has more; shrink it"
-            raise UserError(text) from None
-        raise UserError(problem.detail.replace("image 0", "the file")) from None
+        raise UserError(text) from None
     image = decode([content], ["the file"], comparison.served.fit)[0]
     if tuple(image.shape) != comparison.shape:
-        _, height, width = comparison.shape
-        raise UserError(
-            f"the file: the models were trained on images of {width}×{height} pixels, got {image.shape[2]}×{image.shape[1]}; "
-            "resize it (only square ones are resized here)"
-        )
+        (_, height, width), given = comparison.shape, f"{image.shape[2]}×{image.shape[1]}"
+        text = f"the file: the models were trained on images of {width}×{height} pixels, got {given}"
+        raise UserError(f"{text}; resize it (only square ones are resized here)")
     with Image.open(io.BytesIO(content)) as opened:
         return image, opened.size
 
@@ -291,10 +283,10 @@ def attack_image(
         started = time.monotonic()
         clean = model.predict(x)[0]
         target = clean.answer if label is None else label
-        counted = CountedModel(model.model, report, f"attacking {model.name}", expected, (i, len(models)))
+        counted = CountedModel(model, report, f"attacking {model.name}", expected, (i, len(models)))
         x_adv, attacked = x, clean.answer == target
         if attacked:
-            x_adv = model.attack(attack, x, torch.tensor([target]), threat, settings.seed, counted)
+            x_adv = counted.attack(attack, x, torch.tensor([target]), threat, settings.seed)
         outcome = Outcome(
             name=model.name,
             label=target,
@@ -350,7 +342,7 @@ def epsilon_curves(
     curves = []
     for i, (model, outcome) in enumerate(zip(models, outcomes, strict=True)):
         if outcome.attacked:
-            counted = CountedModel(model.model, report, f"how far {model.name} holds", expected, (i, len(models)))
+            counted = CountedModel(model, report, f"how far {model.name} holds", expected, (i, len(models)))
             curves.append(_epsilon_curve(model, to_float(image[None]), outcome, settings, grid, counted))
         else:
             curves.append(EpsilonCurve(model.name, grid, [outcome.clean.probabilities[outcome.label]] * len(grid), 0.0))
@@ -370,7 +362,7 @@ def _epsilon_curve(
 
     def attack_at(radius: float) -> tuple[float, Prediction]:
         threat = threats(eps=radius)
-        x_adv = model.attack(attack, x, y, threat, settings.seed, counted)
+        x_adv = counted.attack(attack, x, y, threat, settings.seed)
         return float(threat.distance(x_adv - x)), model.predict(x_adv)[0]
 
     points = [(0.0, outcome.clean), (outcome.size, outcome.adversarial), *map(attack_at, grid[1:])]
@@ -390,24 +382,21 @@ def _epsilon_curve(
     return EpsilonCurve(outcome.name, grid, lowest, smallest if smallest < float("inf") else None)
 
 
-@dataclass(frozen=True)
-class LeaderboardRow:
-    """One line of the leaderboard: what was measured here, on few images, and what the run's record says, on more.
+class LeaderboardRow(NamedTuple):
+    """One line of the leaderboard: a model with its run's record, and what was measured here, on few images.
 
     ``robust`` counts images that are right when clean and under the chosen attack; both are None before an attack was run.
     """
 
-    name: str
-    method: str
-    record: Record | None
+    model: PlaygroundModel
     clean: Estimate | None = None
     robust: Estimate | None = None
 
 
 def recorded_leaderboard(comparison: Comparison) -> list[LeaderboardRow]:
     """Return the leaderboard as the runs' records have it, the most robust first, those without a record last."""
-    rows = [LeaderboardRow(model.name, model.method, model.record) for model in comparison.models]
-    return sorted(rows, key=lambda row: -row.record.robust_accuracy if row.record else 1.0)
+    rows = map(LeaderboardRow, comparison.models)
+    return sorted(rows, key=lambda row: -row.model.record.robust_accuracy if row.model.record else 1.0)
 
 
 def attack_leaderboard(
@@ -431,9 +420,8 @@ def attack_leaderboard(
         robust = clean.clone()
         if clean.any():
             share = (i, len(comparison.models))
-            counted = CountedModel(model.model, report, f"attacking {model.name}", expected, share)
-            x_adv = model.attack(attack, x[clean], y[clean], threat, settings.seed, counted)
+            counted = CountedModel(model, report, f"attacking {model.name}", expected, share)
+            x_adv = counted.attack(attack, x[clean], y[clean], threat, settings.seed)
             robust[clean] = is_correct(x_adv, y[clean]) & finite_images(x_adv)
-        measured = estimate(clean.tolist()), estimate(robust.tolist())
-        rows.append(LeaderboardRow(model.name, model.method, model.record, *measured))
+        rows.append(LeaderboardRow(model, estimate(clean.tolist()), estimate(robust.tolist())))
     return sorted(rows, key=lambda row: -row.robust.accuracy if row.robust else 1.0)

@@ -16,7 +16,7 @@ from starlette.middleware import Middleware
 from clead.errors import UserError
 from clead.inference.settings import ServeSettings
 from clead.playground import pictures
-from clead.playground.choices import ATTACK_SECONDS, MAX_FILE, MAX_IMAGES, query, read_query
+from clead.playground.choices import ATTACK_SECONDS, MAX_FILE, MAX_IMAGES, MAX_SEED, query, read_query
 from clead.playground.comparison import (
     Comparison,
     Report,
@@ -34,7 +34,6 @@ from clead.playground.widgets import (
     ChosenImage,
     ImageChooser,
     errors_on_page,
-    seed_number,
 )
 
 PATH = "/playground"
@@ -124,7 +123,9 @@ class Page:
         with gr.Column(scale=4, min_width=330):
             self.chooser = chooser = ImageChooser(self.comparison)
             self.controls = controls = AttackControls(self.comparison, start.steps)
-            seed = seed_number(start)
+            with gr.Accordion("More", open=False):
+                about = "Seed of what is random"
+                seed = gr.Number(start.seed, precision=0, minimum=0, maximum=MAX_SEED, label=about)
             names = " and ".join(model.name for model in self.comparison.pair)
             run = gr.Button(f"Attack {names}", variant="primary", elem_id="run")
         with gr.Column(scale=7, min_width=330):

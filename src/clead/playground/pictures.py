@@ -12,14 +12,7 @@ from torch import Tensor
 from clead.evaluation.suites import in_words
 from clead.inference.png import png_uri
 from clead.playground.choices import ATTACK_OPTIONS, AttackSettings
-from clead.playground.comparison import (
-    Comparison,
-    EpsilonCurve,
-    LeaderboardRow,
-    Outcome,
-    PlaygroundModel,
-    Prediction,
-)
+from clead.playground.comparison import Comparison, EpsilonCurve, LeaderboardRow, Outcome, PlaygroundModel, Prediction
 from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_axes, percent_axis, style
 from clead.results.format import duration, interval, norm_of, percent, threat_of
 from clead.results.record import Estimate
@@ -45,7 +38,7 @@ def css() -> str:
     )
 
 
-def trained(model: PlaygroundModel | LeaderboardRow) -> str:
+def trained(model: PlaygroundModel) -> str:
     """Return in words how a model was trained."""
     if model.method == "standard":
         return "trained without attacks"
@@ -139,14 +132,15 @@ def leaderboard(rows: Sequence[LeaderboardRow], settings: AttackSettings | None 
     columns += ["clean, recorded", "worst case, recorded", "under"]
     body = []
     for rank, row in enumerate(rows, 1):
-        cells = [f'<td class="n">{rank}</td><td><b>{escape(row.name)}</b></td><td>{escape(trained(row))}</td>']
+        name, record = f"<b>{escape(row.model.name)}</b>", row.model.record
+        cells = [f'<td class="n">{rank}</td><td>{name}</td><td>{escape(trained(row.model))}</td>']
         if settings is not None:
             cells += [_estimate(row.clean), _estimate(row.robust)]
-        if row.record is None:
+        if record is None:
             cells.append('<td colspan="3" class="small">not evaluated yet: clead evaluate does</td>')
         else:
-            suite = escape(f"{threat_of(row.record)}; {in_words(row.record)}")
-            cells += [_estimate(row.record.clean), _estimate(row.record.worst), f'<td class="small">{suite}</td>']
+            suite = escape(f"{threat_of(record)}; {in_words(record)}")
+            cells += [_estimate(record.clean), _estimate(record.worst), f'<td class="small">{suite}</td>']
         body.append(f"<tr>{''.join(cells)}</tr>")
     ranked = "the recorded worst case. Choose an attack above to rank the models by what holds against it."
     if settings is not None:

@@ -1,4 +1,7 @@
-"""The page's groups of widgets: what chooses an image, and what chooses an attack. What they send is checked before it is used."""
+"""The page's groups of widgets: what chooses an image, and what chooses an attack.
+
+gradio checks that a choice is in its list and a number in its range, whatever a visitor sends; the rest is checked here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from clead.playground.choices import (
     ATTACK_OPTIONS,
     MAX_FILE,
     MAX_PIXELS,
-    MAX_SEED,
     MAX_STEPS,
     NORM_RULES,
     AttackSettings,
@@ -121,14 +123,9 @@ class ImageChooser:
         truth = OWN_ANSWER if chosen.label is None else self.comparison.classes[chosen.label]
         return chosen, pictures.chosen(chosen.image, chosen.lines), truth
 
-    def label(self, truth: Any) -> int | None:
-        """Return the index of the class that ``truth`` names, None for each model's own answer; raises UserError."""
-        if truth == OWN_ANSWER:
-            return None
-        if truth not in self.comparison.classes:
-            given = str(truth)[:40]
-            raise UserError(f"true class: the models know no such class, got {given!r}; choose one from the list")
-        return self.comparison.classes.index(truth)
+    def label(self, truth: str) -> int | None:
+        """Return the index of the class that ``truth`` names, None for each model's own answer."""
+        return None if truth == OWN_ANSWER else self.comparison.classes.index(truth)
 
     @errors_on_page()
     def from_number(self, number: Any) -> tuple[Any, ...]:
@@ -196,33 +193,21 @@ class AttackControls:
         self.attack.input(self.for_attack, self.attack, [self.about, self.steps], **QUICK)
         self.norm.input(self.for_norm, self.norm, self.eps, **QUICK)
 
-    @errors_on_page()
-    def for_attack(self, attack: Any) -> tuple[Any, ...]:
+    def for_attack(self, attack: str) -> tuple[Any, ...]:
         """Say what the attack does, and what its steps are."""
-        option = ATTACK_OPTIONS.get(str(attack))
-        if option is None:
-            raise UserError(f"attack: there is no such attack, got {str(attack)[:40]!r}; choose one from the list")
+        option = ATTACK_OPTIONS[attack]
         return pictures.note(option.about), gr.Slider(label=option.steps_label)
 
-    @errors_on_page()
-    def for_norm(self, norm: Any) -> Any:
+    def for_norm(self, norm: str) -> gr.Slider:
         """Give the slider for ε the range of the norm."""
-        radii = self.comparison.radii
-        if norm not in radii:
-            known = ", ".join(radii)
-            raise UserError(f"norm: there is no such norm, got {str(norm)[:40]!r}; choose one of {known}")
-        return gr.Slider(**self.eps_slider(str(norm), float(radii[str(norm)].default)))
+        return gr.Slider(**self.eps_slider(norm, float(self.comparison.radii[norm].default)))
 
     def read(self, attack: Any, norm: Any, eps: Any, steps: Any, seed: Any) -> AttackSettings:
         """Return what the widgets say as settings; raises UserError."""
         try:
-            number = float(eps)
+            ratio = Ratio(f"{eps:g}/255") if self._in_255ths(norm) else Ratio(float(f"{eps:.6g}"))
         except (TypeError, ValueError):
-            raise UserError(f"eps: must be a number, got {str(eps)[:40]!r}; type one") from None
-        try:
-            ratio = Ratio(f"{number:g}/255") if self._in_255ths(norm) else Ratio(float(f"{number:.6g}"))
-        except ValueError:
-            raise UserError(f"eps: must be a finite number, got {number}; type one") from None
+            raise UserError(f"eps: must be a finite number, got {str(eps)[:40]!r}; type one") from None
         values = {"attack": attack, "norm": norm, "eps": ratio, "steps": steps, "seed": seed}
         return checked(values, self.comparison.radii)
 
@@ -237,12 +222,6 @@ class AttackControls:
 
     def _in_255ths(self, norm: Any) -> bool:
         return self.comparison.shape[0] == 3 and norm == "linf"
-
-
-def seed_number(start: AttackSettings) -> gr.Number:
-    """Return the widget for the seed, folded away."""
-    with gr.Accordion("More", open=False):
-        return gr.Number(start.seed, precision=0, minimum=0, maximum=MAX_SEED, label="Seed of what is random")
 
 
 def _enlarged(image: Tensor) -> np.ndarray:

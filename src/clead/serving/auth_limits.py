@@ -61,12 +61,6 @@ class Gate:
                 raise
             problem = Problem(503, "the server stopped before this was answered; come back later", {"Retry-After": "5"})
             await answer(problem)(scope, receive, response)
-        except Exception:
-            raise  # is answered further out
-        except BaseException:  # such as SystemExit, which would end the server
-            log.exception("a request ended with an exception that is meant to end the process")
-            if not response.started:
-                await answer(standard(500))(scope, receive, response)
 
     def _log(self, scope: Scope, path: str, status: int, seconds: float) -> None:
         label = path if path in _NAMED else "other"
