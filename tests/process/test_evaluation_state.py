@@ -527,7 +527,8 @@ def test_adversarial_images_are_saved_exactly_and_score_as_they_did(run, alone, 
     file = tmp_path / "adversarial.parquet"
     evaluation = api.evaluate_run(run, config=config(run), save_adversarial=file, show=False)
     record = evaluation.record
-    assert record.robust_flags == alone["robust_flags"] and evaluation.adversarial is not None
+    assert record.robust_flags == [flag == "1" for flag in alone["robust_flags"]]
+    assert evaluation.adversarial is not None
     result = api.verify(run, file)
     broken = sum(record.clean_flags) - sum(record.robust_flags)
     assert result["n"] == 60 and result["broken"] == 60 - sum(record.robust_flags)
