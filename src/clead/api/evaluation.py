@@ -164,9 +164,9 @@ def evaluate_run(
     Returns:
         The evaluation, with all its images if ``save_adversarial`` is given.
     """
-    part = Shard.parse(shard) if shard else None
+    parsed_shard = Shard.parse(shard) if shard else None
     folder = results_folder(RunDir.open(Path(path)), out)
-    output = OutputOptions(folder, result, fresh, part, merge, trust_state, save_adversarial, show)
+    output = OutputOptions(folder, result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
     opened = open_run(path, config, model, data)
     sources = _sources(transfer_from, opened)
     stored = None
@@ -219,8 +219,8 @@ def evaluate_external(
         save_adversarial: Parquet file.
         show: progress.
     """
-    part = Shard.parse(shard) if shard else None
-    output_options = OutputOptions(Path(out), result, fresh, part, merge, trust_state, save_adversarial, show)
+    parsed_shard = Shard.parse(shard) if shard else None
+    output_options = OutputOptions(Path(out), result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
     opened = open_external_model(model, config, weights=weights, output=output, input=input, classifier=classifier)
     return evaluate_into_folder(opened, output_options, attacks=attacks, more=_sources(transfer_from, opened))
 

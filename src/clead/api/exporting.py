@@ -220,9 +220,9 @@ def _without_places(tree: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _without_places(value)
         elif isinstance(value, list):
-            for part in value:
-                if isinstance(part, dict):
-                    _without_places(part)
+            for item in value:
+                if isinstance(item, dict):
+                    _without_places(item)
         elif isinstance(value, str | Path) and (key == "path" or Path(str(value)).is_absolute()):
             tree[key] = Path(value).name
 
@@ -231,8 +231,8 @@ def _check(out: Path, format: str, precision: str, images: int) -> None:
     if format not in PRECISIONS:
         raise UserError(f"--format must be {' or '.join(PRECISIONS)}, got {format!r}; give --format onnx")
     if precision not in PRECISIONS[format]:
-        others = [f"{name}: {', '.join(values)}" for name, values in PRECISIONS.items()]
-        raise UserError(f"--precision {precision} is not one of --format {format}; give one of {'; '.join(others)}")
+        choices = [f"{name}: {', '.join(values)}" for name, values in PRECISIONS.items()]
+        raise UserError(f"--precision {precision} is not one of --format {format}; give one of {'; '.join(choices)}")
     if images < 1:
         raise UserError(f"--images must be at least 1, got {images}; leave it out for 200")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
@@ -243,8 +243,8 @@ def _metadata(opened: OpenedRun, which: str) -> dict[str, Any]:
     from clead import __version__
 
     _, metadata = load_weights(opened.run.weights(which))
-    kept = {key: metadata[key] for key in ("shape", "classes", "mean_std")}
-    return {**kept, "shape": tuple(kept["shape"]), "clead": __version__}
+    copied = {key: metadata[key] for key in ("shape", "classes", "mean_std")}
+    return {**copied, "shape": tuple(copied["shape"]), "clead": __version__}
 
 
 def _record(opened: OpenedRun) -> tuple[Record | None, list[str]]:

@@ -76,7 +76,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "robust_accuracy": record.robust_accuracy,
             "robust_low": record.worst.low,
             "robust_high": record.worst.high,
-            "attacks": {part.name: part.robust.accuracy for part in record.attacks},
+            "attacks": {attack.name: attack.robust.accuracy for attack in record.attacks},
             "transferred": record.transferred.robust.accuracy if record.transferred else None,
             "forward_equivalents": record.training.forward_equivalents if record.training else None,
         }
@@ -86,7 +86,13 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     for a, b in combinations(records, 2):
         # Not by how eps was written: 8/255 and 0.03137… are one threat.
         same = [
-            (r.data.images, r.threat.norm, r.threat.eps, r.suite, [(part.name, part.settings) for part in r.attacks])
+            (
+                r.data.images,
+                r.threat.norm,
+                r.threat.eps,
+                r.suite,
+                [(attack.name, attack.settings) for attack in r.attacks],
+            )
             for r in (a, b)
         ]
         if same[0] == same[1]:

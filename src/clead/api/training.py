@@ -89,8 +89,8 @@ def train(
     processes.check_same({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
     show = show and processes.is_main
     splits, new_labels = _as_seen(config, splits, path, show=show)
-    own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
-    split_model = own if own is not None else build(config, splits)
+    adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
+    split_model = adapted if adapted is not None else build(config, splits)
     images = min(config.data.batch_size, len(splits.train))
     _check_model(split_model, config, splits, max(1, images // (processes.world_size * config.train.accumulate)))
     if config.train.start_from is not None:
@@ -138,9 +138,9 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
     _check_start(config)
     splits = data if data is not None else config.data.load(config.train.seed)
     splits, _ = _as_seen(config, splits, None, show=False)
-    own = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
+    adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     with fork_rng(config.train.seed), memory_of("the training", "data.batch_size"):
-        return profile_training(config, splits, own if own is not None else build(config, splits))
+        return profile_training(config, splits, adapted if adapted is not None else build(config, splits))
 
 
 def _versions() -> dict[str, str]:
@@ -155,7 +155,7 @@ def _check_starts(config: RunConfig) -> None:
         try:
             _check_start(training)
         except UserError as error:
-            problems += [said if stage is None else f"stages.{stage.name}.{said}" for said in error.problems]
+            problems += [problem if stage is None else f"stages.{stage.name}.{problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
 
@@ -224,12 +224,16 @@ def _check_labels_hidden(config: RunConfig, teacher: RunConfig, source: str) -> 
     same = type(teacher.data) is type(config.data)
     if not same or getattr(teacher.data, "path", None) != getattr(config.data, "path", None):
         return
-    there, here = (
+    of_teacher, of_student = (
         {f"data.{key}": getattr(each.data, key) for key in ("labelled", "label_noise", "val_fraction", "limit_train")}
         | {"train.seed": each.train.seed}
         for each in (teacher, config)
     )
-    if differences := [f"{key} {there[key]} there, {here[key]} here" for key in here if there[key] != here[key]]:
+    if differences := [
+        f"{key} {of_teacher[key]} there, {of_student[key]} here"
+        for key in of_student
+        if of_teacher[key] != of_student[key]
+    ]:
         raise UserError(
             f"{source} may have learnt labels that are hidden here, got {', '.join(differences)}; train it with the same"
         )
@@ -317,13 +321,13 @@ def _same_config(given: RunConfig, stored: RunConfig) -> None:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[tuple[str, Any, Any]]:
-    found = []
+    differences = []
     for key in {**a, **b}:
         old, new = a.get(key), b.get(key)
         if key == "stages" and isinstance(old, list) and isinstance(new, list):
             old, new = ({stage["name"]: stage for stage in stages} for stages in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{key}.")
+            differences += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append((prefix + key, old, new))
-    return found
+            differences.append((prefix + key, old, new))
+    return differences

@@ -86,12 +86,12 @@ def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, An
 
 def split_commas(text: str) -> list[str]:
     """Return what stands between commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [value.strip() for value in text.split(",") if value.strip()]
 
 
 def without(overrides: list[str], start: str) -> list[str]:
     """Leave out the settings whose key begins so, with their values."""
-    kept, skip = [], False
+    remaining, skip = [], False
     for argument in overrides:
         if argument.startswith("--"):
             dropped = argument.startswith(start)
@@ -101,8 +101,8 @@ def without(overrides: list[str], start: str) -> list[str]:
         elif skip:
             skip = False
             continue
-        kept.append(argument)
-    return kept
+        remaining.append(argument)
+    return remaining
 
 
 def changed(run: str, overrides: list[str]) -> RunConfig:

@@ -47,12 +47,12 @@ def export(
     if result["difference"] is not None:
         before = " before quantisation" if precision == "int8" else ""
         echo(f"logits differ from PyTorch's by at most {result['difference']:.2g}{before}")
-    if (found := result["remeasured"]) is not None:
-        part = {name: f"{value['accuracy']:.1%}" for name, value in found.items() if name in ESTIMATES}
+    if (remeasured := result["remeasured"]) is not None:
+        accuracy = {name: f"{value['accuracy']:.1%}" for name, value in remeasured.items() if name in ESTIMATES}
         echo(
-            f"on {found['clean']['n']} images: clean {part['clean_before']}, now {part['clean']}; robust {part['before']} "
-            f"(quick suite), now {part['worst']} (transferred {part['transferred']}, white-box {part['white_box']}, "
-            f"queries {part['queries']})"
+            f"on {remeasured['clean']['n']} images: clean {accuracy['clean_before']}, now {accuracy['clean']}; "
+            f"robust {accuracy['before']} (quick suite), now {accuracy['worst']} (transferred {accuracy['transferred']}, "
+            f"white-box {accuracy['white_box']}, queries {accuracy['queries']})"
         )
     echo(f"card: {out}/README.md")
     if "hub" in result:

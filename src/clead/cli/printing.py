@@ -16,10 +16,10 @@ def print_record(record: Any) -> None:
     for column in ("attack", "accuracy", "95 % interval", "seconds"):
         table.add_column(column, justify="left" if column == "attack" else "right")
     table.add_row("none (clean)", *_shown(record.clean), "")
-    targeted = [part for part in record.attacks if "target" in part.settings]
-    for part in record.attacks:
-        label = f"{part.name}: right when clean, and not taken for it" if part in targeted else part.name
-        table.add_row(label, *_shown(part.robust), f"{part.seconds:.1f}")
+    targeted = [attack for attack in record.attacks if "target" in attack.settings]
+    for attack in record.attacks:
+        label = f"{attack.name}: right when clean, and not taken for it" if attack in targeted else attack.name
+        table.add_row(label, *_shown(attack.robust), f"{attack.seconds:.1f}")
     if record.transferred is not None:
         table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
     if not targeted:
@@ -50,21 +50,21 @@ def verdict(record: Any) -> str:
 
     worst, threat = record.worst, record.threat
     failed = [check.name for check in record.checks if not check.passed]
-    said = (
+    text = (
         f"{record.run}: {worst.accuracy:.1%} of {worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
         f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {in_words(record)}; "
         f"{record.clean.accuracy:.1%} are right when clean."
     )
     if (stored := record.transferred) is not None:
-        said += (
+        text += (
             f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
             f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
         )
     if record.data.caveat:
-        said += f"\nThese are the {record.data.which}."
+        text += f"\nThese are the {record.data.which}."
     if failed:
-        said += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
-    return said
+        text += f"\nDo not trust it yet: checks of gradient masking failed: {', '.join(failed)}."
+    return text
 
 
 def _shown(estimate: Any) -> tuple[str, str]:

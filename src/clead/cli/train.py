@@ -76,31 +76,32 @@ def train(
 
 
 def _newest(name: str) -> Path:
-    made = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
-    found = [path for path in Path("runs").glob("*/config.yaml") if made.fullmatch(path.parent.name)]
-    found.sort(key=lambda path: path.stat().st_mtime)
-    if not found:
+    pattern = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
+    configs = [path for path in Path("runs").glob("*/config.yaml") if pattern.fullmatch(path.parent.name)]
+    configs.sort(key=lambda path: path.stat().st_mtime)
+    if not configs:
         raise UserError(f"--resume: there is no run of {name} in runs/; give its directory with --out")
-    return found[-1].parent
+    return configs[-1].parent
 
 
-def _print_profile(found: dict[str, Any]) -> None:
+def _print_profile(measured: dict[str, Any]) -> None:
     from rich.table import Table
 
     from clead.output import console
 
-    step = found["step_ms"]
-    table = Table(title=f"A training step on {found['device']}, {found['threads']} threads: {step:.1f} ms")
+    step = measured["step_ms"]
+    table = Table(title=f"A training step on {measured['device']}, {measured['threads']} threads: {step:.1f} ms")
     for name in ("part", "ms", "share"):
         table.add_column(name, justify="left" if name == "part" else "right")
-    for name, spent in found["parts"].items():
+    for name, spent in measured["parts"].items():
         table.add_row(name, f"{spent:.1f}", f"{spent / step:.0%}")
     table.add_section()
-    for name, spent, calls in found["operators"]:
+    for name, spent, calls in measured["operators"]:
         table.add_row(f"{name} ({calls:.0f} calls)", f"{spent:.1f}", f"{spent / step:.0%}")
     console().print(table)
     echo(
-        f"{found['images_per_second']:.0f} images/s; {found['forward_equivalents']:.1f} forward-equivalents per image, which take "
-        f"{found['bound_ms']:.1f} ms at the speed of a plain forward: the step takes {step / found['bound_ms']:.2f} times that\n"
+        f"{measured['images_per_second']:.0f} images/s; {measured['forward_equivalents']:.1f} forward-equivalents per image, which "
+        f"take {measured['bound_ms']:.1f} ms at the speed of a plain forward: the step takes "
+        f"{step / measured['bound_ms']:.2f} times that\n"
         "views: the attack and other images; rest: logging, weight perturbation; below, operators in all parts"
     )

@@ -69,26 +69,26 @@ def tune(
     from clead.tuning import tune as search
 
     with interruptible():
-        found = search(recipes[0], overrides, out=out, storage=storage, study=study, silence=silence, say=echo)
-    _print(found)
+        tuned = search(recipes[0], overrides, out=out, storage=storage, study=study, silence=silence, say=echo)
+    _print(tuned)
 
 
-def _print(found: Any) -> None:
-    states = [result.state for result in found.results]
+def _print(study: Any) -> None:
+    states = [result.state for result in study.results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
-    seconds = sum(result.seconds for result in found.results)
+    seconds = sum(result.seconds for result in study.results)
     echo(f"{len(states)} trials: {counts}; {seconds:.0f} s of work")
-    if not found.here:
+    if not study.here:
         echo(f"nothing was left to do; --trials {len(states) * 2} goes on")
-    if found.best is None:
-        raise UserError(f"no trial came to its end, so there is no best recipe; see {found.path}/trials.csv for why")
-    best, first = found.best, found.results[0]
+    if study.best is None:
+        raise UserError(f"no trial came to its end, so there is no best recipe; see {study.path}/trials.csv for why")
+    best, first = study.best, study.results[0]
     echo(f"best: trial {best.number}, {best.said()} on {best.images} validation images; the test set was not touched")
-    if first.score is not None and dict(first.values) == found.search.own_values():
+    if first.score is not None and dict(first.values) == study.search.own_values():
         echo(f"the recipe's own values: trial 0, {first.said()}")
-    recipe = found.path / "best.yaml"
-    own_threat = any("threat" in key.split(".") for key in found.search.distributions)
-    threat = f" --threat.eps {found.search.config.threat.eps}" if own_threat else ""
-    code = allowance(found.search.config)
-    echo(f"recipe: {recipe}\nnext: clead train {recipe} --out {found.path}/best{code}")
-    echo(f"then, once, on the test images: clead evaluate {found.path}/best{threat}{code}")
+    recipe = study.path / "best.yaml"
+    own_threat = any("threat" in key.split(".") for key in study.search.distributions)
+    threat = f" --threat.eps {study.search.config.threat.eps}" if own_threat else ""
+    code = allowance(study.search.config)
+    echo(f"recipe: {recipe}\nnext: clead train {recipe} --out {study.path}/best{code}")
+    echo(f"then, once, on the test images: clead evaluate {study.path}/best{threat}{code}")

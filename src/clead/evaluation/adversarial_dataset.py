@@ -42,8 +42,8 @@ def save(path: Path, x_adv: Tensor, labels: Tensor, record: Record) -> None:
     """
     pa, pq = _pyarrow()
     broke = [""] * len(labels)
-    for part in reversed(record.attacks):
-        broke = [part.name if not held else name for name, held in zip(broke, part.flags, strict=True)]
+    for attack in reversed(record.attacks):
+        broke = [attack.name if not right else name for name, right in zip(broke, attack.flags, strict=True)]
     broke = [
         name if clean and not robust else ""
         for name, clean, robust in zip(broke, record.clean_flags, record.robust_flags, strict=True)

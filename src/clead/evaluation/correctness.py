@@ -112,8 +112,8 @@ def accuracy_under_attack(
 def batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float images in [0, 1] and labels on ``device``."""
     for start in range(0, len(images), batch_size):
-        here = slice(start, start + batch_size)
-        yield to_float(images.images[here].to(device)), images.labels[here].to(device)
+        rows = slice(start, start + batch_size)
+        yield to_float(images.images[rows].to(device)), images.labels[rows].to(device)
 
 
 def to_float(images: Tensor) -> Tensor:

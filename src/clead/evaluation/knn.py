@@ -76,8 +76,8 @@ def neighbours_accuracy(
     labels = train.visible_labels
     voting = labels >= 0
     with attack_mode(model), torch.no_grad(), exact_float32():
-        near, asked = (
-            torch.cat([model.features(to_float(part.to(device))).float() for part in chosen.images.split(_CHUNK)])
+        train_features, features = (
+            torch.cat([model.features(to_float(chunk.to(device))).float() for chunk in chosen.images.split(_CHUNK)])
             for chosen in (train.subset(voting), images)
         )
-    return knn_accuracy(near, labels[voting].to(device), asked, images.labels.to(device), k)
+    return knn_accuracy(train_features, labels[voting].to(device), features, images.labels.to(device), k)

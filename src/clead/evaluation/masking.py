@@ -113,11 +113,11 @@ def run_checks(
     model, source = wrapped(model), None if source is None else wrapped(source)
     checks: list[Check] = []
     models = [model] if source is None else [model, source]
-    with torch.inference_mode(False), torch.no_grad(), _kept(models), fork_rng(seed):
+    with torch.inference_mode(False), torch.no_grad(), _restored(models), fork_rng(seed):
         x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
         logits_of(model, x[:1])  # raises the errors for users
         training = [type(part).__name__ for part in model.modules() if part.training]
-        with _kept([model]), fork_rng(seed):  # batch-norm in train mode changes its statistics
+        with _restored([model]), fork_rng(seed):  # batch-norm in train mode changes its statistics
             given = _GivenMode(training, _in_given_mode(model, x) if training else None)
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
             probe = _Probe(model, x, y, threat, seed, source, given, selection.standing)
@@ -183,7 +183,7 @@ def _in_given_mode(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _kept(models: list[nn.Module]) -> Generator[None, None, None]:
+def _restored(models: list[nn.Module]) -> Generator[None, None, None]:
     """Give back every buffer, and the random states of Python and NumPy, as they were: a model may change them as it runs."""
     modules = dict.fromkeys(module for model in models for module in model.modules())
     saved = [
@@ -330,7 +330,7 @@ def _deterministic(probe: _Probe) -> Check:
 
 def _batch(probe: _Probe) -> Check:
     half = (len(probe.x) + 1) // 2
-    again = torch.cat([probe.model(part) for part in probe.x.flip(0).split(half)]).flip(0)
+    again = torch.cat([probe.model(chunk) for chunk in probe.x.flip(0).split(half)]).flip(0)
     changed = _distances(again, probe.logits)
     noise = _distances(probe.model(probe.x), probe.logits)  # of a random model, which is named elsewhere
     return _check(
@@ -378,14 +378,14 @@ def _logits(probe: _Probe) -> Check:
 def _normalisation(probe: _Probe) -> Check:
     x, y, n = probe.x, probe.y, len(probe.x)
     given = int(probe.flags.sum())
-    found = {name: CLASSIFICATION.correct(probe.model(changed), y) for name, changed in _variants(x).items()}
-    best = max(found, key=lambda name: int(found[name].sum()))
-    count = int(found[best].sum())
+    flags = {name: CLASSIFICATION.correct(probe.model(changed), y) for name, changed in _variants(x).items()}
+    best = max(flags, key=lambda name: int(flags[name].sum()))
+    count = int(flags[best].sum())
     # One answer for all images is right as often as its class is there: no proof of a better range.
     chance = float(y.bincount().max()) / n
     better = (
         count > given + few(n)
-        and mcnemar(found[best].tolist(), probe.flags.tolist()).p_value < 0.001
+        and mcnemar(flags[best].tolist(), probe.flags.tolist()).p_value < 0.001
         and binomtest(count, n, chance, alternative="greater").pvalue < 0.001
     )
     reason = {
@@ -407,9 +407,9 @@ def _normalisation(probe: _Probe) -> Check:
 
 def _variants(x: Tensor) -> dict[str, Tensor]:
     """Return the images as a mistake in their preparation would have wanted them."""
-    own = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0).clamp_min(1 / 255)
-    half = torch.full_like(own[0], 0.5)
-    statistics = {"their own statistics": own, "0.5": (half, half)}
+    of_the_images = x.mean((0, 2, 3)), x.std((0, 2, 3), correction=0).clamp_min(1 / 255)
+    half = torch.full_like(of_the_images[0], 0.5)
+    statistics = {"their own statistics": of_the_images, "0.5": (half, half)}
     for name, pair in _STATISTICS.items():
         if len(pair[0]) == x.shape[1]:
             statistics[f"those of {name}"] = (x.new_tensor(pair[0]), x.new_tensor(pair[1]))

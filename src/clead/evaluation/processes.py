@@ -59,22 +59,22 @@ SINGLE_SHARD = Shard(1, 1)
 def shards(state: Path) -> list[Path]:
     """Return the shard states beside ``state``; raises UserError naming what is missing or does not belong together."""
     pattern = re.compile(re.escape(state.name) + r"\.shard-(\d+)-of-(\d+)")
-    found = {path: match for path in sorted(state.parent.glob("*")) if (match := pattern.fullmatch(path.name))}
-    if not found:
+    folders = {path: match for path in sorted(state.parent.glob("*")) if (match := pattern.fullmatch(path.name))}
+    if not folders:
         raise UserError(f"--merge: there is no shard at {state.parent}; run: clead evaluate RUN --shard 1/n, and so on")
-    counts = sorted({int(match[2]) for match in found.values()})
+    counts = sorted({int(match[2]) for match in folders.values()})
     if len(counts) > 1:
         raise UserError(
             f"--merge: {state.parent} holds shards of several divisions (n = {', '.join(map(str, counts))}); remove the folders "
-            f"of all but one: {', '.join(path.name for path in sorted(found))}"
+            f"of all but one: {', '.join(path.name for path in sorted(folders))}"
         )
-    have = {int(match[1]) for match in found.values()}
+    have = {int(match[1]) for match in folders.values()}
     if missing := sorted(set(range(1, counts[0] + 1)) - have):
         raise UserError(
             f"--merge: shard {', '.join(f'{i}/{counts[0]}' for i in missing)} is missing at {state.parent}; "
             "copy it there, or compute it with --shard"
         )
-    return sorted(found)
+    return sorted(folders)
 
 
 def folders(state: Path) -> list[Path]:
@@ -95,15 +95,15 @@ def merged(
     parts: dict[str, Part] = {}
     notes: list[str] = []
     for folder in shards(state):
-        found = read_header(folder) or {}
-        wanted = {**header, "version": found.get("version"), "shard": found.get("shard")}
-        if different := differences(found, wanted):
+        stored = read_header(folder) or {}
+        wanted = {**header, "version": stored.get("version"), "shard": stored.get("shard")}
+        if different := differences(stored, wanted):
             raise UserError(
                 f"--merge: {folder} is of another evaluation ({'; '.join(different)}); repeat that shard with the same settings"
             )
-        with ResumableResults(folder, {**header, "shard": found["shard"]}, trust=trust).opened() as store:
+        with ResumableResults(folder, {**header, "shard": stored["shard"]}, trust=trust).opened() as store:
             parts.update(store.parts)
-            notes += [f"shard {found['shard']}: {note}" for note in store.notes[1:]]
+            notes += [f"shard {stored['shard']}: {note}" for note in store.notes[1:]]
     if missing := keys - set(parts):
         batches = sorted({int(key.split("-")[0]) for key in missing})
         count = len(shards(state))
@@ -127,11 +127,11 @@ class Group:
 
         Raises UserError on every process, naming what differs, if they evaluate different things.
         """
-        own = {key: value for key, value in header.items() if key != "shard"}
+        shared = {key: value for key, value in header.items() if key != "shard"}
         headers: list[Any] = [None] * self.world_size
-        dist.all_gather_object(headers, own, group=self.handle)
-        for other, found in enumerate(headers):
-            if different := differences(headers[0], found):
+        dist.all_gather_object(headers, shared, group=self.handle)
+        for other, received in enumerate(headers):
+            if different := differences(headers[0], received):
                 raise UserError(
                     f"process {other} evaluates something else than process 0: {'; '.join(different)}; "
                     "give all processes the same model, images and settings"

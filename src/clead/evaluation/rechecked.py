@@ -34,13 +34,13 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
     They must be inside the threat set and classified as the part says, and every broken image that should have been kept must be
     there. "Robust" cannot be seen again without the attack; it rests on the signature.
     """
-    here, (tensors, data) = plan.where(batch), part
+    rows, (tensors, data) = plan.where(batch), part
     flags = tensors.get("flags")
     if flags is None or flags.dtype != torch.bool or len(flags) != len(chosen) or (flags & ~chosen).any():
         return False
     if not data.keys() >= _FIGURES:
         return False
-    number = torch.arange(here.start, here.stop)
+    number = torch.arange(rows.start, rows.stop)
     last = stage == len(plan.attacks) - 1
     lost = torch.isin(
         number, torch.tensor(data.get("lost", []), dtype=number.dtype)
@@ -53,8 +53,8 @@ def attack_agrees(plan: EvaluationPlan, batch: int, stage: int, part: Part, chos
         return False
     if not len(wanted):
         return True
-    inside = wanted - here.start
-    x, y = (values[inside.to(plan.device)] for values in plan.inputs(here))
+    inside = wanted - rows.start
+    x, y = (values[inside.to(plan.device)] for values in plan.inputs(rows))
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         return False
     x_adv = x_adv.to(plan.device)

@@ -173,13 +173,13 @@ def read_header(path: Path) -> dict[str, Any] | None:
     return header
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Return what differs between two headers, in words."""
-    found, wanted = updated(found), updated(wanted)
+    stored, wanted = updated(stored), updated(wanted)
     return [
-        f"{key}: {_brief(found.get(key))} there, {_brief(wanted.get(key))} here"
-        for key in {**found, **wanted}
-        if found.get(key) != wanted.get(key)
+        f"{key}: {_brief(stored.get(key))} there, {_brief(wanted.get(key))} here"
+        for key in {**stored, **wanted}
+        if stored.get(key) != wanted.get(key)
     ]
 
 

@@ -141,7 +141,7 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     if name == "adaptive":
         embedding = ("embedding", "embedding_logits", "contrastive", "prototype")
         pairs += [(replace(pgd, steps=100), objective) for objective in embedding]
-    found, changed = [], False
+    named, changed = [], False
     for attack, objective in pairs:
         shortened = attack
         if steps is not None:
@@ -149,12 +149,12 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
             changes = {key: steps * times for key, times in (("steps", 1), ("queries", 50)) if key in values}
             shortened = replace(attack, **changes) if changes else attack  # ty: ignore[invalid-argument-type]
             changed = changed or shortened != attack
-        found.append(NamedAttack(attack_name(shortened, objective), shortened, objective, _cost(shortened)))
+        named.append(NamedAttack(attack_name(shortened, objective), shortened, objective, _cost(shortened)))
     if name == "quick" and not changed:
         notes.append(_QUICK_GAP)
     if changed:
         notes.append(f"{steps} step{'s' if steps != 1 else ''}{_OWN_STEPS}")
-    return found, notes
+    return named, notes
 
 
 def _cost(attack: Attack | Search) -> float:
@@ -183,17 +183,17 @@ def in_words(record: Record) -> str:
         return "no attack"
     if record.suite in ("pgd", "attacks"):
         several = len(names) > _NAMED_ATTACKS
-        words = f"{len(names)} attacks, each on all images" if several else listed(names)
+        text = f"{len(names)} attacks, each on all images" if several else listed(names)
     elif steps := other_steps(record):
-        words = f"suite {record.suite} with {steps} instead of its own"
+        text = f"suite {record.suite} with {steps} instead of its own"
     else:
-        words = SUITE_TITLES.get(record.suite, f"suite {record.suite}").removesuffix(NOT_AUTOATTACK)
-    return words if is_autoattack(record) else words + NOT_AUTOATTACK
+        text = SUITE_TITLES.get(record.suite, f"suite {record.suite}").removesuffix(NOT_AUTOATTACK)
+    return text if is_autoattack(record) else text + NOT_AUTOATTACK
 
 
-def listed(words: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return a, b and c."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def suite_label(record: Record) -> str:

@@ -84,9 +84,9 @@ def transferred(
     flags, sizes = [], []
     with exact_float32():
         for start in range(0, n, PART):
-            here = slice(start, min(start + PART, n))
-            x, y = to_float(images.images[here].to(device)), images.labels[here].to(device)
-            x_adv = stored.x_adv[here].to(device)
+            rows = slice(start, min(start + PART, n))
+            x, y = to_float(images.images[rows].to(device)), images.labels[rows].to(device)
+            x_adv = stored.x_adv[rows].to(device)
             flags += (correct_mask(model, x, y) & correct_mask(model, x_adv, y)).tolist()
             sizes.append(threat.distance(x_adv - x).max().item())
     return TransferResult(

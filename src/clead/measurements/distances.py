@@ -329,7 +329,7 @@ def _points(nearest: Tensor, attack: str, most: int = 200) -> list[CurvePoint]:
 def _radii(record: MeasurementRecord) -> list[float]:
     """Return the radii that are printed: 0 and around the threat's eps."""
     eps = 0.0 if record.threat is None else record.threat.eps
-    return sorted({0.0, *(eps * part for part in (0.5, 1, 2))})
+    return sorted({0.0, *(eps * factor for factor in (0.5, 1, 2))})
 
 
 def _right_at(distances: list[float | None], radius: float) -> str:

@@ -218,7 +218,7 @@ def _chosen(
     strengths: Sequence[float],
     device: torch.device,
 ) -> tuple[nn.Linear, dict[str, float]]:
-    near, asked = (_features(model, part, device) for part in (train, validation))
+    train_features, validation_features = (_features(model, images, device) for images in (train, validation))
 
     def accuracy(linear: nn.Linear, features: Tensor, truth: Tensor) -> float:
         with torch.no_grad():
@@ -226,22 +226,22 @@ def _chosen(
 
     best: tuple[float, float, nn.Linear] | None = None
     for strength in sorted(strengths):
-        linear = fit_linear(near, train.labels, num_classes, strength)
-        found = accuracy(linear, asked, validation.labels)
-        if best is None or found > best[0]:
-            best = (found, strength, linear)
+        linear = fit_linear(train_features, train.labels, num_classes, strength)
+        score = accuracy(linear, validation_features, validation.labels)
+        if best is None or score > best[0]:
+            best = (score, strength, linear)
     assert best is not None
-    found, strength, linear = best
+    score, strength, linear = best
     return linear, {
         "C": strength,
         "fitted": len(train),
-        "training_accuracy": round(accuracy(linear, near, train.labels), 4),
-        "validation_accuracy": round(found, 4),
+        "training_accuracy": round(accuracy(linear, train_features, train.labels), 4),
+        "validation_accuracy": round(score, 4),
     }
 
 
 def _features(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:
     with torch.no_grad():
         return torch.cat(
-            [model.features(to_float(part.to(device))).float().cpu() for part in images.images.split(_CHUNK)]
+            [model.features(to_float(chunk.to(device))).float().cpu() for chunk in images.images.split(_CHUNK)]
         )

@@ -300,13 +300,13 @@ def _apply(
             with torch.no_grad():
                 before, after = search.model(x), search.model(x_adv)
             clean = CLASSIFICATION.correct(before, y)
-            found = {
+            verdicts = {
                 "clean": clean,
                 "robust": clean & CLASSIFICATION.correct(after, y),
                 "fooled": CLASSIFICATION.predict(after) != CLASSIFICATION.predict(before),
             }
             change = search.threat.distance(x_adv - x).max().item()
-            state.save(key, found, {"largest": change, "seconds": time.monotonic() - begun})
+            state.save(key, verdicts, {"largest": change, "seconds": time.monotonic() - begun})
         tensors, data = state.parts[key]
         largest = max(largest, data["largest"])
         for name, values in flags.items():

@@ -97,11 +97,11 @@ class Drawing:
             for _, index in self.key:
                 color, marker, dash = style(index)
                 handles.append(Line2D([], [], color=color, marker=marker, linestyle=dash, markersize=4.5))
-            words = [words for words, _ in self.key]
-            self.figure.legend(handles, words, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
+            texts = [text for text, _ in self.key]
+            self.figure.legend(handles, texts, loc="outside lower left", ncols=2, fontsize=9, frameon=False)
         else:
             self.figure.set_layout_engine("none")  # it stays as it was laid out for the page
-        found = {}
+        contents = {}
         options: Any = {"svg.fonttype": "path", "svg.hashsalt": self.name, "text.parse_math": False}
         _plain_text(self.figure)
         with matplotlib.rc_context(options), warnings.catch_warnings():
@@ -113,8 +113,8 @@ class Drawing:
             ):
                 buffer = io.BytesIO()
                 self.figure.savefig(buffer, format=suffix[1:], dpi=_DOTS_PER_INCH, facecolor="white", metadata=metadata)
-                found[suffix] = buffer.getvalue()
-        return found
+                contents[suffix] = buffer.getvalue()
+        return contents
 
 
 def estimated(estimate: Estimate) -> tuple[float, float, float, int]:

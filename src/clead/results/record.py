@@ -93,9 +93,9 @@ class EvaluatedData(_Frozen):
     @property
     def which(self) -> str:
         """Which images, such as ``first 1000 of 10000 test images of mnist``."""
-        part = f"first {self.n} of {self.total}" if self.total is not None and self.total > self.n else f"{self.n}"
+        count = f"first {self.n} of {self.total}" if self.total is not None and self.total > self.n else f"{self.n}"
         kind = {"val": "validation", "train": "training"}.get(self.split, "test")
-        return f"{part} {kind} images of {self.name}{f' ({self.caveat})' if self.caveat else ''}"
+        return f"{count} {kind} images of {self.name}{f' ({self.caveat})' if self.caveat else ''}"
 
     @property
     def caveat(self) -> str:

@@ -216,8 +216,8 @@ def data_name(config: RunConfig) -> str:
     """Return what to call the images: the data set's name, or that of the user's folder or file."""
     path = getattr(config.data, "path", None)
     fields: Any = type(config.data).__pydantic_fields__
-    own = path is not None and fields["path"].is_required()
-    return Path(path).resolve().name if own and path is not None else config.to_dict()["data"]["name"]
+    is_of_the_user = path is not None and fields["path"].is_required()
+    return Path(path).resolve().name if is_of_the_user and path is not None else config.to_dict()["data"]["name"]
 
 
 def training_of(run: RunDir, config: RunConfig) -> Training | None:

@@ -157,11 +157,11 @@ class DetectionPlan:
         """Return the most accepted misclassified image that is known for each image (N, C, H, W), and its score (N,)."""
         x = self.images.images
         lowest, best = torch.where(clean.wrong, clean.scores[d], torch.inf), x.clone()
-        for found in oblivious:
-            better = found.wrong & (found.scores[d] <= lowest)
+        for attacked in oblivious:
+            better = attacked.wrong & (attacked.scores[d] <= lowest)
             # An image that no attack has broken yet starts where the last attack left it.
-            best = torch.where(per_image(better | lowest.isinf(), x), found.x_adv, best)
-            lowest = torch.where(better, found.scores[d], lowest)
+            best = torch.where(per_image(better | lowest.isinf(), x), attacked.x_adv, best)
+            lowest = torch.where(better, attacked.scores[d], lowest)
         return best, lowest
 
     def aware(
