@@ -82,7 +82,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Say whether memory was too small; PyTorch has a class for this on CUDA and none on CPU, Python and NumPy have MemoryError."""
     return isinstance(error, (MemoryError, NotEnoughMemory)) or (
         isinstance(error, RuntimeError)
-        and any(said in str(error) for said in ("out of memory", "can't allocate memory", "bad_alloc"))
+        and any(phrase in str(error) for phrase in ("out of memory", "can't allocate memory", "bad_alloc"))
     )
 
 

@@ -72,8 +72,8 @@ class ImageSet:
         """The labels that training may look at, (N,) int64: where there is none the pseudo-label, or −1."""
         if self.labelled is None:
             return self.labels
-        others = torch.full_like(self.labels, -1) if self.pseudo_labels is None else self.pseudo_labels
-        return torch.where(self.labelled, self.labels, others)
+        pseudo = torch.full_like(self.labels, -1) if self.pseudo_labels is None else self.pseudo_labels
+        return torch.where(self.labelled, self.labels, pseudo)
 
     def labelled_subset(self) -> ImageSet:
         """Return the images that have a visible label, with that label."""
@@ -85,7 +85,7 @@ class ImageSet:
 
     def subset(self, index: Tensor) -> ImageSet:
         """Return the images at ``index``, (n,) int64."""
-        flags, pseudo = (None if part is None else part[index] for part in (self.labelled, self.pseudo_labels))
+        flags, pseudo = (None if values is None else values[index] for values in (self.labelled, self.pseudo_labels))
         return ImageSet(self._at(index), self.labels[index], flags, pseudo, self.labelled_share)
 
     def _at(self, index: Tensor) -> Any:

@@ -83,18 +83,18 @@ def progress(description: str, total: float, *, done: float = 0, show: bool = Tr
             yield tick
         return
     start = last = time.monotonic()
-    at, shown, end = done, "", total * (1 - 1e-9)  # parts of work add up to the whole but for rounding
+    position, shown, end = done, "", total * (1 - 1e-9)  # parts of work add up to the whole but for rounding
 
     def log(advance: float = 1, **status: float | str) -> None:
-        nonlocal at, last, shown
-        before, at = at, at + advance
+        nonlocal position, last, shown
+        before, position = position, position + advance
         shown = _text(status) if status else shown
         now = time.monotonic()
-        if now - last >= _LOG_SECONDS or before < end <= at:
+        if now - last >= _LOG_SECONDS or before < end <= position:
             last = now
-            left = (now - start) * (total - at) / (at - done) if at > done else 0.0
+            left = (now - start) * (total - position) / (position - done) if position > done else 0.0
             times = f"in {now - start:.0f} s" + (f", {left:.0f} s left" if left >= 1 else "")
-            tell(f"{description}: {int(at + 1e-6)}/{total:g} {times}  {shown}")
+            tell(f"{description}: {int(position + 1e-6)}/{total:g} {times}  {shown}")
 
     yield log
 

@@ -86,11 +86,11 @@ def keep_old_methods(cls: Any, methods: Mapping[str, str]) -> None:
     methods: old name → new name.
     """
     for old, new in methods.items():
-        name, own = f"{cls.__name__}.{old}", vars(cls)
-        if old in own and new not in own:
+        name, attributes = f"{cls.__name__}.{old}", vars(cls)
+        if old in attributes and new not in attributes:
             warn_renamed(name, new, stacklevel=5)
-            setattr(cls, new, own[old])
-        elif new in own and callable(own[new]) and not hasattr(cls, old):
+            setattr(cls, new, attributes[old])
+        elif new in attributes and callable(attributes[new]) and not hasattr(cls, old):
             setattr(cls, old, _renamed_method(name, new))
 
 

@@ -177,7 +177,7 @@ def validated(cls: type[T], values: dict[str, Any], path: str = "") -> T:
 
 
 def _one_line(problem: Any, cls: type, path: str) -> str:
-    names = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained-"))]
+    names = [str(step) for step in problem["loc"] if not str(step).startswith(("function-", "constrained-"))]
     key = ".".join([*([path] if path else []), *names])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner: Any = cls

@@ -79,7 +79,7 @@ def _with_code(arguments: list[str]) -> list[str]:
     Code that the user names as the model, ``--model.name net.py:make``, is allowed by that.
     """
     moved: list[str] = []
-    others: list[str] = []
+    reordered: list[str] = []
     waiting = ""
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -91,9 +91,9 @@ def _with_code(arguments: list[str]) -> list[str]:
         if key == "--allow-code" or (key in ("--model.name", "--model.factory") and ":" in value):
             moved += ["--allow-code", value]
         if key != "--allow-code":
-            others += [waiting, argument] if waiting else [argument]
+            reordered += [waiting, argument] if waiting else [argument]
         waiting = ""
-    return [*moved, *others, *([waiting] if waiting else [])]
+    return [*moved, *reordered, *([waiting] if waiting else [])]
 
 
 def echo(text: str) -> None:

@@ -79,11 +79,11 @@ class _Synchronised:
             over = [0, *range(2, x.dim())]
             values = x.detach().float()
             centre = values.mean(over, keepdim=True)
-            own = torch.stack(
+            local_sums = torch.stack(
                 [centre.flatten(), (values - centre).square_().mean(over)]
             )  # var_mean is 20 times slower on CPUs
-            count_traffic("statistics", own)
-            means, variances = gathered(own, dist.get_world_size()).unbind(1)
+            count_traffic("statistics", local_sums)
+            means, variances = gathered(local_sums, dist.get_world_size()).unbind(1)
             mean = means.mean(0)
             variance = (variances + (means - mean).square()).mean(0)  # as many images each
             if norm.training and norm.track_running_stats and norm.running_mean is not None:
@@ -103,14 +103,14 @@ def _move(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
 @contextmanager
 def synchronised(model: nn.Module) -> Generator[None, None, None]:
     """Let all batch normalisations in ``model``, and in copies of it made inside, take the statistics of all processes."""
-    norms = [(part, part.__class__) for part in model.modules() if isinstance(part, _BatchNorm)]
+    norms = [(norm, norm.__class__) for norm in model.modules() if isinstance(norm, _BatchNorm)]
     try:
-        for part, kind in norms:
-            part.__class__ = _kinds(kind)
+        for norm, kind in norms:
+            norm.__class__ = _kinds(kind)
         yield
     finally:
-        for part, kind in norms:
-            part.__class__ = kind
+        for norm, kind in norms:
+            norm.__class__ = kind
 
 
 _KINDS: dict[type, type] = {}

@@ -37,11 +37,13 @@ def raise_on_lost_worker(where: str) -> Generator[None, None, None]:
     try:
         yield
     except RuntimeError as error:  # gloo's are of no kind of their own
-        said = str(error)
-        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Connection (closed|reset)", said):
+        message = str(error)
+        if not isinstance(error, dist.DistError) and not re.search(r"gloo|NCCL|Connection (closed|reset)", message):
             raise
         reason = (
-            re.sub(r"\[.*?\]\s*", "", said.splitlines()[0]).partition(". ")[0][:120] if said else type(error).__name__
+            re.sub(r"\[.*?\]\s*", "", message.splitlines()[0]).partition(". ")[0][:120]
+            if message
+            else type(error).__name__
         )
         raise LostWorker(
             f"another process of this training is gone ({reason}); the same command with --resume goes on from {where}"

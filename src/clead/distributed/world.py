@@ -66,16 +66,16 @@ class World:
         if self.world_size == 1:
             return list(flags)
         tensors = [gradient for gradient in gradients if gradient is not None]
-        told = torch.tensor([float(flag) for flag in flags], device=tensors[0].device if tensors else None)
+        received = torch.tensor([float(flag) for flag in flags], device=tensors[0].device if tensors else None)
         # One message for all: many small ones cost more than copying.
-        flat = torch.cat([told, *(tensor.detach().reshape(-1).float() for tensor in tensors)])
+        flat = torch.cat([received, *(tensor.detach().reshape(-1).float() for tensor in tensors)])
         count_traffic("average", flat)
         dist.all_reduce(flat)
-        start = len(told)
+        start = len(received)
         for tensor in tensors:
             tensor.copy_((flat[start : start + tensor.numel()] / self.world_size).view_as(tensor))
             start += tensor.numel()
-        return [bool(value) for value in flat[: len(told)].tolist()]
+        return [bool(value) for value in flat[: len(received)].tolist()]
 
     def broadcast(self, result: T) -> T:
         """Return process 0's ``result`` on every process."""

@@ -88,15 +88,15 @@ def _culprit(error: BaseException) -> str:
         chain.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(chain)
-    if found := re.search(r"OpOverload\(op='([\w.]+)'", text) or re.search(
+    if match := re.search(r"OpOverload\(op='([\w.]+)'", text) or re.search(
         r"\b((?:aten|prims|torchvision)[.:]+\w+)", text
     ):
-        return f"the operation {found[1].replace('::', '.')} has no counterpart there"
+        return f"the operation {match[1].replace('::', '.')} has no counterpart there"
     if re.search(r"data-dependent|GuardOnDataDependent|Dynamic control flow", text):
         where = re.search(r'File "(?!.*site-packages)([^"]+)", line (\d+)', text)
         place = f" ({Path(where[1]).name} line {where[2]})" if where else ""
         return f"its forward decides by the values of an image{place}, and ONNX has one graph for all images"
-    lines = [line.strip() for part in reversed(chain) for line in part.splitlines() if line.strip()]
+    lines = [line.strip() for block in reversed(chain) for line in block.splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
 
 

@@ -82,7 +82,7 @@ def remeasure(
         stands = torch.cat([correct_mask(converted, x, y) for x, y in pairs])
         pairs = zip(images.images.split(256), images.labels.split(256), strict=True)
         clean = torch.cat([correct_mask(converted, to_float(x), y) for x, y in pairs])
-    flags = [clean & stands, *(torch.tensor(part.record.robust_flags) for part in (inside, outside))]
+    flags = [clean & stands, *(torch.tensor(evaluation.record.robust_flags) for evaluation in (inside, outside))]
     return Remeasured(
         precision=precision,
         images=before.record.data.images,

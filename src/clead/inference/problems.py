@@ -70,7 +70,7 @@ def raw(problem: Problem) -> bytes:
 def first_error(errors: Any) -> str:
     """Return the first of pydantic's ``errors`` as a sentence: where, the rule, what was given."""
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"]) or "body"
+    where = ".".join(str(step) for step in first["loc"]) or "body"
     message = str(first["msg"])
     given = repr(first.get("input"))
     shown = given if len(given) <= 60 else f"{given[:57]}..."

@@ -32,9 +32,9 @@ def directed_nt_xent(anchor: Tensor, positive: Tensor, temperature: float) -> Te
     with torch.autocast(anchor.device.type, enabled=False):
         anchor, positive = at_least_float32(anchor), at_least_float32(positive)
         itself = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
-        own = (anchor @ anchor.T / temperature).masked_fill(itself, -torch.inf)
+        among_anchors = (anchor @ anchor.T / temperature).masked_fill(itself, -torch.inf)
         other = anchor @ positive.T / temperature
-        return torch.logsumexp(torch.cat([own, other], dim=1), dim=1) - other.diagonal()
+        return torch.logsumexp(torch.cat([among_anchors, other], dim=1), dim=1) - other.diagonal()
 
 
 def published(views: Sequence[Tensor], temperature: float) -> Tensor:
@@ -50,8 +50,8 @@ def published(views: Sequence[Tensor], temperature: float) -> Tensor:
         (B,) float32.
     """
     _check(views, temperature)
-    anchor, *others = views
-    return torch.stack([directed_nt_xent(anchor, other, temperature) for other in others]).mean(0)
+    anchor, *positives = views
+    return torch.stack([directed_nt_xent(anchor, other, temperature) for other in positives]).mean(0)
 
 
 def nt_xent(views: Sequence[Tensor], temperature: float) -> Tensor:

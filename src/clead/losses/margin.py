@@ -24,8 +24,8 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = at_least_float32(logits)
     true = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return others.amax(1) - true
+    wrong_logits = logits.scatter(1, labels[:, None], -torch.inf)
+    return wrong_logits.amax(1) - true
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:

@@ -303,7 +303,7 @@ def measure_target(
         result=result,
         notes=[*target.notes, *state.notes],
         versions=environment(),
-        seconds=sum(part["seconds"] for _, part in state.parts.values()),
+        seconds=sum(figures["seconds"] for _, figures in state.parts.values()),
     )
     write_atomically(path, record.model_dump_json(indent=1).encode())
     discard(path.with_suffix(".state"))

@@ -332,7 +332,7 @@ def predict(
     with exact_float32(), attack_mode(model), torch.no_grad():
         for index, image in enumerate(x):
             counts = _counts(model, image, n, sigma, batch_size, k, make_generator(x.device, seed, index))
-            (first, second), classes = (part.tolist() for part in counts.topk(min(2, k)))
+            (first, second), classes = (column.tolist() for column in counts.topk(min(2, k)))
             answers.append(classes[0] if binomtest(first, first + second, 0.5).pvalue <= alpha else ABSTAIN)
     return torch.tensor(answers, device=x.device)
 

@@ -151,16 +151,16 @@ class CleanNorms(nn.Module):
         layer has its own tensors again, which were not touched.
         """
         compiled, model._compiled = model._compiled, None
-        own = [(norm, norm._parameters, norm._buffers) for norm in _norms(model)]
+        attributes = [(norm, norm._parameters, norm._buffers) for norm in _norms(model)]
         try:
-            for (norm, _, _), lent in zip(own, self.norms, strict=True):
+            for (norm, _, _), lent in zip(attributes, self.norms, strict=True):
                 norm._parameters, norm._buffers = lent._parameters, lent._buffers
             yield
         finally:
-            for norm, parameters, buffers in own:
+            for norm, parameters, buffers in attributes:
                 norm._parameters, norm._buffers = parameters, buffers
             model._compiled = compiled
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    return [part for part in model.modules() if isinstance(part, _BatchNorm)]
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]

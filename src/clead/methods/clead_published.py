@@ -54,7 +54,7 @@ class CLeadPublished(Method):
         except UserError as error:
             raise ValueError("; ".join(error.problems)) from None
         settings: dict[str, Any] = dataclasses.asdict(cast(Any, attack))
-        return {"name": str(value["name"]), **{key: _plain(part) for key, part in settings.items()}}
+        return {"name": str(value["name"]), **{key: _plain(setting) for key, setting in settings.items()}}
 
     def __post_init__(self) -> None:
         """Refuse a clip that would change nothing."""

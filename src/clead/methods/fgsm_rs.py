@@ -63,13 +63,13 @@ class FGSMRS(CLead):
         """Return the loss of PGD-AT plus λ times the misalignment, and each term."""
         images, batch = dict(views.images), views.batch
         neighbour = images.pop("neighbour", None)
-        own = batch if views.own is None else views.own
+        local = batch if views.own is None else views.own
         output = super().loss(model, Views(images, batch), step)
         if neighbour is None:
             return output
-        targets = own.labels.where(own.labels >= 0, _IGNORED) if own.soft_labels is None else own.soft_labels
+        targets = local.labels.where(local.labels >= 0, _IGNORED) if local.soft_labels is None else local.soft_labels
         with _aside(model), model.gathering_outputs(None):
-            each = misalignment(model, own.images, neighbour, targets)
+            each = misalignment(model, local.images, neighbour, targets)
         misaligned = each.mean()
         if step.world.world_size > 1:  # the value is that of all processes; their gradients will be averaged
             misaligned = misaligned + (step.world.all_gather(each).mean() - misaligned).detach()
@@ -103,7 +103,7 @@ def misalignment(model: nn.Module, x: Tensor, neighbour: Tensor, y: Tensor) -> T
 @contextmanager
 def _aside(model: SplitModel) -> Generator[None, None, None]:
     """Let ``model`` compute without moving its batch-norm statistics, and not compiled, which has no double backward."""
-    norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     compiled, model._compiled = model._compiled, None
     try:
         for norm in norms:

@@ -47,9 +47,13 @@ def replayed(x: Tensor, step: StepContext) -> Tensor:
     clips δ to the ball and x + δ to [0, 1], so what left the box is forgotten before the next minibatch. The gradient is taken in
     train mode, as in the paper and unlike that of an inner attack here.
     """
-    kept = step.state if isinstance(step.state, PersistentDelta) else PersistentDelta(tuple(x.shape[1:])).to(x.device)
-    kept.fit(x)
-    x_adv = step.threat.project(step.threat.ascend(x + kept.delta, kept.gradient, float(step.threat.eps)), x)
-    kept.delta = x_adv - x
-    x_adv.requires_grad_().register_hook(kept.keep)
+    persistent = (
+        step.state if isinstance(step.state, PersistentDelta) else PersistentDelta(tuple(x.shape[1:])).to(x.device)
+    )
+    persistent.fit(x)
+    x_adv = step.threat.project(
+        step.threat.ascend(x + persistent.delta, persistent.gradient, float(step.threat.eps)), x
+    )
+    persistent.delta = x_adv - x
+    x_adv.requires_grad_().register_hook(persistent.keep)
     return x_adv.clone()  # a model that normalises in place may not write into a leaf

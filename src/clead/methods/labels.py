@@ -49,8 +49,8 @@ def distinct(labels: Tensor) -> Tensor:
     >>> distinct(torch.tensor([3, -1, -1]))
     tensor([ 3, -2, -3])
     """
-    own = -1 - torch.arange(len(labels), device=labels.device)
-    return torch.where(labels < 0, own, labels)
+    singletons = -1 - torch.arange(len(labels), device=labels.device)
+    return torch.where(labels < 0, singletons, labels)
 
 
 def mean_of(values: Tensor, counted: Tensor | None) -> Tensor:

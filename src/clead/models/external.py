@@ -224,17 +224,17 @@ def unwrapped(module: Any) -> nn.Module:
 def materialise(module: nn.Module, x: Tensor) -> None:
     """Give lazy layers their shapes by a forward of images ``x``; nothing happens where there are none."""
     if any(map(is_lazy, [*module.parameters(), *module.buffers()])):
-        training = [(part, part.training) for part in module.modules()]
+        training = [(submodule, submodule.training) for submodule in module.modules()]
         try:
-            for part, _ in training:
-                part.training = False
+            for submodule, _ in training:
+                submodule.training = False
             with torch.no_grad():
                 module(x.clone())
         except Exception as error:
             raise failure(module, x, error) from error
         finally:
-            for part, flag in training:
-                part.training = flag
+            for submodule, flag in training:
+                submodule.training = flag
 
 
 def prepare(model: nn.Module, x: Tensor) -> None:
@@ -296,10 +296,10 @@ def _tensors(output: Any, prefix: str = "", depth: int = _DEPTH) -> dict[str, Te
         names = [*getattr(output, "__dict__", {}), *slots, *_NAMES]
         names = [name for name in names if hasattr(output, name)]
         items = [(name, getattr(output, name)) for name in dict.fromkeys(names)]
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in items:
-        found |= _tensors(value, f"{prefix}{name}.", depth - 1)
-    return found
+        tensors |= _tensors(value, f"{prefix}{name}.", depth - 1)
+    return tensors
 
 
 def _slots(kind: type) -> Iterable[str]:

@@ -94,7 +94,7 @@ def _plain(layer: nn.Module) -> bool:
 def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
     """Return the (convolution, batch-norm) pairs seen in one forward pass, or none if folding them changed the output."""
     made: dict[int, nn.Conv2d] = {}
-    kept: list[Tensor] = []  # keeps every output alive, so that an id is never used twice
+    alive: list[Tensor] = []  # keeps every output alive, so that an id is never used twice
     pairs: list[Pair] = []
     calls: dict[nn.Module, int] = {}
 
@@ -102,7 +102,7 @@ def _find(model: nn.Module, sample: Tensor) -> list[Pair]:
         calls[layer] = calls.get(layer, 0) + 1
         if isinstance(layer, nn.Conv2d) and _plain(layer):
             made[id(output)] = layer
-            kept.append(output)
+            alive.append(output)
         elif isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and id(inputs[0]) in made:
             pairs.append((made[id(inputs[0])], layer))
 

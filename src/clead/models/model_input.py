@@ -29,7 +29,7 @@ _LARGEST_SIDE = 4096
 def _numbers(value: Any) -> Any:
     """Read ``0.485,0.456,0.406`` or ``[0.485, …]`` or one number."""
     if isinstance(value, str):
-        value = [part for part in re.split(r"[\s,;]+", value.strip("[]() ")) if part]
+        value = [number for number in re.split(r"[\s,;]+", value.strip("[]() ")) if number]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

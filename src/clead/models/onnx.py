@@ -90,12 +90,12 @@ class OnnxModel(nn.Module):
         """Return the logits, (B, K), on the device of ``x``."""
         prepared = self.prepare(x.detach().float()).cpu()
         size = self.fixed_batch or len(x)
-        answers = [self._run(part, size) for part in prepared.split(size)]
+        answers = [self._run(batch, size) for batch in prepared.split(size)]
         return torch.cat(answers).to(x.device)
 
-    def _run(self, part: Tensor, size: int) -> Tensor:
-        short = size - len(part)
-        padded = torch.cat([part, part[:1].expand(short, *part.shape[1:])]) if short else part
+    def _run(self, batch: Tensor, size: int) -> Tensor:
+        short = size - len(batch)
+        padded = torch.cat([batch, batch[:1].expand(short, *batch.shape[1:])]) if short else batch
         try:
             (answer,) = self.session.run([self.output_name], {self.input_name: padded.contiguous().numpy()})
         except Exception as error:  # onnxruntime has a dozen kinds
@@ -107,7 +107,7 @@ class OnnxModel(nn.Module):
         logits = logits.float() if logits.dtype == torch.float16 else logits
         if logits.dim() > 2 and all(side == 1 for side in logits.shape[2:]):
             logits = logits.flatten(1)  # (B, K, 1, 1), of a convolution
-        return logits[: len(part)]
+        return logits[: len(batch)]
 
     def _try(self, sample_shape: tuple[int, int, int]) -> None:
         """Run two images at once; files that in truth take one at a time get one at a time from then on."""

@@ -371,8 +371,8 @@ def copied(model: AnyModule) -> AnyModule:
     try:
         with torch.no_grad():  # the weights of TorchScript would be computed from those of the original
             twin = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-        for own, other in zip(model.parameters(), twin.parameters(), strict=True):
-            other.requires_grad_(own.requires_grad)
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            other.requires_grad_(mine.requires_grad)
         return twin
     except Exception as error:
         kind, reason = type(getattr(model, "module", model)).__name__, (str(error).splitlines() or [""])[0]

@@ -34,12 +34,12 @@ def perturbed_weights(
     if not gamma:
         yield
         return
-    layers = [part for part in model.parameters() if part.requires_grad and part.dim() > 1]
+    layers = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() > 1]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     gradients = torch.autograd.grad(loss(), layers, allow_unused=True)
     if average is not None:
         average(gradients)
-    kept = [layer.detach().clone() for layer in layers]
+    originals = [layer.detach().clone() for layer in layers]
     try:
         with torch.no_grad():
             for buffer, before in buffers:
@@ -51,5 +51,5 @@ def perturbed_weights(
         yield
     finally:
         with torch.no_grad():
-            for layer, before in zip(layers, kept, strict=True):
+            for layer, before in zip(layers, originals, strict=True):
                 layer.copy_(before)

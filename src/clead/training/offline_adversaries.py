@@ -80,8 +80,8 @@ def store_images(
         "seed": config.train.seed,
         "clead": __version__,
     }
-    found = read_header(folder)
-    if found is not None and (different := differences(found, {"version": found.get("version"), **header})):
+    earlier = read_header(folder)
+    if earlier is not None and (different := differences(earlier, {"version": earlier.get("version"), **header})):
         raise UserError(
             f"{folder} holds images stored by another training ({'; '.join(different)}); give another --out, or restore what it "
             "began with"
@@ -97,8 +97,8 @@ def store_images(
         progress(f"attack {config.name}", len(splits.train) + len(test), show=show) as tick,
     ):
         for name, number in jobs:
-            key, here = f"{name}-{number:06d}", slice(number * PART, (number + 1) * PART)
-            x, y = to_float(sets[name].images[here].to(device)), sets[name].labels[here].to(device)
+            key, rows = f"{name}-{number:06d}", slice(number * PART, (number + 1) * PART)
+            x, y = to_float(sets[name].images[rows].to(device)), sets[name].labels[rows].to(device)
             if key not in store.parts:
                 start = time.monotonic()
                 y = _known(model, x, y)

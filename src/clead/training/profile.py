@@ -76,11 +76,11 @@ def profile_training(config: RunConfig, splits: Splits, model: SplitModel, *, st
         if row.key in PARTS
     }
     parts = {name: spent.get(name, 0.0) for name in PARTS}
-    own = [
+    leaf_modules = [
         (row.key, (row.self_device_time_total if on_device else row.self_cpu_time_total), row.count) for row in averages
     ]
     operators = sorted(
-        (row for row in own if row[0].startswith(("aten::", "mkldnn", "cudnn"))), key=lambda row: -row[1]
+        (row for row in leaf_modules if row[0].startswith(("aten::", "mkldnn", "cudnn"))), key=lambda row: -row[1]
     )
     equivalents = outcome.forward_equivalents * len(splits.train) / outcome.steps / images
     return {

@@ -39,7 +39,7 @@ def pseudo_labels(
     assert train.labelled is not None
     with exact_float32(), attack_mode(model.to(device)), torch.no_grad():
         labels = torch.cat(
-            [CLASSIFICATION.predict(model(to_float(part.to(device)))).cpu() for part in train.images.split(512)]
+            [CLASSIFICATION.predict(model(to_float(images.to(device)))).cpu() for images in train.images.split(512)]
         )
     unlabelled = ~train.labelled
     about = {
@@ -59,6 +59,6 @@ def with_pseudo_labels(
     if tensors["labels"].shape != train.labels.shape or about["data"] != splits.fingerprint:
         raise UserError(f"{kept} is of other images; --resume continues on the same data: restore it, or train anew")
     if show:
-        said = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
-        tell(f"{said} (by the hidden labels, which training does not see)")
+        sentence = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
+        tell(f"{sentence} (by the hidden labels, which training does not see)")
     return dataclasses.replace(splits, train=dataclasses.replace(train, pseudo_labels=tensors["labels"]))

@@ -66,14 +66,14 @@ def sharded(model: SplitModel, processes: int, device: torch.device) -> SplitMod
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """Return the modules that are gathered together, the inner ones first: children, and what in them has a million weights."""
-    found = []
+    blocks = []
     for child in model.children():
-        size = sum(part.numel() for part in child.parameters())
+        size = sum(parameter.numel() for parameter in child.parameters())
         if size > _LARGE:
-            found += [block for block in _blocks(child) if sum(p.numel() for p in block.parameters()) > _LARGE]
+            blocks += [block for block in _blocks(child) if sum(p.numel() for p in block.parameters()) > _LARGE]
         if size and not isinstance(child, nn.ModuleList | nn.ModuleDict):
-            found.append(child)
-    return found
+            blocks.append(child)
+    return blocks
 
 
 def gather(model: nn.Module, into: nn.Module) -> None:

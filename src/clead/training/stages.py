@@ -113,14 +113,14 @@ def _labelled_by(
     """Return the images with the pseudo-labels of an earlier stage's last weights, kept in ``here``; without any if None."""
     if teacher is None:
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
-    kept, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
-    if processes.is_main and not kept.exists():
+    file, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
+    if processes.is_main and not file.exists():
         trained = copied(model)
         start_from(trained, teacher.path, which="last")
-        save_weights(kept, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
+        save_weights(file, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
     processes.barrier()
-    found = load_weights(kept)
-    return with_pseudo_labels(splits, *found, source=f"stage {source}", kept=kept, show=show and processes.is_main)
+    loaded = load_weights(file)
+    return with_pseudo_labels(splits, *loaded, source=f"stage {source}", kept=file, show=show and processes.is_main)
 
 
 def _finished(file: Path) -> TrainResult | None:

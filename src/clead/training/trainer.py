@@ -344,8 +344,10 @@ class Trainer:
                 if parameter.grad is not None:
                     parameter.grad /= len(outputs)
         late = time.monotonic() - self._last_save >= settings.checkpoint_seconds
-        own = [p for p in self.trainable_params if not hasattr(p, "to_local")]  # sharded ones are averaged already
-        flags = average_gradients(self.world, own, [interrupted, late and self.world.is_main])
+        whole_params = [
+            p for p in self.trainable_params if not hasattr(p, "to_local")
+        ]  # sharded ones are averaged already
+        flags = average_gradients(self.world, whole_params, [interrupted, late and self.world.is_main])
         # In float16 the scaler leaves such a step out; elsewhere one bad gradient would spoil every weight.
         check = on_cpu or state.step % LOG_STEPS == 0
         if check and not self.scaler.is_enabled() and (bad := non_finite_gradient(self.model, self.trainable_params)):
@@ -568,10 +570,10 @@ class Trainer:
         try:
             Checkpoints(self.run.path).save(state)
         except UserError as error:
-            kept = "none was before"
+            earlier = "none was before"
             if Checkpoints(self.run.path).exist():
-                kept = "the checkpoint before is kept, --resume continues from it"
-            raise UserError(f"{error} (training stopped at step {self.state.step}; {kept})") from error
+                earlier = "the checkpoint before is kept, --resume continues from it"
+            raise UserError(f"{error} (training stopped at step {self.state.step}; {earlier})") from error
 
     def _weights_and_optimizer(self) -> tuple[dict[str, Any], dict[str, Any]]:
         if not self.settings.shard:

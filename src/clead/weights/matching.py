@@ -59,9 +59,9 @@ def load_into(module: nn.Module, weights: Weights, *, normalized: bool = False) 
         notes.append(
             f"{source} lacks {first_of(filled)}: they are as the model makes them ({_values(expected, filled)})"
         )
-    if others := [names.get(name, name) for name in dropped if name not in layers]:
+    if unmatched := [names.get(name, name) for name in dropped if name not in layers]:
         notes.append(
-            f"of {source}, {len(others)} tensors that the model has no use for were left out: {first_of(others)}"
+            f"of {source}, {len(unmatched)} tensors that the model has no use for were left out: {first_of(unmatched)}"
         )
     _load(module, content, source)
     count = f"all {len(expected)}" if len(content) == len(expected) else f"{len(content)} of the {len(expected)}"
@@ -94,7 +94,9 @@ def _renamed(
     if len(given) < len(tensors):
         given = {name: name for name in tensors}
     if unwrapped := [name for bare, name in given.items() if name != bare and plain.get(bare) != name]:
-        taken = sorted({f"'{part}.'" for name in unwrapped for part in name.split(".")[:-1] if part in _WRAPPERS})
+        taken = sorted(
+            {f"'{component}.'" for name in unwrapped for component in name.split(".")[:-1] if component in _WRAPPERS}
+        )
         notes.append(f"{source}: {' and '.join(taken)} was taken off {len(unwrapped)} names, such as {unwrapped[0]}")
     matched = sum(name in plain for name in given)
     off, strip = _common_prefix(given, plain)
@@ -116,7 +118,7 @@ def _renamed(
 
 
 def _unwrapped(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(component for component in name.split(".") if component not in _WRAPPERS)
 
 
 def _common_prefix(names: Iterable[str], known: Mapping[str, str]) -> tuple[int, list[str]]:

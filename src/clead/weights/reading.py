@@ -357,9 +357,9 @@ def _choose(content: Any, key: str | None, source: str) -> tuple[Mapping[str, An
             f"{source} holds several networks: {first_of(sorted(states))}; say which: --weights {source}:{sorted(states)[0]}"
         )
     name = preferred[0]
-    others = sorted(set(states) - {name})
+    unused = sorted(set(states) - {name})
     note = (
-        f"of {source}, {name!r} was read; it also holds {first_of(others)}, which --weights {source}:{others[0]} takes"
+        f"of {source}, {name!r} was read; it also holds {first_of(unused)}, which --weights {source}:{unused[0]} takes"
     )
     return states[name], f"{source}:{name}", (note,)
 

@@ -116,10 +116,10 @@ class DetectionPlan:
             if key in self.how.state.parts:
                 x_adv[rows] = self.how.state.parts[key][0]["x_adv"]
             elif len(right):
-                part, labels = x[right].to(self.device), y[right].to(self.device)
+                inputs, labels = x[right].to(self.device), y[right].to(self.device)
                 generator = make_generator(self.device, self.how.seed, number, rows.start)
                 made = run_attack(
-                    how, self.model, part, labels, self.threat, objective=objective, generator=generator, checked=True
+                    how, self.model, inputs, labels, self.threat, objective=objective, generator=generator, checked=True
                 )
                 x_adv[right] = made.cpu()
                 self.how.state.save(key, {"x_adv": x_adv[rows].clone()}, {"seconds": time.monotonic() - start})
@@ -197,19 +197,19 @@ class DetectionPlan:
                 todo = (~evaded(lowest[rows], evasion.threshold)).nonzero()[:, 0] + rows.start
                 if not len(todo):
                     return
-                part, labels = x[todo].to(self.device), y[todo].to(self.device)
+                inputs, labels = x[todo].to(self.device), y[todo].to(self.device)
                 begin, target = best[todo].to(self.device), None
                 if restart:
-                    begin = self.threat.random_start(part, generator=generator)
-                    ranked = self.model(part).scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
+                    begin = self.threat.random_start(inputs, generator=generator)
+                    ranked = self.model(inputs).scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
                     target = ranked[:, (restart - 1) % (ranked.shape[1] - 1)]
-                made = evasion.search(part, labels, target, begin, strategy)
+                made = evasion.search(inputs, labels, target, begin, strategy)
                 if not torch.isfinite(made).all():  # synchronises the device
                     raise UserError(
                         f"the gradient of the margin or of the score of {evasion.detector.name} to the images is NaN or infinite, "
                         "so the attack says nothing; look for sqrt, log or division at 0, or evaluate in float32"
                     )
-                verified(made, part, self.threat, f"the attack on {evasion.detector.name}")
+                verified(made, inputs, self.threat, f"the attack on {evasion.detector.name}")
                 flags, _, scores = self._verdict([evasion.detector], made.cpu(), y[todo])
                 # What the classifier gets wrong is kept if it is less suspicious than what was known.
                 better = flags & (scores[0] < lowest[todo])
@@ -220,12 +220,12 @@ class DetectionPlan:
         wrong, margins, scores = [], [], []
         with torch.no_grad():
             for rows in _slices(len(x), self.how.batch_size):
-                part, labels = x[rows].to(self.device), y[rows].to(self.device)
-                outputs = self.model.features_and_logits(part)
+                inputs, labels = x[rows].to(self.device), y[rows].to(self.device)
+                outputs = self.model.features_and_logits(inputs)
                 logits = outputs[1]
                 wrong.append((~CLASSIFICATION.correct(logits, labels)).cpu())
                 margins.append(margin(logits, labels).cpu())
-                scored = [detector.score(self.model, part, outputs) for detector in detectors]
+                scored = [detector.score(self.model, inputs, outputs) for detector in detectors]
                 scores.append(torch.stack(scored).nan_to_num(nan=-torch.inf).cpu() if scored else torch.empty(0))
         return torch.cat(wrong), torch.cat(margins), list(torch.cat(scores, dim=1).float()) if detectors else []
 
