@@ -108,7 +108,7 @@ class ImageChooser:
         self.gallery.select(self.from_example, None, [self.index, *self.outputs], **QUICK)
         self.index.input(self.from_number, self.index, self.outputs, **QUICK)
         uploaded = self.upload.upload(self.from_file, self.upload, self.outputs, **QUICK)
-        uploaded.failure(self.without_refused, self.upload, self.upload, **QUICK)
+        uploaded.failure(lambda: None, None, self.upload, **QUICK)  # what is refused does not stay in the list
         self.use.click(self.from_drawing, self.canvas, self.outputs, **QUICK)
 
     def test_image(self, index: int) -> ChosenImage:
@@ -150,14 +150,6 @@ class ImageChooser:
         if int(chosen.image.max()) == int(chosen.image.min()):
             raise UserError("the drawing: nothing is drawn yet; draw in the square first")
         return self.show(chosen)
-
-    def without_refused(self, content: bytes | None) -> Any:
-        """Take a file that is refused from the list again."""
-        try:
-            self._read(content or b"", "Your file")
-        except UserError:
-            return None
-        return gr.skip()
 
     def _read(self, content: bytes, title: str) -> ChosenImage:
         """Return a visitor's own image, with what became of it on the way to the model's shape."""
