@@ -203,7 +203,7 @@ def _as_seen(
         found, new = load_weights(kept), None
     else:
         found = new = _pseudo_labels(config, splits, source)
-    return with_pseudo_labels(splits, *found, source=source, kept=kept, show=show), new
+    return with_pseudo_labels(splits, *found, source=source, file=kept, show=show), new
 
 
 def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

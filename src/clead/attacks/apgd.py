@@ -38,12 +38,12 @@ def checkpoints(steps: int) -> list[int]:
     >>> checkpoints(100)
     [22, 41, 57, 70, 80, 87, 93, 99]
     """
-    found, percent, width = [], 22, 22
+    checkpoints, percent, width = [], 22, 22
     while percent < 100:
-        found.append(-(-percent * steps // 100))
+        checkpoints.append(-(-percent * steps // 100))
         width = max(width - 3, 6)
         percent += width
-    return sorted({w for w in found if w < steps})  # the last step is followed by nothing that could be revised
+    return sorted({w for w in checkpoints if w < steps})  # the last step is followed by nothing that could be revised
 
 
 @ATTACKS.register("apgd")
@@ -106,8 +106,8 @@ class APGD:
             chosen = min(self.targets, classes - 1) if task is CLASSIFICATION else 0  # a given target replaces them
             self._check(classes, bool(chosen) or task is not CLASSIFICATION)
             left = (~wrong).nonzero()[:, 0]
-            others = logits.scatter(1, y[:, None], -torch.inf)
-            aims = others.topk(chosen, dim=1).indices.unbind(1) if chosen else [y]
+            wrong_logits = logits.scatter(1, y[:, None], -torch.inf)
+            aims = wrong_logits.topk(chosen, dim=1).indices.unbind(1) if chosen else [y]
             for aim in aims:
                 for _ in range(self.restarts):
                     if not len(left):

@@ -37,7 +37,7 @@ class DeepFool(NearestSearch):
         """Return the nearest misclassified points of the path, the first of each image."""
         nearest = BestAdversarial(x, norm)
         left = torch.arange(len(x), device=x.device)
-        others = torch.empty(0)
+        rivals = torch.empty(0)
         total = torch.zeros_like(x)
         for step in range(self.steps + 1):
             x_adv = (x[left] + (1 + self.overshoot) * total).clamp(0, 1)
@@ -46,23 +46,23 @@ class DeepFool(NearestSearch):
                 logits = model(x_adv)
             if step == 0:
                 count = min(self.candidates, logits.shape[1] - 1)
-                others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+                rivals = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
             right = ~nearest.offer(left, x_adv.detach(), task.margin(logits.detach(), y[left]))
             if step == self.steps or not right.any():  # synchronises the device
                 break
-            total = total + self._to_the_boundary(logits, x_adv, y[left], others, norm)
-            left, total, others = left[right], total[right], others[right]
+            total = total + self._to_the_boundary(logits, x_adv, y[left], rivals, norm)
+            left, total, rivals = left[right], total[right], rivals[right]
         return nearest
 
     @staticmethod
-    def _to_the_boundary(logits: Tensor, x_adv: Tensor, y: Tensor, others: Tensor, norm: str) -> Tensor:
+    def _to_the_boundary(logits: Tensor, x_adv: Tensor, y: Tensor, rivals: Tensor, norm: str) -> Tensor:
         """Return the shortest step in ``norm`` onto a boundary of the linearised model, (B, C, H, W)."""
         nearest = torch.full((len(y),), torch.inf, device=y.device, dtype=x_adv.dtype)
         step = torch.zeros_like(x_adv)
-        for k in range(others.shape[1]):
+        for k in range(rivals.shape[1]):
             with torch.enable_grad():
-                lead = (logits.gather(1, others[:, k, None]) - logits.gather(1, y[:, None]))[:, 0]
-                (slope,) = torch.autograd.grad(lead.sum(), x_adv, retain_graph=k + 1 < others.shape[1])
+                lead = (logits.gather(1, rivals[:, k, None]) - logits.gather(1, y[:, None]))[:, 0]
+                (slope,) = torch.autograd.grad(lead.sum(), x_adv, retain_graph=k + 1 < rivals.shape[1])
             lead = lead.detach().abs().to(x_adv.dtype)
             scale = flat(slope).abs().amax(1).clamp_min(1e-38)  # so that tiny gradients do not vanish when squared
             unit = slope / per_image(scale, slope)

@@ -162,7 +162,9 @@ class External:
         run = _torchattacks if self.name.startswith("torchattacks:") else _foolbox
         with _quiet(seed):
             try:
-                found = run(self, _Answer(model, x), x[attacked].float(), y[attacked], threat, seed, logits.shape[1])
+                candidate = run(
+                    self, _Answer(model, x), x[attacked].float(), y[attacked], threat, seed, logits.shape[1]
+                )
             except UserError:
                 raise
             except Exception as error:
@@ -174,12 +176,12 @@ class External:
                 raise UserError(
                     f"{self.name} fails: {type(error).__name__}: {reason}; change its settings, or choose another attack"
                 ) from error
-        found = found.detach().to(x)
+        candidate = candidate.detach().to(x)
         # Rounding may carry a pixel a hair out of the box; anything farther is not ours to mend.
-        inside = ((found >= -1e-6) & (found <= 1 + 1e-6)).flatten(1).all(1)
-        found = found.clamp(0, 1)
-        inside &= contains(threat, found, x[attacked])
-        x_adv[attacked] = torch.where(per_image(inside, found), found, x[attacked])
+        inside = ((candidate >= -1e-6) & (candidate <= 1 + 1e-6)).flatten(1).all(1)
+        candidate = candidate.clamp(0, 1)
+        inside &= contains(threat, candidate, x[attacked])
+        x_adv[attacked] = torch.where(per_image(inside, candidate), candidate, x[attacked])
         return x_adv
 
 

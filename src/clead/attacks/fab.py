@@ -102,7 +102,7 @@ class FAB:
         if generator is None:
             generator = torch.Generator(x.device).manual_seed(0)
         with torch.no_grad():
-            found = x.clone()
+            nearest = x.clone()
             logits = at_least_float32(model(x))
             rows = task.correct(logits, y).nonzero()[:, 0]
             reach = torch.full((len(x),), torch.inf if eps is None else eps, device=x.device, dtype=x.dtype)
@@ -114,18 +114,18 @@ class FAB:
             for aim in aims:
                 for restart in range(self.restarts):
                     if not len(rows):
-                        return found
+                        return nearest
                     start = x[rows]
                     if restart:
                         start = _random_start(start, threat.norm, reach[rows], generator)
                     if eps is None:
-                        self._run(problem, aim, start, rows, found, reach)
+                        self._run(problem, aim, start, rows, nearest, reach)
                     else:
-                        rows = self._run_within(problem, aim, start, rows, found, eps)
-        return found
+                        rows = self._run_within(problem, aim, start, rows, nearest, eps)
+        return nearest
 
     def _run_within(
-        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, found: Tensor, eps: float
+        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, nearest: Tensor, eps: float
     ) -> Tensor:
         """Walk the images ``rows`` from ``point`` towards ``target``, (B, T) classes; return the rows that nothing broke."""
         model, x, y, threat, task = problem
@@ -139,10 +139,10 @@ class FAB:
             # Not `size <= eps`: a point of NaN, from a broken gradient, must come out, or the model would look robust.
             hit = (~task.correct(logits, y) & ~(size > eps)).nonzero()[:, 0]  # synchronises the device
             if len(hit):
-                found[rows[hit]] = point[hit]
-                kept = torch.ones_like(y, dtype=torch.bool).index_fill_(0, hit, False)
+                nearest[rows[hit]] = point[hit]
+                active = torch.ones_like(y, dtype=torch.bool).index_fill_(0, hit, False)
                 x, y, target, point, rows, gap, normal = (
-                    part[kept] for part in (x, y, target, point, rows, gap, normal)
+                    values[active] for values in (x, y, target, point, rows, gap, normal)
                 )
             if step == self.steps or not len(rows):
                 return rows
@@ -179,16 +179,16 @@ class _Problem(NamedTuple):
     task: Task
 
 
-def _shortened(problem: _Problem, found: Tensor) -> Tensor:
+def _shortened(problem: _Problem, nearest: Tensor) -> Tensor:
     """Return ``found`` with its perturbation scaled down to where it starts to be wrong, by bisection."""
     model, x, y, _, task = problem
     with torch.no_grad():
         low, high = torch.zeros_like(x[:, 0, 0, 0]), torch.ones_like(x[:, 0, 0, 0])
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            wrong = ~task.correct(model(torch.lerp(x, found, per_image(middle, x))), y)
+            wrong = ~task.correct(model(torch.lerp(x, nearest, per_image(middle, x))), y)
             low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
-        return torch.lerp(x, found, per_image(high, x))
+        return torch.lerp(x, nearest, per_image(high, x))
 
 
 def _random_start(x: Tensor, norm: str, reach: Tensor, generator: torch.Generator) -> Tensor:

@@ -59,8 +59,8 @@ class FMN(NearestSearch):
             length = self.step_size * (0.01 + 0.99 * falling)
             gamma = _LAST_GAMMA + (self.gamma - _LAST_GAMMA) * falling
 
-            x_left, y_left, here = x[left], y[left], delta[left]
-            x_adv = (x_left + here).clamp(0, 1)  # it is there already, up to rounding
+            x_left, y_left, delta_left = x[left], y[left], delta[left]
+            x_adv = (x_left + delta_left).clamp(0, 1)  # it is there already, up to rounding
             value, gradient = value_and_gradient(lambda z, y=y_left: task.margin(model(z), y), x_adv)
             wrong = nearest.offer(left, x_adv, value)
             best = nearest.sizes[left]
@@ -74,12 +74,12 @@ class FMN(NearestSearch):
             else:
                 useful = torch.where((box_slack(x_adv, unit) > 0) | unit.isnan(), unit, 0)
                 slope = torch.linalg.vector_norm(flat(useful), ord=_DUAL[norm], dim=1).clamp_min(1e-12) * scale
-                ahead = (measure(here) + value.abs().to(x.dtype) / slope) * (1 + gamma)
+                ahead = (measure(delta_left) + value.abs().to(x.dtype) / slope) * (1 + gamma)
                 outside = torch.where(best.isinf(), ahead, radius[left] * (1 + gamma))
                 now = torch.where(wrong, torch.minimum(radius[left] * (1 - gamma), best), outside)
             radius[left] = torch.minimum(now, farthest[left])
             ascent = unit / per_image(torch.linalg.vector_norm(flat(unit), dim=1).clamp_min(1e-12), unit)
-            delta[left] = _project(x_left, here + length * ascent, radius[left], norm)
+            delta[left] = _project(x_left, delta_left + length * ascent, radius[left], norm)
         return nearest
 
 
@@ -90,24 +90,25 @@ def _project(x: Tensor, delta: Tensor, radius: Tensor, norm: str) -> Tensor:
     """
     cap, magnitude = flat(box_slack(x, delta)), flat(delta).abs()
     if norm == "l0":
-        kept = torch.minimum(magnitude, cap)
-        saved = (kept * (2 * magnitude - kept)).view_as(delta).sum(1).flatten(1)
+        capped = torch.minimum(magnitude, cap)
+        saved = (capped * (2 * magnitude - capped)).view_as(delta).sum(1).flatten(1)
         rank = saved.argsort(1, descending=True).argsort(1)
         mask = (rank < radius[:, None]).view(len(delta), 1, *delta.shape[2:])
-        return kept.view_as(delta) * sign(delta) * mask
+        return capped.view_as(delta) * sign(delta) * mask
     largest = magnitude.amax(1, keepdim=True)
 
-    def shrunk(part: Tensor) -> Tensor:
-        less = magnitude - part * largest if norm == "l1" else magnitude * (1 - part)
+    def shrunk(middle: Tensor) -> Tensor:
+        less = magnitude - middle * largest if norm == "l1" else magnitude * (1 - middle)
         return torch.minimum(less.clamp_min(0), cap)
 
     if norm == "linf":
         return torch.minimum(torch.minimum(magnitude, radius[:, None]), cap).view_as(delta) * sign(delta)
     low, high = torch.zeros_like(largest), torch.ones_like(largest)
     for step in range(_HALVINGS):
-        part = (low + high) / 2 if step else low
+        middle = (low + high) / 2 if step else low
         over = (
-            torch.linalg.vector_norm(shrunk(part), ord=2 if norm == "l2" else 1, dim=1, keepdim=True) > radius[:, None]
+            torch.linalg.vector_norm(shrunk(middle), ord=2 if norm == "l2" else 1, dim=1, keepdim=True)
+            > radius[:, None]
         )
-        low, high = torch.where(over, part, low), torch.where(over, high, part)
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     return shrunk(high).view_as(delta) * sign(delta)

@@ -53,11 +53,11 @@ class Patch:
         """Return each image with a patch that it falls to, else with the patch of the largest margin."""
         side = self.side(*x.shape[2:])
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
-        here = torch.arange(len(x), device=x.device)
-        here = here[CLASSIFICATION.correct(model(x), y)]
+        rows = torch.arange(len(x), device=x.device)
+        rows = rows[CLASSIFICATION.correct(model(x), y)]
         for _ in range(self.restarts):
-            if len(here):  # synchronises the device
-                here = self._restart(model, x, y, side, here, result, largest, generator)
+            if len(rows):  # synchronises the device
+                rows = self._restart(model, x, y, side, rows, result, largest, generator)
         return result
 
     def _restart(
@@ -66,41 +66,41 @@ class Patch:
         x: Tensor,
         y: Tensor,
         side: int,
-        here: Tensor,
+        rows: Tensor,
         result: Tensor,
         largest: Tensor,
         generator: torch.Generator | None,
     ) -> Tensor:
         """Optimise one random patch per image of ``here``, note the best in ``result``, and return which images hold."""
-        content = torch.rand((len(here), x.shape[1], side, side), generator=generator, device=x.device, dtype=x.dtype)
+        content = torch.rand((len(rows), x.shape[1], side, side), generator=generator, device=x.device, dtype=x.dtype)
         room = torch.tensor([x.shape[2] - side, x.shape[3] - side], device=x.device)
-        place = (torch.rand((len(here), 2), generator=generator, device=x.device) * (room + 1)).long().clamp_max(room)
+        place = (torch.rand((len(rows), 2), generator=generator, device=x.device) * (room + 1)).long().clamp_max(room)
         for step in range(self.steps + 1):
-            x_adv = paste(x[here], content, place)
+            x_adv = paste(x[rows], content, place)
             with torch.enable_grad():
                 x_adv.requires_grad_()
                 logits = model(x_adv)
-                value = CLASSIFICATION.margin(logits, y[here])
+                value = CLASSIFICATION.margin(logits, y[rows])
                 (gradient,) = torch.autograd.grad(value.sum(), x_adv)
             x_adv, value = x_adv.detach(), value.detach().to(x.dtype)
-            fell = ~CLASSIFICATION.correct(logits.detach(), y[here])
-            better = fell | (value > largest[here])
-            result[here[better]], largest[here[better]] = x_adv[better], value[better]
-            content, place, value, here = content[~fell], place[~fell], value[~fell], here[~fell]
-            if step == self.steps or not len(here):  # synchronises the device
+            fell = ~CLASSIFICATION.correct(logits.detach(), y[rows])
+            better = fell | (value > largest[rows])
+            result[rows[better]], largest[rows[better]] = x_adv[better], value[better]
+            content, place, value, rows = content[~fell], place[~fell], value[~fell], rows[~fell]
+            if step == self.steps or not len(rows):  # synchronises the device
                 break
             slope = cut(gradient[~fell], place, side)
-            moved = torch.zeros(len(here), dtype=torch.bool, device=x.device)
+            moved = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
             if self.stride:
-                heading = torch.randint(4, (len(here),), generator=generator, device=x.device)
+                heading = torch.randint(4, (len(rows),), generator=generator, device=x.device)
                 ways = self.stride * torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]], device=x.device)
                 there = torch.minimum((place + ways[heading]).clamp_min(0), room)
-                gain = CLASSIFICATION.margin(model(paste(x[here], content, there)), y[here]) - value
+                gain = CLASSIFICATION.margin(model(paste(x[rows], content, there)), y[rows]) - value
                 moved = gain > 0
                 place = torch.where(moved[:, None], there, place)
             stepped = (content + self.step_size * sign(slope)).clamp_(0, 1)
             content = torch.where(per_image(moved, content), content, stepped)
-        return here
+        return rows
 
     def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return which images differ from ``x`` inside one square of the patch's side only, (B,); exactly, without rounding."""

@@ -51,11 +51,11 @@ class RayS:
                 break
             points = probes.points()
             wrong = ~CLASSIFICATION.correct(model(points), y)
-            found = wrong & probes.inside()
-            if found.any():  # synchronises the device
-                x_adv[left[found]] = points[found]
-                left, y, wrong = left[~found], y[~found], wrong[~found]
-                probes.keep(~found)
+            broken = wrong & probes.inside()
+            if broken.any():  # synchronises the device
+                x_adv[left[broken]] = points[broken]
+                left, y, wrong = left[~broken], y[~broken], wrong[~broken]
+                probes.keep(~broken)
             probes.settle(wrong)
         return x_adv
 

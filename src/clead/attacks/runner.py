@@ -76,7 +76,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
 def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
     """Return the gradient of a projection of the logits to ``x``, (B, C, H, W); None if autograd finds no way to the images."""
     model = wrapped(model)
-    if any(type(part).__module__.startswith("torch.ao.nn.quantized") for part in model.modules()):
+    if any(type(module).__module__.startswith("torch.ao.nn.quantized") for module in model.modules()):
         return None  # autograd goes through their operations, with wrong numbers
     with attack_mode(model), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
@@ -226,13 +226,13 @@ def marked(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         candidates = candidates.to(x_adv)
         classes = CLASSIFICATION.predict(logits_of(model, candidates))
     for index in lost.tolist():
-        others = (classes != y[index]).nonzero()
-        if not len(others):
+        wrong_classes = (classes != y[index]).nonzero()
+        if not len(wrong_classes):
             raise AttackError(
                 f"the gradient at image {index} is NaN or infinite, and the model takes whatever is not an image for its label, "
                 f"class {int(y[index])}, so it would count as robust; leave it out: x[torch.arange(len(x)) != {index}]"
             )
-        x_adv[index] = candidates[int(others[0, 0])]
+        x_adv[index] = candidates[int(wrong_classes[0, 0])]
     return x_adv
 
 

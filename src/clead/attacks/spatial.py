@@ -43,23 +43,23 @@ class Spatial:
     def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return for each image a transformation that it falls to, else that of the largest margin; nothing is drawn."""
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
-        grid, here = self.grid(), torch.arange(len(x), device=x.device)
-        here = here[CLASSIFICATION.correct(model(x), y)]
+        grid, rows = self.grid(), torch.arange(len(x), device=x.device)
+        rows = rows[CLASSIFICATION.correct(model(x), y)]
         start = 0
-        while start < len(grid) and len(here):  # synchronises the device
-            together = max(1, len(x) // len(here))  # as images leave, more transformations share a batch
+        while start < len(grid) and len(rows):  # synchronises the device
+            together = max(1, len(x) // len(rows))  # as images leave, more transformations share a batch
             chunk = grid[start : start + together]
             start += together
-            tried = torch.cat([transform(x[here], *pair) for pair in chunk.tolist()])
-            labels = y[here].repeat(len(chunk))
+            tried = torch.cat([transform(x[rows], *pair) for pair in chunk.tolist()])
+            labels = y[rows].repeat(len(chunk))
             logits = model(tried)
             value = CLASSIFICATION.margin(logits, labels).to(largest.dtype)
-            value = torch.where(CLASSIFICATION.correct(logits, labels), value, torch.inf).view(len(chunk), len(here))
+            value = torch.where(CLASSIFICATION.correct(logits, labels), value, torch.inf).view(len(chunk), len(rows))
             best, which = value.max(0)
-            better = best > largest[here]
-            found = tried.view(len(chunk), len(here), *x.shape[1:])[which, torch.arange(len(here), device=x.device)]
-            result[here[better]], largest[here[better]] = found[better], best[better]
-            here = here[best < torch.inf]
+            better = best > largest[rows]
+            images = tried.view(len(chunk), len(rows), *x.shape[1:])[which, torch.arange(len(rows), device=x.device)]
+            result[rows[better]], largest[rows[better]] = images[better], best[better]
+            rows = rows[best < torch.inf]
         return result
 
     def allows(self, x_adv: Tensor, x: Tensor) -> Tensor:

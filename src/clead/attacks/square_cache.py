@@ -187,17 +187,17 @@ class _Slot:
         """Return the activations with the window of ``x`` in them, (n, C, H, W): the cache itself, until it is settled."""
         self.pending = x.now()
         if self.old is None:
-            here = self.at(x.row, x.column, x.sides)
-            self.old = here.clone()
-            here.copy_(x.window.permute(0, 2, 3, 1))
+            window = self.at(x.row, x.column, x.sides)
+            self.old = window.clone()
+            window.copy_(x.window.permute(0, 2, 3, 1))
         return self.at(0, 0, (self.shape[2], self.shape[3])).permute(0, 3, 1, 2)
 
     def settle(self, better: Tensor, chosen: Tensor) -> None:
         """Keep the window in the images ``better``, (n,) bool, which are the images ``chosen``."""
         x = self.pending
         if x is not None and self.old is not None:
-            here = self.at(x.row, x.column, x.sides)
-            here.copy_(torch.where(better[:, None, None, None], here, self.old))
+            window = self.at(x.row, x.column, x.sides)
+            window.copy_(torch.where(better[:, None, None, None], window, self.old))
         elif x is not None and len(chosen):
             self.at(x.row, x.column, x.sides)[chosen] = x.values[chosen].permute(0, 2, 3, 1)
         self.pending = self.old = None
@@ -326,8 +326,8 @@ class _Changed(Tensor):
 
 def _pointwise(func: Callable[..., Tensor], x: Any, *args: Any, **kwargs: Any) -> Any:
     """Apply a function of each pixel by itself."""
-    others = (*args, *kwargs.values())
-    if not isinstance(x, _Changed) or any(isinstance(value, Tensor) and value.dim() > 1 for value in others):
+    operands = (*args, *kwargs.values())
+    if not isinstance(x, _Changed) or any(isinstance(value, Tensor) and value.dim() > 1 for value in operands):
         return NotImplemented
     return x.then(lambda whole: func(whole, *args, **kwargs), func(x.window, *args, **kwargs), x.row, x.column)
 
@@ -485,7 +485,7 @@ def _reached(
     Output o sees the pixels o·s − p … o·s − p + k − 1. A window that would end outside is moved into the image, which keeps it a
     superset, so that its sides do not depend on where it is.
     """
-    begin, first, seen, part = [], [], [], 1.0
+    begin, first, seen, share = [], [], [], 1.0
     for start, side, size, k, s, p in zip(
         (x.row, x.column), x.sides, x.shape[2:], kernel, stride, padding, strict=True
     ):
@@ -494,8 +494,8 @@ def _reached(
         begin.append(min(max(-((k - 1 - p - start) // s), 0), cells - reached))  # ⌈(start + p − k + 1) / s⌉
         first.append(begin[-1] * s - p)
         seen.append((reached - 1) * s + k)
-        part *= max(reached / cells, seen[-1] / (size + 2 * p))
-    if part > _PART:
+        share *= max(reached / cells, seen[-1] / (size + 2 * p))
+    if share > _PART:
         return None
     return _Reached(x, (begin[0], begin[1]), (first[0], first[1]), (seen[0], seen[1]), max(padding))
 

@@ -100,8 +100,8 @@ def _override_stages(tree: dict[str, Any], path: list[str]) -> None:
     for stage in stages if isinstance(stages, list) and not _chooses(path) else ():
         *parents, last = path
         values = stage
-        for part in parents:
-            values = values.get(part) if isinstance(values, dict) else None
+        for parent in parents:
+            values = values.get(parent) if isinstance(values, dict) else None
         if isinstance(values, dict):
             for key in ("epochs", "budget") if path in (["train", "epochs"], ["train", "budget"]) else (last,):
                 values.pop(key, None)
@@ -141,8 +141,8 @@ def _override(tree: dict[str, Any], path: list[str], value: Any) -> None:
             known = registry.get(value).__pydantic_fields__
         values = {k: v for k, v in values.items() if k in known}
     tree[group] = values
-    for part in rest[:-1]:
-        child = values.get(part)
-        values[part] = dict(child) if isinstance(child, dict) else {}
-        values = values[part]
+    for key in rest[:-1]:
+        child = values.get(key)
+        values[key] = dict(child) if isinstance(child, dict) else {}
+        values = values[key]
     values[rest[-1]] = value

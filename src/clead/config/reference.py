@@ -17,12 +17,12 @@ def key_reference() -> str:
     """Return the text of ``clead train --help`` on every key; what classes of a group share is said once."""
     lines, choices, rows = [], choice_keys(), documented_keys()
     for group in GROUPS:
-        here = [row for row in rows if row[0] == group]
-        classes = list(dict.fromkeys(name for _, name, *_ in here)) if group in PLAIN_GROUPS else choices[group][2]
-        found: dict[tuple[str, str, str], dict[str, str]] = {}
-        for _, name, key, default, allowed, doc in here:
-            found.setdefault((key, allowed, doc), {})[name] = default
-        owners = {what: tuple(defaults) for what, defaults in found.items()}
+        members = [row for row in rows if row[0] == group]
+        classes = list(dict.fromkeys(name for _, name, *_ in members)) if group in PLAIN_GROUPS else choices[group][2]
+        texts: dict[tuple[str, str, str], dict[str, str]] = {}
+        for _, name, key, default, allowed, doc in members:
+            texts.setdefault((key, allowed, doc), {})[name] = default
+        owners = {what: tuple(defaults) for what, defaults in texts.items()}
         lines.append(f"\n{group}")
         if group in choices:
             key, default, names = choices[group]
@@ -31,7 +31,7 @@ def key_reference() -> str:
         for owner in sorted(dict.fromkeys(owners.values()), key=lambda names: (-len(names), classes.index(names[0]))):
             if len(owner) < len(classes):
                 lines.append(f"\n  only {group} {', '.join(owner)}")
-            for (key, allowed, doc), defaults in found.items():
+            for (key, allowed, doc), defaults in texts.items():
                 if owners[key, allowed, doc] != owner:
                     continue
                 shown = _shown_default(defaults)
@@ -88,7 +88,7 @@ def _choices(annotation: Any) -> list[Any]:
     """Return what a Literal, alone or in a union, allows."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [choice for argument in get_args(annotation) for choice in _choices(argument)]
 
 
 def rows_of(cls: Any, prefix: str = "") -> list[tuple[str, str, str, str]]:

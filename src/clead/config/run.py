@@ -51,9 +51,11 @@ class RunConfig:
         problems = [f"{group}: {problem}" for group, value in parts.items() if (problem := type_problem(group, value))]
         problems += stage_problems([stage.name for stage in self.stages], [vars(stage) for stage in self.stages])
         for stage in self.stages:
-            own = {group: getattr(stage, group) for group in STAGE_GROUPS}
-            strange = [f"{group}: {said}" for group, value in own.items() if (said := type_problem(group, value))]
-            problems += [f"stages.{stage.name}.{said}" for said in strange or joint_problems(own)]
+            groups = {group: getattr(stage, group) for group in STAGE_GROUPS}
+            strange = [
+                f"{group}: {mistake}" for group, value in groups.items() if (mistake := type_problem(group, value))
+            ]
+            problems += [f"stages.{stage.name}.{mistake}" for mistake in strange or joint_problems(groups)]
         problems += self._teacher_problems()
         if problems or (not self.stages and (problems := joint_problems(parts))):
             raise UserError(*problems)
@@ -130,7 +132,7 @@ class RunConfig:
         if tree.get("stages"):
             parts["stages"], of_stages = stages_of(tree, parts)
             # What is wrong in the common groups is not said once per stage.
-            problems.extend(said for said in of_stages if said.split(".", 2)[-1] not in problems)
+            problems.extend(problem for problem in of_stages if problem.split(".", 2)[-1] not in problems)
         else:
             problems.extend(joint_problems(parts))
         if problems:

@@ -48,30 +48,30 @@ def stages_of(tree: dict[str, Any], common: Mapping[str, Any]) -> tuple[tuple[St
     names = [str(item.get("name")) for item in given]
     problems, parts = stage_problems(names, []), []
     for name, item in zip(names, given, strict=True):
-        found, part = [], {}
+        mistakes, groups = [], {}
         for group in item:
             if group not in (*STAGE_GROUPS, "name"):
                 unknown = f"unknown group; {did_you_mean(str(group), STAGE_GROUPS)}"
-                found.append(f"{group}: {_WHOLE_RUN if group in GROUPS else unknown}")
+                mistakes.append(f"{group}: {_WHOLE_RUN if group in GROUPS else unknown}")
         for group in STAGE_GROUPS:
-            own = {} if item.get(group) is None else item[group]
-            if not isinstance(own, dict):
-                found.append(f"{group}: must be a mapping of keys, got {own!r}")
+            changes = {} if item.get(group) is None else item[group]
+            if not isinstance(changes, dict):
+                mistakes.append(f"{group}: must be a mapping of keys, got {changes!r}")
                 continue
-            refused = [key for key in own if _of_the_run(group, str(key), common)]
-            found += [f"{group}.{key}: {_WHOLE_RUN}" for key in refused]
-            own = {str(key): value for key, value in own.items() if key not in refused}
+            refused = [key for key in changes if _of_the_run(group, str(key), common)]
+            mistakes += [f"{group}.{key}: {_WHOLE_RUN}" for key in refused]
+            changes = {str(key): value for key, value in changes.items() if key not in refused}
             try:
                 values = tree.get(group)
-                part[group] = build(group, _inherited(group, values if isinstance(values, dict) else {}, own))
+                groups[group] = build(group, _inherited(group, values if isinstance(values, dict) else {}, changes))
             except UserError as error:
-                found += error.problems
-        found += joint_problems(part)
-        problems += [f"stages.{name}.{said}" for said in found]
-        parts.append(part)
+                mistakes += error.problems
+        mistakes += joint_problems(groups)
+        problems += [f"stages.{name}.{mistake}" for mistake in mistakes]
+        parts.append(groups)
     if not problems:
         problems = stage_problems(names, parts)
-    return () if problems else tuple(Stage(name=n, **part) for n, part in zip(names, parts, strict=True)), problems
+    return () if problems else tuple(Stage(name=n, **groups) for n, groups in zip(names, parts, strict=True)), problems
 
 
 def _of_the_run(group: str, key: str, common: Mapping[str, Any]) -> bool:
@@ -80,23 +80,23 @@ def _of_the_run(group: str, key: str, common: Mapping[str, Any]) -> bool:
     return group == "train" and key in OF_THE_RUN
 
 
-def _inherited(group: str, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _inherited(group: str, common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return the common keys with a stage's own in their place; another choice (a method, say) starts from its defaults."""
     if group in REGISTRY_GROUPS:
         key = REGISTRY_GROUPS[group][1]
         usual = common.get(key, DEFAULT_NAME[group])
-        if own.get(key, usual) != usual:
-            return own
+        if changes.get(key, usual) != usual:
+            return changes
     if group == "train":
         for key, other in (("epochs", "budget"), ("budget", "epochs")):
-            if own.get(key) is not None:
+            if changes.get(key) is not None:
                 common = {name: value for name, value in common.items() if name != other}
-    return _deep(common, own)
+    return _deep(common, changes)
 
 
-def _deep(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    nested = {key: _deep(common[key], own[key]) for key in own if _both_mappings(common.get(key), own[key])}
-    return {**common, **own, **nested}
+def _deep(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: _deep(common[key], changes[key]) for key in changes if _both_mappings(common.get(key), changes[key])}
+    return {**common, **changes, **nested}
 
 
 def _both_mappings(a: Any, b: Any) -> bool:
@@ -120,7 +120,9 @@ def stage_problems(names: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> 
     ]
     twice = sorted({name for name in names if names.count(name) > 1})
     problems += [f"stages: two stages are called {name!r}; give each a name of its own" for name in twice]
-    storing = [name for name, part in zip(names, parts, strict=False) if getattr(part["method"], "uses_stored", False)]
+    storing = [
+        name for name, groups in zip(names, parts, strict=False) if getattr(groups["method"], "uses_stored", False)
+    ]
     if len(storing) > 1:
         problems.append(f"stages: only one stage of a run can store adversarial images, got {', '.join(storing)}")
     return problems

@@ -34,39 +34,39 @@ def on_survivors(record: Record) -> bool:
 def caveats(run: RunResult, *, many: bool) -> list[str]:
     """Return what a reader must know before believing the numbers of ``run``."""
     record, notes = run.record, []
-    who = f"{run.name}: " if many else ""
+    name = f"{run.name}: " if many else ""
     if not record.attacks:
-        notes.append(f"{who}no attack was made: its robust accuracy is the clean one, and says nothing of robustness.")
+        notes.append(f"{name}no attack was made: its robust accuracy is the clean one, and says nothing of robustness.")
     for check in record.checks:
         if not check.passed:
             notes.append(
-                f"{who}the check of gradient masking “{check.name}” failed: {first_sentence(check.explanation)}"
+                f"{name}the check of gradient masking “{check.name}” failed: {first_sentence(check.explanation)}"
             )
-    notes += [f"{who}{note.rstrip('.')}." for note in record.notes]
-    notes += [f"{who}training: {line['message']}." for line in run.history if line.get("kind") == "warning"]
+    notes += [f"{name}{note.rstrip('.')}." for note in record.notes]
+    notes += [f"{name}training: {line['message']}." for line in run.history if line.get("kind") == "warning"]
     if record.data.split != "test":
-        notes.append(f"{who}measured on the {record.data.split} split, not on test images.")
+        notes.append(f"{name}measured on the {record.data.split} split, not on test images.")
     for attack in record.attacks:
         if attack.largest > record.threat.eps * (1 + 1e-4) + 1e-6:
             notes.append(
-                f"{who}{attack.name} went outside the threat: its largest perturbation is {attack.largest:.5g}, "
+                f"{name}{attack.name} went outside the threat: its largest perturbation is {attack.largest:.5g}, "
                 f"ε is {record.threat.eps:.5g}; its numbers do not count."
             )
     for a in record.curve:
         above = [b for b in record.curve if b.attack == a.attack and b.eps > a.eps and b.robust.low > a.robust.high]
         if above:
             notes.append(
-                f"{who}accuracy under {a.attack} rises from {percent(a.robust.accuracy)} at ε = {a.eps_text} to "
+                f"{name}accuracy under {a.attack} rises from {percent(a.robust.accuracy)} at ε = {a.eps_text} to "
                 f"{percent(above[0].robust.accuracy)} at ε = {above[0].eps_text}; a larger ball cannot be harder to "
                 "attack, so the attack fails (a sign of gradient masking)."
             )
             break
     trained = run.trained_radius()
     if trained and abs(trained[0] - record.threat.eps) > 1e-9 and trained[2] == record.threat.norm.lower():
-        notes.append(f"{who}the training threat has ε = {trained[1]}, the evaluation ε = {record.threat.eps_text}.")
+        notes.append(f"{name}the training threat has ε = {trained[1]}, the evaluation ε = {record.threat.eps_text}.")
     for kind in run.stale:
         notes.append(
-            f"{who}results/{kind}.json was measured on other weights than this evaluation, so it is left out; measure again."
+            f"{name}results/{kind}.json was measured on other weights than this evaluation, so it is left out; measure again."
         )
     return notes
 

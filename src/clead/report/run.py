@@ -38,8 +38,8 @@ class RunResult:
 
     def measured(self, kind: str) -> MeasurementRecord | None:
         """Return a measurement of the weights that were evaluated; None if there is none, or it is of other weights."""
-        found = self.measurements.get(kind)
-        return found if found and found.model.fingerprint == self.record.model.fingerprint else None
+        measured = self.measurements.get(kind)
+        return measured if measured and measured.model.fingerprint == self.record.model.fingerprint else None
 
     @property
     def stale(self) -> list[str]:

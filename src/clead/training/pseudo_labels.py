@@ -52,12 +52,12 @@ def pseudo_labels(
 
 
 def with_pseudo_labels(
-    splits: Splits, tensors: dict[str, Tensor], about: dict[str, Any], *, source: str, kept: Path | None, show: bool
+    splits: Splits, tensors: dict[str, Tensor], about: dict[str, Any], *, source: str, file: Path | None, show: bool
 ) -> Splits:
     """Return ``splits`` with these pseudo-labels; raises UserError if they, ``kept`` in a file, are of other images."""
     train = splits.train
     if tensors["labels"].shape != train.labels.shape or about["data"] != splits.fingerprint:
-        raise UserError(f"{kept} is of other images; --resume continues on the same data: restore it, or train anew")
+        raise UserError(f"{file} is of other images; --resume continues on the same data: restore it, or train anew")
     if show:
         sentence = f"{about['agreement']:.1%} of {about['unlabelled']} pseudo-labels by {source} are right"
         tell(f"{sentence} (by the hidden labels, which training does not see)")

@@ -51,23 +51,23 @@ def fit_stages(
     by_name = {stage.name: folder for stage, folder in zip(config.stages, folders, strict=True)}
     outcomes: list[TrainResult] = []
     processes = init_world(local_device(device_of(config.train.device)))
-    for number, (stage, training, here) in enumerate(zip(config.stages, trainings, folders, strict=True)):
-        outcome = processes.broadcast(_finished(here.path / "outcome.json"))
+    for number, (stage, training, place) in enumerate(zip(config.stages, trainings, folders, strict=True)):
+        outcome = processes.broadcast(_finished(place.path / "outcome.json"))
         if outcome is None:
             source = training.data.pseudo_labels_from
             if number:
                 dim = training.method.embedding_dim if training.method.uses_embedding else None
                 start_from(model, folders[number - 1].path, which="last", dim=dim)
-            begun = processes.broadcast((here.path / "config.yaml").exists())
+            begun = processes.broadcast((place.path / "config.yaml").exists())
             if not begun and processes.is_main:
-                remove_tree_inside(here.path)  # a kill while it was made
-                RunDir.create(here.path, training)
+                remove_tree_inside(place.path)  # a kill while it was made
+                RunDir.create(place.path, training)
             if processes.is_main:
-                here.note_environment()
+                place.note_environment()
             seen = splits
             if source != config.data.pseudo_labels_from:
                 of_stage = None if source is None else by_name[source]
-                seen = _labelled_by(of_stage, splits, model, here, training, processes, show=show)
+                seen = _labelled_by(of_stage, splits, model, place, training, processes, show=show)
             share = training.data.labelled_share
             if share != config.data.labelled_share:
                 seen = dataclasses.replace(seen, train=dataclasses.replace(seen.train, labelled_share=share))
@@ -77,7 +77,7 @@ def fit_stages(
                         training,
                         seen,
                         model,
-                        here,
+                        place,
                         resume=begun,
                         show=show,
                         callbacks=callbacks if stage is config.stages[-1] else None,
@@ -85,9 +85,9 @@ def fit_stages(
                     )
             except Interrupted as error:
                 where = f"stage {stage.name} ({number + 1} of {len(trainings)})"
-                raise Interrupted(f"{where}: {str(error).replace(str(here.path), str(run.path))}") from error
+                raise Interrupted(f"{where}: {str(error).replace(str(place.path), str(run.path))}") from error
             if processes.is_main:
-                write_outcome(here.path, outcome)
+                write_outcome(place.path, outcome)
             outcome = processes.broadcast(outcome)
         outcomes.append(outcome)
         finished = zip(config.stages, folders, outcomes, strict=False)
@@ -104,7 +104,7 @@ def _labelled_by(
     teacher: RunDir | None,
     splits: Splits,
     model: SplitModel,
-    here: RunDir,
+    folder: RunDir,
     training: RunConfig,
     processes: World,
     *,
@@ -113,14 +113,14 @@ def _labelled_by(
     """Return the images with the pseudo-labels of an earlier stage's last weights, kept in ``here``; without any if None."""
     if teacher is None:
         return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
-    file, source = here.path / PSEUDO_LABELS, training.data.pseudo_labels_from
+    file, source = folder.path / PSEUDO_LABELS, training.data.pseudo_labels_from
     if processes.is_main and not file.exists():
         trained = copied(model)
         start_from(trained, teacher.path, which="last")
         save_weights(file, *pseudo_labels(trained, splits, source, device_of(training.train.device)))
     processes.barrier()
     loaded = load_weights(file)
-    return with_pseudo_labels(splits, *loaded, source=f"stage {source}", kept=file, show=show and processes.is_main)
+    return with_pseudo_labels(splits, *loaded, source=f"stage {source}", file=file, show=show and processes.is_main)
 
 
 def _finished(file: Path) -> TrainResult | None:

@@ -69,66 +69,66 @@ def results(study: optuna.Study, search: SearchSpec) -> list[Result]:
 
 
 def _result(frozen: FrozenTrial, search: SearchSpec) -> Result:
-    said = frozen.user_attrs
+    attributes = frozen.user_attrs
     complete = frozen.state == TrialState.COMPLETE
-    clean, robust = (said.get("clean"), said.get("robust")) if complete else (None, None)
+    clean, robust = (attributes.get("clean"), attributes.get("robust")) if complete else (None, None)
     score = search.score(clean, robust) if clean is not None and robust is not None else None
     return Result(
         number=frozen.number,
-        state="failed" if said.get("why") else _STATES[frozen.state],
+        state="failed" if attributes.get("why") else _STATES[frozen.state],
         values={key: frozen.params[key] for key in search.distributions if key in frozen.params},
         score=score,
         robust=robust,
         clean=clean,
-        images=said.get("images"),
-        seconds=said.get("seconds", 0.0),
-        attempts=said.get("attempts", 0),
-        why=said.get("why", ""),
+        images=attributes.get("images"),
+        seconds=attributes.get("seconds", 0.0),
+        attempts=attributes.get("attempts", 0),
+        why=attributes.get("why", ""),
     )
 
 
-def front(found: Sequence[Result]) -> list[Result]:
+def front(results: Sequence[Result]) -> list[Result]:
     """Return the trials that no other one surpasses in both accuracies, by robust accuracy; of equal ones the first."""
     best: list[Result] = []
-    complete = [result for result in found if result.score is not None]
+    complete = [result for result in results if result.score is not None]
     for result in sorted(complete, key=lambda r: (-(r.robust or 0), -(r.clean or 0), r.number)):
         if not best or (result.clean or 0) > (best[-1].clean or 0):
             best.append(result)
     return best
 
 
-def best_of(found: Sequence[Result]) -> Result | None:
+def best_of(results: Sequence[Result]) -> Result | None:
     """Return the trial of the best score, of equal ones the first; None if none is complete."""
-    complete = [result for result in found if result.score is not None]
+    complete = [result for result in results if result.score is not None]
     return max(complete, key=lambda result: (result.score or 0, -result.number), default=None)
 
 
-def write_results(path: Path, search: SearchSpec, found: Sequence[Result], *, plots: bool = True) -> Result | None:
+def write_results(path: Path, search: SearchSpec, results: Sequence[Result], *, plots: bool = True) -> Result | None:
     """Write best.yaml, trials.csv, trials.json and plots into the study's directory, each whole; return the best trial."""
-    best = best_of(found)
-    rows = [dataclasses.asdict(result) for result in found]
+    best = best_of(results)
+    rows = [dataclasses.asdict(result) for result in results]
     content = {"search": search.definition(), "best": best.number if best else None, "trials": rows}
     write_atomically(path / "trials.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(path / "trials.csv", _csv(search, found).encode())
+    write_atomically(path / "trials.csv", _csv(search, results).encode())
     if best is None:
         return None
     write_atomically(path / "best.yaml", _recipe(search, best).encode())
     if search.settings.pareto:
-        for result in front(found):
+        for result in front(results):
             write_atomically(path / "front" / f"trial-{result.number:04}.yaml", _recipe(search, result).encode())
     if plots:
-        for plot in _plots(search, found, best):
+        for plot in _plots(search, results, best):
             for suffix, content in plot.pictures().items():
                 write_atomically(path / f"{plot.name}{suffix}", content)
     return best
 
 
-def _csv(search: SearchSpec, found: Sequence[Result]) -> str:
+def _csv(search: SearchSpec, results: Sequence[Result]) -> str:
     keys = list(search.distributions)
     columns = ("number", "state", "score", "robust", "clean", "images", "seconds", "attempts", "why")
     rows = [
         [*(getattr(result, column) for column in columns), *(result.values.get(key) for key in keys)]
-        for result in found
+        for result in results
     ]
     return csv_text([[*columns, *keys], *rows])
 
@@ -151,17 +151,17 @@ def _recipe(search: SearchSpec, best: Result) -> str:
 # ------------------------------------------------------------------------------------------------ plots
 
 
-def _plots(search: SearchSpec, found: Sequence[Result], best: Result) -> list[Drawing]:
-    shares = importances(search, found)
-    return [_history(found), _front(found, best), *([_importance(shares, found)] if len(shares) > 1 else [])]
+def _plots(search: SearchSpec, results: Sequence[Result], best: Result) -> list[Drawing]:
+    shares = importances(search, results)
+    return [_history(results), _front(results, best), *([_importance(shares, results)] if len(shares) > 1 else [])]
 
 
-def importances(search: SearchSpec, found: Sequence[Result]) -> dict[str, float]:
+def importances(search: SearchSpec, results: Sequence[Result]) -> dict[str, float]:
     """Return each key's share of what decides whether a trial is among the best, by Optuna's PED-ANOVA, largest first.
 
     Of complete trials alone; empty if there are too few, or if all have the same score.
     """
-    complete = [result for result in found if result.score is not None]
+    complete = [result for result in results if result.score is not None]
     if len({result.score for result in complete}) < 2 or len(complete) < 4:
         return {}
     study = optuna.create_study(direction="maximize")
@@ -180,26 +180,26 @@ def _drawing(name: str, title: str, xlabel: str, ylabel: str, figure: Any, axes:
     return draw(figure, name, title, (), ())
 
 
-def _history(found: Sequence[Result]) -> Drawing:
-    complete = [result for result in found if result.score is not None]
+def _history(results: Sequence[Result]) -> Drawing:
+    complete = [result for result in results if result.score is not None]
     figure, axes = new_axes(*_SIZE)
     axes.plot([r.number for r in complete], [r.score for r in complete], "o", color=PALETTE[0], label="complete")
     so_far = [max((o.score or 0) for o in complete if o.number <= r.number) for r in complete]
     axes.step([r.number for r in complete], so_far, where="post", color=PALETTE[1], label="best so far")
     low = min(r.score or 0 for r in complete)
     for state, marker in (("pruned", "x"), ("failed", "v")):
-        numbers = [r.number for r in found if r.state == state]
+        numbers = [r.number for r in results if r.state == state]
         if numbers:
             axes.plot(numbers, [low] * len(numbers), marker, color="#6b6f76", label=f"{state} (no score)")
     axes.legend(frameon=False, fontsize=9)
     return _drawing("history", "Scores of the trials on validation images", "trial", "score", figure, axes)
 
 
-def _front(found: Sequence[Result], best: Result) -> Drawing:
-    complete = [result for result in found if result.score is not None]
+def _front(results: Sequence[Result], best: Result) -> Drawing:
+    complete = [result for result in results if result.score is not None]
     figure, axes = new_axes(*_SIZE)
     axes.plot([r.clean for r in complete], [r.robust for r in complete], "o", color=PALETTE[0], label="trial")
-    line = front(found)
+    line = front(results)
     axes.step([r.clean for r in line], [r.robust for r in line], where="pre", color=PALETTE[1], label="front")
     axes.plot([best.clean], [best.robust], "s", markersize=9, mfc="none", color=PALETTE[2], label="best score")
     for result in line:
@@ -211,8 +211,8 @@ def _front(found: Sequence[Result], best: Result) -> Drawing:
     return _drawing("front", title, "clean accuracy", "robust accuracy", figure, axes)
 
 
-def _importance(shares: Mapping[str, float], found: Sequence[Result]) -> Drawing:
-    count = sum(result.score is not None for result in found)
+def _importance(shares: Mapping[str, float], results: Sequence[Result]) -> Drawing:
+    count = sum(result.score is not None for result in results)
     figure, axes = new_axes(*_SIZE)
     names = list(shares)[::-1]
     axes.barh(names, [shares[name] for name in names], color=PALETTE[0])

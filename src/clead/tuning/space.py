@@ -97,23 +97,23 @@ class SearchSpec:
 
     def own_values(self) -> dict[str, Any] | None:
         """Return the recipe's own values of the space's keys, or None if one lies outside."""
-        found = {}
+        values = {}
         for key, distribution in self.distributions.items():
-            own = value_of(self.config, key)
+            value = value_of(self.config, key)
             if isinstance(distribution, CategoricalDistribution):
-                same = [c for c in distribution.choices if value_of(self._with({key: c}), key) == own]
+                same = [c for c in distribution.choices if value_of(self._with({key: c}), key) == value]
                 if not same:
                     return None
-                found[key] = same[0]
+                values[key] = same[0]
                 continue
             assert isinstance(distribution, (IntDistribution, FloatDistribution))
-            if own is None or not distribution.low <= own <= distribution.high:
+            if value is None or not distribution.low <= value <= distribution.high:
                 return None
-            steps = 0 if distribution.step is None else (own - distribution.low) / distribution.step
+            steps = 0 if distribution.step is None else (value - distribution.low) / distribution.step
             if abs(steps - round(steps)) > 1e-6:
                 return None
-            found[key] = int(own) if isinstance(distribution, IntDistribution) else float(own)
-        return found
+            values[key] = int(value) if isinstance(distribution, IntDistribution) else float(value)
+        return values
 
     @property
     def prunes(self) -> bool:
@@ -147,8 +147,8 @@ def open_search(recipe: str, overrides: Sequence[str] = ()) -> SearchSpec:
     """
     pairs = parse_overrides(overrides)
     changes = [(path[1:], value) for path, value in pairs if path[0] == TUNE]
-    kept = tuple(_overrides({".".join(path): value for path, value in pairs if path[0] != TUNE}))
-    config = load_recipe(recipe, kept)
+    fixed = tuple(_overrides({".".join(path): value for path, value in pairs if path[0] != TUNE}))
+    config = load_recipe(recipe, fixed)
     tree = parse_yaml(recipe_text(recipe)[1], recipe).get(TUNE)
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{TUNE}: must be a mapping of keys, got {tree!r:.60}; write {TUNE}: {{trials: 20}}")
@@ -177,7 +177,7 @@ def open_search(recipe: str, overrides: Sequence[str] = ()) -> SearchSpec:
             f"method.name: a trial's score is its accuracy, and {config.to_dict()['method']['name']} trains no classifier; add "
             "a stage that does"
         )
-    return _checked(recipe, kept, chosen, config)
+    return _checked(recipe, fixed, chosen, config)
 
 
 def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunConfig) -> SearchSpec:
@@ -203,7 +203,9 @@ def _checked(recipe: str, overrides: tuple[str, ...], chosen: Tune, config: RunC
             distributions[key] = distribution
         except UserError as error:
             prefix = f"{TUNE}.space"
-            problems += [said if said.startswith(prefix) else f"{prefix}: {said}" for said in error.problems]
+            problems += [
+                mistake if mistake.startswith(prefix) else f"{prefix}: {mistake}" for mistake in error.problems
+            ]
     if problems:
         raise UserError(*problems)
     return SearchSpec(recipe, overrides, chosen, config, distributions)
@@ -264,7 +266,7 @@ def _distribution(key: str, values: Any, kinds: Sequence[type]) -> BaseDistribut
     if span.step is not None and abs((n := (span.high - span.low) / span.step) - round(n)) > 1e-9:
         raise UserError(f"{where}: steps of {span.step} do not lead from {span.low} to {span.high}; change one of them")
     if whole:
-        if not all(float(part).is_integer() for part in (span.low, span.high, span.step or 1)):
+        if not all(float(number).is_integer() for number in (span.low, span.high, span.step or 1)):
             raise UserError(
                 f"{where}: is a whole number, so are low, high and step, got {values!r:.60}; give such as {{low: 1, high: 10}}"
             )
@@ -282,16 +284,16 @@ def _ends(distribution: BaseDistribution) -> Sequence[Any]:
 
 def suggest(trial: Trial, distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """Return a trial's value of every key: what it has already, else what the sampler draws."""
-    found: dict[str, Any] = {}
+    nested: dict[str, Any] = {}
     for key, values in distributions.items():
         if isinstance(values, CategoricalDistribution):
-            found[key] = trial.suggest_categorical(key, values.choices)
+            nested[key] = trial.suggest_categorical(key, values.choices)
         elif isinstance(values, IntDistribution):
-            found[key] = trial.suggest_int(key, values.low, values.high, log=values.log, step=values.step)
+            nested[key] = trial.suggest_int(key, values.low, values.high, log=values.log, step=values.step)
         else:
             assert isinstance(values, FloatDistribution)
-            found[key] = trial.suggest_float(key, values.low, values.high, log=values.log, step=values.step)
-    return found
+            nested[key] = trial.suggest_float(key, values.low, values.high, log=values.log, step=values.step)
+    return nested
 
 
 def _overrides(values: Mapping[str, Any]) -> list[str]:
@@ -309,8 +311,8 @@ def _owner(config: RunConfig, key: str) -> tuple[Any, str]:
         parents = parents[2:]
     elif config.stages and parents[0] in vars(config.stages[-1]):
         owner = config.stages[-1]  # what is given for all stages holds in the last
-    for part in parents:
-        owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+    for parent in parents:
+        owner = owner[parent] if isinstance(owner, dict) else getattr(owner, parent)
     return owner, last
 
 
@@ -333,8 +335,8 @@ def _described(distribution: BaseDistribution) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    kept = ("low", "high", "log", "step")
-    return {name: getattr(distribution, name) for name in kept if getattr(distribution, name) is not None}
+    bounds = ("low", "high", "log", "step")
+    return {name: getattr(distribution, name) for name in bounds if getattr(distribution, name) is not None}
 
 
 def _plain(value: Any) -> Any:
@@ -352,16 +354,16 @@ def key_reference() -> str:
     return "\n".join(lines)
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return what two definitions do not share, by its dotted key, in words."""
-    found = []
-    for key in {**there, **here}:
-        old, new = there.get(key, _NOTHING), here.get(key, _NOTHING)
+    lines = []
+    for key in {**there, **given}:
+        old, new = there.get(key, _NOTHING), given.get(key, _NOTHING)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
+            lines += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: the study has {_said(old)}, got {_said(new)}")
-    return found
+            lines.append(f"{prefix}{key}: the study has {_said(old)}, got {_said(new)}")
+    return lines
 
 
 _NOTHING = object()

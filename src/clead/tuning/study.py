@@ -101,8 +101,8 @@ def tune(
     path = _directory(out, search.config.name, storage)
     fresh, new = not _holds_study(path), not path.exists()
     try:
-        kept, leases = open_storage(path, storage, study or search.config.name, silence)
-        opened = _join(kept, leases, study or search.config.name, search, asked=_names_trials(overrides))
+        stored, leases = open_storage(path, storage, study or search.config.name, silence)
+        opened = _join(stored, leases, study or search.config.name, search, asked=_names_trials(overrides))
     except UserError:
         if fresh:
             _clean(path, new)
@@ -123,13 +123,13 @@ def tune(
         ) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"stopped; the same command with --out {path} goes on where it was") from error
-    found = results(opened, search)
-    best = write_results(path, search, found)
-    return TunedStudy(path, search, tuple(found), best, worker.here)
+    trials = results(opened, search)
+    best = write_results(path, search, trials)
+    return TunedStudy(path, search, tuple(trials), best, worker.here)
 
 
 def _names_trials(overrides: Sequence[str]) -> bool:
-    return any(part.split("=")[0] == "--tune.trials" for part in overrides)
+    return any(override.split("=")[0] == "--tune.trials" for override in overrides)
 
 
 def _directory(out: str | Path | None, name: str, storage: str | None) -> Path:
@@ -247,8 +247,8 @@ class _Worker:
         queued = [frozen.number for frozen in trials if frozen.state == TrialState.WAITING]
         if not queued and len(trials) >= self.target():
             return None
-        if not trials and (own := self._search.own_values()) is not None:
-            self._study.enqueue_trial(own)  # first of all the recipe as it is, which the others have to beat
+        if not trials and (start := self._search.own_values()) is not None:
+            self._study.enqueue_trial(start)  # first of all the recipe as it is, which the others have to beat
         self._draw_for(min(queued, default=len(trials)))
         trial = self._study.ask()
         if not self._leases.acquire(_lease(trial.number)):  # we were silent for so long that it has been taken over
@@ -327,20 +327,20 @@ class _Worker:
         except UpdateFinishedTrialError:
             return
         self.here += 1
-        found = results(self._study, self._search)
-        write_results(self._path, self._search, found, plots=False)
-        self._say(_line(found[trial.number], found))
+        trials = results(self._study, self._search)
+        write_results(self._path, self._search, trials, plots=False)
+        self._say(_line(trials[trial.number], trials))
 
 
 def _lease(number: int) -> str:
     return f"trial-{number:04}"
 
 
-def _line(result: Result, found: Sequence[Result]) -> str:
+def _line(result: Result, trials: Sequence[Result]) -> str:
     """Return one trial in one line, and the best so far."""
     values = ", ".join(f"{key.removeprefix('method.')} {_short(value)}" for key, value in result.values.items())
     how = result.said()
-    complete = [other for other in found if other.score is not None]
+    complete = [other for other in trials if other.score is not None]
     best = max(complete, key=lambda other: other.score or 0, default=None)
     so_far = f"; best {best.score:.4f} by trial {best.number}" if best is not None else ""
     return f"trial {result.number}: {how} ({values}), {result.seconds:.0f} s{so_far}"

@@ -45,11 +45,11 @@ def run_trial(search: SearchSpec, values: Mapping[str, Any], folder: Path, repor
 
     Raises TrialPruned, Failed, or what stops a training.
     """
-    found = []
+    scores = []
     try:
         for seed in range(search.settings.seeds):
             path = folder.with_name(f"{folder.name}-seed-{seed}")
-            found.append(_run_seed(search, values, seed, path, report if seed == 0 else None))
+            scores.append(_run_seed(search, values, seed, path, report if seed == 0 else None))
     except NonFiniteLoss as error:
         raise Failed(f"diverged: {error}") from None
     except (RuntimeError, MemoryError, NotEnoughMemory) as error:
@@ -57,9 +57,9 @@ def run_trial(search: SearchSpec, values: Mapping[str, Any], folder: Path, repor
             raise
         raise Failed("the device is out of memory") from None
     return {
-        "clean": fmean(record.clean_accuracy for record in found),
-        "robust": fmean(record.robust_accuracy for record in found),
-        "images": found[0].data.n,
+        "clean": fmean(record.clean_accuracy for record in scores),
+        "robust": fmean(record.robust_accuracy for record in scores),
+        "images": scores[0].data.n,
     }
 
 
@@ -73,10 +73,10 @@ def _run_seed(search: SearchSpec, values: Mapping[str, Any], seed: int, path: Pa
         remove_tree_inside(path)  # of a kill while it was made
     rung = 0
 
-    def after_validation(part: float, clean: float, robust: float) -> None:
+    def after_validation(fraction: float, clean: float, robust: float) -> None:
         nonlocal rung
-        reached = min(int(part * RUNGS + 1e-9), RUNGS - 1)
-        if report is None or part >= 1 or reached <= rung:
+        reached = min(int(fraction * RUNGS + 1e-9), RUNGS - 1)
+        if report is None or fraction >= 1 or reached <= rung:
             return
         rung = reached
         if report(rung, search.score(clean, robust)):

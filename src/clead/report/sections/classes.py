@@ -22,52 +22,52 @@ _LISTED = 8
 
 def classes(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return the bars of each run that has accuracies per class."""
-    found = []
+    rows = []
     for i, run in enumerate(runs):
         parts = run.record.per_class
         if parts:
-            worst, best = (choose(parts, key=lambda part: part.robust_accuracy) for choose in (min, max))
+            worst, best = (choose(parts, key=lambda each: each.robust_accuracy) for choose in (min, max))
             under = f" ({text})" if (text := suite_label(run.record)) else ""
             caption = (
                 f"{run.name}{under}: least robust is {worst.name} ({percent(worst.robust_accuracy)} of {worst.n}), "
                 f"most robust {best.name} ({percent(best.robust_accuracy)} of {best.n})."
             )
             drawing = _bars(parts, i, title=run.name, name=f"classes-{i + 1}", label=f"Accuracy per class. {caption}")
-            found.append({"drawing": drawing, "caption": caption, "parts": parts, "name": run.name + under})
-    return found
+            rows.append({"drawing": drawing, "caption": caption, "parts": parts, "name": run.name + under})
+    return rows
 
 
 def _bars(parts: Sequence[ClassAccuracy], index: int, *, title: str, name: str, label: str) -> Drawing:
     """Draw clean (pale) and robust (full) accuracy per class; above 20 classes, the 20 least robust."""
     shown = list(parts)
     if len(shown) > MOST:
-        shown = sorted(shown, key=lambda part: part.robust_accuracy)[:MOST]
+        shown = sorted(shown, key=lambda each: each.robust_accuracy)[:MOST]
     figure, axes = new_axes(390, 62 + 19 * len(shown))
     color, rows = style(index).color, np.arange(len(shown))
-    axes.barh(rows, [part.clean_accuracy for part in shown], height=0.72, color=color, alpha=0.26, linewidth=0)
-    axes.barh(rows, [part.robust_accuracy for part in shown], height=0.4, color=color, linewidth=0)
-    for row, part in enumerate(shown):
-        numbers = f"{100 * part.robust_accuracy:.0f} / {100 * part.clean_accuracy:.0f} %"
+    axes.barh(rows, [each.clean_accuracy for each in shown], height=0.72, color=color, alpha=0.26, linewidth=0)
+    axes.barh(rows, [each.robust_accuracy for each in shown], height=0.4, color=color, linewidth=0)
+    for row, each in enumerate(shown):
+        numbers = f"{100 * each.robust_accuracy:.0f} / {100 * each.clean_accuracy:.0f} %"
         axes.annotate(numbers, (1.02, row), va="center", fontsize=9, color=MUTED, annotation_clip=False)
-    axes.set_yticks(rows, [shortened(part.name, 18) for part in shown])
+    axes.set_yticks(rows, [shortened(each.name, 18) for each in shown])
     bar_axes(axes, len(shown), 1.2)
     head(axes, title)
     columns = ("class", "images", "clean accuracy (fraction)", "robust accuracy (fraction)")
-    numbers = [(part.name, part.n, part.clean_accuracy, part.robust_accuracy) for part in shown]
+    numbers = [(each.name, each.n, each.clean_accuracy, each.robust_accuracy) for each in shown]
     return draw(figure, name, label, columns, numbers)
 
 
 def confusion(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return the two matrices of each run whose record has the predictions, and the most frequent errors under attack."""
-    found = []
+    maps = []
     for i, run in enumerate(runs):
-        part = run.record.predictions
-        if part is None:
+        predictions = run.record.predictions
+        if predictions is None:
             continue
         names = run.record.data.classes
         matrices = [np.zeros((len(names), len(names)), dtype=int) for _ in range(2)]
-        for matrix, answers in zip(matrices, (part.clean, part.attacked), strict=True):
-            np.add.at(matrix, (part.labels, answers), 1)
+        for matrix, answers in zip(matrices, (predictions.clean, predictions.attacked), strict=True):
+            np.add.at(matrix, (predictions.labels, answers), 1)
         clean, attacked = matrices
         errors = attacked * (1 - np.eye(len(names), dtype=int))
         order = np.argsort(-errors, axis=None, kind="stable")[:_LISTED]
@@ -78,15 +78,15 @@ def confusion(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             for a, b in pairs
         ]  # fmt: skip
         most = "; ".join(f"{e['truth']} as {e['answer']} ({e['attacked']} of {e['of']})" for e in listed[:3])
-        caption = f"{run.name}, {len(part.labels):,} images. Under attack most often: {most or 'no error'}."
+        caption = f"{run.name}, {len(predictions.labels):,} images. Under attack most often: {most or 'no error'}."
         drawings = []
         if len(names) <= MOST:
             drawings = [
                 _matrix(run, i, matrix, what, f"Confusion, {what}. {caption}")
                 for matrix, what in ((clean, "clean"), (attacked, "under attack"))
             ]
-        found.append({"drawings": drawings, "caption": caption, "name": run.name, "errors": listed})
-    return found
+        maps.append({"drawings": drawings, "caption": caption, "name": run.name, "errors": listed})
+    return maps
 
 
 def _matrix(run: RunResult, index: int, matrix: np.ndarray, what: str, label: str) -> Drawing:

@@ -88,8 +88,8 @@ def _lines(index: int, run: RunResult, norm: str, limit: float) -> list[Line]:
     record, lines = run.record, []
     if record.threat.norm.lower() == norm:
         for attack in dict.fromkeys(point.attack for point in record.curve):
-            here = sorted((point for point in record.curve if point.attack == attack), key=lambda point: point.eps)
-            points = [(point.eps, point.robust) for point in here]
+            on_curve = sorted((point for point in record.curve if point.attack == attack), key=lambda point: point.eps)
+            points = [(point.eps, point.robust) for point in on_curve]
             if points[0][0] > 0:
                 points.insert(0, (0.0, record.clean))
             lines.append(Line(index, attack, points))

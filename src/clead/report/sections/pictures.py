@@ -27,7 +27,7 @@ def galleries(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return the images of each run that stored them, within the byte budget of the file."""
     keys = ("x", "x_adv", "labels", "probabilities", "probabilities_adv")
     stored = [(i, run, arrays) for i, run in enumerate(runs) if (arrays := run.arrays(*keys))]
-    found = []
+    shown = []
     for i, run, (x, x_adv, labels, before, after) in stored:
         budget = GALLERY_BYTES // len(stored)
         classes = run.record.data.classes
@@ -62,11 +62,11 @@ def galleries(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             }
             truths = {run.class_name(int(k)) for k in np.unique(labels[: len(items)])}
             names = [name for name in classes if name in truths] + sorted(truths - set(classes))
-            found.append(
+            shown.append(
                 {"index": i, "name": run.name, "items": items, "factor": factor, "stored": len(x), "outcomes": outcomes,
                  "classes": names, "size": f"{x.shape[-1]} × {x.shape[-2]}", "small": max(x.shape[-2:]) <= 64}
             )  # fmt: skip
-    return found
+    return shown
 
 
 def _png(image: np.ndarray, *, sharp: bool = False) -> str:
@@ -82,7 +82,7 @@ def _png(image: np.ndarray, *, sharp: bool = False) -> str:
 
 def maps(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return the planar map of each run that stored embeddings."""
-    found = []
+    drawings = []
     limit = 400 if len(runs) <= 4 else 150
     for i, run in enumerate(runs):
         arrays = run.arrays("embedding_clean", "embedding_adv", "embedding_labels")
@@ -101,8 +101,8 @@ def maps(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             f"of an image with its adversarial version is {cosine:.2f}."
         )
         drawing = _map(a, b, labels, run, how, name=f"embedding-{i + 1}", label=f"Embedding map. {caption}")
-        found.append({"drawing": drawing, "caption": caption, "how": how})
-    return found
+        drawings.append({"drawing": drawing, "caption": caption, "how": how})
+    return drawings
 
 
 def project(clean: np.ndarray, adv: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:

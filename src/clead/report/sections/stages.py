@@ -17,7 +17,7 @@ from clead.results.record import Record
 
 def stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
     """Return figure and rows of each run whose attacks met the survivors of those before them."""
-    found = []
+    tables = []
     for i, run in enumerate(runs):
         record = run.record
         if not on_survivors(record):
@@ -31,8 +31,8 @@ def stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
             f"worst case {percent(record.worst.accuracy)}."
         )
         drawing = draw_stages(record, i, title=run.name, name=f"stages-{i + 1}", label=label)
-        found.append({"drawing": drawing, "name": run.name, "suite": in_words(record), "record": record})
-    return found
+        tables.append({"drawing": drawing, "name": run.name, "suite": in_words(record), "record": record})
+    return tables
 
 
 def draw_stages(record: Record, index: int, *, title: str, name: str, label: str) -> Drawing:
@@ -65,8 +65,15 @@ def draw_stages(record: Record, index: int, *, title: str, name: str, label: str
     head(axes, title)
     numbers = [("clean", None, None, record.clean.accuracy, record.clean.low, record.clean.high)]
     numbers += [
-        (part.name, part.attacked, part.broken, part.robust.accuracy, part.robust.low, part.robust.high)
-        for part in record.attacks
+        (
+            each.name,
+            each.attacked,
+            each.broken,
+            each.robust.accuracy,
+            each.robust.low,
+            each.robust.high,
+        )
+        for each in record.attacks
     ]
     numbers.append(("worst case", None, None, worst.accuracy, worst.low, worst.high))
     columns = ("after", "attacked (images)", "broken (images)", "still right (fraction)",

@@ -38,7 +38,7 @@ def training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
         return None
     x, xlabel = axes[0]
     wanted = [("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Robust accuracy"), ("loss", "Loss")]
-    found = []
+    plots = []
     for metric, title in wanted:
         last = [
             f"{run.name} {percent(v) if metric != 'loss' else format(v, '.3g')}"
@@ -48,7 +48,7 @@ def training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
         if last:
             label = f"{title} during training against {xlabel}. Last values: {'; '.join(last)}."
             drawing = _curves(runs, metric, x=x, xlabel=xlabel, title=title, label=label)
-            found.append({"drawing": drawing, "caption": f"{title}, last: {', '.join(last)}."})
+            plots.append({"drawing": drawing, "caption": f"{title}, last: {', '.join(last)}."})
     for i, run in enumerate(runs):
         keys = dict.fromkeys(key for line in run.history if line.get("kind") == "train" for key in line)
         terms = [
@@ -61,8 +61,8 @@ def training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
             title = "Loss terms" if len(runs) == 1 else f"Loss terms of {run.name}"
             label, name = f"{title}. Last: {last}.", f"loss-terms-{i + 1}"
             drawing = _terms(run, terms, x=x, xlabel=xlabel, title=title, name=name, label=label)
-            found.append({"drawing": drawing, "caption": f"{title}, last: {last}."})
-    return {"plots": found, "x": xlabel, "equal": x == "forward_equivalents"} if found else None
+            plots.append({"drawing": drawing, "caption": f"{title}, last: {last}."})
+    return {"plots": plots, "x": xlabel, "equal": x == "forward_equivalents"} if plots else None
 
 
 def _last(history: Sequence[Mapping[str, Any]], key: str) -> float | None:
