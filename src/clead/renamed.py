@@ -68,12 +68,16 @@ def updated(stored: Any) -> Any:
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose names were changed: old name → new one, or ``package.module:name``."""
+    """Return the ``__getattr__`` of a module whose names were changed or have moved.
+
+    names: old name → new one, or ``package.module:name``, or ``package.module:`` where it is called the same.
+    """
 
     def getattr_(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         where, _, new = names[name].rpartition(":")
+        new = new or name
         warn_renamed(f"{module}.{name}", f"{where or module}.{new}")
         return getattr(import_module(where or module), new)
 

@@ -112,6 +112,7 @@ def test_a_state_of_the_old_name_is_continued(tmp_path, monkeypatch):
         ("clead.results.record", "CheckPart", "Check"),
         ("clead.threats.geometry", "room", "box_slack"),
         ("clead.api", "evaluate_foreign", "evaluate_external"),
+        ("clead.config", "bare_config", "evaluation_config"),
     ],
 )
 def test_names_of_python_warn_once(module, old, new):
@@ -122,6 +123,18 @@ def test_names_of_python_warn_once(module, old, new):
         assert getattr(import_module(module), old) is getattr(import_module(module), new)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         import_module(module).nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("clead.report.record", "clead.results.record", "Record"),
+        ("clead.evaluation.detection", "clead.measurements.detection", "Mahalanobis"),
+    ],
+)
+def test_modules_of_the_first_documentation_lead_to_the_new_ones(old, new, name):
+    with pytest.warns(DeprecationWarning, match=rf"{old}\.{name}: write {new}\.{name}; "):
+        assert getattr(import_module(old), name) is getattr(import_module(new), name)
 
 
 def test_a_plug_in_with_a_method_of_the_old_name_serves():

@@ -10,6 +10,7 @@ from clead.config.run import RunConfig
 from clead.config.schema import GROUPS, TUNE, Eval, Optim, Train
 from clead.config.stages import Stage
 from clead.config.yaml_io import dump_yaml, parse_yaml, yaml_text
+from clead.renamed import old_names
 
 __all__ = [
     "GROUPS",
@@ -33,3 +34,5 @@ __all__ = [
     "rows_of",
     "yaml_text",
 ]
+
+__getattr__ = old_names(__name__, {"bare_config": "evaluation_config"})
