@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -12,7 +13,7 @@ from typer.main import get_command
 from clead.cli.arguments import split_commas
 
 
-class SettingsCommand(TyperCommand):
+class SettingsCommand(TyperCommand, ABC):
     """A command with one option for each setting. They are read when it is called, or its help is: that takes imports.
 
     The values that were given, or are the defaults, are in ``context.meta["settings"]`` when the command's function runs.
@@ -22,9 +23,9 @@ class SettingsCommand(TyperCommand):
     """Settings that are no options."""
     _complete = False
 
+    @abstractmethod
     def settings_class(self) -> Any:
         """Return the class."""
-        raise NotImplementedError
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the options of the settings, then those of the command's function."""
