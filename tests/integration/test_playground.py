@@ -194,7 +194,7 @@ def test_every_attack_runs_in_every_norm(comparison, right, name, norm):
     found = attack_image(
         comparison.pair, comparison.images.images[right], None, settings, lambda done, words: seen.append(done)
     )
-    assert [o.name for o in found] == ["plain", "hard"]
+    assert [o.model.name for o in found] == ["plain", "hard"]
     assert all(0 <= o.size <= settings.eps * 1.0001 for o in found)
     assert seen == sorted(seen) and all(0 <= done <= 1 for done in seen)
     assert name == "noise" or len(seen) >= 2
@@ -208,7 +208,7 @@ def test_what_is_wrong_already_is_not_attacked(comparison, right):
     assert all(o.own and o.label == label == o.clean.answer for o in own)
     words = pictures.verdict(found, comparison.classes, AttackSettings())
     assert "nothing to attack" in words
-    assert [d.smallest for d in epsilon_curves(comparison.pair, image, found, AttackSettings(eps=0.2), 0.5)] == [0, 0]
+    assert [d.smallest for d in epsilon_curves(image, found, AttackSettings(eps=0.2), 0.5)] == [0, 0]
 
 
 def test_an_attack_that_takes_too_long_is_stopped(comparison, right, monkeypatch):
@@ -223,7 +223,7 @@ def test_probability_only_falls_with_eps_and_the_smallest_breaks(comparison, rig
     settings = AttackSettings(eps=0.2, steps=10)
     image, label = comparison.images.images[right], int(comparison.images.labels[right])
     outcomes = attack_image(comparison.pair, image, label, settings)
-    found = epsilon_curves(comparison.pair, image, outcomes, settings, 0.5)
+    found = epsilon_curves(image, outcomes, settings, 0.5)
     for decline, outcome, model in zip(found, outcomes, comparison.pair, strict=True):
         assert decline.radii[0] == 0 and decline.radii[-1] == pytest.approx(0.4) and 0.2 in decline.radii
         assert decline.probabilities == sorted(decline.probabilities, reverse=True)
@@ -234,7 +234,7 @@ def test_probability_only_falls_with_eps_and_the_smallest_breaks(comparison, rig
         x, y = image[None].float() / 255, torch.tensor([label])
         hit = clead.attacks.apgd(model.model, x, y, eps=min(1.0, 1.1 * decline.smallest), steps=50)
         assert int(model.model(hit).argmax()) != label
-    text = pictures.epsilon_plot(found, comparison.pair, settings)
+    text = pictures.epsilon_plot(found, settings)
     assert 'role="img"' in text and "plain" in text and "http" not in text.replace("http://www.w3.org", "")
 
 
@@ -273,12 +273,12 @@ def test_runs_that_do_not_go_together_are_refused(runs, tmp_path):
 
 def test_names_are_text_and_pictures_have_words(comparison, right):
     classes = ("<script>alert(1)</script>", *comparison.classes[1:])
-    named = replace(comparison, classes=classes)
     settings = AttackSettings(eps=0.2, steps=3)
     found = attack_image(comparison.pair, comparison.images.images[right], None, settings)
-    found = [replace(outcome, label=0, name='"><img src=x onerror=alert(1)>') for outcome in found]
+    evil = '"><img src=x onerror=alert(1)>'
+    found = [replace(outcome, label=0, model=replace(outcome.model, name=evil)) for outcome in found]
     text = pictures.verdict(found, classes, settings) + pictures.cards(
-        found, named, comparison.images.images[right], settings
+        found, classes, comparison.images.images[right], settings
     )
     assert "<script" not in text and "<img src=x" not in text and "&lt;script&gt;" in text
     assert text.count("<img ") == text.count('alt="') == 6 and 'alt=""' not in text

@@ -225,7 +225,7 @@ class Outcome:
     """One model under one attack.
 
     Attributes:
-        name: the model's.
+        model: the model.
         label: what the attack drives the answer away from.
         own: whether that label is the model's own answer.
         clean: what the model says of the image.
@@ -238,7 +238,7 @@ class Outcome:
         elsewhere: what the other models answer to this model's adversarial image, by name.
     """
 
-    name: str
+    model: PlaygroundModel
     label: int
     own: bool
     clean: Prediction
@@ -288,7 +288,7 @@ def attack_image(
         if attacked:
             x_adv = counted.attack(attack, x, torch.tensor([target]), threat, settings.seed)
         outcome = Outcome(
-            name=model.name,
+            model=model,
             label=target,
             own=label is None,
             clean=clean,
@@ -309,20 +309,19 @@ class EpsilonCurve:
     """How one model's probability of the right class falls with ε on one image.
 
     Attributes:
-        name: the model's.
+        model: the model.
         radii: rising, from 0.
         probabilities: the smallest found for the label in the ball of each radius.
         smallest: size of the smallest change found that makes the answer wrong; 0: it is wrong without one; None: none was found.
     """
 
-    name: str
+    model: PlaygroundModel
     radii: list[float]
     probabilities: list[float]
     smallest: float | None
 
 
 def epsilon_curves(
-    models: Sequence[PlaygroundModel],
     image: Tensor,
     outcomes: Sequence[Outcome],
     settings: AttackSettings,
@@ -340,24 +339,21 @@ def epsilon_curves(
     grid = sorted({*(top * i / _CURVE_POINTS for i in range(_CURVE_POINTS + 1)), eps})
     expected = (len(grid) - 1 + _HALVINGS) * (_CURVE_STEPS + 1) + _FMN_STEPS
     curves = []
-    for i, (model, outcome) in enumerate(zip(models, outcomes, strict=True)):
+    for i, outcome in enumerate(outcomes):
+        model, clean = outcome.model, outcome.clean.probabilities[outcome.label]
         if outcome.attacked:
-            counted = CountedModel(model, report, f"how far {model.name} holds", expected, (i, len(models)))
-            curves.append(_epsilon_curve(model, to_float(image[None]), outcome, settings, grid, counted))
+            counted = CountedModel(model, report, f"how far {model.name} holds", expected, (i, len(outcomes)))
+            curves.append(_epsilon_curve(to_float(image[None]), outcome, settings, grid, counted))
         else:
-            curves.append(EpsilonCurve(model.name, grid, [outcome.clean.probabilities[outcome.label]] * len(grid), 0.0))
+            curves.append(EpsilonCurve(model, grid, [clean] * len(grid), 0.0))
     return curves
 
 
 def _epsilon_curve(
-    model: PlaygroundModel,
-    x: Tensor,
-    outcome: Outcome,
-    settings: AttackSettings,
-    grid: list[float],
-    counted: CountedModel,
+    x: Tensor, outcome: Outcome, settings: AttackSettings, grid: list[float], counted: CountedModel
 ) -> EpsilonCurve:
-    label, y = outcome.label, torch.tensor([outcome.label], device=model.device)
+    model, label = outcome.model, outcome.label
+    y = torch.tensor([label], device=model.device)
     attack, threats = PGD(steps=_CURVE_STEPS, keep="best"), THREATS.get(settings.norm)
 
     def attack_at(radius: float) -> tuple[float, Prediction]:
@@ -379,7 +375,7 @@ def _epsilon_curve(
             held = middle
     slack = 1 + 1e-4  # a change at the ball's border, measured again in float32
     lowest = [min(p.probabilities[label] for size, p in points if size <= radius * slack + 1e-7) for radius in grid]
-    return EpsilonCurve(outcome.name, grid, lowest, smallest if smallest < float("inf") else None)
+    return EpsilonCurve(model, grid, lowest, smallest if smallest < float("inf") else None)
 
 
 class LeaderboardRow(NamedTuple):

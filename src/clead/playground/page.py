@@ -172,15 +172,15 @@ class Page:
             other = None if label == chosen.label else "" if label is None else classes[label]
             yield (
                 pictures.verdict(outcomes, classes, settings),
-                pictures.cards(outcomes, self.comparison, chosen.image, settings),
+                pictures.cards(outcomes, classes, chosen.image, settings),
                 "",
                 query(settings, chosen.index, other),
             )
             max_eps = self.comparison.radii[settings.norm].largest
             with self.one_at_a_time:
                 report = _reporter(progress, 0.5, 1.0)
-                curves = epsilon_curves(pair, chosen.image, outcomes, settings, max_eps, report)
-            yield gr.skip(), gr.skip(), pictures.epsilon_plot(curves, pair, settings), gr.skip()
+                curves = epsilon_curves(chosen.image, outcomes, settings, max_eps, report)
+            yield gr.skip(), gr.skip(), pictures.epsilon_plot(curves, settings), gr.skip()
 
     def attack_if_linked(
         self, follow: bool, chosen: ChosenImage, truth: Any, *values: Any

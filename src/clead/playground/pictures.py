@@ -12,7 +12,7 @@ from torch import Tensor
 from clead.evaluation.suites import in_words
 from clead.inference.png import png_uri
 from clead.playground.choices import ATTACK_OPTIONS, AttackSettings
-from clead.playground.comparison import Comparison, EpsilonCurve, LeaderboardRow, Outcome, PlaygroundModel, Prediction
+from clead.playground.comparison import EpsilonCurve, LeaderboardRow, Outcome, PlaygroundModel, Prediction
 from clead.results.figure import MUTED, PALETTE, PALETTE_DARK, draw, head, new_axes, percent_axis, style
 from clead.results.format import duration, interval, norm_of, percent, threat_of
 from clead.results.record import Estimate
@@ -78,14 +78,12 @@ def verdict(outcomes: Sequence[Outcome], classes: Sequence[str], settings: Attac
     )
 
 
-def cards(outcomes: Sequence[Outcome], comparison: Comparison, image: Tensor, settings: AttackSettings) -> str:
+def cards(outcomes: Sequence[Outcome], classes: Sequence[str], image: Tensor, settings: AttackSettings) -> str:
     """Return each model's clean image, change and adversarial image side by side, with probabilities and the detector's verdict."""
-    pairs = zip(outcomes, comparison.pair, strict=True)
-    each = (_card(outcome, model, comparison.classes, image, settings) for outcome, model in pairs)
-    return f'<div class="clead">{"".join(each)}</div>'
+    return f'<div class="clead">{"".join(_card(outcome, classes, image, settings) for outcome in outcomes)}</div>'
 
 
-def epsilon_plot(curves: Sequence[EpsilonCurve], models: Sequence[PlaygroundModel], settings: AttackSettings) -> str:
+def epsilon_plot(curves: Sequence[EpsilonCurve], settings: AttackSettings) -> str:
     """Return the plot of the right class's probability against ε, and the smallest ε that breaks each model, in words."""
     norm = norm_of(settings.norm)
     figure, axes = new_axes(470, 210)
@@ -96,7 +94,7 @@ def epsilon_plot(curves: Sequence[EpsilonCurve], models: Sequence[PlaygroundMode
     axes.axvline(unit * settings.eps, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     axes.text(unit * settings.eps, 1.02, " chosen ε", color=MUTED, fontsize=9, va="top")
     rows, key, descriptions, legend = [], [], [], ""
-    for i, (curve, model) in enumerate(zip(curves, models, strict=True)):
+    for i, curve in enumerate(curves):
         if curve.smallest == 0:  # not attacked, so it would be drawn as if nothing could move it
             continue
         color, marker, dash = style(i)
@@ -104,11 +102,11 @@ def epsilon_plot(curves: Sequence[EpsilonCurve], models: Sequence[PlaygroundMode
         axes.plot(radii, curve.probabilities, color=color, marker=marker, markersize=4, linestyle=dash, linewidth=1.8)
         if curve.smallest is not None and curve.smallest <= last:
             axes.axvline(unit * curve.smallest, color=color, linewidth=1.2, linestyle=dash, ymax=0.94)
-        rows += [(curve.name, radius, p) for radius, p in zip(curve.radii, curve.probabilities, strict=True)]
-        key.append((curve.name, i))
+        rows += [(curve.model.name, radius, p) for radius, p in zip(curve.radii, curve.probabilities, strict=True)]
+        key.append((curve.model.name, i))
         first, end = curve.probabilities[0], curve.probabilities[-1]
-        descriptions.append(f"{curve.name} falls from {first:.0%} at ε 0 to {end:.0%} at ε {last:.3g}")
-        name = f"{escape(model.name)}, {escape(trained(model))}"
+        descriptions.append(f"{curve.model.name} falls from {first:.0%} at ε 0 to {end:.0%} at ε {last:.3g}")
+        name = escape(f"{curve.model.name}, {trained(curve.model)}")
         legend += f'<span><b style="background:var(--p{i})"></b>{name}</span>'
     axes.set_xlim(0, 1.03 * unit * curves[0].radii[-1])
     columns = ("model", f"epsilon ({settings.norm})", "probability of the right class")
@@ -168,7 +166,7 @@ def _attack(settings: AttackSettings) -> str:
 
 
 def _sentence(outcome: Outcome, classes: Sequence[str]) -> str:
-    name, now, was = f"<b>{escape(outcome.name)}</b>", outcome.adversarial, outcome.clean
+    name, now, was = f"<b>{escape(outcome.model.name)}</b>", outcome.adversarial, outcome.clean
     sure, before = percent(max(now.probabilities), 0), percent(max(was.probabilities), 0)
     if not outcome.attacked:
         right = escape(classes[outcome.label])
@@ -184,24 +182,22 @@ def _sentence(outcome: Outcome, classes: Sequence[str]) -> str:
     return f"{name} still says <b>{escape(classes[now.answer])}</b> ({sure} sure, {before} before)."
 
 
-def _card(
-    outcome: Outcome, model: PlaygroundModel, classes: Sequence[str], image: Tensor, settings: AttackSettings
-) -> str:
+def _card(outcome: Outcome, classes: Sequence[str], image: Tensor, settings: AttackSettings) -> str:
     drawn, k = change(outcome.x_adv - image.float() / 255)
     kind, badge = ("fooled", "fooled") if outcome.broken else ("held", "holds")
     if not outcome.attacked:
         kind, badge = "other", "wrong already"
-    right = classes[outcome.label]
+    name, right = escape(outcome.model.name), classes[outcome.label]
     target = "the model's own answer stands for the true class" if outcome.own else f"true class: {right}"
     facts = "".join(f'<p class="muted">{escape(fact)}</p>' for fact in _facts(outcome, classes, settings))
     return (
-        f'<section class="card" aria-label="{escape(model.name)}"><h3>{escape(model.name)} '
-        f'<span class="badge {kind}">{badge}</span></h3><p class="muted">{escape(trained(model))}; {escape(target)}</p>'
+        f'<section class="card" aria-label="{name}"><h3>{name} <span class="badge {kind}">{badge}</span></h3>'
+        f'<p class="muted">{escape(trained(outcome.model))}; {escape(target)}</p>'
         f'<div class="three"><figure><figcaption>clean</figcaption>{_picture(image, f"the clean image, {right}")}'
         f"{_bars(outcome.clean, outcome, classes)}</figure>"
         f"<figure><figcaption>change ×{k:g}</figcaption>{_picture(drawn, 'what the attack changed')}{facts}</figure>"
         f"<figure><figcaption>adversarial</figcaption>{_picture(outcome.x_adv, 'the image after the attack')}"
-        f"{_bars(outcome.adversarial, outcome, classes)}</figure></div>{_detected(outcome, model)}</section>"
+        f"{_bars(outcome.adversarial, outcome, classes)}</figure></div>{_detected(outcome)}</section>"
     )
 
 
@@ -245,9 +241,9 @@ def _bars(prediction: Prediction, outcome: Outcome, classes: Sequence[str]) -> s
     return f'<ul class="bars">{"".join(lines)}</ul>'
 
 
-def _detected(outcome: Outcome, model: PlaygroundModel) -> str:
+def _detected(outcome: Outcome) -> str:
     """Return what the detector says of both images."""
-    detector, before, after = model.detector, outcome.clean.score, outcome.adversarial.score
+    detector, before, after = outcome.model.detector, outcome.clean.score, outcome.adversarial.score
     if detector is None or before is None or after is None:
         return ""
     name, threshold = escape(detector.name.replace("_", " ")), detector.threshold
@@ -269,7 +265,7 @@ def _detected(outcome: Outcome, model: PlaygroundModel) -> str:
 
 
 def _smallest(curve: EpsilonCurve, settings: AttackSettings) -> str:
-    name = f"<b>{escape(curve.name)}</b>"
+    name = f"<b>{escape(curve.model.name)}</b>"
     if curve.smallest is None:
         return f"{name}: no change was found that makes its answer wrong."
     if curve.smallest == 0:

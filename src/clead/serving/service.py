@@ -99,7 +99,7 @@ class Service:
         troubles = [batcher.trouble() for batcher in self.batchers.values()]
         if request.app.state.draining:
             troubles = ["the server is stopping"]
-        for trouble in filter(None, troubles):
+        if trouble := next(filter(None, troubles), None):
             raise Problem(503, trouble, {"Retry-After": "5"})
         return self._health("ready")
 
