@@ -21,12 +21,12 @@ from PIL import Image
 
 import clead
 from clead.errors import UserError
+from clead.inference.hosts import hosts_of
 from clead.inference.models import Outputs, ServedModel
 from clead.inference.problems import Problem
 from clead.measurements.detection import Mahalanobis, threshold_at
 from clead.serving import ServeSettings, create_app
 from clead.serving.batching import Batcher
-from clead.serving.hosts import hosts_of
 from clead.serving.logs import JsonFormatter
 from clead.serving.metrics import Metrics
 from clead.settings import validated

@@ -25,9 +25,9 @@ import uvicorn
 import clead
 import clead.cli.serve
 from clead.errors import UserError
+from clead.inference.hosts import hosts_of
 from clead.inference.models import ServedModel
 from clead.serving import ServeSettings, create_app
-from clead.serving.hosts import hosts_of
 from clead.serving.protocol import limited_protocol
 from clead.serving.server import _Server
 from support import ROOT

@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import SecretStr, model_validator
 
-from clead.inference.host_names import allowed_name
 from clead.settings import setting, settings
 
 
@@ -88,6 +87,10 @@ class ServeSettings:
 
     @model_validator(mode="after")
     def _check(self) -> ServeSettings:
+        from clead.inference.hosts import (
+            allowed_name,  # it takes the server's packages, which clead serve --help does not
+        )
+
         for name in self.allowed_hosts:
             allowed_name(name)
         return self

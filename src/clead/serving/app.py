@@ -11,12 +11,12 @@ from fastapi.security import APIKeyHeader
 
 from clead import __version__
 from clead.errors import MissingExtra
+from clead.inference.hosts import hosts_of
 from clead.inference.models import open_models
 from clead.inference.settings import ServeSettings
 from clead.serving import openapi
 from clead.serving.auth_limits import Gate
 from clead.serving.error_handlers import HANDLERS
-from clead.serving.hosts import hosts_of
 from clead.serving.metrics import Metrics
 from clead.serving.schemas import ExplainAnswer, Health, PredictAnswer
 from clead.serving.service import Service

@@ -14,8 +14,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from clead.errors import UserError
+from clead.inference.hosts import hosts_of
 from clead.inference.settings import ServeSettings
-from clead.serving.hosts import hosts_of
 from clead.serving.logs import log, log_as_json
 from clead.serving.protocol import limited_protocol
 
