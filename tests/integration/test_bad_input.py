@@ -204,7 +204,7 @@ def test_parquet_without_its_columns(fails, here):
 
 
 def test_a_missing_extra_names_its_install_command(fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     fails("train", "digits-clead", has="pip install 'clead[data]'")
 
 

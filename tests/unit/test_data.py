@@ -130,7 +130,7 @@ def test_digits_split_is_fixed_and_stratified():
 
 
 def test_digits_without_scikit_learn_names_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
     with pytest.raises(MissingExtra, match=r"clead\[data\]"):
         DATASETS.get("digits")().load(0)
 

@@ -242,7 +242,7 @@ def _write(path: Path, name: str, source: IO[bytes], target: Path) -> None:
 def _target(path: Path, folder: Path, name: str) -> Path | None:
     """Return where a member goes, None for clutter; UserError if its name leads out of the folder."""
     plain = name.replace("\\", "/")
-    parts = [part for part in plain.split("/") if part not in ("", ".")]
+    parts = [component for component in plain.split("/") if component not in ("", ".")]
     if plain.startswith("/") or ".." in parts or re.match("[A-Za-z]:", plain) or "\0" in plain:
         raise _refused(path, name, "leads out of the folder")
     if not parts or _CLUTTER.fullmatch(plain):

@@ -63,13 +63,13 @@ def split_words(name: str) -> tuple[Role | None, str]:
     >>> split_words("seg_train"), split_words("held-out"), split_words("TestImages"), split_words("dogs")
     (('train', 'seg'), ('test', ''), ('test', ''), (None, 'dogs'))
     """
-    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+", name)]
-    if whole := _SPLITS.get("".join(words)):
+    tokens = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+", name)]
+    if whole := _SPLITS.get("".join(tokens)):
         return whole, ""
-    roles = {_SPLITS[word] for word in words if word in _SPLITS}
+    roles = {_SPLITS[word] for word in tokens if word in _SPLITS}
     if len(roles) != 1:
-        return None, " ".join(words)
-    return roles.pop(), " ".join(word for word in words if word not in _SPLITS and word not in _ALL_SPLITS)
+        return None, " ".join(tokens)
+    return roles.pop(), " ".join(word for word in tokens if word not in _SPLITS and word not in _ALL_SPLITS)
 
 
 @dataclass(frozen=True)
@@ -259,34 +259,32 @@ class InMemoryDataset(ABC):
             UserError: a path is missing, an image is broken, labels or classes are not as they should be.
                 Everything that can be checked without decoding is checked first.
         """
-        found = self.read()
+        raw = self.read()
         # Folders and files name the classes: no name may command a terminal.
-        found = found._replace(classes=tuple(map(printable, found.classes)))
-        found, origin = assign_splits(
-            self.grouped(found if self.only is None else with_values(found, self.only)), training
-        )
-        self._check(found, training)
-        order = None if self.classes is None else renumber(found, self.classes)
+        raw = raw._replace(classes=tuple(map(printable, raw.classes)))
+        raw, origin = assign_splits(self.grouped(raw if self.only is None else with_values(raw, self.only)), training)
+        self._check(raw, training)
+        order = None if self.classes is None else renumber(raw, self.classes)
         fit, unreadable = ResizeSpec(self.image_size, self.resize, self.channels, self.background), ()
         remarks: Counter[str] = Counter()
         try:
-            train, val, test = _decode(found, fit, remarks)
+            train, val, test = _decode(raw, fit, remarks)
         except UserError:
             if not self.skip_unreadable:
                 raise
-            found, unreadable = _without_unreadable(found, fit)
-            self._check(found, training)
+            raw, unreadable = _without_unreadable(raw, fit)
+            self._check(raw, training)
             remarks.clear()
-            train, val, test = _decode(found, fit, remarks)
-        notes = (*found.notes, *say_remarks(remarks, self.background))
+            train, val, test = _decode(raw, fit, remarks)
+        notes = (*raw.notes, *say_remarks(remarks, self.background))
         marks = {
-            "training": _marks(found.train, train),
-            "validation": _marks(found.val, val),
-            "test": _marks(found.test, test),
+            "training": _marks(raw.train, train),
+            "validation": _marks(raw.val, val),
+            "test": _marks(raw.test, test),
         }
         sets = [train, *([] if val is None else [val]), test]
         notes = (*notes, *repeats(sets, [digest for each in marks.values() for _, digest in each]))
-        groups = found.train.columns.get(_GROUP)
+        groups = raw.train.columns.get(_GROUP)
         if self.limit_train is not None and self.limit_train < len(train):
             chosen = cut(train.labels, groups, self.limit_train, _LIMIT_SEED, least=2, spare=0)[0]
             train, groups = train.subset(chosen), at(groups, chosen) or None
@@ -299,59 +297,59 @@ class InMemoryDataset(ABC):
             train, val = train.subset(rest), train.subset(chosen)
             marks["validation"], marks["training"] = at(marks["training"], chosen), at(marks["training"], rest)
         notes = (*notes, *_leaks({"training": train, "validation": val, "test": test}, marks))
-        classes = found.classes
+        classes = raw.classes
         if order is not None:  # after the cuts, which are the same in every order of the classes
             train, val, test, classes = order.of(train), order.of(val), order.of(test), order.classes
             notes = (*notes, *order.notes)
         digest = fingerprint([train, val, test], classes)  # of the true labels, whatever is hidden or wrong below
         train = hide_labels(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
-        return Splits(train, val, test, classes, digest, unreadable, found.skipped, notes, origin)
+        return Splits(train, val, test, classes, digest, unreadable, raw.skipped, notes, origin)
 
-    def grouped(self, found: RawSplits) -> RawSplits:
+    def grouped(self, raw: RawSplits) -> RawSplits:
         """Return the data with the group of each image, if ``group_by`` is set."""
         if self.group_by is None:
-            return found
+            return raw
         root, parts, single = str(getattr(self, "path", None) or ""), {}, 0
-        for name, part in found.parts.items():
-            if len(part.labels):
-                files = part.columns.get("file", part.names)  # what a table calls its images
-                groups, lonely = group_names(self.group_by, files, part.columns, root)
-                parts[name], single = replace(part, columns={**part.columns, _GROUP: groups}), single + lonely
-        said = {"train": "training", "val": "validation", "test": "test"}
-        notes = shared_groups({said[name]: part.columns[_GROUP] for name, part in parts.items()})
+        for name, split in raw.parts.items():
+            if len(split.labels):
+                files = split.columns.get("file", split.names)  # what a table calls its images
+                groups, lonely = group_names(self.group_by, files, split.columns, root)
+                parts[name], single = replace(split, columns={**split.columns, _GROUP: groups}), single + lonely
+        titles = {"train": "training", "val": "validation", "test": "test"}
+        notes = shared_groups({titles[name]: split.columns[_GROUP] for name, split in parts.items()})
         if single:
             notes.append(f"data.group_by matches {single} names not, and each of these images is a group of its own")
-        return found._replace(**parts, notes=(*found.notes, *notes))
+        return raw._replace(**parts, notes=(*raw.notes, *notes))
 
     @staticmethod
-    def groups_of(part: RawSplit) -> Sequence[str] | None:
+    def groups_of(split: RawSplit) -> Sequence[str] | None:
         """Return the group of each image, as ``grouped`` has found them, or None."""
-        return part.columns.get(_GROUP)
+        return split.columns.get(_GROUP)
 
-    def _check(self, found: RawSplits, training: bool) -> None:
+    def _check(self, raw: RawSplits, training: bool) -> None:
         if training:
-            check(found, limit_train=self.limit_train)
-        elif not len(found.test.labels):
+            check(raw, limit_train=self.limit_train)
+        elif not len(raw.test.labels):
             raise UserError("there must be test images, got none; check --data.path")
         else:
-            check_labels(found)
+            check_labels(raw)
 
 
-def _marks(part: RawSplit | None, images: ImageSet | None) -> list[tuple[str, bytes]]:
+def _marks(split: RawSplit | None, images: ImageSet | None) -> list[tuple[str, bytes]]:
     """Return the name, or "", and a digest of each image."""
-    if part is None or images is None:
+    if split is None or images is None:
         return []
-    return list(zip(part.names or [""] * len(images), digests_of(images.images), strict=True))
+    return list(zip(split.names or [""] * len(images), digests_of(images.images), strict=True))
 
 
 def _leaks(sets: Mapping[str, ImageSet], marks: Mapping[str, Sequence[tuple[str, bytes]]]) -> list[str]:
     """Return notes on images that are there twice; nearly equal ones are looked for among not too many image files."""
     splits = {}
-    for name, part in sets.items():
-        if len(part):
+    for name, subset in sets.items():
+        if len(subset):
             names, digests = zip(*marks[name], strict=True)
-            images = list(part.images.permute(0, 2, 3, 1).numpy())
-            splits[name] = Split(images, part.labels.tolist(), names if all(names) else (), digests)
+            images = list(subset.images.permute(0, 2, 3, 1).numpy())
+            splits[name] = Split(images, subset.labels.tolist(), names if all(names) else (), digests)
     files = all(len(split.names) == len(split.images) <= HASHED for split in splits.values())
     near = files and sum(map(len, sets.values())) <= HASHED and find_spec("imagehash") is not None
     return find_duplicates(splits, near=near).leaks()
@@ -362,39 +360,39 @@ def at(values: Sequence[T] | None, index: Tensor) -> list[T]:
     return [values[i] for i in index.tolist()] if values else []
 
 
-def with_values(found: RawSplits, only: str) -> RawSplits:
+def with_values(raw: RawSplits, only: str) -> RawSplits:
     """Return the images whose columns have the values of ``only``, ``"COLUMN=VALUE …"``; UserError if there are none."""
-    parts = found.parts
-    columns = sorted({column for part in parts.values() for column in part.columns})
+    parts = raw.parts
+    columns = sorted({column for split in parts.values() for column in split.columns})
     for word in shlex.split(only):
         column, _, value = word.partition("=")
-        given = {each for part in parts.values() for each in part.columns.get(column, ())}
+        given = {each for split in parts.values() for each in split.columns.get(column, ())}
         if value not in given:
             known = did_you_mean(value, given) if given else f"there are the columns {', '.join(columns) or 'none'}"
             raise UserError(f"data.only must be COLUMN=VALUE of images that are there, got {word!r}; {known}")
-        for name, part in parts.items():
-            rows = [row for row, each in enumerate(part.columns.get(column, ())) if each == value]
-            parts[name] = part.subset(torch.tensor(rows, dtype=torch.int64))
+        for name, split in parts.items():
+            rows = [row for row, each in enumerate(split.columns.get(column, ())) if each == value]
+            parts[name] = split.subset(torch.tensor(rows, dtype=torch.int64))
     note = f"only images with {only} are read (data.only)"
-    return found._replace(**parts, notes=(*found.notes, note))
+    return raw._replace(**parts, notes=(*raw.notes, note))
 
 
-def assign_splits(found: RawSplits, training: bool) -> tuple[RawSplits, Literal["test", "val", "train", "all"]]:
+def assign_splits(raw: RawSplits, training: bool) -> tuple[RawSplits, Literal["test", "val", "train", "all"]]:
     """Return the data with test images, and what they are: see ``Splits.origin``."""
-    if len(found.test.labels) or not (len(found.train.labels) or found.val):
-        return found, "test"
-    if found.val is not None and len(found.val.labels):
+    if len(raw.test.labels) or not (len(raw.train.labels) or raw.val):
+        return raw, "test"
+    if raw.val is not None and len(raw.val.labels):
         note = "there is no test split, so the test images are those of the validation split"
-        return found._replace(test=found.val, val=None, notes=(*found.notes, note)), "val"
-    if found.unsplit and not training:
+        return raw._replace(test=raw.val, val=None, notes=(*raw.notes, note)), "val"
+    if raw.unsplit and not training:
         note = "the data has no splits, so the test images are all its images; a model trained on some of them remembers those"
-        return found._replace(train=NO_IMAGES, test=found.train, val=None, notes=(*found.notes, note)), "all"
-    check(found._replace(test=found.train))
+        return raw._replace(train=NO_IMAGES, test=raw.train, val=None, notes=(*raw.notes, note)), "all"
+    check(raw._replace(test=raw.train))
     note = "there is no test split and no validation split, so the test images are a fixed fifth of the training images"
-    labels, groups = found.train.labels, found.train.columns.get(_GROUP)
+    labels, groups = raw.train.labels, raw.train.columns.get(_GROUP)
     chosen, rest = cut(labels, groups, round(0.2 * len(labels)), _TEST_SEED)
-    train, test = found.train.subset(rest), found.train.subset(chosen)
-    return found._replace(train=train, test=test, val=None, notes=(*found.notes, note)), "train"
+    train, test = raw.train.subset(rest), raw.train.subset(chosen)
+    return raw._replace(train=train, test=test, val=None, notes=(*raw.notes, note)), "train"
 
 
 def cut(
@@ -406,11 +404,11 @@ def cut(
     return cut_groups(labels, groups, count, seed, spare=spare)
 
 
-def renumber(found: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
+def renumber(raw: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
     """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
-    labels = torch.cat([part.labels for part in found.parts.values()])
-    counts = torch.bincount(labels, minlength=len(found.classes)).tolist()
-    return renumbering(found.classes, counts, names)
+    labels = torch.cat([split.labels for split in raw.parts.values()])
+    counts = torch.bincount(labels, minlength=len(raw.classes)).tolist()
+    return renumbering(raw.classes, counts, names)
 
 
 def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:
@@ -418,41 +416,41 @@ def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:
     return [text.format(remarks[key], background=background) for key, text in REMARKS.items() if remarks[key]]
 
 
-def _decode(found: RawSplits, fit: ResizeSpec, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
+def _decode(raw: RawSplits, fit: ResizeSpec, remarks: Counter[str]) -> tuple[ImageSet, ImageSet | None, ImageSet]:
     """Return training, validation and test images, all of one shape."""
-    parts = list(found.parts.values())
-    filled = [part for part in parts if len(part.labels)]
+    parts = list(raw.parts.values())
+    filled = [split for split in parts if len(split.labels)]
     decoded: dict[int, Tensor] = {}
-    if all(isinstance(part.images, Tensor) for part in filled):
-        for part in filled:
-            decoded[id(part)] = fit_arrays(cast(Tensor, part.images), fit)
+    if all(isinstance(split.images, Tensor) for split in filled):
+        for split in filled:
+            decoded[id(split)] = fit_arrays(cast(Tensor, split.images), fit)
         first = decoded[id(filled[0])]
-        for part in filled[1:]:
-            if decoded[id(part)].shape[1:] != first.shape[1:]:
+        for split in filled[1:]:
+            if decoded[id(split)].shape[1:] != first.shape[1:]:
                 raise UserError(
                     f"training images are {_shape(first)} (channels x height x width) but test images "
-                    f"{_shape(decoded[id(part)])}; set --data.image_size and --data.channels to bring them together"
+                    f"{_shape(decoded[id(split)])}; set --data.image_size and --data.channels to bring them together"
                 )
     else:
-        blobs = [blob for part in filled for blob in cast(list[bytes], part.images)]
-        first = decode(blobs, [name for part in filled for name in part.names], fit, remarks=remarks)
-        for part, images in zip(filled, first.split([len(part.labels) for part in filled]), strict=True):
-            decoded[id(part)] = images
-    sets = [ImageSet(decoded.get(id(part), first[:0]), part.labels) for part in parts]
-    return sets[0], None if found.val is None else sets[1], sets[-1]
+        blobs = [blob for split in filled for blob in cast(list[bytes], split.images)]
+        first = decode(blobs, [name for split in filled for name in split.names], fit, remarks=remarks)
+        for split, images in zip(filled, first.split([len(split.labels) for split in filled]), strict=True):
+            decoded[id(split)] = images
+    sets = [ImageSet(decoded.get(id(split), first[:0]), split.labels) for split in parts]
+    return sets[0], None if raw.val is None else sets[1], sets[-1]
 
 
-def _without_unreadable(found: RawSplits, fit: ResizeSpec) -> tuple[RawSplits, tuple[str, ...]]:
+def _without_unreadable(raw: RawSplits, fit: ResizeSpec) -> tuple[RawSplits, tuple[str, ...]]:
     """Return what can be decoded, and the names of the rest, which a warning counts."""
-    parts, skipped = found.parts, []
-    for name, part in found.parts.items():
-        if not isinstance(part.images, Tensor):
-            good = torch.tensor(readable(part.images, part.names, fit), dtype=torch.bool)
-            skipped += [part.names[i] for i in (~good).nonzero()[:, 0].tolist()]
-            parts[name] = part.subset(good.nonzero()[:, 0])
+    parts, skipped = raw.parts, []
+    for name, split in raw.parts.items():
+        if not isinstance(split.images, Tensor):
+            good = torch.tensor(readable(split.images, split.names, fit), dtype=torch.bool)
+            skipped += [split.names[i] for i in (~good).nonzero()[:, 0].tolist()]
+            parts[name] = split.subset(good.nonzero()[:, 0])
     if skipped:
-        say_left_out(skipped, sum(len(part.labels) for part in found.parts.values()))
-    return found._replace(**parts), tuple(skipped)
+        say_left_out(skipped, sum(len(split.labels) for split in raw.parts.values()))
+    return raw._replace(**parts), tuple(skipped)
 
 
 def say_left_out(skipped: Sequence[str], count: int) -> None:
@@ -471,10 +469,10 @@ def say_skipped(skipped: Sequence[str]) -> None:
         _log.warning("%d files are not read: %s%s", len(skipped), "; ".join(skipped[:_NAMED]), more)
 
 
-def check_labels(found: RawSplits) -> None:
+def check_labels(raw: RawSplits) -> None:
     """Raise UserError unless all labels are in [0, K)."""
-    classes, parts = found.classes, [("training", found.train), ("validation", found.val), ("test", found.test)]
-    labels = {name: part.labels.numpy() for name, part in parts if part is not None and len(part.labels)}
+    classes, parts = raw.classes, [("training", raw.train), ("validation", raw.val), ("test", raw.test)]
+    labels = {name: split.labels.numpy() for name, split in parts if split is not None and len(split.labels)}
     remedy = "number the labels from 0 and name every class"
     if labels and min(each.min() for each in labels.values()) == 1:
         remedy = "the labels begin at 1: subtract 1 from all of them"
@@ -487,22 +485,22 @@ def check_labels(found: RawSplits) -> None:
         raise UserError(*problems)
 
 
-def check(found: RawSplits, *, limit_train: int | None = None) -> None:
+def check(raw: RawSplits, *, limit_train: int | None = None) -> None:
     """Raise UserError, listing every problem, unless labels and classes allow training and testing."""
-    train, test, classes = found[:3]
+    train, test, classes = raw[:3]
     if len(train.labels) == 0 or len(test.labels) == 0:
         raise UserError(
             f"there must be training and test images, got {len(train.labels)} and {len(test.labels)}; add the others at "
             "--data.path (only clead evaluate --model does without training images)"
         )
-    check_labels(found)
+    check_labels(raw)
     problems = []
     counts = np.bincount(train.labels.numpy(), minlength=len(classes))
     if np.count_nonzero(counts) < 2:
         only = classes[int(counts.argmax())]
         raise UserError(f"a classifier needs at least 2 classes with training images, got only {only!r}; add another")
-    for split, part in (("test", test), ("validation", found.val)):
-        labels = np.empty(0, np.int64) if part is None else part.labels.numpy()
+    for split, images in (("test", test), ("validation", raw.val)):
+        labels = np.empty(0, np.int64) if images is None else images.labels.numpy()
         lacking = np.flatnonzero((np.bincount(labels, minlength=len(classes)) > 0) & (counts == 0))
         if len(lacking):
             problems.append(

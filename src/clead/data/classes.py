@@ -402,7 +402,7 @@ def align_classes(
     notes = list(new.notes)
     if disagreeing:
         notes.append(f"{_disagreement(splits, names, filled, numbers)}: labels were numbered as {source} does, by name")
-    sets = [new.of(part) for part in (splits.train, splits.val, splits.test)]
+    sets = [new.of(images) for images in (splits.train, splits.val, splits.test)]
     changed = dataclasses.replace(splits, train=sets[0], val=sets[1], test=sets[2], classes=names)
     return changed, tuple(notes)
 

@@ -98,10 +98,12 @@ def decode(
     Image.init()  # once, before the threads
 
     def run(start: int) -> list[np.ndarray]:
-        part, own = slice(start, start + _CHUNK), Counter()
-        arrays = [decode_one(blob, name, fit, own) for blob, name in zip(blobs[part], names[part], strict=True)]
+        rows, chunk_remarks = slice(start, start + _CHUNK), Counter()
+        arrays = [
+            decode_one(blob, name, fit, chunk_remarks) for blob, name in zip(blobs[rows], names[rows], strict=True)
+        ]
         with _lock:
-            counted.update(own)
+            counted.update(chunk_remarks)
         return arrays
 
     if len(blobs) <= _CHUNK:  # one piece of work: starting a thread for it takes longer than a small image

@@ -85,10 +85,10 @@ class Duplicates:
             if count:
                 notes.append(f"{count} more {split} images nearly equal {earlier} images: their figures are too good")
         if any(self.near_shared.values()) and self.group_by:
-            kept = f"; it leaves {self.remaining} of {self.pairs} pairs apart" if self.remaining else ""
+            remainder = f"; it leaves {self.remaining} of {self.pairs} pairs apart" if self.remaining else ""
             notes.append(
                 f"nearly equal images come in series by their names: --data.group_by '{self.group_by}' keeps each series in one "
-                f"split{kept}"
+                f"split{remainder}"
             )
         return notes
 

@@ -56,20 +56,20 @@ def describe(folder: Path) -> str:
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() and not entry.name.startswith("."):
             kinds.setdefault(entry.suffix.lower(), []).append(display(entry.name))
-    said = []
+    sentences = []
     if folders:
         count = sum(map(holds_image, folders))
         which = f"a folder {display(folders[0].name)}" if len(folders) == 1 else f"{len(folders)} folders"
-        said += [
+        sentences += [
             which,
             f"{count} of them with images" if len(folders) > 1 else "with images" if count else "without images",
         ]
     common = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    said += [
+    sentences += [
         f"a file {names[0]}" if len(names) == 1 else f"{len(names)} files *{suffix}" for suffix, names in common[:4]
     ]
     more = sum(len(names) for _, names in common[4:])
-    return ", ".join([*said, *([f"{more} other files"] if more else [])]) or "nothing"
+    return ", ".join([*sentences, *([f"{more} other files"] if more else [])]) or "nothing"
 
 
 def display(path: Path | str) -> str:

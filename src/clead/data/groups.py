@@ -56,8 +56,8 @@ def group_names(
         )
     single = sum(match is None for match in matches)
     return [
-        own if match is None else next((value for value in match.groups() if value is not None), match[0])
-        for match, own in zip(matches, below, strict=True)
+        own_name if match is None else next((value for value in match.groups() if value is not None), match[0])
+        for match, own_name in zip(matches, below, strict=True)
     ], single
 
 
@@ -100,15 +100,15 @@ def cut_groups(
 
     def change(group: int) -> tuple[float, bool]:
         """Return how much nearer the counts come (negative) by this group, and whether enough is left over."""
-        part = slice(first[group], first[group + 1])
-        k, more = label[part], amounts[part]
+        rows = slice(first[group], first[group + 1])
+        k, more = label[rows], amounts[rows]
         gain = weight[k] * ((taken[k] + more - target[k]) ** 2 - (taken[k] - target[k]) ** 2)
         return float(gain.sum()), bool((taken[k] + more <= sizes[k] - spare).all())
 
     def take(group: int) -> None:
         chosen[group] = True
-        part = slice(first[group], first[group + 1])
-        taken[label[part]] += amounts[part]
+        rows = slice(first[group], first[group + 1])
+        taken[label[rows]] += amounts[rows]
 
     for group in np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed))).permutation(len(chosen)):
         nearer, allowed = change(group)

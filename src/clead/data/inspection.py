@@ -97,44 +97,46 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
     Raises:
         UserError: nothing can be read at all: there is no such path, no known layout, or no image that can be decoded.
     """
-    found = data.read()
-    found = found if data.only is None else with_values(found, data.only)
+    raw = data.read()
+    raw = raw if data.only is None else with_values(raw, data.only)
     problems: list[str] = []
-    found, order = _with_classes(data, found, problems)
+    raw, order = _with_classes(data, raw, problems)
     try:
-        found, origin = assign_splits(data.grouped(found), training=True)
-        check(found, limit_train=data.limit_train)
+        raw, origin = assign_splits(data.grouped(raw), training=True)
+        check(raw, limit_train=data.limit_train)
     except UserError as error:
         problems += error.problems
-        origin = "test" if len(found.test.labels) else ""
-    if found.val is None and len(found.train.labels) and not problems:
-        found = _with_validation(data, found)
-    parts = {name: part for name, part in found.parts.items() if len(part.labels)}
+        origin = "test" if len(raw.test.labels) else ""
+    if raw.val is None and len(raw.train.labels) and not problems:
+        raw = _with_validation(data, raw)
+    parts = {name: split for name, split in raw.parts.items() if len(split.labels)}
     sizes: Counter[str] = Counter()
     channels: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
     unreadable: list[str] = []
-    looked = {name: _look(part, data.background, sizes, channels, remarks, unreadable) for name, part in parts.items()}
+    looked = {
+        name: _look(split, data.background, sizes, channels, remarks, unreadable) for name, split in parts.items()
+    }
     if not sizes:
         raise UserError(*(unreadable[:5] or ["there is no image; check --data.path"]))
     duplicates, missing = _duplicates(parts, looked)
     options = _options(data, sizes, unreadable, problems)
-    notes = [*found.notes, *order, *say_remarks(remarks, data.background), *duplicates.notes(), *missing]
+    notes = [*raw.notes, *order, *say_remarks(remarks, data.background), *duplicates.notes(), *missing]
     report = DataReport(
         _layout(data),
-        {name: len(part.labels) for name, part in parts.items()},
+        {name: len(split.labels) for name, split in parts.items()},
         origin,
-        _class_counts(found, parts),
+        _class_counts(raw, parts),
         dict(sizes.most_common()),
         dict(channels),
         unreadable,
-        list(found.skipped),
+        list(raw.skipped),
         duplicates,
         notes,
         problems,
         options,
     )
-    return report, _contact_sheet(found.classes, parts, looked)
+    return report, _contact_sheet(raw.classes, parts, looked)
 
 
 def _layout(data: InMemoryDataset) -> str:
@@ -145,34 +147,34 @@ def _layout(data: InMemoryDataset) -> str:
     return min((reader.rank, reader.layout) for _, reader in READERS.items() if recognizes(reader, path))[1]
 
 
-def _with_classes(data: InMemoryDataset, found: RawSplits, problems: list[str]) -> tuple[RawSplits, tuple[str, ...]]:
+def _with_classes(data: InMemoryDataset, raw: RawSplits, problems: list[str]) -> tuple[RawSplits, tuple[str, ...]]:
     """Return the data with labels as ``data.classes`` numbers them."""
     if data.classes is None:
-        return found, ()
+        return raw, ()
     try:
-        order = renumber(found, data.classes)
+        order = renumber(raw, data.classes)
     except UserError as error:
         problems += error.problems
-        return found, ()
+        return raw, ()
     changed: dict[str, Any] = {
-        name: dataclasses.replace(part, labels=order(part.labels)) for name, part in found.parts.items()
+        name: dataclasses.replace(split, labels=order(split.labels)) for name, split in raw.parts.items()
     }
-    return found._replace(**changed, classes=order.classes), order.notes
+    return raw._replace(**changed, classes=order.classes), order.notes
 
 
-def _with_validation(data: InMemoryDataset, found: RawSplits) -> RawSplits:
+def _with_validation(data: InMemoryDataset, raw: RawSplits) -> RawSplits:
     """Return the data with the validation images that training with seed 0 would cut."""
-    labels = found.train.labels
+    labels = raw.train.labels
     try:
-        chosen, rest = cut(labels, data.groups_of(found.train), round(data.val_fraction * len(labels)), 0)
+        chosen, rest = cut(labels, data.groups_of(raw.train), round(data.val_fraction * len(labels)), 0)
     except UserError:
-        return found
+        return raw
     note = f"the validation images are cut from the training images (data.val_fraction {data.val_fraction:g}), here with seed 0"
-    return found._replace(train=found.train.subset(rest), val=found.train.subset(chosen), notes=(*found.notes, note))
+    return raw._replace(train=raw.train.subset(rest), val=raw.train.subset(chosen), notes=(*raw.notes, note))
 
 
 def _look(
-    part: RawSplit,
+    split: RawSplit,
     background: str,
     sizes: Counter[str],
     channels: Counter[str],
@@ -180,7 +182,7 @@ def _look(
     unreadable: list[str],
 ) -> _Looked:
     looked = _Looked()
-    for row, array in enumerate(_arrays(part, background, remarks, unreadable)):
+    for row, array in enumerate(_arrays(split, background, remarks, unreadable)):
         if array is None:
             continue
         sizes[f"{array.shape[1]}x{array.shape[0]}"] += 1
@@ -192,10 +194,10 @@ def _look(
 
 
 def _arrays(
-    part: RawSplit, background: str, remarks: Counter[str], unreadable: list[str]
+    split: RawSplit, background: str, remarks: Counter[str], unreadable: list[str]
 ) -> Iterator[np.ndarray | None]:
     """Yield the images, (H, W) or (H, W, 3), and None for one that cannot be decoded."""
-    images = part.images
+    images = split.images
     if isinstance(images, Tensor):
         yield from (image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in images)
         return
@@ -203,7 +205,7 @@ def _arrays(
 
     def one(row: int) -> np.ndarray | str:
         try:
-            return decode_one(images[row], part.names[row] if part.names else f"image {row}", fit, remarks)
+            return decode_one(images[row], split.names[row] if split.names else f"image {row}", fit, remarks)
         except UserError as error:
             return str(error)
 
@@ -224,14 +226,14 @@ def _shrunken(array: np.ndarray) -> np.ndarray:
 
 
 def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple[Duplicates, list[str]]:
-    said = {"train": "training", "val": "validation", "test": "test"}
+    titles = {"train": "training", "val": "validation", "test": "test"}
     splits = {}
-    for name, part in parts.items():
+    for name, subset in parts.items():
         rows = looked[name].rows
-        names = [part.names[row] for row in rows] if part.names else ()
+        names = [subset.names[row] for row in rows] if subset.names else ()
         if rows:
-            labels = part.labels[torch.tensor(rows)].tolist()
-            splits[said[name]] = Split(looked[name].small, labels, names, looked[name].digests)
+            labels = subset.labels[torch.tensor(rows)].tolist()
+            splits[titles[name]] = Split(looked[name].small, labels, names, looked[name].digests)
     total = sum(len(split.images) for split in splits.values())
     if total > NEAR:
         note = f"nearly equal images are not looked for: {total} images are more than {NEAR}; use --data.limit_train"
@@ -255,18 +257,18 @@ def _options(data: InMemoryDataset, sizes: Counter[str], unreadable: list[str], 
     return options
 
 
-def _class_counts(found: RawSplits, parts: dict[str, RawSplit]) -> dict[str, dict[str, int]]:
-    k = len(found.classes)
+def _class_counts(raw: RawSplits, parts: dict[str, RawSplit]) -> dict[str, dict[str, int]]:
+    k = len(raw.classes)
     counts = {name: torch.bincount(part.labels.clamp(0, k - 1), minlength=k).tolist() for name, part in parts.items()}
-    return {found.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
+    return {raw.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
 
 
 def _contact_sheet(classes: tuple[str, ...], parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> bytes:
     """Return a PNG: one line per class with its name and its first images."""
     by_class: dict[int, list[np.ndarray]] = {}
-    for name, part in parts.items():
+    for name, split in parts.items():
         for row, image in zip(looked[name].rows, looked[name].small, strict=True):
-            shown = by_class.setdefault(int(part.labels[row]), [])
+            shown = by_class.setdefault(int(split.labels[row]), [])
             if len(shown) < _SHOWN_IMAGES:
                 shown.append(image)
     labels = [label for label in sorted(by_class) if 0 <= label < len(classes)][:_SHOWN_CLASSES]

@@ -194,26 +194,26 @@ class Loader:
             return order[index * self.batch_size : (index + 1) * self.batch_size]
         step, pieces = epoch * self.steps_per_epoch + index, []
         for stream, pool, count in self._parts:
-            at, end = step * count, (step + 1) * count
-            while at < end:
-                turn, first = divmod(at, len(pool))
-                piece = self._order_of(stream, turn, len(pool))[first : first + end - at]
+            begin, end = step * count, (step + 1) * count
+            while begin < end:
+                turn, first = divmod(begin, len(pool))
+                piece = self._order_of(stream, turn, len(pool))[first : first + end - begin]
                 pieces.append(pool[piece])
-                at += len(piece)
+                begin += len(piece)
         return torch.cat(pieces)
 
     def _order_of(self, stream: int, turn: int, count: int) -> Tensor:
         """Return the order of ``count`` images when they come for the ``turn``-th time."""
-        kept = self._orders.get(stream)
-        if kept is None or kept[0] != turn:
+        cached = self._orders.get(stream)
+        if cached is None or cached[0] != turn:
             # Drawn on the CPU, so that every device sees the same order.
             generator = make_generator("cpu", self.seed, turn, stream)
             if isinstance(self.images, StreamedImages):
                 order = self.images.shuffled(generator)
             else:
                 order = torch.randperm(count, generator=generator)
-            self._orders[stream] = kept = (turn, order.to(self.device))
-        return kept[1]
+            self._orders[stream] = cached = (turn, order.to(self.device))
+        return cached[1]
 
 
 def cutmix(
@@ -241,14 +241,14 @@ def cutmix(
     share = torch._sample_dirichlet(torch.full((2,), alpha, dtype=torch.float64), generator=generator)[0]
     centre = torch.rand(2, generator=generator)
     rows, columns = (
-        _window(size, round(size * math.sqrt(1 - share)), int(size * at))
-        for size, at in zip((height, width), centre.tolist(), strict=True)
+        _window(size, round(size * math.sqrt(1 - share)), int(size * middle))
+        for size, middle in zip((height, width), centre.tolist(), strict=True)
     )
     mixed = images.clone()
     mixed[:, :, rows, columns] = images[partner][:, :, rows, columns]
-    kept = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
-    own = F.one_hot(labels, num_classes).float()
-    return mixed, kept * own + (1 - kept) * own[partner]
+    kept_area = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+    targets = F.one_hot(labels, num_classes).float()
+    return mixed, kept_area * targets + (1 - kept_area) * targets[partner]
 
 
 def _window(size: int, side: int, centre: int) -> slice:

@@ -83,7 +83,7 @@ class Shards:
         Where an image has none: ``missing``, or UserError if that is None.
         """
         groups = self.group_of(rows)
-        found: list[bytes] = [b""] * len(rows)
+        blobs: list[bytes] = [b""] * len(rows)
         for number in np.unique(groups):
             column = self._column(int(number))
             for place in np.flatnonzero(groups == number):
@@ -92,8 +92,8 @@ class Shards:
                 if blob is None:
                     name = self.name(int(rows[place]))
                     raise UserError(f"{name}: the image has no bytes (only a path?); write the file with them inside")
-                found[place] = blob
-        return found
+                blobs[place] = blob
+        return blobs
 
     def name(self, row: int) -> str:
         """Return what to call an image in an error: its file and its row there."""
@@ -111,7 +111,7 @@ class Shards:
             if _stamp(file) != self.stamps[group.file]:
                 raise UserError(f"{file}: was changed while it was being read; put the old file back, or train anew")
             room = self.capacity - group.rows
-            while self._kept and sum(self.groups[kept].rows for kept in self._kept) > room:
+            while self._kept and sum(self.groups[index].rows for index in self._kept) > room:
                 self._kept.popitem(last=False)
             try:
                 opened = self._open(group.file)
@@ -232,8 +232,8 @@ class StreamedImages:
         size = -(-len(blobs) // self.workers)
 
         def run(start: int) -> tuple[list[np.ndarray], Counter[str]]:
-            part, seen = slice(start, start + size), Counter()
-            pairs = zip(blobs[part], numbers[part], strict=True)
+            rows, seen = slice(start, start + size), Counter()
+            pairs = zip(blobs[rows], numbers[rows], strict=True)
             return [decode_one(blob, self.shards.name(int(row)), self.fit, seen) for blob, row in pairs], seen
 
         arrays = []
@@ -277,10 +277,10 @@ def unreadable(shards: Shards, fit: ResizeSpec) -> Tensor:
 
 def _stamp(file: Path) -> tuple[int, int]:
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); put the file back") from None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _footer(file: Path) -> bytes:

@@ -120,18 +120,18 @@ def _parsed(text: str, file: Path, line: int | None) -> Any:
 
 def _objects(values: Iterator[tuple[int, Any]], file: Path) -> Table:
     columns: dict[str, None] = {}
-    found, lines = [], []
+    objects, lines = [], []
     for line, value in values:
         if not isinstance(value, dict):
             raise UserError(
                 f'{file} line {line} must be an object such as {{"path": …, "label": …}}, got {str(value)[:80]!r}'
             )
         columns |= dict.fromkeys(value)
-        found.append(value)
+        objects.append(value)
         lines.append(line)
-    if not found:
+    if not objects:
         raise UserError(f'{file} is empty; it must hold objects such as {{"path": …, "label": …}}')
-    return Table(list(columns), [[_text(value.get(key)) for key in columns] for value in found], lines)
+    return Table(list(columns), [[_text(value.get(key)) for key in columns] for value in objects], lines)
 
 
 def _text(value: Any) -> str:

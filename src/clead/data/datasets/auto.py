@@ -60,17 +60,17 @@ def read_any(path: Path, dataset: str | None = None) -> RawSplits:
     candidates = [(name, reader) for name, reader in READERS.items() if recognizes(reader, path)]
     candidates.sort(key=lambda item: (dataset is not None and item[1].dataset != dataset, item[1].rank))
     if candidates:
-        (_, reader), *others = candidates
+        (_, reader), *further = candidates
         if dataset is not None and reader.dataset not in (None, dataset):
             raise UserError(
                 f"data.path must hold {dataset}, got {str(path)!r}, which holds {reader.dataset}; give the path of {dataset}, "
                 "or use --data.name auto"
             )
-        found = reader.read(path)
-        if beside := [other.layout for name, other in others if name not in reader.includes]:
+        raw = reader.read(path)
+        if beside := [other.layout for name, other in further if name not in reader.includes]:
             note = f"read as {reader.layout}; there also lies {' and '.join(beside)}, which is not read"
-            found = found._replace(notes=(*found.notes, note))
-        return found
+            raw = raw._replace(notes=(*raw.notes, note))
+        return raw
     raise UserError(_unknown(path))
 
 
@@ -85,16 +85,16 @@ def _read_archive(path: Path, dataset: str | None) -> RawSplits:
                 raise UserError(
                     f"{content}: an archive in an archive is not unpacked; unpack it yourself and give the folder"
                 )
-            found = read_any(content, dataset)
+            raw = read_any(content, dataset)
         except UserError as error:
             raise UserError(*(problem.replace(str(folder), str(path)) for problem in error.problems)) from None
         parts = {
-            name: dataclasses.replace(part, names=[each.replace(str(folder), str(path)) for each in part.names])
-            for name, part in found.parts.items()
+            name: dataclasses.replace(split, names=[each.replace(str(folder), str(path)) for each in split.names])
+            for name, split in raw.parts.items()
         }
-        skipped = tuple(each.replace(str(folder), str(path)) for each in found.skipped)
-        notes = tuple(each.replace(str(folder), str(path)) for each in found.notes)
-        return found._replace(**parts, skipped=skipped, notes=notes)
+        skipped = tuple(each.replace(str(folder), str(path)) for each in raw.skipped)
+        notes = tuple(each.replace(str(folder), str(path)) for each in raw.notes)
+        return raw._replace(**parts, skipped=skipped, notes=notes)
 
 
 def _unknown(path: Path) -> str:
@@ -105,8 +105,8 @@ def _unknown(path: Path) -> str:
         folders, images = visible_folders(path), any(is_image(entry) for entry in path.iterdir() if entry.is_file())
         remedy = f"a layout that is read is {near}"
         endings = Counter(file.suffix.lower() for file, _ in itertools.islice(files_below(path), 1000))
-        if others := [ending for ending, _ in endings.most_common() if ending in _CONVERSIONS]:
-            remedy = f"*{others[0]} is not read; convert it in Python: {_CONVERSIONS[others[0]]}"
+        if convertible := [ending for ending, _ in endings.most_common() if ending in _CONVERSIONS]:
+            remedy = f"*{convertible[0]} is not read; convert it in Python: {_CONVERSIONS[convertible[0]]}"
             return f"data.path must have a layout that is read, got {str(path)!r}, a folder with {content}; {remedy}"
         if content == "nothing":
             target = path / "train" / "CLASS"
@@ -164,10 +164,10 @@ def read_named(name: str, path: Path | None, classes: int) -> RawSplits | None:
         path = Path(data) / name
     if path is None:
         return None
-    found = read_any(path, name)
-    if len(found.classes) != classes:
+    raw = read_any(path, name)
+    if len(raw.classes) != classes:
         raise UserError(
-            f"{name} has {classes} classes, got {len(found.classes)} at {str(path)!r}; use --data.name auto "
+            f"{name} has {classes} classes, got {len(raw.classes)} at {str(path)!r}; use --data.name auto "
             "for other data"
         )
-    return found
+    return raw

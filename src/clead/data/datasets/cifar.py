@@ -62,9 +62,9 @@ class Cifar100(InMemoryDataset):
 
 def _read(name: str, path: Path | None) -> RawSplits:
     version = VERSIONS[f"{name}_binary"]
-    found = read_named(name, path, version.classes)
-    if found is not None:
-        return found
+    raw = read_named(name, path, version.classes)
+    if raw is not None:
+        return raw
     file = fetch(name, ARCHIVES[name])
     with tarfile.open(file) as tar:  # nothing is unpacked to disk
         members = {each.name: member.read() for each in tar if (member := tar.extractfile(each)) is not None}

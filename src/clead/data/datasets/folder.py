@@ -81,7 +81,7 @@ def read_folder(root: Path) -> RawSplits:
         for role, folder in splits.items()
         for note in _check_split(role, folder, folders[role], parts[role], names)
     ]
-    if not any(len(part.labels) for part in parts.values()):
+    if not any(len(split.labels) for split in parts.values()):
         first = next(iter(splits.values()))
         raise UserError(
             f"{first} holds no class folder with images; put the images of each class into {first / 'CLASS'}"
@@ -172,9 +172,9 @@ def _refuse_split_lists(root: Path, base: Path) -> None:
 
 
 def _is_split_list(stem: str) -> bool:
-    words = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", stem).lower())
+    tokens = re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", stem).lower())
     extra = ("list", "lists", "split", "files", "file", "set", "images", "image")
-    return any(map(split_role, words)) and all(split_role(word) or word in extra for word in words)
+    return any(map(split_role, tokens)) and all(split_role(word) or word in extra for word in tokens)
 
 
 def _refuse_unnamed_split(train: Path, names: Sequence[str]) -> None:
@@ -205,8 +205,12 @@ def _splits(folder: Path, *, deeper: bool = True) -> dict[Role, Path]:
             splits[role] = entry
     if splits or not deeper:
         return splits
-    inside = [(entry, found) for entry in visible_folders(folder) if (found := _splits(entry, deeper=False))]
-    inside = [(entry, found) for entry, found in inside if any(map(visible_folders, found.values()))]
+    inside = [
+        (entry, inner_splits) for entry in visible_folders(folder) if (inner_splits := _splits(entry, deeper=False))
+    ]
+    inside = [
+        (entry, inner_splits) for entry, inner_splits in inside if any(map(visible_folders, inner_splits.values()))
+    ]
     if len(inside) > 1:
         raise UserError(
             f"{folder}: {' and '.join(entry.name for entry, _ in inside)} have splits of their own; give one: --data.path "
@@ -265,9 +269,9 @@ def _read_files(
     return parts, tuple(sorted(skipped, key=lambda line: line.endswith("operating system")))
 
 
-def _check_split(role: Role, split: Path, folders: list[Path], part: RawSplit, names: list[str]) -> list[str]:
+def _check_split(role: Role, split: Path, folders: list[Path], images: RawSplit, names: list[str]) -> list[str]:
     """Return what must be known of a split, a sentence each; raises UserError for a training class without an image."""
-    counts = torch.bincount(part.labels, minlength=len(names)).tolist()
+    counts = torch.bincount(images.labels, minlength=len(names)).tolist()
     empty = [folder for folder in folders if not counts[names.index(folder.name)]]
     if role == "train" and not folders:
         raise UserError(f"{split} holds no class folder; put the images in {split / 'CLASS'}")
@@ -275,7 +279,7 @@ def _check_split(role: Role, split: Path, folders: list[Path], part: RawSplit, n
         raise UserError(
             f"{empty[0]} holds no image that can be read ({', '.join(EXTENSIONS)}); add images or remove the folder"
         )
-    if not len(part.labels):
+    if not len(images.labels):
         return [f"no image in {split.name}/ lies in a class folder, so none of it is read"]
     if empty:
         some = ", ".join(display(folder.name) for folder in empty[:5]) + (", …" if len(empty) > 5 else "")

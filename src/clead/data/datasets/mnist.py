@@ -20,10 +20,10 @@ class Mnist(InMemoryDataset):
 
     def read(self) -> RawSplits:
         """Return the images; raises UserError if they are nowhere."""
-        found = read_named("mnist", self.path, 10)
-        if found is None:
+        raw = read_named("mnist", self.path, 10)
+        if raw is None:
             raise UserError(
                 "mnist is not downloaded by this program and $CLEAD_DATA/mnist does not exist; give "
                 "--data.path, for instance a copy of huggingface.co/datasets/ylecun/mnist, or set CLEAD_DATA"
             )
-        return found
+        return raw

@@ -50,10 +50,10 @@ def key_of(name: str) -> tuple[str, str] | None:
     >>> key_of("x_train"), key_of("Test-Labels"), key_of("devY"), key_of("images"), key_of("embedding")
     (('train', 'images'), ('test', 'labels'), ('val', 'labels'), ('', 'images'), None)
     """
-    words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W_a-zA-Z]+", name)]
-    splits = [role for word in words if word not in _ROLES and (role := split_role(word))]
-    roles = [_ROLES[word] for word in words if word in _ROLES]
-    if len(roles) != 1 or len(splits) > 1 or len(words) != len(splits) + 1:
+    tokens = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W_a-zA-Z]+", name)]
+    splits = [role for word in tokens if word not in _ROLES and (role := split_role(word))]
+    roles = [_ROLES[word] for word in tokens if word in _ROLES]
+    if len(roles) != 1 or len(splits) > 1 or len(tokens) != len(splits) + 1:
         return None
     return (splits[0] if splits else "", roles[0])
 

@@ -96,13 +96,13 @@ def read_parquet(path: Path) -> RawSplits:
 
 def parquet_files(path: Path) -> ParquetFiles:
     """Find the files of each split below a path; UserError if there are none, too few or those of several configurations."""
-    found = [path] if path.is_file() else _parquet_files(path)
-    if not found:
+    paths = [path] if path.is_file() else _parquet_files(path)
+    if not paths:
         raise UserError(
             f"{path} must hold train-*.parquet and test-*.parquet, got no *.parquet; check --data.path, or give --data.name auto"
         )
     groups: dict[Path, dict[Role | None, list[Path]]] = {}
-    for file in found:
+    for file in paths:
         named = split_role(file.parent.name) if file.parent != path else None
         role = _role_of(file.stem) or named
         folder = file.parent.parent if named else file.parent
@@ -132,11 +132,11 @@ def parquet_files(path: Path) -> ParquetFiles:
 
 def _parquet_files(path: Path, deeper: int = _DEEPEST) -> list[Path]:
     """Return the files below a folder that are not hidden, in no linked folder and not too deep, sorted in every folder."""
-    found = [file for file in sorted(path.glob("*.parquet")) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in sorted(path.glob("*.parquet")) if file.is_file() and not file.name.startswith(".")]
     for inner in visible_folders(path) if deeper > 1 else ():
         if not inner.is_symlink():
-            found += _parquet_files(inner, deeper - 1)
-    return found
+            files += _parquet_files(inner, deeper - 1)
+    return files
 
 
 def _role_of(stem: str) -> Role | None:
@@ -210,9 +210,9 @@ def _images_of(shard: Path, column: str, root: Path, beside: list[Path]) -> tupl
             beside.append(file)
             blob = file.read_bytes()
         if blob is None:
-            told = f"; {path} does not lie beside it" if path else ""
+            hint = f"; {path} does not lie beside it" if path else ""
             raise UserError(
-                f"{shard} row {row}: the image has no bytes{told}; write the file with the images embedded, or remove the row"
+                f"{shard} row {row}: the image has no bytes{hint}; write the file with the images embedded, or remove the row"
             )
         blobs.append(blob)
         paths.append(str(path or ""))
@@ -255,8 +255,8 @@ def choose_column(shard: Path, wanted: tuple[str, ...]) -> tuple[str, str | None
             remedy = "convert it, with pandas: d = pandas.read_parquet(FILE); "
             remedy += f"d[{name!r}] = d[{name!r}].astype(int); d.to_parquet(FILE)"
         raise UserError(f"{shard}: the column {name!r} must be {rule}, got {kind[:60]}; {remedy}")
-    others = candidates[1:]
-    note = f"the column {name!r} holds the {what}s, not {' or '.join(map(repr, others))}" if others else None
+    further = candidates[1:]
+    note = f"the column {name!r} holds the {what}s, not {' or '.join(map(repr, further))}" if further else None
     return name, note
 
 

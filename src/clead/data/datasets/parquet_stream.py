@@ -93,13 +93,13 @@ class ParquetStream(InMemoryDataset):
         splits, origin, notes = _roles(files)
         fit = None
         images, values, names, left_out = {}, {}, [], []
-        for role, found in splits.items():
-            (image, label), more = _columns(files.folder, role, found)
+        for role, raw in splits.items():
+            (image, label), more = _columns(files.folder, role, raw)
             notes += [note for note in more if note not in notes]
-            shards = Shards(found, image, self.shuffle_buffer)
+            shards = Shards(raw, image, self.shuffle_buffer)
             fit = fit or self._fit(shards)
-            values[role] = np.concatenate([label_column(file, label) for file in found])
-            names += [class_names(file, label) for file in found]
+            values[role] = np.concatenate([label_column(file, label) for file in raw])
+            names += [class_names(file, label) for file in raw]
             rows = torch.arange(shards.rows)
             if self.skip_unreadable:
                 broken = unreadable(shards, fit)
@@ -112,11 +112,11 @@ class ParquetStream(InMemoryDataset):
             say_left_out(left_out, sum(map(len, values.values())) + len(left_out))
         labels, classes, more = _number(files.folder, names, values)
         parts = {role: RawSplit([], each) for role, each in labels.items()}
-        found = RawSplits(parts["train"], parts["test"], classes, parts.get("val"), notes=(*notes, *more))
-        check(found, limit_train=self.limit_train)
-        notes = found.notes
+        raw = RawSplits(parts["train"], parts["test"], classes, parts.get("val"), notes=(*notes, *more))
+        check(raw, limit_train=self.limit_train)
+        notes = raw.notes
         if self.classes is not None:
-            order = renumber(found, self.classes)
+            order = renumber(raw, self.classes)
             labels = {role: order(each) for role, each in labels.items()}
             classes, notes = order.classes, (*notes, *order.notes)
         train = ImageSet(images["train"], labels["train"])
@@ -131,10 +131,10 @@ class ParquetStream(InMemoryDataset):
         else:
             val, rest = self._validation(train, seed)
         digest = hashlib.sha256(repr((classes, self.limit_train, self.limit_test, tuple(fit)[:3])).encode())
-        for part in ("train", "test") if "val" not in images else ("train", "val", "test"):
-            digest.update(images[part].shards.fingerprint.encode())
-            digest.update(images[part].rows.numpy() if left_out else b"")
-            digest.update(labels[part].numpy())
+        for split in ("train", "test") if "val" not in images else ("train", "val", "test"):
+            digest.update(images[split].shards.fingerprint.encode())
+            digest.update(images[split].rows.numpy() if left_out else b"")
+            digest.update(labels[split].numpy())
         digest.update(val.images.rows.numpy())
         train = hide_labels(train.subset(rest), self.labelled, self.label_noise, len(classes), seed)
         streamed: tuple[StreamedImages, ...] = (val.images, test.images)
@@ -145,7 +145,7 @@ class ParquetStream(InMemoryDataset):
             *say_remarks(remarks, self.background),
             *repeats([val, test], digests_of(val.images) + digests_of(test.images)),
         )
-        skipped = _skipped(resolve_path(self.path), {file.resolve() for found in splits.values() for file in found})
+        skipped = _skipped(resolve_path(self.path), {file.resolve() for raw in splits.values() for file in raw})
         return Splits(
             train, val, test, classes, digest.hexdigest(), tuple(left_out), skipped=skipped, notes=notes, origin=origin
         )

@@ -73,9 +73,9 @@ def read_table_folder(path: Path) -> RawSplits:
     notes: list[str] = []
     skipped: list[str] = []
     for file in named or files:
-        rows, said, left = _listed(file)
+        rows, remarks, left = _listed(file)
         listed += [row._replace(split=row.split or (_role_of(file) if path.is_dir() else None)) for row in rows]
-        notes, skipped = [*notes, *said], [*skipped, *left]
+        notes, skipped = [*notes, *remarks], [*skipped, *left]
     skipped += [f"{file}: a table beside {named[0].name}" for file in files if named and file not in named]
     if path.is_dir():
         skipped += [f"{file}: a table without labels" for file in _unlabelled(path)]
@@ -102,7 +102,7 @@ def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str
     values = [row.label for row in listed]
     whole = [_NUMBER.fullmatch(value) for value in values]
     numbers = [int(match[1]) for match in whole if match]
-    (numbered,), classes, said = number_labels(numbers if len(numbers) == len(values) else values)
+    (numbered,), classes, remarks = number_labels(numbers if len(numbers) == len(values) else values)
     parts: dict[str, RawSplit] = {}
     for split in ("train", "val", "test"):
         rows = [row for row, each in enumerate(listed) if (each.split or "train") == split]
@@ -115,7 +115,7 @@ def _found(listed: list[Listed], path: Path, notes: list[str], skipped: list[str
         **parts,
         classes=classes,
         skipped=tuple(skipped),
-        notes=(*notes, *said),
+        notes=(*notes, *remarks),
         ordered=len(numbers) == len(values),
         unsplit=not any(row.split for row in listed),
     )
@@ -131,8 +131,8 @@ def _without_repeats(listed: list[Listed], path: Path) -> tuple[list[Listed], in
                 "images, or a multi-label set?), and a classifier here tells one class for each image; keep one row for each image"
             )
     once = {(row.file, row.split): row for row in reversed(listed)}
-    kept = [row for row in listed if once[row.file, row.split] is row]
-    return kept, len(listed) - len(kept)
+    unique = [row for row in listed if once[row.file, row.split] is row]
+    return unique, len(listed) - len(unique)
 
 
 def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
@@ -158,13 +158,13 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
         )
     names = [row[path_column] for row in table.rows]
     files = _resolved(names, file)
-    others = [k for k in range(len(table.columns)) if k not in (path_column, label_column, split_column)]
+    candidates = [k for k in range(len(table.columns)) if k not in (path_column, label_column, split_column)]
     listed = [
         Listed(
             where,
             row[label_column],
             split_role(row[split_column]) if split_column is not None else _role_in(name),
-            {table.columns[k]: row[k] for k in others},
+            {table.columns[k]: row[k] for k in candidates},
         )
         for where, name, row in zip(files, names, table.rows, strict=True)
     ]
@@ -294,20 +294,20 @@ def _bases(table: Path) -> list[Path]:
 def _in(base: Path, names: Sequence[str]) -> list[str | None]:
     """Return for each name the file in ``base``, with or without the file's ending, or None."""
     stems: dict[str, dict[str, str]] = {}
-    found: list[str | None] = []
+    resolved: list[str | None] = []
     for name in names:
         relative = name.replace("\\", "/")
         file = os.path.join(base, relative)
         if os.path.isfile(file):
-            found.append(file)
+            resolved.append(file)
             continue
         folder, stem = os.path.split(file)
         if folder not in stems:
             entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
             stems[folder] = {os.path.splitext(each)[0]: each for each in entries if each.lower().endswith(_ENDINGS)}
         entry = stems[folder].get(stem)
-        found.append(os.path.join(folder, entry) if entry and os.path.isfile(os.path.join(folder, entry)) else None)
-    return found
+        resolved.append(os.path.join(folder, entry) if entry and os.path.isfile(os.path.join(folder, entry)) else None)
+    return resolved
 
 
 def _role_in(name: str) -> Role | None:
@@ -339,9 +339,9 @@ def _tables(folder: Path) -> list[Path]:
         return files
     if _has_class_folders(folder):
         return []
-    others = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES[:4] and entry.is_file())
-    files = [file for file in others if _fits(file)]
-    return files or ([file for file in others if _seems(file)] if len(others) == 1 else [])
+    tables = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in SUFFIXES[:4] and entry.is_file())
+    files = [file for file in tables if _fits(file)]
+    return files or ([file for file in tables if _seems(file)] if len(tables) == 1 else [])
 
 
 def _has_class_folders(folder: Path) -> bool:

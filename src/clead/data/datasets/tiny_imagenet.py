@@ -75,8 +75,8 @@ def _names(root: Path, wnids: list[str]) -> tuple[str, ...]:
     """Return the words for the classes, or their numbers if words are missing or not distinct."""
     if not (root / "words.txt").is_file():
         return tuple(wnids)
-    words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
-    names = tuple(words.get(wnid, wnid).strip() for wnid in wnids)
+    titles = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
+    names = tuple(titles.get(wnid, wnid).strip() for wnid in wnids)
     return names if len(set(names)) == len(names) else tuple(wnids)
 
 
