@@ -252,7 +252,13 @@ def _commands() -> str:
             if option.param_type_name == "argument":
                 options = [option.name.upper()]
             if "--help" not in options:
-                rows.append((", ".join(f"`{word}`" for word in options), _prose(getattr(option, "help", "") or "")))
+                default = (
+                    ""
+                    if option.default is None or isinstance(option.default, bool)
+                    else f" Default: `{option.default}`."
+                )
+                about = _prose(getattr(option, "help", "") or "") + default
+                rows.append((", ".join(f"`{word}`" for word in options), about.strip()))
         if rows:
             parts.append("| option | what it does |\n|---|---|\n" + "\n".join(f"| {a} | {_cell(b)} |" for a, b in rows))
     return _page(parts)

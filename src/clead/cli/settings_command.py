@@ -39,10 +39,10 @@ class SettingsCommand(TyperCommand, ABC):
         values = {}
         for key, setting in self.settings_class().__pydantic_fields__.items():
             value = ctx.params.pop(key, None)
-            if value == "none" and type(None) in get_args(setting.annotation):
-                values[key] = None
+            if value is not None and _is_list(setting.annotation):
+                values[key] = split_commas(value)
             elif value is not None:
-                values[key] = split_commas(value) if _is_list(setting.annotation) else value
+                values[key] = None if value == "none" and type(None) in get_args(setting.annotation) else value
         ctx.meta["settings"] = values
         return super().invoke(ctx)
 
@@ -51,10 +51,12 @@ def _options(cls: Any, left_out: tuple[str, ...]) -> list[Any]:
     """Return one option for each setting. Several values stand in one text, with commas; ``none`` is None where that may be."""
     parameters = []
     for key, setting in cls.__pydantic_fields__.items():
-        default, kind = setting.get_default(call_default_factory=True), setting.annotation
         if key in left_out:
             continue
-        if _is_list(kind):
+        default, kind = setting.default, setting.annotation
+        if setting.default_factory is not None:
+            default, kind = None, kind | None
+        elif _is_list(kind):
             default, kind = ",".join(map(str, default)) if default else None, str | None
         elif any(get_origin(each) is Literal for each in (kind, *get_args(kind))):
             kind = str | None  # the settings say what is allowed
