@@ -26,7 +26,6 @@ from clead.evaluation.suites import SUITE_TITLES
 from clead.interfaces import ImageSet
 from clead.measurements.base import MeasurementRecord
 from clead.report.html import RunResult, write_report
-from clead.report.run import parse_eps
 from clead.report.sections.epsilon import epsilon
 from clead.report.sections.stages import draw_stages
 from clead.results.figure import PALETTE
@@ -499,7 +498,8 @@ def test_plot_takes_the_colours_of_the_page():
 
 @pytest.mark.parametrize(("given", "eps"), [("8/255", 8 / 255), (0.5, 0.5), ("x", None), (None, None)])
 def test_radius_is_parsed(given, eps):
-    assert parse_eps(given) == eps
+    run = RunResult("a", fake_record(), config={"threat": {"norm": "linf", "eps": given}})
+    assert (run.trained_radius() or [None])[0] == eps
 
 
 def curve(norm_radii, fractions, n):

@@ -66,25 +66,8 @@ class ACL(Method):
         False, "fold batch-norm into the convolutions during the inner attack: faster, same up to rounding"
     )
 
-    @property
-    def uses_embedding(self) -> bool:
-        """A projection head is trained."""
-        return True
-
-    @property
-    def uses_second_view(self) -> bool:
-        """The views are two."""
-        return True
-
-    @property
-    def uses_unlabelled(self) -> bool:
-        """No label is looked at."""
-        return True
-
-    @property
-    def uses_classifier(self) -> bool:
-        """The classifier does not learn."""
-        return False
+    uses_embedding = uses_second_view = uses_unlabelled = True
+    uses_classifier = False
 
     def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return the clean views' batch-norms, or None if they share the model's."""

@@ -103,48 +103,29 @@ class Method(ABC):
     are saved with every checkpoint.
     """
 
-    @property
-    def uses_embedding(self) -> bool:
-        """Whether a projection head has to be trained; then there is a setting ``embedding_dim``."""
-        return False
+    # What a method is; a subclass states it, or computes it from its settings.
+    uses_embedding = False
+    """Whether a projection head has to be trained; then there is a setting ``embedding_dim``."""
+    uses_second_view = False
+    """Whether batches need a second augmentation of their images."""
+    uses_attack = True
+    """Whether adversarial images are made at all."""
+    uses_unlabelled = False
+    """Whether the loss has a term for images without a label; if not, batches hold labelled images only."""
+    uses_classifier = True
+    """Whether the loss trains the classifier; if not, the features' nearest neighbours are what validation looks at."""
+    uses_stored = False
+    """Whether adversarial images of the whole training set are made once, of the model as it is at the start.
+
+    Then there are settings ``stored_attack`` (the attack, by ``attack_of``) and ``stored_clip``.
+    """
+    replays = 1
+    """How many steps in a row are taken on the same batch, ≥ 1."""
 
     @property
     def uses_features(self) -> bool:
         """Whether the features are looked at, in the loss or by the inner attack; if not, the model needs none."""
         return self.uses_embedding or not self.uses_classifier or getattr(self, "inner", "") in NEED_FEATURES
-
-    @property
-    def uses_second_view(self) -> bool:
-        """Whether batches need a second augmentation of their images."""
-        return False
-
-    @property
-    def uses_attack(self) -> bool:
-        """Whether adversarial images are made at all."""
-        return True
-
-    @property
-    def uses_unlabelled(self) -> bool:
-        """Whether the loss has a term for images without a label; if not, batches hold labelled images only."""
-        return False
-
-    @property
-    def replays(self) -> int:
-        """How many steps in a row are taken on the same batch, ≥ 1."""
-        return 1
-
-    @property
-    def uses_stored(self) -> bool:
-        """Whether adversarial images of the whole training set are made once, of the model as it is at the start.
-
-        Then there are settings ``stored_attack`` (the attack, by ``attack_of``) and ``stored_clip``.
-        """
-        return False
-
-    @property
-    def uses_classifier(self) -> bool:
-        """Whether the loss trains the classifier; if not, the features' nearest neighbours are what validation looks at."""
-        return True
 
     @property
     def contrasts(self) -> bool:

@@ -64,35 +64,8 @@ class CLeadPublished(Method):
                 "got stored_clip=True; leave it out"
             )
 
-    @property
-    def uses_embedding(self) -> bool:
-        """A projection head is trained."""
-        return True
-
-    @property
-    def uses_second_view(self) -> bool:
-        """The augmented view is a second one."""
-        return True
-
-    @property
-    def uses_unlabelled(self) -> bool:
-        """No label is looked at."""
-        return True
-
-    @property
-    def uses_attack(self) -> bool:
-        """No image is attacked in a step."""
-        return False
-
-    @property
-    def uses_stored(self) -> bool:
-        """The starting model is attacked once."""
-        return True
-
-    @property
-    def uses_classifier(self) -> bool:
-        """The classifier does not learn."""
-        return False
+    uses_embedding = uses_second_view = uses_unlabelled = uses_stored = True
+    uses_attack = uses_classifier = False
 
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the clean, the augmented and the stored adversarial images."""

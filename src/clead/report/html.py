@@ -15,7 +15,7 @@ from clead.errors import UserError, did_you_mean, needs_extra
 from clead.evaluation.suites import in_words, suite_label, under_suite
 from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
-from clead.report.run import RunResult, plain
+from clead.report.run import RunResult
 from clead.report.sections.classes import classes, confusion
 from clead.report.sections.epsilon import epsilon
 from clead.report.sections.measurements import measurements
@@ -197,7 +197,7 @@ def _run(index: int, run: RunResult) -> dict[str, Any]:
         "record": record,
         "threat": formats.threat_of(record),
         "method": record.training.method if record.training else str(configured),
-        "yaml": dump_yaml(plain(run.config)) if run.config else "",
+        "yaml": dump_yaml(run.config) if run.config else "",
         "attacks": {} if on_survivors(record) else {attack.name: attack for attack in record.attacks},
         "suite": in_words(record),
         "label": suite_label(record),

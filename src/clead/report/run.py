@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any
 
 import numpy as np
 
 from clead.errors import UserError
 from clead.measurements.base import MeasurementRecord
 from clead.results.record import Record
+from clead.settings import Ratio
 
 
 @dataclass(frozen=True)
@@ -68,30 +67,9 @@ class RunResult:
         threat = self.config.get("threat")
         if not isinstance(threat, Mapping):
             return None
-        eps = parse_eps(threat.get("eps"))
-        if eps is None:
+        try:
+            eps = Ratio(threat.get("eps"))
+        except ValueError:
             return None
         norm = str(threat.get("norm") or threat.get("name") or self.record.threat.norm).lower()
-        text = str(plain(threat["eps"]))
-        return eps, self.record.threat.eps_text if abs(eps - self.record.threat.eps) < 1e-9 else text, norm
-
-
-def parse_eps(value: Any) -> float | None:
-    """Return a radius written as a number or a fraction such as ``"8/255"``; None if it is neither."""
-    try:
-        return float(Fraction(value)) if isinstance(value, str) else float(value)
-    except (ValueError, TypeError, ZeroDivisionError):
-        return None
-
-
-def plain(value: object) -> Any:
-    """Return ``value`` as what YAML knows; a radius keeps how it was written."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(text := getattr(value, "text", None), str):
-        return text
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if value is None or type(value) in (bool, int, float, str) else str(value)
+        return float(eps), self.record.threat.eps_text if abs(eps - self.record.threat.eps) < 1e-9 else eps.text, norm
