@@ -241,11 +241,7 @@ def test_pseudo_labelled_images_can_have_a_share_too():
         assert sum(n < 8 for n in numbers(batch)) == 4 and batch.labelled is None and batch.labels.min() >= 0
 
 
-def test_a_loader_refuses_what_cannot_be():
-    with pytest.raises(ValueError, match="at least 2 images per batch, one of each kind, got 1"):
-        Loader(dataclasses.replace(flagged(9, 3), labelled_share=0.5), 1)
-    with pytest.raises(ValueError, match="cutmix mixes labels and needs one of every image, got cutmix=1 without"):
-        Loader(flagged(9, 3), 4, views=ViewSettings(cutmix=1.0, num_classes=3))
+def test_labelled_images_alone_can_be_mixed():
     batch = Loader(for_method(flagged(9, 3), False), 4, views=ViewSettings(cutmix=1.0, num_classes=3)).batch(0, 0)
     assert batch.soft_labels.shape == (4, 3)
 

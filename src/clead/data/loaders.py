@@ -84,13 +84,7 @@ class Loader:
         world: World = SINGLE_PROCESS,
         microbatches: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if len(image_set) == 0:
-            raise ValueError("a loader needs at least one image, got an empty set")
         self.views = views = views or ViewSettings()
-        if views.cutmix and views.num_classes is None:
-            raise ValueError(f"cutmix makes soft labels and needs num_classes, got cutmix={views.cutmix:g} without it")
         self.device = torch.device(device)
         self.images = image_set.images.to(self.device)
         self.labels = image_set.visible_labels.to(self.device)
@@ -112,26 +106,18 @@ class Loader:
         share, size = image_set.labelled_share, min(self.batch_size, len(labelled))
         if image_set.pseudo_labels is None and share != 1:
             self.labelled = labelled.to(self.device)
-            if self.views.cutmix:
-                raise ValueError(
-                    f"cutmix mixes labels and needs one of every image, got cutmix={self.views.cutmix:g} without"
-                )
         if share is None:
             return
-        if share < 1 and size < 2:
-            raise ValueError(f"labelled_share needs at least 2 images per batch, one of each kind, got {size}")
         count = size if share == 1 else min(max(1, round(share * size)), size - 1)
         pools = [flags.nonzero()[:, 0].to(self.device) for flags in (labelled, ~labelled)]
         self._parts = [(_LABELLED_ORDER, pools[0], count), (_UNLABELLED_ORDER, pools[1], size - count)]
         self.steps_per_epoch = max(1, len(labelled) // size if share == 1 else len(pools[1]) // (size - count))
 
     def batch(self, epoch: int, index: int, progress: float = 0.0) -> Batch:
-        """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``; raises IndexError outside.
+        """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``.
 
         ``progress``, the part of the training that lies behind, in [0, 1), says how strong an annealed augmentation is.
         """
-        if not 0 <= index < self.steps_per_epoch:
-            raise IndexError(f"batch index must be in [0, {self.steps_per_epoch}), got {index}")
         chosen = self._chosen(epoch, index)
         local = None if self.shares == 1 else self.positions(len(chosen))
         plain = _as_float(self.images[self._read(chosen)].to(self.device))

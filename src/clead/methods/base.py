@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from clead.attacks.objectives import NEED_FEATURES
 from clead.distributed import SINGLE_PROCESS, World
-from clead.errors import UserError
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.split import SplitModel
 from clead.renamed import old_names, warn_renamed
@@ -87,12 +86,6 @@ def over_whole_batch(
         return local + (total - total.detach()) / len(local)
 
     return value
-
-
-def require_labels(batch: Batch, method: str) -> None:
-    """Raise UserError if not every image of the batch has a label."""
-    if batch.labelled is not None:
-        raise UserError(f"method.name: {method} needs every image's label, got images without; take trades or clead")
 
 
 @settings

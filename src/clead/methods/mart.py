@@ -13,7 +13,7 @@ from clead.interfaces import Batch, StepOutput
 from clead.losses.divergence import kl_divergence
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
-from clead.methods.base import Method, StepContext, Views, require_labels
+from clead.methods.base import Method, StepContext, Views
 from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -44,7 +44,6 @@ class MART(Method):
 
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the adversarial images, and the clean ones if λ > 0."""
-        require_labels(batch, "mart")
         x = batch.images
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
         with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,7 +16,6 @@ from torch.nn import functional
 
 from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.models.external import ExternalModel, ModelError, ModelIO, failure, io_of, materialise, unwrapped
-from clead.models.heads import ProjectionHead
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 
@@ -94,9 +94,15 @@ class SplitModel(nn.Module, ABC):
             return functional.normalize(projected, dim=1)
 
     def add_projection(self, dim: int = 128, hidden: int | None = None, *, seed: int = 0) -> None:
-        """Add, or replace, the projection head D -> ``hidden`` (None: D) -> ``dim``, drawn from ``seed``."""
+        """Add, or replace, p(h) = W2 · relu(W1 · h), D -> ``hidden`` (None: D) -> ``dim``, drawn from ``seed``."""
+        hidden = self.feature_dim if hidden is None else hidden
         with fork_rng(seed):
-            head = ProjectionHead(self.feature_dim, dim, hidden)
+            layers = {
+                "hidden": nn.Linear(self.feature_dim, hidden),
+                "activation": nn.ReLU(),
+                "output": nn.Linear(hidden, dim),
+            }
+        head = nn.Sequential(OrderedDict(layers))
         self.projection = head.to(next(self.parameters()).device).train(self.training)
 
     def drop_projection(self) -> None:

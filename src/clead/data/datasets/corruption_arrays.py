@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,21 +140,18 @@ def _names(folder: str, classes: tuple[str, ...]) -> tuple[str, ...]:
     return names if classes == tuple(map(str, range(len(names)))) else classes
 
 
-READERS.register("cifar_corrupted")(
-    Reader(
-        "CIFAR-10-C/CORRUPTION.npy and labels.npy",
-        lambda path: bool(cifar_files(path)),
-        lambda path: read_corrupted(cifar_files(path), repeated=True),
-        rank=40,
-        includes=("npy",),
+def _register(name: str, layout: str, find: Callable[[Path], list[Corrupted]], *, repeated: bool) -> None:
+    READERS.register(name)(
+        Reader(
+            layout,
+            lambda path: bool(find(path)),
+            lambda path: read_corrupted(find(path), repeated=repeated),
+            rank=40,
+            includes=("npy",),
+        )
     )
-)
-READERS.register("mnist_corrupted")(
-    Reader(
-        "mnist_c/CORRUPTION/test_images.npy and test_labels.npy",
-        lambda path: bool(mnist_files(path)),
-        lambda path: read_corrupted(mnist_files(path), repeated=False),
-        rank=40,
-        includes=("npy",),
-    )
-)
+
+
+_register("cifar_corrupted", "CIFAR-10-C/CORRUPTION.npy and labels.npy", cifar_files, repeated=True)
+_MNIST_C = "mnist_c/CORRUPTION/test_images.npy and test_labels.npy"
+_register("mnist_corrupted", _MNIST_C, mnist_files, repeated=False)
