@@ -28,7 +28,7 @@ from clead.measurements.base import MeasurementRecord
 from clead.report.html import RunResult, write_report
 from clead.report.sections.epsilon import epsilon
 from clead.report.sections.stages import draw_stages
-from clead.results.figure import PALETTE
+from clead.results.figure import PALETTE, inline_svg
 from clead.results.record import Memory, Predictions, Record
 from clead.results.target import EvaluationTarget
 from clead.threats import THREATS
@@ -363,7 +363,9 @@ def test_stages_are_shown_of_attacks_on_survivors_only(tmp_path):
 def test_bars_of_the_stages_are_as_long_as_the_accuracies():
     record = fake_record()
     svg = draw_stages(record, 0, title="t", name="p", label="l").svg
-    bars = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [^"]* z\s*"[^>]*fill: var\(--p0[^;"]*(; opacity)?', svg)
+    bars = re.findall(
+        r'<path d="M ([\d.]+) [\d.]+\s+L ([\d.]+) [^"]*\sz\s*"[^>]*fill: var\(--p0[^;"]*(; opacity)?', svg
+    )
     lengths = {pale: [float(b) - float(a) for a, b, p in bars if bool(p) == pale] for pale in (True, False)}
     left = [record.clean.accuracy, *(attack.robust.accuracy for attack in record.attacks), record.worst.accuracy]
     unit = lengths[False][0] / left[0]
@@ -493,7 +495,9 @@ def test_plot_takes_the_colours_of_the_page():
     assert f"var(--p0,{PALETTE[0]})" in svg and PALETTE[1] not in svg
     left = set(re.findall(r"(?<!,)#[0-9a-f]{6}", svg))
     assert left <= {"#000000", "#ffffff"}, left
-    assert all(name.startswith("epsilon-linf-") for name in re.findall(r' id="([^"]*)"', svg))
+    other = inline_svg(epsilon([run])[0]["drawing"].figure, "another", "label")
+    ids, others = (set(re.findall(r' id="([^"]*)"', text)) for text in (svg, other))
+    assert ids and others and not ids & others
 
 
 @pytest.mark.parametrize(("given", "eps"), [("8/255", 8 / 255), (0.5, 0.5), ("x", None), (None, None)])
