@@ -40,7 +40,7 @@ def digits() -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _fewer_queries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(word in request.node.name for word in ("every_check", "cost", "fewer_checks")):
-        monkeypatch.setattr(masking, "_QUERIES", 100)
+        monkeypatch.setattr(masking.attacks, "QUERIES", 100)
 
 
 X, Y = digits()
