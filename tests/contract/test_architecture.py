@@ -155,6 +155,22 @@ def test_internal_functions_take_few_parameters():
                 )
 
 
+VAGUE = set(["found", "here", "kept", "own", "said", "told", "at", "words", "others", "who", "part"])
+
+
+def test_variables_say_what_they_hold():
+    """In ``evaluation`` a part is a part of a resumable state; ``nearest.found`` is a key of a JSON file."""
+    for path in FILES:
+        allowed = {"part"} if path.is_relative_to(PACKAGE / "evaluation") else set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            bound = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
+            name = node.arg if isinstance(node, ast.arg) else bound
+            if name in VAGUE - allowed and not (name == "found" and path.name == "distances.py"):
+                raise AssertionError(
+                    f"{path.relative_to(PACKAGE)}:{node.lineno}: {name} says nothing; say what it holds"
+                )
+
+
 def test_imports_form_no_circle():
     """Not counted: a package that its own files import, for the registry in which they register."""
     modules = {dotted(path): path for path in FILES}

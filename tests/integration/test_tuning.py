@@ -186,7 +186,7 @@ def _few_plots(request, monkeypatch):
 def test_a_study_begins_with_the_recipe_and_beats_it(tmp_path):
     said = []
     found = search(tmp_path / "study", trials=12, say=said.append)
-    assert [result.number for result in found.results] == list(range(12)) and found.here == 12
+    assert [result.number for result in found.results] == list(range(12)) and found.trials_here == 12
     assert found.results[0].values == {"optim.lr": 0.004, "attack.steps": 5}
     assert {len(set(result.values.items())) for result in found.results} == {2}
     assert found.best.score == max(result.score for result in found.results) > found.results[0].score
@@ -297,11 +297,11 @@ def test_a_trial_that_kills_its_process_each_time_is_given_up(tmp_path, monkeypa
 def test_a_finished_study_does_nothing_and_more_trials_go_on(tmp_path):
     before = search(tmp_path / "study", trials=4)
     again = search(tmp_path / "study", trials=4, run=None)
-    assert again.here == 0 and outcomes(again) == outcomes(before)
+    assert again.trials_here == 0 and outcomes(again) == outcomes(before)
     more = search(tmp_path / "study", trials=6)
-    assert more.here == 2 and outcomes(more)[:4] == outcomes(before)
+    assert more.trials_here == 2 and outcomes(more)[:4] == outcomes(before)
     # The target is the study's: without a word on it, whatever the recipe says, there is nothing to do.
-    assert tune("digits-clead", SPACE, out=tmp_path / "study", show=False, say=str, run=None).here == 0
+    assert tune("digits-clead", SPACE, out=tmp_path / "study", show=False, say=str, run=None).trials_here == 0
 
 
 def test_a_study_of_another_search_is_refused_by_name(tmp_path):

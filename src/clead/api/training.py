@@ -198,12 +198,12 @@ def _as_seen(
     source = config.data.pseudo_labels_from
     if source is None:
         return splits, None
-    kept = None if path is None else path / PSEUDO_LABELS
-    if kept is not None and kept.exists():
-        found, new = load_weights(kept), None
+    file = None if path is None else path / PSEUDO_LABELS
+    if file is not None and file.exists():
+        pseudo, new = load_weights(file), None
     else:
-        found = new = _pseudo_labels(config, splits, source)
-    return with_pseudo_labels(splits, *found, source=source, file=kept, show=show), new
+        pseudo = new = _pseudo_labels(config, splits, source)
+    return with_pseudo_labels(splits, *pseudo, source=source, file=file, show=show), new
 
 
 def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -152,7 +152,7 @@ class FAB:
         return rows
 
     def _run(
-        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, found: Tensor, reach: Tensor
+        self, problem: _Problem, target: Tensor, point: Tensor, rows: Tensor, nearest: Tensor, reach: Tensor
     ) -> None:
         """Walk the images ``rows`` from ``point`` towards ``target``; write what is found nearer than ``reach``."""
         model, x, y, threat, task = problem
@@ -164,7 +164,7 @@ class FAB:
             size = threat.distance(point - x)
             hit = (wrong & ~(size > reach[rows])).nonzero()[:, 0]  # synchronises the device
             if len(hit):
-                found[rows[hit]] = point[hit]
+                nearest[rows[hit]] = point[hit]
                 reach[rows[hit]] = size[hit]
             point = torch.lerp(point, x, per_image((1 - BETA) * wrong.to(x.dtype), x))
 

@@ -78,14 +78,16 @@ def _print(study: Any) -> None:
     counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
     seconds = sum(result.seconds for result in study.results)
     echo(f"{len(states)} trials: {counts}; {seconds:.0f} s of work")
-    if not study.here:
+    if not study.trials_here:
         echo(f"nothing was left to do; --trials {len(states) * 2} goes on")
     if study.best is None:
         raise UserError(f"no trial came to its end, so there is no best recipe; see {study.path}/trials.csv for why")
     best, first = study.best, study.results[0]
-    echo(f"best: trial {best.number}, {best.said()} on {best.images} validation images; the test set was not touched")
+    echo(
+        f"best: trial {best.number}, {best.summary()} on {best.images} validation images; the test set was not touched"
+    )
     if first.score is not None and dict(first.values) == study.search.own_values():
-        echo(f"the recipe's own values: trial 0, {first.said()}")
+        echo(f"the recipe's own values: trial 0, {first.summary()}")
     recipe = study.path / "best.yaml"
     own_threat = any("threat" in key.split(".") for key in study.search.distributions)
     threat = f" --threat.eps {study.search.config.threat.eps}" if own_threat else ""

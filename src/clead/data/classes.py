@@ -408,7 +408,7 @@ def align_classes(
 
 
 def _counts(splits: Splits) -> list[int]:
-    labels = torch.cat([part.labels for part in (splits.train, splits.val, splits.test)])
+    labels = torch.cat([images.labels for images in (splits.train, splits.val, splits.test)])
     return torch.bincount(labels, minlength=len(splits.classes)).tolist()
 
 

@@ -259,7 +259,7 @@ def _options(data: InMemoryDataset, sizes: Counter[str], unreadable: list[str], 
 
 def _class_counts(raw: RawSplits, parts: dict[str, RawSplit]) -> dict[str, dict[str, int]]:
     k = len(raw.classes)
-    counts = {name: torch.bincount(part.labels.clamp(0, k - 1), minlength=k).tolist() for name, part in parts.items()}
+    counts = {name: torch.bincount(split.labels.clamp(0, k - 1), minlength=k).tolist() for name, split in parts.items()}
     return {raw.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
 
 

@@ -74,9 +74,9 @@ def extent(plan: EvaluationPlan, store: ResumableResults) -> Extent:
     clean = plan.flags(store, -1)
     if asked.images is None and points:
         points, steps, curve = _curve(plan, asked, clean[:curve], spent)
-        at = f" at {points} radii" if points != CURVE_POINTS and asked.points is None else ""
+        radii_text = f" at {points} radii" if points != CURVE_POINTS and asked.points is None else ""
         notes.append(
-            f"the curve is of the first {curve} images and PGD-{steps}{at}: --eval.curve_images 200 takes more"
+            f"the curve is of the first {curve} images and PGD-{steps}{radii_text}: --eval.curve_images 200 takes more"
             if curve
             else "the attacks were too short for a curve: --eval.curve_images 200 makes one"
         )

@@ -259,8 +259,8 @@ def _certificates(
     right = [guess == int(label) for guess, label in zip(predicted, labels, strict=True)]
     # The theorem's ball is open, ‖δ‖₂ < R: a whole closed ball of this radius is certified only below R.
     curve = [
-        CertifiedPoint(radius=at, certified=estimate([r and at < R for r, R in zip(right, radius, strict=True)]))
-        for at in radii
+        CertifiedPoint(radius=r, certified=estimate([ok and r < R for ok, R in zip(right, radius, strict=True)]))
+        for r in radii
     ]
     return Certificates(
         **plain_settings(settings),

@@ -21,12 +21,12 @@ class Views(NamedTuple):
     """What a loss is computed from: the batch, and images by the name of their view (clean, adversarial, augmented …).
 
     Where several processes train, images are those of this process, and what the model makes of them in ``loss`` is joined with
-    what the others have; ``batch`` then has the labels of all, and ``own`` is the batch of this process.
+    what the others have; ``batch`` then has the labels of all, and ``local_batch`` is the batch of this process.
     """
 
     images: dict[str, Tensor]
     batch: Batch
-    own: Batch | None = None
+    local_batch: Batch | None = None
 
 
 class StepContext(NamedTuple):

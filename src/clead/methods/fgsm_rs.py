@@ -63,7 +63,7 @@ class FGSMRS(CLead):
         """Return the loss of PGD-AT plus λ times the misalignment, and each term."""
         images, batch = dict(views.images), views.batch
         neighbour = images.pop("neighbour", None)
-        local = batch if views.own is None else views.own
+        local = batch if views.local_batch is None else views.local_batch
         output = super().loss(model, Views(images, batch), step)
         if neighbour is None:
             return output

@@ -56,7 +56,7 @@ class Result:
     attempts: int
     why: str
 
-    def said(self) -> str:
+    def summary(self) -> str:
         """Return its accuracies in words, or what became of it."""
         if self.score is None:
             return f"{self.state}{f', {self.why}' if self.why else ''}"

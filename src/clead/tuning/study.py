@@ -51,14 +51,14 @@ class TunedStudy:
         search: the recipe and its space.
         results: of every trial, in order.
         best: the one of the best score, or None if no trial came to its end.
-        here: how many trials this process ran.
+        trials_here: how many trials this process ran.
     """
 
     path: Path
     search: SearchSpec
     results: tuple[Result, ...]
     best: Result | None
-    here: int
+    trials_here: int
 
 
 def tune(
@@ -125,7 +125,7 @@ def tune(
         raise KeyboardInterrupt(f"stopped; the same command with --out {path} goes on where it was") from error
     trials = results(opened, search)
     best = write_results(path, search, trials)
-    return TunedStudy(path, search, tuple(trials), best, worker.here)
+    return TunedStudy(path, search, tuple(trials), best, worker.trials_here)
 
 
 def _names_trials(overrides: Sequence[str]) -> bool:
@@ -197,7 +197,7 @@ class _Worker:
     ) -> None:
         self._study, self._leases, self._search, self._path = study, leases, search, path
         self._say, self._run = say, run
-        self.here = 0
+        self.trials_here = 0
 
     def target(self) -> int:
         """Return how many trials the study is to have; another process may have raised it."""
@@ -326,7 +326,7 @@ class _Worker:
             self._study.tell(trial, values, state=state)
         except UpdateFinishedTrialError:
             return
-        self.here += 1
+        self.trials_here += 1
         trials = results(self._study, self._search)
         write_results(self._path, self._search, trials, plots=False)
         self._say(_line(trials[trial.number], trials))
@@ -339,7 +339,7 @@ def _lease(number: int) -> str:
 def _line(result: Result, trials: Sequence[Result]) -> str:
     """Return one trial in one line, and the best so far."""
     values = ", ".join(f"{key.removeprefix('method.')} {_short(value)}" for key, value in result.values.items())
-    how = result.said()
+    how = result.summary()
     complete = [other for other in trials if other.score is not None]
     best = max(complete, key=lambda other: other.score or 0, default=None)
     so_far = f"; best {best.score:.4f} by trial {best.number}" if best is not None else ""

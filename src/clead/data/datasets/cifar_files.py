@@ -151,14 +151,14 @@ def read_cifar(path: Path, version: Version) -> RawSplits:
 def assemble(version: Version, files: Sequence[str], folder: Path, read: Callable[[Path], bytes]) -> RawSplits:
     """Return what the files of a folder hold, which ``read`` reads."""
 
-    def part(names: Sequence[str]) -> RawSplit:
+    def read_split(names: Sequence[str]) -> RawSplit:
         content = [version.images_in(read(folder / name), folder / name) for name in names if name in files]
         if not content:
             return NO_IMAGES
         images, labels = (np.concatenate(each) for each in zip(*content, strict=True))
         return RawSplit(torch.from_numpy(images), torch.from_numpy(labels))
 
-    train, test, file = part(version.train), part([version.test]), folder / version.names
+    train, test, file = read_split(version.train), read_split([version.test]), folder / version.names
     names = version.names_in(read(file), file) if version.names in files else []
     if names and len(names) != version.classes:
         raise UserError(f"{file} must name {version.classes} classes, got {len(names)}; {_AGAIN}")

@@ -162,11 +162,16 @@ def numbered_labels(
         return *number_labels(*labels), not texts
     if texts:
         number = {name: k for k, name in enumerate(names)}
-        if unknown := sorted({str(each) for part in labels for each in part} - set(names)):
+        if unknown := sorted({str(each) for labels_of_split in labels for each in labels_of_split} - set(names)):
             raise UserError(
                 f"{source}: the label {unknown[0]!r} is none of the classes {', '.join(names)[:200]}; add it there"
             )
-        return [torch.tensor([number[str(each)] for each in part]) for part in labels], tuple(names), (), True
+        return (
+            [torch.tensor([number[str(each)] for each in labels_of_split]) for labels_of_split in labels],
+            tuple(names),
+            (),
+            True,
+        )
     numbers = [each.astype(np.int64) for each in labels]
     values = np.concatenate(numbers)
     if len(values) and values.min() == 1 and values.max() == len(names):

@@ -192,7 +192,7 @@ def evaluate_detection(
     return _summary(plan, clean, oblivious, fitted=len(reference), calibrated=len(calibration), detectors=results)
 
 
-def _summary(plan: DetectionPlan, clean: CleanImages, oblivious: Sequence[AttackedImages], **found: Any) -> Detection:
+def _summary(plan: DetectionPlan, clean: CleanImages, oblivious: Sequence[AttackedImages], **figures: Any) -> Detection:
     broken = torch.stack([clean.wrong, *(each.wrong for each in oblivious)]).any(0)
     eps = Ratio(plan.threat.eps)
     return Detection(
@@ -206,7 +206,7 @@ def _summary(plan: DetectionPlan, clean: CleanImages, oblivious: Sequence[Attack
         clean=estimate((~clean.wrong).tolist()),
         robust=estimate((~broken).tolist()),
         seconds=plan.how.seconds,
-        **found,
+        **figures,
     )
 
 

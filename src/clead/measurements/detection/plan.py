@@ -142,7 +142,7 @@ class DetectionPlan:
         thresholds = [threshold_at(calibrated, rate) for rate in rates]
         spread = calibrated.std().item() if len(calibrated) > 1 else 0.0
         scale = (max(clean.margins.abs().mean().item(), 1e-12), max(spread, 1e-12))
-        evasions = [Evasion(self.model, detector, self.threat, at, scale, self.steps) for at in thresholds]
+        evasions = [Evasion(self.model, detector, self.threat, level, scale, self.steps) for level in thresholds]
         known = self.start(d, clean, oblivious)
         lowest = self.aware(evasions, d, len(oblivious) + d, known, tick)
         separated = [_separation(each.name, scores, each.scores[d][each.wrong & right]) for each in oblivious]
