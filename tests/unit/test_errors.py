@@ -19,18 +19,21 @@ VERBS = (
 # After the rule, a remedy or what makes one: ``; give …``, ``, or set …``, ``; did you mean …``, a variable that holds it.
 REMEDY = re.compile(
     rf"[;:,(] ?(?:(?:or|and|then) )?(?:nothing is lost, )?(?:{VERBS})\b|; [^;]*--\w|did_you_mean|known: |pip install"
-    r"|\{(?:hint|remedy|_OVERFLOW|_candidates\()"
+    r"|\{(?:hint|remedy|OVERFLOW|_candidates\()"
 )
 PASSED_ON = {
     # Problems of several keys, each a message of its own.
     "*problems",
+    "--{'.'.join([*path[:-2], ''])}{problem}",
+    "*retired",
+    "*retired *error.problems",
     "data.pseudo_labels_from: {problem}",
     "train.start_from: {problem}",
     "*notes",
     # Messages of another error, or of a function that is tried below.
     "model.input: {error}",
     "{group}.{key}: {error}",
-    "{error} (training stopped at step {self.state.step}; {kept})",
+    "{error} (training stopped at step {self.state.step}; {earlier})",
     "_no_numbers(self.path, maps, listed)",
     "_no_numbers(self.path, chosen, listed)",
 }

@@ -65,7 +65,7 @@ def apply_overrides(tree: Any, overrides: Sequence[str]) -> RunConfig:
         for path, value in changes:
             if tuple(path[-2:]) in RETIRED:
                 problem = retired_problem(*path[-2:], value)
-                raise UserError(f"--{'.'.join(path[:-2])}.{problem}" if path[:-2] else f"--{problem}")
+                raise UserError(f"--{'.'.join([*path[:-2], ''])}{problem}")
             if path[0] == TUNE:
                 raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
             if path[0] == "stages":
