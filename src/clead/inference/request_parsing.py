@@ -267,8 +267,8 @@ def from_json(body: bytes, model: ServedModel, settings: ServeSettings) -> np.nd
     check_images(images, model, settings, 255)
     integers = images.astype(np.uint8)
     if not (images == integers).all():
-        place, value = _first(images != integers, images)
-        raise Problem(422, f"images{place}: must be a whole number, got {value:g}; use pixels: unit")
+        index, value = _first(images != integers, images)
+        raise Problem(422, f"images{index}: must be a whole number, got {value:g}; use pixels: unit")
     return integers
 
 
@@ -303,15 +303,15 @@ def check_images(images: np.ndarray, model: ServedModel, settings: ServeSettings
     if not 1 <= len(images) <= settings.max_images:
         raise _too_many(settings, str(len(images)))
     if images.dtype != np.uint8 and not (images.min() >= 0 and images.max() <= top):
-        place, value = _first(~((images >= 0) & (images <= top)), images)
-        text = f"images{place}: a pixel must be in [0, {top}], got {value:g}; rescale the array or repair it"
+        index, value = _first(~((images >= 0) & (images <= top)), images)
+        text = f"images{index}: a pixel must be in [0, {top}], got {value:g}; rescale the array or repair it"
         raise Problem(422, text)
 
 
 def _first(wrong: np.ndarray, images: np.ndarray) -> tuple[list[int], float]:
     """Return the first place at which ``wrong`` is true, and what stands there."""
-    place = [int(i) for i in np.argwhere(wrong)[0]]
-    return place, images[tuple(place)]
+    index = [int(i) for i in np.argwhere(wrong)[0]]
+    return index, images[tuple(index)]
 
 
 def _too_many(settings: ServeSettings, given: str) -> Problem:
