@@ -178,7 +178,7 @@ def test_each_model_is_attacked_by_itself(comparison, right):
             model.model(expected).softmax(1)[0].tolist(), abs=1e-4
         )
         assert outcome.elsewhere == {other.name: int(other.model(expected).argmax())}
-        assert outcome.passes == 8 and outcome.size <= 0.2 + 1e-6 and outcome.attacked and not outcome.predicted_label
+        assert outcome.passes == 8 and outcome.size <= 0.2 + 1e-6 and outcome.attacked and not outcome.label_is_answer
         assert outcome.broken == (outcome.adversarial.answer != label)
     assert not torch.equal(plain.x_adv, hard.x_adv)
     assert before == [fingerprint(weights(e.model)) for e in comparison.models]
@@ -205,7 +205,7 @@ def test_what_is_wrong_already_is_not_attacked(comparison, right):
     found = attack_image(comparison.pair, image, (label + 1) % 10, AttackSettings(eps=0.2))
     assert not any(o.attacked or o.broken or o.size or o.passes for o in found)
     own = attack_image(comparison.pair, image, None, AttackSettings(eps=0.2, steps=2))
-    assert all(o.predicted_label and o.label == label == o.clean.answer for o in own)
+    assert all(o.label_is_answer and o.label == label == o.clean.answer for o in own)
     words = pictures.verdict(found, comparison.classes, AttackSettings())
     assert "nothing to attack" in words
     assert [d.smallest for d in epsilon_curves(image, found, AttackSettings(eps=0.2), 0.5)] == [0, 0]

@@ -227,7 +227,7 @@ class Outcome:
     Attributes:
         model: the model.
         label: what the attack drives the answer away from.
-        predicted_label: whether that label is the model's own answer.
+        label_is_answer: whether that label is the model's own answer.
         clean: what the model says of the image.
         adversarial: what it says of ``x_adv``.
         x_adv: (C, H, W) in [0, 1]; the clean image where there was nothing to attack.
@@ -240,7 +240,7 @@ class Outcome:
 
     model: PlaygroundModel
     label: int
-    predicted_label: bool
+    label_is_answer: bool
     clean: Prediction
     adversarial: Prediction
     x_adv: Tensor
@@ -290,7 +290,7 @@ def attack_image(
         outcome = Outcome(
             model=model,
             label=target,
-            predicted_label=label is None,
+            label_is_answer=label is None,
             clean=clean,
             adversarial=model.predict(x_adv)[0],
             x_adv=x_adv[0],

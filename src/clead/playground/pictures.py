@@ -188,7 +188,7 @@ def _card(outcome: Outcome, classes: Sequence[str], image: Tensor, settings: Att
     if not outcome.attacked:
         kind, badge = "other", "wrong already"
     name, right = escape(outcome.model.name), classes[outcome.label]
-    target = "the model's own answer stands for the true class" if outcome.predicted_label else f"true class: {right}"
+    target = "the model's own answer stands for the true class" if outcome.label_is_answer else f"true class: {right}"
     facts = "".join(f'<p class="muted">{escape(fact)}</p>' for fact in _facts(outcome, classes, settings))
     return (
         f'<section class="card" aria-label="{name}"><h3>{name} <span class="badge {kind}">{badge}</span></h3>'
