@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -360,7 +361,7 @@ def write_output(path: Path, content: bytes) -> None:
     A link stays and the file that it points to is replaced; ``/dev/null``, ``/dev/stdout``, a terminal and a FIFO, which waits for
     its reader, are written to. Raises UserError if the disk refuses, or the path is a folder, a socket or a disk.
     """
-    stream = {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
+    stream = _own_descriptor(path)
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -385,6 +386,8 @@ def write_output(path: Path, content: bytes) -> None:
 
 def check_output(path: Path) -> None:
     """Raise UserError if ``write_output`` could not write there: before hours of work, not after."""
+    if _own_descriptor(path) is not None:
+        return
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode) or stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
@@ -402,6 +405,16 @@ def check_output(path: Path) -> None:
         raise _cannot_write(path, error) from None
     if not writable:
         raise UserError(f"cannot write {path}: it or its folder is read-only, or no folder; give another name")
+
+
+def _own_descriptor(path: Path) -> int | None:
+    """Return the number of the open file of this process that a path such as ``/dev/stdout`` stands for: it is never replaced.
+
+    >>> _own_descriptor(Path("/dev/stdout")), _own_descriptor(Path("/dev/fd/63")), _own_descriptor(Path("/dev/null"))
+    (1, 63, None)
+    """
+    number = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d{1,6})", str(path))
+    return int(number[1]) if number else {"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path))
 
 
 def _not_an_output(path: Path, mode: int) -> UserError:
