@@ -1,7 +1,7 @@
 """AutoAttack ``standard``: ours against pyautoattack and torchattacks, on the same model and images, interleaved in one run.
 
     pip install pyautoattack==0.2.0 && pip install --no-deps torchattacks==3.5.1 && pip install requests
-    CLEAD_DATA=... python benchmarks/autoattack.py studies/models/cifar10-small-pgd-at --images 1000 \
+    CLEAD_DATA=... python benchmarks/autoattack.py tests/data/models/cifar10-small-pgd-at --images 1000 \
         --out benchmarks/autoattack_cifar10.json
 
 The images go in blocks of ``--block``; each block is evaluated by every contender before the next one begins, in an order that

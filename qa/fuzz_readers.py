@@ -41,7 +41,7 @@ from clead.runs.directory import RunDir
 from clead.runs.resume import Checkpoints
 from clead.weights.files import load_weights, save_weights
 
-RECORDS = Path(__file__).parent.parent / "studies" / "records"
+RECORDS = Path(__file__).parent.parent / "tests" / "data" / "records"
 SLOW = 10.0
 MAGIC = b"clead-state-1\n"
 

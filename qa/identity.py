@@ -7,7 +7,7 @@ Everything is done by the command line, so that code of any two versions can be 
 ``BUDGET`` forward-equivalents: a digest of the best and of the last weights, and each logged loss and accuracy, are noted. The
 quick suite then attacks each of these models, and every suite in every norm attacks the committed model: clean flags, flags,
 largest distance and forward passes of each attack, and a digest of the adversarial images. With ``--data`` (or ``CLEAD_DATA``),
-the committed CIFAR-10 models are attacked as in ``studies/records``, on the first ``--images`` images, and their flags are
+the committed CIFAR-10 models are attacked as in ``tests/data/records``, on the first ``--images`` images, and their flags are
 compared with the record's. What ``--out`` holds already is not computed again.
 
 Digests are of one machine: another processor rounds otherwise. Compare only what one machine made. ``qa/identity.json`` was made on
@@ -96,7 +96,7 @@ def trained(method, folder):
 
 def copied(model, folder):
     """Return a copy of a committed model, so that results are written beside the copy."""
-    return str(shutil.copytree(ROOT / "studies/models" / model, folder / model))
+    return str(shutil.copytree(ROOT / "tests/data/models" / model, folder / model))
 
 
 def attacked(suite, norm, folder):
@@ -139,7 +139,7 @@ def replayed(name, images, folder):
         folder=folder,
     )
     new = verdicts_of(record)
-    old = verdicts_of(ROOT / f"studies/records/cifar10-small-{name}-s0-standard.json")
+    old = verdicts_of(ROOT / f"tests/data/records/cifar10-small-{name}-s0-standard.json")
     n = len(new["clean"])
     same = new["robust"] == old["robust"][:n] and all(
         flags[0] == old["attacks"][attack][0][:n] for attack, flags in new["attacks"].items()

@@ -1,6 +1,6 @@
 """AutoAttack ``standard`` of this package against the reference implementation: the same images of a trained model broken.
 
-``studies/models/digits-clead`` is the digits-clead recipe, seed 0. The same comparison on CIFAR-10's ResNet-8 and on more images
+``tests/data/models/digits-clead`` is the digits-clead recipe, seed 0. The same comparison on CIFAR-10's ResNet-8 and on more images
 is ``benchmarks/autoattack.py``; its results are committed beside it.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import clead
 from support import ROOT
 
-RUN = ROOT / "studies" / "models" / "digits-clead"
+RUN = ROOT / "tests" / "data" / "models" / "digits-clead"
 # Radii at which many images break and many hold: where two evaluations can differ.
 EPS = {"linf": 0.18, "l2": 0.6, "l1": 1.0}
 PEER = {"linf": "Linf", "l2": "L2", "l1": "L1"}

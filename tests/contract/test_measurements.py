@@ -27,7 +27,7 @@ from clead.settings import setting, settings
 from support import ROOT
 
 COMMANDS = [name for name in MEASUREMENTS.names() if name != "attack"]  # which belongs to clead attack
-RECORDS = ROOT / "studies" / "records"
+RECORDS = ROOT / "tests" / "data" / "records"
 
 
 @pytest.fixture(scope="module")

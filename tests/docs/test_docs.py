@@ -103,7 +103,7 @@ NOT_RUN = {
     "pip install requests": "needs a package registry",
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
     "python benchmarks/train_step.py --out benchmarks/train_step.json": "takes minutes on a quiet machine",
-    "cp -r studies/models/digits-clead runs/committed": "goes with the next",
+    "cp -r tests/data/models/digits-clead runs/committed": "goes with the next",
     "export OMP_NUM_THREADS=8": "goes with the next",
     "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id '$SLURM_JOB_ID' --rdzv-backend c10d "
     "--rdzv-endpoint '$(scontrol show hostnames | head -n 1):29400' -m clead train cifar10-resnet18-clead "
@@ -165,7 +165,7 @@ def prepared(page: str, trained: Path) -> None:
     for place in ("my/images", "other/images"):
         _images(Path(place), tuple("0123456789"), (8, 8))
     Path("digit.png").write_bytes(Path("my/images/test/3/0.png").read_bytes())
-    for name in ("benchmarks", "studies", "examples", "docs"):
+    for name in ("benchmarks", "studies", "examples", "docs", "tests/data"):
         shutil.copytree(ROOT / name, name)  # a command may write where its results are
     Path("src/clead/attacks").mkdir(parents=True)  # docs/generate.py writes a stub there
     for name in ("constraints.txt", "CONTRIBUTING.md"):
@@ -562,7 +562,7 @@ def quoted() -> list[tuple[str, str]]:
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
     published = [digits[f"C-LEAD as published, {name}"][3].split()[0] for name in ("linear head", "all fine-tuned")]
     own_digits = digits["C-LEAD"][3].split()[0]
-    record = api.read_record(ROOT / "studies" / "records" / "cifar10-small-clead-s0-standard.json")
+    record = api.read_record(ROOT / "tests" / "data" / "records" / "cifar10-small-clead-s0-standard.json")
     headline, few_labels, ablations = (f"docs/results/{name}.md" for name in ("headline", "few-labels", "ablations"))
     return [
         (

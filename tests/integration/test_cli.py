@@ -219,7 +219,7 @@ def test_saved_adversarial_images_are_scored_again(command, runs):
 
 
 def test_an_attack_towards_a_class_counts_what_is_taken_for_it(command):
-    shutil.copytree(ROOT / "studies/models/digits-clead", "model")
+    shutil.copytree(ROOT / "tests/data/models/digits-clead", "model")
     large = ("--threat.eps", "0.3", "--attack.steps", "10", "--eval.images", "40", "--train.device", "cpu")
     out = well(command("attack", "model", "--target", "3", *large, "--json", "a.json", "--save", "x.npz"))
     record = read("a.json")

@@ -34,7 +34,7 @@ from clead.results.target import EvaluationTarget
 from clead.threats import THREATS
 from support import ROOT, Nesting
 
-RECORDS = sorted((ROOT / "studies/records").glob("cifar10-small-*-s0-standard.json"))
+RECORDS = sorted((ROOT / "tests/data/records").glob("cifar10-small-*-s0-standard.json"))
 DIGITS = load_digits()
 
 

@@ -79,9 +79,9 @@ def whole(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
-@pytest.mark.parametrize(("kind", "compared"), [("train", 60), ("evaluate", 20), ("tune", 5)])
-def test_a_few_kills(kind, compared, tmp_path):
-    """The long run is ``qa/kills.json``."""
+@pytest.mark.parametrize(("kind", "compared"), [("train", 60), ("evaluate", 20)])
+def test_a_kill(kind, compared, tmp_path):
+    """The long run is ``qa/kills.json``; workers of a search are killed in test_tuning_processes.py."""
     script, out = ROOT / "qa" / "kills.py", tmp_path / "kills.json"
     arguments = [sys.executable, str(script), "--what", kind, "--kills", "1", "--out", str(out), "--short"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from clead.results.record import Record
 from support import ROOT
 
-FILE = ROOT / "studies" / "records" / "cifar10-small-trades-s0-standard.json"
+FILE = ROOT / "tests" / "data" / "records" / "cifar10-small-trades-s0-standard.json"
 
 
 def as_version_2(value):

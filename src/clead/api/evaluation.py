@@ -75,6 +75,7 @@ def evaluate(
         The record, with ``clean_accuracy``, ``robust_accuracy`` and ``robust``, one flag per image. Raises UserError on pixels
         outside [0, 1], NaN, wrong labels, or an eps of the wrong scale.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     >>> record = evaluate(net, torch.rand(8, 1, 2, 2), torch.zeros(8, dtype=torch.long), suite="quick", eps=0.1)
     >>> record.robust_accuracy <= record.clean_accuracy
