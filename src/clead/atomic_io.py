@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,7 @@ _NOFOLLOW, _NONBLOCK, _CLOEXEC, _NOCTTY, _BINARY = (
     getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "NOCTTY", "BINARY")
 )
 _CAREFUL = _NONBLOCK | _CLOEXEC | _NOCTTY | _BINARY
+_PATIENCE = 5.0  # seconds that a FIFO may wait for its reader
 
 written = 0
 """Files that this process has written: where there are some, a failed print has lost nothing."""
@@ -358,8 +360,8 @@ def _open_own(path: Path, flags: int) -> IO[bytes]:
 def write_output(path: Path, content: bytes) -> None:
     """Write what the user named on the command line: a file whole or not at all; anything else is written through.
 
-    A link stays and the file that it points to is replaced; ``/dev/null``, ``/dev/stdout``, a terminal and a FIFO, which waits for
-    its reader, are written to. Raises UserError if the disk refuses, or the path is a folder, a socket or a disk.
+    A link stays and the file that it points to is replaced; ``/dev/null``, ``/dev/stdout``, a terminal and a FIFO are written to.
+    Raises UserError if the disk refuses, nobody reads the FIFO, or the path is a folder, a socket or a disk.
     """
     stream = _own_descriptor(path)
     try:
@@ -378,10 +380,27 @@ def write_output(path: Path, content: bytes) -> None:
         raise _not_an_output(path, mode)
     try:
         sys.stdout.flush()
-        with open(path if stream is None else os.dup(stream), "wb") as file:
+        with os.fdopen(_open_sink(path) if stream is None else os.dup(stream), "wb") as file:
+            os.set_blocking(file.fileno(), True)  # a full pipe is waited for
             file.write(content)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
+
+
+def _open_sink(path: Path) -> int:
+    """Open a FIFO or character device for writing; a FIFO waits some seconds for its reader."""
+    late = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return os.open(path, os.O_WRONLY | _CAREFUL)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() > late:
+                raise UserError(
+                    f"cannot write {path}: nobody reads this FIFO; start its reader first, or give a file's name"
+                ) from None
+        time.sleep(0.05)
 
 
 def check_output(path: Path) -> None:

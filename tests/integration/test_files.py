@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import clead
-from clead import cli
+from clead import atomic_io, cli
 from clead.atomic_io import (
     append_line,
     check_inside,
@@ -320,7 +320,7 @@ def test_what_the_user_named_is_written_through(tmp_path, capfd):
     assert (tmp_path / "dangling").is_symlink() and (tmp_path / "made").read_bytes() == b"new"
 
 
-def test_a_fifo_is_written_to_its_reader(tmp_path):
+def test_a_fifo_is_written_to_its_reader(tmp_path, monkeypatch):
     path, read = tmp_path / "fifo", []
     os.mkfifo(path)
     reader = threading.Thread(target=lambda: read.append(path.read_bytes()))
@@ -328,6 +328,8 @@ def test_a_fifo_is_written_to_its_reader(tmp_path):
     write_output(path, b"x" * 200_000)  # more than a pipe holds
     reader.join(10)
     assert read == [b"x" * 200_000] and stat.S_ISFIFO(path.stat().st_mode)
+    monkeypatch.setattr(atomic_io, "_PATIENCE", 0.1)
+    refused(lambda: write_output(path, b"x"), "nobody reads this FIFO")
 
 
 def test_what_can_be_no_output_is_refused_before_the_work(tmp_path, monkeypatch):
