@@ -62,8 +62,8 @@ def attack_batches(plan: EvaluationPlan, store: ResumableResults, shard: Shard, 
             if key not in store.parts:
                 seed = make_generator("cpu", plan.settings.seed, stage, batch).initial_seed()
                 with fork_rng(seed), _naming(plan, batch, named.name):
-                    part = _attack(plan, batch, stage, chosen)
-                store.save(key, *part)
+                    attacked = _attack(plan, batch, stage, chosen)
+                store.save(key, *attacked)
             survivors &= store.parts[key][0]["flags"]
             left = right + int(survivors.sum())
             so_far = estimate([True] * left + [False] * (finished + size - left))

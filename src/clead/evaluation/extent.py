@@ -144,5 +144,5 @@ def expected_parts(plan: EvaluationPlan, attacks: float, radii: int) -> tuple[fl
     parts = curve / attacks, checks / attacks
     if plan.suite == "quick":
         shares = (asked.images is None, _CURVE_SHARE), (asked.checked is None, _CHECK_SHARE)
-        parts = tuple(min(part, share) if free else part for part, (free, share) in zip(parts, shares, strict=True))
+        parts = tuple(min(count, share) if free else count for count, (free, share) in zip(parts, shares, strict=True))
     return parts[0], parts[1]

@@ -61,10 +61,10 @@ def check_plan(plan: EvaluationPlan) -> tuple[bool, list[str]]:
 def hints(plan: EvaluationPlan, store: ResumableResults, batches: Sequence[int]) -> list[str]:
     """Say which order of the classes, or which pixels, would make a low clean accuracy high; see ``evaluation/diagnosis.py``."""
     parts = [store.parts[plan.key(batch, -1)][0] for batch in batches]
-    if not parts or plan.draws > 1 or any("predicted" not in part for part in parts):
+    if not parts or plan.draws > 1 or any("predicted" not in saved for saved in parts):
         return []
     labels = torch.cat([plan.images.labels[plan.where(batch)] for batch in batches])
-    predicted = torch.cat([part["predicted"] for part in parts])
+    predicted = torch.cat([saved["predicted"] for saved in parts])
     messages = [diagnosis.order_hint(predicted, labels, plan.target.classes)]
     if plan.target.training is None:  # clead train gives pixels as its models want them
         start = plan.where(batches[0]).start

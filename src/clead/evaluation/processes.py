@@ -138,7 +138,7 @@ class Group:
                 )
         everything: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(parts, everything, dst=0, group=self.handle)
-        return {key: part for one in everything for key, part in one.items()} if everything is not None else None
+        return {key: saved for one in everything for key, saved in one.items()} if everything is not None else None
 
     def broadcast(self, result: T) -> T:
         """Return rank 0's result on every process."""

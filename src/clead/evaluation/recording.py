@@ -185,7 +185,9 @@ def _predictions(plan: EvaluationPlan, store: ResumableResults) -> Predictions |
     # A state that an earlier version left does not hold them.
     if plan.draws > 1 or any("predicted" not in tensors for stage in stages for tensors in stage):
         return None
-    clean, *attacks = ([torch.cat([part[key] for part in stage]) for key in ("flags", "predicted")] for stage in stages)
+    clean, *attacks = (
+        [torch.cat([saved[key] for saved in stage]) for key in ("flags", "predicted")] for stage in stages
+    )
     survivors, attacked = clean[0].clone(), clean[1].clone()
     for flags, predicted in attacks:
         attacked = torch.where(survivors & ~flags, predicted, attacked)

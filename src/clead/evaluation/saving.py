@@ -105,7 +105,7 @@ def _archive_record(folder: Path, result: str, record: Record) -> None:
     def what(record: Record) -> list[str]:
         threat = f"{record.threat.norm}-{record.threat.eps_text.replace('/', '_')}"
         parts = [record.suite, threat, str(record.data.n), record.data.images[:8], record.model.fingerprint[:8]]
-        return [re.sub(r"[^\w.+-]+", "_", part)[:60] for part in parts]  # a record from elsewhere may hold paths
+        return [re.sub(r"[^\w.+-]+", "_", name)[:60] for name in parts]  # a record from elsewhere may hold paths
 
     if what(old) == what(record):
         return

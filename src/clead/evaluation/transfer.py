@@ -72,7 +72,7 @@ def stored_test(folder: Path, data: str) -> StoredTest | None:
     parts = [
         load_weights(folder / f"test-{number:06d}.safetensors")[0] for number in range(-(-header[STORED_TEST] // PART))
     ]
-    x_adv, wrong = (torch.cat([part[name] for part in parts]) for name in ("x_adv", "wrong"))
+    x_adv, wrong = (torch.cat([saved[name] for saved in parts]) for name in ("x_adv", "wrong"))
     return StoredTest(x_adv.float(), wrong, {**header["attack"], "clip": header["clip"]})
 
 

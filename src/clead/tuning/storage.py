@@ -112,8 +112,8 @@ class _Lines(BaseJournalBackend):
             yield line
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Refuse."""
-        raise NotImplementedError
+        """Refuse: to follow a journal writes nothing."""
+        raise ValueError("its lines make Optuna write")
 
 
 def _check_journal(path: Path) -> None:

@@ -103,9 +103,9 @@ def run_checks(
     checks: list[Check] = []
     models = [model] if source is None else [model, source]
     with torch.inference_mode(False), torch.no_grad(), _restored(models), fork_rng(seed):
-        x, y = (part.clone() if part.is_inference() else part.detach() for part in (x, y))
+        x, y = (tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in (x, y))
         logits_of(model, x[:1])  # raises the errors for users
-        training = [type(part).__name__ for part in model.modules() if part.training]
+        training = [type(module).__name__ for module in model.modules() if module.training]
         with _restored([model]), fork_rng(seed):  # batch-norm in train mode changes its statistics
             given = GivenMode(training, _in_given_mode(model, x) if training else None)
         with attack_mode(model), attack_mode(source) if source is not None else nullcontext():
