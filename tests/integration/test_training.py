@@ -131,6 +131,8 @@ def _text(path):
         "--optim.name adamw --optim.schedule one_cycle --train.precision float16 --method.name pgd_at",
         "--method.name clead --method.contrastive_level features --train.awp 0.01 --train.precision bfloat16",
         "--method.name clead --method.contrastive_loss published --method.inner supcon",
+        "--method.name pgd_at --train.unfreeze 0.6 --train.eps_ramp [0,0.7] --train.batch_norm_images 32 --train.ema 0.5 "
+        "--optim.encoder_lr 0.5 --optim.first_layer_lr 0.5",
     ],
 )
 def test_resume_in_the_middle_of_a_schedule(overrides, tmp_path, monkeypatch):

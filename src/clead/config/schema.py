@@ -13,9 +13,10 @@ from clead.data.datasets import DATASETS
 from clead.errors import UserError
 from clead.methods import METHODS
 from clead.models import MODELS
+from clead.models.modes import AttackMode, ForwardMode
 from clead.registry import Registry
 from clead.renamed import current_value, without_retired
-from clead.settings import Ratio, setting, settings, validated
+from clead.settings import Probability, Ratio, setting, settings, validated
 from clead.threats import THREATS
 
 _LARGEST_SEED = 2**63 - 1
@@ -31,6 +32,19 @@ class Optim:
     weight_decay: float = setting(5e-4, "weight decay of every parameter", ge=0)
     schedule: Literal["one_cycle", "cosine", "step", "constant"] = setting("one_cycle", "learning rate over training")
     warmup: float = setting(0.2, "part of training in which the rate rises", ge=0, lt=1, unit="fraction of training")
+    encoder_lr: float = setting(
+        1.0,
+        "learning rate of the encoder as part of that of the classifier, which has lr (and any head beside it)",
+        gt=0,
+        le=1,
+    )
+    first_layer_lr: float = setting(
+        1.0,
+        "learning rate of the encoder's first layer as part of that of its last; it rises geometrically from layer to layer "
+        "(layer decay; Clark et al. 2020, arXiv:2003.10555)",
+        gt=0,
+        le=1,
+    )
     milestones: tuple[Annotated[float, Field(gt=0, le=1)], ...] = setting(
         (0.5, 0.75), "where the step schedule falls, each in (0, 1]", unit="fractions of training"
     )
@@ -102,6 +116,36 @@ class Train:
         "all",
         "all weights, or the final linear layer alone on an encoder that is frozen, in evaluation mode, batch-norm statistics too",
     )
+    unfreeze: float = setting(
+        0.0,
+        "part of training over which the layers begin to learn one after another, from the classifier, which learns from the "
+        "start, down to the first (Howard & Ruder 2018, arXiv:1801.06146); 0: all from the start",
+        ge=0,
+        lt=1,
+        unit="fraction of training",
+    )
+    forward_mode: ForwardMode = setting(
+        "train",
+        "mode in which the model learns. train: batch-norm normalises by the batch, dropout and stochastic depth are on; "
+        "frozen_batch_norm: batch-norm by its running statistics, which stay as they are; eval: the same without dropout and "
+        "stochastic depth, for a pre-trained model",
+    )
+    attack_mode: AttackMode = setting(
+        "eval", "mode in which the model is attacked in training: eval, or forward: as it learns (forward_mode)"
+    )
+    batch_norm_images: int = setting(
+        0,
+        "before each validation batch-norm's running statistics are measured anew, on so many training images and adversarial "
+        "images of theirs; 0: they stay those that the steps left",
+        ge=0,
+    )
+    eps_ramp: tuple[Probability, Probability] = setting(
+        (0.0, 0.0),
+        "when the radius begins to rise from 0 and when it is full, linearly in between: [0, 0] is full from the start, [0, 0.7] a "
+        "warm-up, [0.25, 0.75] epsilon-scheduling (arXiv:2509.23325); validation is at the full radius, and an attack.step_size "
+        "stays as it is",
+        unit="fractions of training",
+    )
     start_from: str | None = setting(
         None,
         "weights to begin with: a run directory (those its eval.weights names), or a file such as net.safetensors or net.pth; "
@@ -113,6 +157,15 @@ class Train:
         """Ask for exactly one of epochs and budget, and at most one average."""
         if self.ema and self.swa_start is not None:
             raise ValueError(f"give one of ema and swa_start, got ema={self.ema:g}, swa_start={self.swa_start:g}")
+        if self.eps_ramp[0] > self.eps_ramp[1] or (self.eps_ramp[0] == self.eps_ramp[1] > 0):
+            raise ValueError(f"eps_ramp must rise, got {list(self.eps_ramp)}; give [0, 0.7], for example")
+        if self.shard and (self.unfreeze or self.batch_norm_images):
+            raise ValueError("shard goes with neither unfreeze nor batch_norm_images; leave them out")
+        if self.trainable == "classifier" and (self.unfreeze or self.forward_mode != "train"):
+            raise ValueError(
+                "trainable classifier holds the encoder frozen in evaluation mode, so it goes with neither unfreeze nor "
+                "forward_mode; leave them out"
+            )
         if (self.epochs is None) == (self.budget is None):
             raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
 

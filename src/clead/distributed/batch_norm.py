@@ -113,6 +113,19 @@ def synchronised(model: nn.Module) -> Generator[None, None, None]:
             norm.__class__ = kind
 
 
+@contextmanager
+def unsynchronised(model: nn.Module) -> Generator[None, None, None]:
+    """Let batch normalisations take the statistics of their own images inside the block, although ``synchronised`` holds."""
+    norms = [(norm, norm.__class__) for norm in model.modules() if isinstance(norm, _Synchronised)]
+    try:
+        for norm, kind in norms:
+            cast(Any, norm).__class__ = kind.__mro__[2]
+        yield
+    finally:
+        for norm, kind in norms:
+            norm.__class__ = kind
+
+
 _KINDS: dict[type, type] = {}
 
 

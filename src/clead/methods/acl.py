@@ -77,7 +77,7 @@ class ACL(Method):
         """Return the two views and their adversaries."""
         assert batch.second_view is not None, "the loader was built without a second view"
         x = torch.cat([batch.images, batch.second_view])
-        with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
+        with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective = over_whole_batch(
                 lambda: joint_nt_xent(model, self.temperature), model, len(batch.images), step.world, views=2
             )

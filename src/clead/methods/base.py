@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clead.attacks.objectives import NEED_FEATURES
 from clead.distributed import SINGLE_PROCESS, World
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
+from clead.models.modes import AttackMode
 from clead.models.split import SplitModel
 from clead.renamed import old_names, warn_renamed
 from clead.settings import settings
@@ -34,11 +35,12 @@ class StepContext(NamedTuple):
 
     Attributes:
         threat: the set of allowed perturbations.
-        attack: the inner maximisation; gradients to inputs only, batch-norm in eval mode.
+        attack: the inner maximisation; gradients to inputs only.
         generator: source of the random starts, on the device of the images.
         progress: part of the training that lies behind, in [0, 1).
         state: what ``Method.state`` returned.
         world: the processes that train together, each with its part of the batch.
+        attack_mode: the mode of the model while it is attacked: evaluation, or that of the forward.
     """
 
     threat: Threat
@@ -47,6 +49,7 @@ class StepContext(NamedTuple):
     progress: float = 0.0
     state: nn.Module | None = None
     world: World = SINGLE_PROCESS
+    attack_mode: AttackMode = "eval"
 
     @property
     def memory(self) -> nn.Module | None:
@@ -155,6 +158,12 @@ class Method(ABC):
         if self.uses_stored and data.cutmix:
             return [
                 f"data.cutmix: a mixed image is not the one whose adversarial image is stored, got {data.cutmix:g}; set it to 0"
+            ]
+        trains_norms = getattr(train, "forward_mode", "train") == "train"
+        if getattr(self, "fold_batch_norm", False) and trains_norms and getattr(train, "attack_mode", "") == "forward":
+            return [
+                "method.fold_batch_norm: statistics of the batch cannot be folded, got true with train.attack_mode forward; "
+                "set it to false"
             ]
         if self.uses_attack and data.augment.gaussian:
             return [

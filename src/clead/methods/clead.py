@@ -202,7 +202,7 @@ class CLead(Method):
         return StepOutput(loss, metrics)
 
     def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Tensor:
-        with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
+        with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective: Objective = self._objective(self.inner, model, x, y, step)
             if self.inner_contrastive_weight:
                 base, contrast = objective, self._objective("contrastive", model, x, y, step)

@@ -46,7 +46,7 @@ class MART(Method):
         """Return the adversarial images, and the clean ones if λ > 0."""
         x = batch.images
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
-        with attack_mode(model), folded(model, x) if self.fold_batch_norm else nullcontext():
+        with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective = OBJECTIVES.get("cross_entropy")(model, x, targets)
             x_adv = step.attack(objective, x, step.threat, generator=step.generator)
         return Views({"clean": x, "adversarial": x_adv} if self.kl_weight else {"adversarial": x_adv}, batch)

@@ -1,8 +1,8 @@
-"""Which weights learn: all, or the final linear layer alone; and the weights that a training begins with."""
+"""Which weights learn, and when; and the weights that a training begins with."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +22,8 @@ def classifier_of(model: SplitModel) -> nn.Module:
         if model.classifier_name is None:
             kind = type(model.module).__name__
             raise UserError(
-                f"train.trainable classifier: {kind} ends in no nn.Linear; name its layer: --model.classifier NAME"
+                f"a training that treats the classifier apart (train.trainable, train.unfreeze, optim.encoder_lr, "
+                f"optim.first_layer_lr) must know it, and {kind} ends in no nn.Linear; name its layer: --model.classifier NAME"
             )
         return model.module.get_submodule(model.classifier_name)
     return model.get_submodule("classifier")
@@ -33,6 +34,30 @@ def train_classifier_only(model: SplitModel) -> None:
     final = classifier_of(model)
     model.eval().requires_grad_(False)
     final.train().requires_grad_(True)
+
+
+def depths(model: SplitModel) -> dict[nn.Parameter, float | None]:
+    """Return for each parameter where its layer lies: 0 for the encoder's first, 1 for its last; None for classifier and heads.
+
+    Layers are counted in the order in which they were registered, those alone that have parameters of their own.
+    """
+    heads = [classifier_of(model), *([] if model.projection is None else [model.projection])]
+    of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
+    layers = [
+        [parameter for parameter in layer.parameters(recurse=False) if id(parameter) not in of_heads]
+        for layer in model.modules()
+    ]
+    layers = [layer for layer in layers if layer]
+    count = max(1, len(layers) - 1)
+    encoder = {parameter: number / count for number, layer in enumerate(layers) for parameter in layer}
+    return {parameter: encoder.get(parameter) for parameter in model.parameters()}
+
+
+def unfreeze(depth_of: Mapping[nn.Parameter, float | None], progress: float, duration: float) -> None:
+    """Let learn what may at ``progress`` of the training, in [0, 1): the classifier first, the first layer from ``duration`` on."""
+    lowest = max(0.0, 1 - progress / duration)
+    for parameter, depth in depth_of.items():
+        parameter.requires_grad_(depth is None or progress > 0 and depth >= lowest)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -19,8 +20,23 @@ from torch.optim.lr_scheduler import (
 from clead.config import Optim
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: Optim) -> Optimizer:
-    """Return SGD with Nesterov momentum or AdamW over the parameters."""
+def parameter_groups(
+    parameters: Sequence[nn.Parameter], depths: Mapping[nn.Parameter, float | None], settings: Optim
+) -> list[dict[str, Any]]:
+    """Return ``parameters`` in groups of one learning rate each, the highest first.
+
+    depths: see ``clead.training.freezing.depths``; a parameter that is not in it learns as the classifier does.
+    """
+    rates: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        depth = depths.get(parameter)
+        factor = 1.0 if depth is None else settings.encoder_lr * settings.first_layer_lr ** (1 - depth)
+        rates.setdefault(settings.lr * factor, []).append(parameter)
+    return [{"params": rates[lr], "lr": lr} for lr in sorted(rates, reverse=True)]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter] | list[dict[str, Any]], settings: Optim) -> Optimizer:
+    """Return SGD with Nesterov momentum or AdamW over the parameters, or over groups of them."""
     if settings.name == "adamw":
         return AdamW(
             parameters,
@@ -53,7 +69,7 @@ def make_schedule(optimizer: Optimizer, settings: Optim, steps: int) -> LRSchedu
         rise = settings.warmup * (steps + 1)
         return OneCycleLR(
             optimizer,
-            settings.lr,
+            [group["lr"] for group in optimizer.param_groups],
             total_steps=steps + 1,
             pct_start=max(settings.warmup if abs(rise - 1) > 1e-6 else settings.warmup * (1 - 1e-6), 1e-6),
             cycle_momentum=False,

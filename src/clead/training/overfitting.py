@@ -126,7 +126,8 @@ def _explained(measured: dict[str, float], n: int, steps: int) -> tuple[str, str
     return kind, {
         "modes": f"attack and forward are in different modes: of {n} adversarial images {train_mode:.1%} are classified right in "
         f"train mode and {eval_mode:.1%} in evaluation mode, in which the model is attacked, validated and used; let batch-norm's "
-        "running statistics catch up (larger momentum, more steps, a lower --optim.lr), or take dropout out",
+        "running statistics catch up (--train.batch_norm_images 512, more steps, a lower --optim.lr), or freeze the modes: "
+        "--train.forward_mode frozen_batch_norm, or eval, without dropout and stochastic depth, for a pre-trained model",
         "average": f"the averaged weights lag behind: {eval_mode:.1%} robust on {n} training images without the average, "
         f"{averaged:.1%} with it; train longer, or set a smaller --train.ema",
         "weak attack": f"{one_step}: of {n} training images {averaged:.1%} are classified right under the attack of the training "
@@ -136,7 +137,7 @@ def _explained(measured: dict[str, float], n: int, steps: int) -> tuple[str, str
         f"{validation:.1%} of the validation images; stop earlier (--train.patience 5), or use more images or augmentation "
         "(--data.augment.crop 4)",
         "unstable": f"now only {train_mode:.1%} of {n} training images are robust in train mode: the training is unstable, eps "
-        "may be too large at once; begin with a smaller --threat.eps or a lower --optim.lr",
+        "may be too large at once; let it rise (--train.eps_ramp [0,0.7]), or lower --optim.lr",
     }[kind]
 
 
@@ -153,20 +154,16 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _train_mode_accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> float:
-    """Return the accuracy in the mode of training, in batches of its size; buffers are left as they were."""
+    """Return the accuracy in the mode that the model is in, that of training, in batches of its size; buffers stay as they are."""
     saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training = [(module, module.training) for module in model.modules()]
     count = max(1, len(x) // batch_size)  # of at least its size: batch-norm refuses a single image
     try:
-        model.train()
         with torch.no_grad():
             flags = [
                 CLASSIFICATION.correct(model(a.clone()), b)
                 for a, b in zip(x.tensor_split(count), y.tensor_split(count), strict=True)
             ]
     finally:
-        for module, flag in training:
-            module.training = flag
         for buffer, value in saved:
             if not torch.equal(buffer, value):
                 buffer.copy_(value)

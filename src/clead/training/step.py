@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.profiler import record_function
 
 from clead.config import RunConfig
 from clead.distributed import SINGLE_PROCESS, World
-from clead.interfaces import Batch, StepOutput, Threat
+from clead.interfaces import Batch, Objective, StepOutput, Threat
 from clead.methods.base import StepContext, Views
 from clead.models.compute_cost import CostMeter
 from clead.models.split import SplitModel, copied
@@ -56,7 +56,8 @@ class Step:
         config, model, world, size = self.config, self.model, self.world, len(batch.labels)
         alone = world.world_size == 1
         threat = threat or config.threat
-        context = StepContext(threat, config.attack, generator, progress, self.method_state, world)
+        attack = config.attack if threat.eps else _unmoved
+        context = StepContext(threat, attack, generator, progress, self.method_state, world, config.train.attack_mode)
         with record_function("views"), self.autocast:
             views = config.method.views(model, batch, context)
         if not alone:
@@ -82,9 +83,10 @@ class Step:
 def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_state: nn.Module | None = None) -> float:
     """Return what one training step costs per image in forward-equivalents, measured on copies of model and method state.
 
-    Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps.
+    Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps, at the full radius and
+    with all weights that may learn. The model is in the mode in which it learns.
     """
-    probe = copied(model).train()
+    probe = copied(model)
     state = None if method_state is None else copied(method_state)
     with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter:
         generator = torch.Generator(batch.images.device).manual_seed(0)
@@ -115,6 +117,11 @@ def microbatches(batch: Batch, count: int) -> list[Batch]:
 def first_images(batch: Batch, n: int) -> Batch:
     """Return the first ``n`` images of a batch, with all that belongs to them."""
     return batch._replace(**{name: values[:n] for name, values in batch._asdict().items() if values is not None})
+
+
+def _unmoved(objective: Objective, x: Tensor, threat: Threat, *, generator: torch.Generator | None = None) -> Tensor:
+    """Return the images: there is nothing else in a ball of radius 0."""
+    return x
 
 
 def _of_all(batch: Batch, world: World) -> Batch:

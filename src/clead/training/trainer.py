@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -38,14 +39,16 @@ from clead.evaluation.correctness import accuracy_under_attack
 from clead.evaluation.knn import neighbours_accuracy
 from clead.interfaces import Batch, Splits, Threat
 from clead.models.external import ModelError
+from clead.models.modes import set_forward_mode
 from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
 from clead.runs.directory import PROJECTION, RunDir
 from clead.runs.resume import Checkpoints
+from clead.training.batch_statistics import measure_statistics
 from clead.training.finite import REMEDY, NonFiniteLoss, check_loss, last_good, non_finite_gradient, non_finite_weights
-from clead.training.freezing import train_classifier_only
+from clead.training.freezing import depths, train_classifier_only, unfreeze
 from clead.training.offline_adversaries import store_images
-from clead.training.optim import make_optimizer, make_schedule
+from clead.training.optim import make_optimizer, make_schedule, parameter_groups
 from clead.training.overfitting import Cause, cause_of, collapsed, parted
 from clead.training.signals import Interrupted, catch_signals
 from clead.training.step import Step, cost_per_image, first_images, mean_output, microbatches
@@ -183,7 +186,8 @@ class Trainer:
         self.show = show
         if config.method.uses_embedding and self.model.projection is None:
             self.model.add_projection(config.method.embedding_dim, seed=settings.seed)
-        self.model.to(device=self.device, memory_format=self.layout).train()  # ty: ignore[no-matching-overload]
+        self.model.to(device=self.device, memory_format=self.layout)  # ty: ignore[no-matching-overload]
+        set_forward_mode(self.model, settings.forward_mode)
         adversaries = self._store_adversaries(self.run.path / "stored" if stored is None else stored)
         if settings.trainable == "classifier":
             train_classifier_only(self.model)
@@ -271,10 +275,15 @@ class Trainer:
             *(p for p in self.model.parameters() if p.requires_grad or settings.trainable == "all"),
             *(p for p in (state.parameters() if state else ()) if p.requires_grad),
         ]
-        self.optimizer = make_optimizer(self.trainable_params, self.config.optim)
+        optim = self.config.optim
+        by_depth = settings.unfreeze or optim.encoder_lr != 1 or optim.first_layer_lr != 1
+        depth_of = depths(self.model) if by_depth else {}
+        self.depths = {parameter: depth for parameter, depth in depth_of.items() if parameter.requires_grad}
+        groups = parameter_groups(self.trainable_params, self.depths, optim) if by_depth else self.trainable_params
+        self.optimizer = make_optimizer(groups, optim)
         for group in self.optimizer.param_groups if self.is_sharded else ():
             group["fused"] = None  # knows no sharded weights
-        self.schedule = make_schedule(self.optimizer, self.config.optim, self.steps)
+        self.schedule = make_schedule(self.optimizer, optim, self.steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.average: AveragedModel | None = None
         if settings.ema:
@@ -326,6 +335,8 @@ class Trainer:
         with record_function("data"):
             batch = self._next_batch()
         self.optimizer.zero_grad(set_to_none=True)
+        if settings.unfreeze:
+            unfreeze(self.depths, state.step / self.steps, settings.unfreeze)
         outputs = []
         threats = self._threats(batch)
         for microbatch, threat in zip(microbatches(batch, settings.accumulate), threats, strict=True):
@@ -380,12 +391,16 @@ class Trainer:
 
     def _threats(self, batch: Batch) -> list[Threat]:
         """Return the threat of each microbatch: random starts are drawn for the whole batch, whoever has which of its images."""
-        count = self.settings.accumulate
+        count, threat = self.settings.accumulate, self.config.threat
+        begin, full = self.settings.eps_ramp
+        if (progress := self.state.step / self.steps) < full:
+            share = max(0.0, progress - begin) / (full - begin)
+            threat = dataclasses.replace(threat, eps=threat.eps * share)
         if self.world.world_size * count == 1:
-            return [self.config.threat]
+            return [threat]
         whole = len(batch.labels) * self.world.world_size
         positions = self.loader.positions(whole).chunk(count)
-        return [cast(Threat, SlicedThreat(self.config.threat, each, whole)) for each in positions]
+        return [cast(Threat, SlicedThreat(threat, each, whole)) for each in positions]
 
     def _averages_now(self) -> bool:
         """Say whether stochastic weight averaging takes the weights in: after every epoch from its start on, and at the end."""
@@ -445,7 +460,12 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Measure the model on validation images, keep the best weights, and return what the progress bar shows."""
-        state, eval_model = self.state, self.eval_model()
+        state, settings, eval_model = self.state, self.settings, self.eval_model()
+        if settings.batch_norm_images:
+            images = shuffle_if_sorted(self.splits.train.labelled_subset())
+            images = images.subset(torch.arange(min(settings.batch_norm_images, len(images))))
+            shared = {"batch_size": self.batch_images, "seed": settings.seed, "device": self.device}
+            measure_statistics(eval_model, images, self.config.threat, **shared)
         if self.config.method.uses_classifier:
             clean, robust = self._accuracies(eval_model)
             shown = {"validation_robust": robust, "validation_clean": clean}
@@ -468,7 +488,7 @@ class Trainer:
             state.best, state.best_step = score, state.step
             if self.world.is_main:
                 self._save_weights("best", eval_model)
-        patience = self.settings.patience
+        patience = settings.patience
         state.stopped_early = patience is not None and state.validations_since_best >= patience
         return shown
 
