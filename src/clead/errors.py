@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 
@@ -72,6 +72,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     shown = known[: max(1, sum(len(", ".join(known[:n])) <= _LONGEST for n in range(1, len(known) + 1)))]
     more = f", … ({len(known)} in all)" if len(shown) < len(known) else ""
     return f"known: {', '.join(shown) or 'none'}{more}"
+
+
+def first_of(names: Sequence[str], count: int = 4) -> str:
+    """Return the first names of a list, and how many there are."""
+    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
 
 
 class NotEnoughMemory(UserError):

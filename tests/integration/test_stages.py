@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -550,6 +551,23 @@ def test_weights_of_another_run_are_the_start(done, tmp_path, monkeypatch):
     assert not same(learnt("other", done.path), expected("last"))
 
 
+def test_a_run_of_other_classes_and_sizes_is_a_start(done, tmp_path, capsys):
+    pixels = torch.randint(0, 256, (24, 12, 12), dtype=torch.uint8).numpy()
+    labels = torch.arange(24).numpy() % 3
+    np.savez(tmp_path / "d.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    data = ["--data.name", "npz", "--data.path", str(tmp_path / "d.npz"), "--optim.lr", "1e-30"]
+    config = load_recipe("digits-standard", [*SMALL, *data, "--train.start_from", str(done.path)])
+    run = clead.train(config, out=tmp_path / "run", show=False)
+    start, learnt = saved_weights(done.path, "best"), saved_weights(run.path)
+    assert learnt["classifier.weight"].shape == (3, 8)
+    learned = {name for name, _ in run.model.named_parameters()} - {"classifier.weight", "classifier.bias"}
+    assert len(learned) > 6 and all(torch.equal(learnt[name], start[name]) for name in learned)
+    noted = capsys.readouterr().err
+    assert "the head classifier is new, drawn from the seed: 10 → 3 classes" in noted and "100% of the weights" in noted
+    again = clead.train(config, out=tmp_path / "again", show=False)
+    assert same(saved_weights(again.path), learnt)
+
+
 def test_mistakes_of_start_from_are_one_line(done, tmp_path):
     def said(path, *overrides):
         config = load_recipe("digits-standard", [*SMALL, "--train.start_from", str(path), *overrides])
@@ -565,8 +583,8 @@ def test_mistakes_of_start_from_are_one_line(done, tmp_path):
     )
     assert said(tmp_path / "nothing").startswith(f"train.start_from: no weights at {tmp_path}/nothing")
     assert "holds no file of weights; give one file" in said(tmp_path)
-    save_weights(tmp_path / "more.safetensors", {**saved_weights(done.path), "extra": torch.zeros(1)}, {})
-    assert "1 that Classifier lacks (extra)" in said(tmp_path / "more.safetensors")
+    save_weights(tmp_path / "little.safetensors", {"classifier.weight": torch.zeros(10, 8)}, {})
+    assert "1 of the 30 tensors of Classifier fit, " in said(tmp_path / "little.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"PK\x03\x04")
     assert "bad.safetensors" in said(tmp_path / "bad.safetensors")
 

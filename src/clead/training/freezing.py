@@ -6,9 +6,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from clead.errors import UserError
+from clead.models.partial_weights import load_matching
 from clead.models.split import AdaptedModel, SplitModel, weights
 from clead.output import tell
 from clead.runs.directory import PROJECTION, RunDir
@@ -71,17 +72,17 @@ def unfrozen_afterwards(model: nn.Module) -> Generator[None, None, None]:
             parameter.requires_grad_(flag)
 
 
-def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: int | None = None) -> None:
-    """Load the weights of ``path`` into ``model``, in place.
+def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: int | None = None) -> list[str]:
+    """Load the weights of ``path`` into ``model``, in place, say what fits in part only, and return what was said.
 
     Args:
-        model: of the architecture that was trained.
+        model: of the architecture that was trained; its number of classes and size of images may be others.
         path: a run directory, or weights that ``clead.weights.read_weights`` reads.
         which: ``best`` or ``last`` weights of a run directory; None: those that its ``eval.weights`` names.
         dim: d of the projection head that training will need, or None; the last one of a run directory is taken up if it has
             this size.
 
-    Raises UserError if there are no weights, or of another architecture.
+    Raises UserError if there are no weights, or of another architecture (less than half of them fit).
     """
     is_run = (path / "config.yaml").is_file()
     try:
@@ -89,17 +90,16 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
             run = RunDir.open(path)
             file = path / f"{which or run.config().eval.weights}.safetensors"
             content, _ = load_weights(file)
-            for note in check_weights(weights(model), content, str(file)):
-                tell(f"train.start_from: {note}")
-            model.drop_projection()
-            model.load_state_dict(content)
+            notes = _load_own(model, content, str(file))
         else:
             given = read_weights(path)
             model.drop_projection()
-            for note in load_into(model, given):
-                tell(f"train.start_from: {note}")
+            notes = load_into(model, given, num_classes=model.num_classes)
     except UserError as error:
         raise UserError(*(f"train.start_from: {problem}" for problem in error.problems)) from None
+    notes = [f"train.start_from: {note}" for note in notes]
+    for note in notes:
+        tell(note)
     if dim is not None and is_run and (path / PROJECTION).exists():
         head, _ = load_weights(path / PROJECTION)
         model.add_projection(dim)
@@ -109,3 +109,15 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
             model.projection.load_state_dict(head)
         else:
             model.drop_projection()  # another size: the training draws a new one
+    return notes
+
+
+def _load_own(model: SplitModel, content: dict[str, Tensor], source: str) -> list[str]:
+    """Load the weights of a run: all, or of a run with other classes or another size of images, what fits."""
+    model.drop_projection()
+    expected = weights(model)
+    if {name: each.shape for name, each in expected.items()} != {name: each.shape for name, each in content.items()}:
+        return load_matching(model, content, source, model.num_classes)
+    notes = check_weights(expected, content, source)
+    model.load_state_dict(content)
+    return notes

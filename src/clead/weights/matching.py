@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from clead.errors import UserError
+from clead.errors import UserError, first_of
+from clead.models.partial_weights import load_matching
 from clead.weights.files import type_notes
-from clead.weights.reading import Weights, first_of
+from clead.weights.reading import Weights
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What DataParallel, torch.compile, FSDP and activation checkpointing put into names, wherever they wrap."""
@@ -23,8 +24,10 @@ _MEAN, _STD = (
 )
 
 
-def load_into(module: nn.Module, weights: Weights, *, normalized: bool = False) -> list[str]:
-    """Load ``weights`` into ``module``, all of them, and return what must be said of it.
+def load_into(
+    module: nn.Module, weights: Weights, *, normalized: bool = False, num_classes: int | None = None
+) -> list[str]:
+    """Load ``weights`` into ``module``, and return what must be said of it.
 
     Prefixes that wrappers put before names are taken off, or put before them where the model has a wrapper that the file has
     not. Batch-norm's counters and other constants may be missing, and a projection head or thop's counts too many.
@@ -33,6 +36,7 @@ def load_into(module: nn.Module, weights: Weights, *, normalized: bool = False) 
         module: of the architecture that was trained; changed in place.
         weights: of ``read_weights``.
         normalized: whether pixels are normalised before ``module``: mean and std among the weights are then not needed.
+        num_classes: K of the data, where weights that fit in part are loaded in part (see ``load_matching``); None: all must fit.
 
     Raises UserError if anything else is missing or too many, or of another shape.
     """
@@ -50,6 +54,10 @@ def load_into(module: nn.Module, weights: Weights, *, normalized: bool = False) 
         notes.append(f"{source}: its own normalisation ({first_of(layers)}) is left out, --model.input has one")
     missing = [name for name in missing if name not in filled]
     extra = [name for name in extra if name not in dropped]
+    if num_classes is not None and (missing or extra or _of_other_shape(expected, given)):
+        fitting = {name: tensor.detach() for name, tensor in given.items() if name not in dropped}
+        notes += type_notes(source, expected, {name: each for name, each in fitting.items() if name in expected})
+        return [*weights.notes, *notes, *load_matching(module, fitting, source, num_classes)]
     if missing or extra:
         raise UserError(_mismatch(source, module, [names.get(name, name) for name in extra], missing, expected, given))
     content = {name: tensor.detach() for name, tensor in given.items() if name in expected}
@@ -189,10 +197,16 @@ def _mismatch(
     return f"{source} is of another architecture: {' and '.join(parts)}; {common} names fit; {remedy}"
 
 
-def _check_shapes(source: str, module: nn.Module, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    other = [
-        name for name, tensor in given.items() if not is_lazy(expected[name]) and tensor.shape != expected[name].shape
+def _of_other_shape(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    return [
+        name
+        for name, tensor in given.items()
+        if name in expected and not is_lazy(expected[name]) and tensor.shape != expected[name].shape
     ]
+
+
+def _check_shapes(source: str, module: nn.Module, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    other = _of_other_shape(expected, given)
     if not other:
         return
     name = other[0]

@@ -6,7 +6,7 @@ import dataclasses
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clead.atomic_io import open_regular, read_json
-from clead.errors import UserError, did_you_mean, first_line
+from clead.errors import UserError, did_you_mean, first_line, first_of
 from clead.models.class_names import names_in
 from clead.models.file_kinds import describe_file, is_pickle
 from clead.weights.files import load_weights, read_safetensors
@@ -367,8 +367,3 @@ def _choose(content: Any, key: str | None, source: str) -> tuple[Mapping[str, An
 def _tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return tensors, [name for name in state if name not in tensors]
-
-
-def first_of(names: Sequence[str], count: int = 4) -> str:
-    """Return the first names of a list, and how many there are."""
-    return ", ".join(names[:count]) + (f", … ({len(names)} in all)" if len(names) > count else "")
