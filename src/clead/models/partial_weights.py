@@ -50,7 +50,8 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
             f"{source} is of another architecture: {len(content)} of the {len(expected)} tensors of {kind} fit, {share:.0%} of its "
             f"weights ({'; '.join(details) or 'no name is the same'}); make the network that was trained: --model.name NAME"
         )
-    loaded = f"{len(content)} of the {len(expected)} tensors of {kind} are from {source}, {share:.0%} of the weights before the head"
+    count = f"{len(content)} of the {len(expected)} tensors of {kind}"
+    loaded = f"{count} are from {source}, {share:.0%} of the weights before the head"
     for head in heads:
         name = next(name for name in expected if name.rpartition(".")[0] == head and name in given)
         notes.append(f"the head {head} is new, drawn from the seed: {given[name].shape[0]} → {num_classes} classes")
