@@ -34,8 +34,8 @@ def data(
 ) -> None:
     """Say what would be read: clead data PATH [--data.image_size 32] [--show sheet.png].
 
-    Splits, sizes, classes with their counts, files that are not read, equal and nearly equal images, and why training would
-    refuse it.
+    Splits, sizes, classes with their counts and balance, files that are not read, equal and nearly equal images, whether
+    mirrored images are still of their class, and why training would refuse it.
     """
     paths, overrides = positional(context.args)
     if len(paths) != 1:
@@ -69,6 +69,7 @@ def _lines(report: DataReport, options: str) -> list[str]:
     if len(report.classes) > _CLASSES:
         lines.append(f"  … {len(report.classes) - _CLASSES} more classes")
     lines += _some("files that are not read", report.skipped) + _some("images that cannot be read", report.unreadable)
+    lines += report.survey.sentences() if report.survey is not None else []
     within = sum(report.duplicates.within.values())
     lines.append(f"equal images within a split: {within or 'none'}")
     lines += [f"note: {note}" for note in report.notes]

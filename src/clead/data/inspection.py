@@ -19,6 +19,7 @@ from clead.data.base import (
     RawSplit,
     RawSplits,
     assign_splits,
+    at,
     check,
     cut,
     renumber,
@@ -30,6 +31,9 @@ from clead.data.datasets import READERS
 from clead.data.datasets.auto import Auto, recognizes
 from clead.data.decoding import ResizeSpec, decode_one
 from clead.data.duplicates import Duplicates, Split, digest, find_duplicates
+from clead.data.flips import SAMPLE
+from clead.data.label_sampling import stratified
+from clead.data.survey import TITLES, Survey, summarise
 from clead.errors import MissingExtra, UserError
 
 NEAR = 20_000
@@ -55,6 +59,7 @@ class DataReport:
         skipped: one line per file that is there and is not read.
         duplicates: equal and nearly equal images.
         notes: what must be known of the data, one sentence each.
+        survey: the numbers by which a training is planned; None if there is nothing to train on.
         problems: why training would refuse the data; empty if it would not.
         options: what must be added to ``--data.path`` to train on it.
     """
@@ -69,6 +74,7 @@ class DataReport:
     skipped: list[str]
     duplicates: Duplicates
     notes: list[str]
+    survey: Survey | None
     problems: list[str]
     options: list[str]
 
@@ -120,7 +126,9 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
     if not sizes:
         raise UserError(*(unreadable[:5] or ["there is no image; check --data.path"]))
     duplicates, missing = _duplicates(parts, looked)
-    options = _options(data, sizes, unreadable, problems)
+    sample = _training_sample(raw, looked)
+    summary = None if sample is None else summarise(data, raw, origin, sizes, sample, duplicates, unreadable)
+    options = _options(data, summary, sizes, unreadable, problems)
     notes = [*raw.notes, *order, *say_remarks(remarks, data.background), *duplicates.notes(), *missing]
     report = DataReport(
         _layout(data),
@@ -133,6 +141,7 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
         list(raw.skipped),
         duplicates,
         notes,
+        summary,
         problems,
         options,
     )
@@ -226,14 +235,13 @@ def _shrunken(array: np.ndarray) -> np.ndarray:
 
 
 def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple[Duplicates, list[str]]:
-    titles = {"train": "training", "val": "validation", "test": "test"}
     splits = {}
     for name, subset in parts.items():
         rows = looked[name].rows
         names = [subset.names[row] for row in rows] if subset.names else ()
         if rows:
             labels = subset.labels[torch.tensor(rows)].tolist()
-            splits[titles[name]] = Split(looked[name].small, labels, names, looked[name].digests)
+            splits[TITLES[name]] = Split(looked[name].small, labels, names, looked[name].digests)
     total = sum(len(split.images) for split in splits.values())
     if total > NEAR:
         note = f"nearly equal images are not looked for: {total} images are more than {NEAR}; use --data.limit_train"
@@ -244,12 +252,24 @@ def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple
         return find_duplicates(splits, near=False), [str(error)]
 
 
-def _options(data: InMemoryDataset, sizes: Counter[str], unreadable: list[str], problems: list[str]) -> list[str]:
+def _training_sample(raw: RawSplits, looked: dict[str, _Looked]) -> tuple[list[np.ndarray], Tensor] | None:
+    """Return some training images of each class and their rows; None if there are none, or labels that are no class."""
+    train = looked.get("train", _Looked())
+    rows = torch.tensor(train.rows, dtype=torch.int64)
+    if not len(rows) or not 0 <= int(raw.train.labels.min()) <= int(raw.train.labels.max()) < len(raw.classes):
+        return None
+    chosen = stratified(raw.train.labels[rows], min(SAMPLE, len(rows)), 0, spare=0)[0]
+    return at(train.small, chosen), rows[chosen]
+
+
+def _options(
+    data: InMemoryDataset, summary: Survey | None, sizes: Counter[str], unreadable: list[str], problems: list[str]
+) -> list[str]:
     """Return what training needs besides the path; adds to ``problems`` what it would refuse without."""
     options = []
     if len(sizes) > 1 and data.image_size is None:
-        side = min(64, *(int(side) for size in sizes for side in size.split("x")))
-        options += ["--data.image_size", str(max(side, 8))]
+        fitting = (64,) if summary is None else summary.image_sizes
+        options += ["--data.image_size", str(max(side for side in fitting if side <= max(64, fitting[0])))]
         problems.append(f"images have {len(sizes)} sizes; add {' '.join(options)} to resize them all")
     if unreadable and not data.skip_unreadable:
         options += ["--data.skip_unreadable", "true"]
