@@ -32,9 +32,11 @@ if TYPE_CHECKING:
     from clead.errors import UserError
     from clead.models.split import adapt
     from clead.models.user_model import allow_code
+    from clead.training.robust_loss import RobustLoss, robust_loss
 
 # PyTorch takes over a second to import, so the names below are imported when they are first used.
 _WHERE = {
+    "RobustLoss": "clead.training.robust_loss",
     "RunConfig": "clead.config",
     "UserError": "clead.errors",
     "adapt": "clead.models.split",
@@ -49,11 +51,13 @@ _WHERE = {
     "load_recipe": "clead.config",
     "measure": "clead.api",
     "profile": "clead.api",
+    "robust_loss": "clead.training.robust_loss",
     "train": "clead.api",
     "write_report": "clead.api",
 }
 
 __all__ = [
+    "RobustLoss",
     "RunConfig",
     "UserError",
     "__version__",
@@ -70,6 +74,7 @@ __all__ = [
     "load_recipe",
     "measure",
     "profile",
+    "robust_loss",
     "train",
     "write_report",
 ]

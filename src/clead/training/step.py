@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,28 @@ class Step:
             generator: of the random starts.
             threat: that of the run if None.
         """
+        output = self._loss_of(batch, progress, generator, threat)
+        buffers = self.method_state.buffers() if self.config.train.awp and self.method_state is not None else ()
+        saved = [(buffer, buffer.clone()) for buffer in buffers]
+        average = None if self.world.world_size == 1 else self.world.all_reduce_mean
+        with perturbed_weights(self.model, lambda: self.scaler.scale(output().loss), self.config.train.awp, average):
+            for buffer, before in saved:  # the ascent leaves the method's buffers as they are, as it does the model's
+                buffer.copy_(before)
+            result = output()
+            with record_function("backward"):
+                self.scaler.scale(result.loss).backward()
+        return result
+
+    def forward(
+        self, batch: Batch, progress: float, generator: torch.Generator, threat: Threat | None = None
+    ) -> StepOutput:
+        """Return the loss at the weights as they are, for a caller who takes its gradient, and its metrics; arguments as above."""
+        return self._loss_of(batch, progress, generator, threat)()
+
+    def _loss_of(
+        self, batch: Batch, progress: float, generator: torch.Generator, threat: Threat | None
+    ) -> Callable[[], StepOutput]:
+        """Make the views and return what computes their loss."""
         config, model, world, size = self.config, self.model, self.world, len(batch.labels)
         alone = world.world_size == 1
         threat = threat or config.threat
@@ -68,16 +90,7 @@ class Step:
             with record_function("loss"), self.autocast, model.gathering_outputs(join):
                 return config.method.loss(model, views, context)
 
-        buffers = self.method_state.buffers() if config.train.awp and self.method_state is not None else ()
-        saved = [(buffer, buffer.clone()) for buffer in buffers]
-        average = None if alone else world.all_reduce_mean
-        with perturbed_weights(model, lambda: self.scaler.scale(output().loss), config.train.awp, average):
-            for buffer, before in saved:  # the ascent leaves the method's buffers as they are, as it does the model's
-                buffer.copy_(before)
-            result = output()
-            with record_function("backward"):
-                self.scaler.scale(result.loss).backward()
-        return result
+        return output
 
 
 def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_state: nn.Module | None = None) -> float:
