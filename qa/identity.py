@@ -73,11 +73,16 @@ def bits(flags):
     return flags if isinstance(flags, str) else "".join("01"[bool(flag)] for flag in flags)
 
 
+def distance_of(attack):
+    """Return the largest distance of an attack; version 0.1 called it otherwise."""
+    return attack["max_distance"] if "max_distance" in attack else attack["largest"]
+
+
 def verdicts_of(file):
     """Return what a record says of each image and attack."""
     record = json.loads(file.read_text())
     attacks = {
-        each["name"]: [bits(each["flags"]), each["largest"], each["forwards"], each["backwards"]]
+        each["name"]: [bits(each["flags"]), distance_of(each), each["forwards"], each["backwards"]]
         for each in record["attacks"]
     }
     return {"clean": bits(record["clean_flags"]), "robust": bits(record["robust_flags"]), "attacks": attacks}
@@ -155,7 +160,7 @@ def main():
     parser.add_argument(
         "--images", default="256", help="of each committed CIFAR-10 model; records are by batches of 256"
     )
-    parser.add_argument("--only", default="", help="what begins like this")
+    parser.add_argument("--only", default="", help="compute and compare what begins like this")
     arguments = parser.parse_args()
     work = {f"train {method}": lambda folder, m=method: trained(m, folder) for method in METHODS}
     work |= {
@@ -179,12 +184,12 @@ def main():
     different = []
     if arguments.against:
         other = json.loads(arguments.against.read_text())
-        different = [name for name in work if name in other and found.get(name) != other[name]]
-        count = sum(name in other for name in work)
+        names = [name for name in work if name in other and name.startswith(arguments.only)]
+        different = [name for name in names if found.get(name) != other[name]]
         for name in different:
             keys = [key for key in other[name] if found.get(name, {}).get(key) != other[name][key]]
             print(f"differs: {name} ({', '.join(keys)})")
-        print(f"{count - len(different)} of {count} are the same")
+        print(f"{len(names) - len(different)} of {len(names)} are the same")
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
     return bool(different)

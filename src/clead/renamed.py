@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +11,8 @@ from clead.output import tell
 
 VALUES: dict[str, dict[str, str]] = {"eval.suite": {"queries": "black_box"}}
 """Key of the configuration → old value → new one."""
+FIELDS = {"broken": "num_successes", "largest": "max_distance"}
+"""Old name of a field of records and of results of measurements → new one."""
 _ANY = object()
 RETIRED: dict[tuple[str, str], Any] = {
     ("train", "parts"): _ANY,
@@ -65,6 +67,22 @@ def updated(stored: Any) -> Any:
         key: renamed[key].get(value, value) if key in renamed and isinstance(value, str) else updated(value)
         for key, value in stored.items()
     }
+
+
+def current_field(fields: Collection[str], name: str) -> str:
+    """Return the name in ``fields`` that the old name of a field has now, or ``name`` where it has none."""
+    new = FIELDS.get(name, name)
+    return new if new in fields else name
+
+
+class RenamedFields(dict[str, Any]):
+    """A result whose values are found by the old names of ``FIELDS`` too."""
+
+    def __missing__(self, name: str) -> Any:
+        if (new := current_field(self, name)) == name:
+            raise KeyError(name)
+        warn_renamed(name, new)
+        return self[new]
 
 
 def old_names(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:

@@ -329,7 +329,7 @@ def test_a_targeted_evaluation_resumes_with_the_same_flags_and_attacks_nothing_a
             options=EvaluationOptions(state=tmp_path / "state", show=False),
         )
         return [
-            (part.flags, part.broken, part.settings["target"]) for part in result.record.attacks
+            (part.flags, part.num_successes, part.settings["target"]) for part in result.record.attacks
         ], result.record.notes
 
     first, notes = evaluated()

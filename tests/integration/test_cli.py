@@ -203,18 +203,22 @@ def test_saved_adversarial_images_are_scored_again(command, runs):
     )
     assert "0 outside; " in out and "after rounding to 8 bits" in out
     result = read("v.json")
-    assert (result["n"], result["broken"], result["wrong"], result["outside"]) == (40, 40 - held, 40 - held, 0)
+    assert (result["n"], result["num_successes"], result["wrong"], result["outside"]) == (40, 40 - held, 40 - held, 0)
     assert (
         result["same_model"]
         and result["accuracy"] == held / 40
-        and 0 < result["largest"] <= result["eps"] + 1e-6
+        and 0 < result["max_distance"] <= result["eps"] + 1e-6
         and result["eps"] == 0.3
     )
     # What broke one model, on another.
     out = well(command("attack", "robust", "--verify", "x.parquet", "--json", "v.json"))
     assert "made for another model, plain, so what is right here is no robustness" in out
     other = read("v.json")
-    assert other["run"] == "robust" and other["broken"] == 40 - held and other["largest"] == result["largest"]
+    assert (
+        other["run"] == "robust"
+        and other["num_successes"] == 40 - held
+        and other["max_distance"] == result["max_distance"]
+    )
     assert not list(Path("plain/results").glob("attack-*"))
 
 
@@ -229,7 +233,7 @@ def test_an_attack_towards_a_class_counts_what_is_taken_for_it(command):
     assert part["name"] == "PGD-10 CE towards 3" and part["settings"]["target"] == 3
     assert record["data"]["n"] == left == len(part["flags"]) and record["data"]["total"] is None
     taken = sum(pair == ("1", "0") for pair in zip(record["clean_flags"], part["flags"], strict=True))
-    assert taken == part["broken"] > 0 and part["attacked"] == record["clean_flags"].count("1")
+    assert taken == part["num_successes"] > 0 and part["attacked"] == record["clean_flags"].count("1")
     assert f"note: {40 - left} of 40 images are of class 3, the target, and are left out" in out
     assert f"{taken} of {part['attacked']} images that are right when clean are taken for 3" in out
     assert "worst case per image" not in out

@@ -87,7 +87,7 @@ def test_exactly_the_images_within_eps_of_the_boundary_break(threat):
     assert [part.name for part in record.attacks] == ["FGSM", "PGD-5 CE", "PGD-5 margin"]
     for part in record.attacks:
         assert part.flags == robust.tolist()
-        assert EPS * 0.99 < part.largest <= EPS * (1 + 1e-5) + 1e-6
+        assert EPS * 0.99 < part.max_distance <= EPS * (1 + 1e-5) + 1e-6
     for k, part in enumerate(record.per_class):
         chosen = images.labels == k
         assert (part.name, part.n) == (CLASSES[k], int(chosen.sum()))
@@ -319,7 +319,7 @@ def test_every_suite_breaks_exactly_the_images_within_eps(name, threat):
     for part in record.attacks:  # each meets the survivors of those before it
         assert part.attacked == int(left.sum())
         after = torch.tensor(part.flags)
-        assert part.broken == int((left & ~after).sum()) and not (after & ~left).any()
+        assert part.num_successes == int((left & ~after).sum()) and not (after & ~left).any()
         left = after
     assert record.attacks[-1].flags == record.robust_flags
     assert record.attacks[-1].attacked < len(images.labels) or len(record.attacks) == 1

@@ -69,9 +69,9 @@ def fake_record(
     for a, r, b in left:
         k = round(min(r, clean) * n)
         attacks.append({
-            "name": a, "settings": {"steps": b, "step_size": 2 / 255}, "attacked": before, "broken": before - k,
+            "name": a, "settings": {"steps": b, "step_size": 2 / 255}, "attacked": before, "num_successes": before - k,
             "robust": wilson(k, n), "flags": [True], "seconds": 1.3 * b, "forwards": b + 1, "backwards": b,
-            "largest": 8 / 255,
+            "max_distance": 8 / 255,
         })  # fmt: skip
         before = before if suite == "pgd" else k
     hard = np.linspace(-0.15, 0.15, len(classes))
@@ -276,7 +276,7 @@ def test_mcnemar_is_shown_for_the_same_images_only(tmp_path):
 
 def test_signs_of_a_failed_attack_are_said(tmp_path):
     record = fake_record()
-    far = record.attacks[0].model_copy(update={"largest": 9 / 255})
+    far = record.attacks[0].model_copy(update={"max_distance": 9 / 255})
     rising = [p.model_copy(update={"robust": record.clean}) if p.eps_text == "16/255" else p for p in record.curve]
     _, page = write(tmp_path, RunResult("a", record.model_copy(update={"attacks": [far], "curve": rising})))
     assert "went outside the threat" in page.text and "gradient masking" in page.text
@@ -647,8 +647,8 @@ def test_text_can_be_read_on_light_and_dark(four):
         pairs = [(text, ground) for text in ("ink", "muted", "accent") for ground in ("page", "card")]
         pairs += [
             ("ink", "soft"),
-            ("care", "care-bg"),
-            ("ink", "care-bg"),
+            ("caveats", "caveats-bg"),
+            ("ink", "caveats-bg"),
             ("good", "card"),
             ("bad", "card"),
             ("card", "accent"),
@@ -691,7 +691,7 @@ def test_csv_holds_the_numbers_of_the_records(two):
         assert float(stages["worst case"]["still right (fraction)"]) == run.record.worst.accuracy
         for part in run.record.attacks:
             assert float(stages[part.name]["still right (fraction)"]) == part.robust.accuracy
-            assert int(stages[part.name]["broken (images)"]) == part.broken
+            assert int(stages[part.name]["broken (images)"]) == part.num_successes
         per_class = [
             (row["class"], float(row["robust accuracy (fraction)"])) for row in rows(folder / f"classes-{i}.csv")
         ]

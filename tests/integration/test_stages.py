@@ -247,8 +247,8 @@ def test_transferred_accuracy_is_that_of_the_stored_test_images(done):
         assert record.transferred.fooled == pytest.approx((source(stored).argmax(1) != y).float().mean().item())
     assert record.transferred.flags == right.tolist() and len(right) == 20
     assert (
-        record.transferred.largest == pytest.approx((stored - x).abs().max().item())
-        and record.transferred.largest > 0.1
+        record.transferred.max_distance == pytest.approx((stored - x).abs().max().item())
+        and record.transferred.max_distance > 0.1
     )
     # It has no part in the worst case.
     assert all(attack.name != record.transferred.name for attack in record.attacks)
@@ -267,7 +267,9 @@ def test_transferred_images_count_if_right_when_clean_and_as_stored():
     stored = StoredTest(x_adv, torch.arange(500) % 2 == 0, {"name": "fgsm"})
     part = transferred(model, ImageSet(images, labels), stored, Linf(eps=0.1), torch.device("cpu"))
     assert part.flags == expected.tolist() and part.robust.accuracy == expected.double().mean()
-    assert part.fooled == 0.5 and part.largest == pytest.approx((x_adv - images[:500].float() / 255).abs().max().item())
+    assert part.fooled == 0.5 and part.max_distance == pytest.approx(
+        (x_adv - images[:500].float() / 255).abs().max().item()
+    )
     fewer = transferred(model, ImageSet(images[:7], labels[:7]), stored, Linf(eps=0.1), torch.device("cpu"))
     assert fewer.flags == part.flags[:7]
 

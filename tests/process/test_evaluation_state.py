@@ -531,10 +531,10 @@ def test_adversarial_images_are_saved_exactly_and_score_as_they_did(run, alone, 
     assert evaluation.adversarial is not None
     result = api.verify(run, file)
     broken = sum(record.clean_flags) - sum(record.robust_flags)
-    assert result["n"] == 60 and result["broken"] == 60 - sum(record.robust_flags)
-    assert result["wrong"] == result["broken"] and result["outside"] == 0 and broken > 0
+    assert result["n"] == 60 and result["num_successes"] == 60 - sum(record.robust_flags)
+    assert result["wrong"] == result["num_successes"] and result["outside"] == 0 and broken > 0
     assert result["accuracy"] == record.robust_accuracy
-    assert 0.1 < result["largest"] <= 0.15 + 1e-6
+    assert 0.1 < result["max_distance"] <= 0.15 + 1e-6
     import pyarrow.parquet as pq
 
     rows = pq.read_table(file).to_pylist()

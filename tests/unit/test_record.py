@@ -30,6 +30,27 @@ def test_a_record_of_version_2_says_the_same():
     assert a.robust_flags == old["robust_flags"] and sum(a.robust_flags) == round(a.worst.accuracy * a.worst.n)
 
 
+def test_a_record_with_the_old_names_of_fields_says_the_same():
+    """The committed record has them; what is written of it has the new ones."""
+    old = json.loads(FILE.read_text())
+    assert all({"broken", "largest"} < attack.keys() for attack in old["attacks"])
+    record = Record.model_validate_json(FILE.read_text())
+    attack, first = record.attacks[0], old["attacks"][0]
+    assert (attack.num_successes, attack.max_distance) == (first["broken"], first["largest"])
+    new = json.loads(record.model_dump_json())
+    names = {"broken": "num_successes", "largest": "max_distance"}
+    assert new["attacks"][0].keys() == {names.get(name, name) for name in first} | {"lost"}
+    assert [check["numbers"] for check in new["checks"]] == [check["numbers"] for check in old["checks"]]
+    assert any("largest" in check["numbers"] for check in new["checks"]), "a figure of a check is called as before"
+
+
+def test_a_record_with_both_names_of_a_field_is_refused():
+    content = json.loads(FILE.read_text())
+    content["attacks"][0]["num_successes"] = 0
+    with pytest.raises(ValidationError, match=r"attacks.0.broken\n  Extra inputs"):
+        Record.model_validate_json(json.dumps(content))
+
+
 def test_what_is_written_is_read_again():
     record = Record.model_validate_json(FILE.read_text())
     text = record.model_dump_json(indent=1)

@@ -27,6 +27,7 @@ from clead.runs.directory import RunDir
 from clead.settings import validated
 from clead.threats import THREATS
 from clead.threats.linf import Linf
+from support import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,23 @@ def test_names_of_python_warn_once(module, old, new):
         assert getattr(import_module(module), old) is getattr(import_module(module), new)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         import_module(module).nothing  # noqa: B018
+
+
+def test_old_names_of_fields_warn_once():
+    record = Record.model_validate_json((ROOT / "tests/data/records/cifar10-small-trades-s0-standard.json").read_text())
+    attack: Any = record.attacks[0]
+    with pytest.warns(DeprecationWarning, match=r"AttackResult\.broken: write num_successes; the old name goes with"):
+        assert attack.broken == attack.num_successes
+    assert attack.broken == attack.num_successes
+    with pytest.warns(DeprecationWarning, match=r"AttackResult\.largest: write max_distance"):
+        assert attack.largest == attack.max_distance
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        attack.nothing  # noqa: B018
+    result = renamed.RenamedFields(num_successes=3)
+    with pytest.warns(DeprecationWarning, match="broken: write num_successes"):
+        assert result["broken"] == 3
+    with pytest.raises(KeyError, match="largest"):
+        result["largest"]
 
 
 @pytest.mark.parametrize(

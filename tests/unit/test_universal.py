@@ -101,7 +101,7 @@ def test_flags_are_those_of_plain_numpy():
     assert result.clean_flags == (before == y).tolist()
     assert result.robust_flags == ((before == y) & (after == y)).tolist()
     assert result.fooled_flags == (before != after).tolist() and 0 < result.fooled.accuracy < 1
-    assert result.largest == pytest.approx(np.abs(x_adv - x).max(), abs=1e-6) and result.largest <= 0.2 + 1e-6
+    assert result.max_distance == pytest.approx(np.abs(x_adv - x).max(), abs=1e-6) and result.max_distance <= 0.2 + 1e-6
     assert (result.n, result.fitted) == (50, 30)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(result.picture)))) / 255
     np.testing.assert_allclose(pixels, 0.5 + 0.5 * delta[0] / np.abs(delta).max(), atol=1 / 255)
@@ -179,7 +179,7 @@ def test_the_command_is_there_and_says_what_was_found(run, command):
     splits = clead.load_recipe("digits-standard").data.load(0)
     assert (result.fitted, result.fitted_on, result.n) == (len(splits.val), "validation images", 40)
     assert result.indices == list(range(40)) and result.fooled.accuracy > 0.2
-    assert result.robust.accuracy < result.clean.accuracy and 0.1 < result.largest <= 0.3 + 1e-6
+    assert result.robust.accuracy < result.clean.accuracy and 0.1 < result.max_distance <= 0.3 + 1e-6
     flat = " ".join(out.split())
     for part in ("fitted on", "validation images, changes", "answer changed by δ", "universal.json"):
         assert part in flat, out
@@ -199,6 +199,9 @@ def test_images_that_are_scored_are_never_fitted_on(run):
     config = clead.load_recipe(str(run / "config.yaml"), ["--eval.split", "val", "--eval.steps", "3"])
     record = clead.measure(run, "universal", config=config, show=False)
     result = record.result
+    stored = record.model_dump_json()
+    old = stored.replace('"max_distance":', '"largest":')
+    assert old != stored and MeasurementRecord.model_validate_json(old) == record, "as version 0.1 wrote it"
     assert result.fitted_on == "other val images" and result.fitted + result.n == record.data.n == 40
     assert len(set(result.indices)) == result.n < 40
     splits = config.data.load(0)

@@ -13,6 +13,7 @@ from clead.errors import UserError
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.models.split import weights
+from clead.renamed import RenamedFields
 from clead.results.target import digest
 from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
@@ -31,11 +32,11 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         config: the run's configuration with changes (the data's path); the run's own if None.
 
     Returns:
-        ``made_for``, the run that was attacked, and whether this is the ``same_model``; ``n``; ``broken``, so many the file
-        states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all images, and ``accuracy_8_bits`` on the
-        same rounded to 8 bits, as a picture file or a camera would hold them; ``largest``
-        perturbation, ``eps`` and how many are ``outside``. Raises UserError if the images are not those that the run is
-        evaluated on.
+        ``made_for``, the run that was attacked, and whether this is the ``same_model``; ``n``; ``num_successes``, so many
+        broken images the file states; ``wrong``, so many of them this run classifies wrong; ``accuracy`` on all images, and
+        ``accuracy_8_bits`` on the same rounded to 8 bits, as a picture file or a camera would hold them; ``max_distance``, the size
+        of the largest perturbation, ``eps`` and how many are ``outside``. Raises UserError if the images are not those that the run
+        is evaluated on.
     """
     run = RunDir.open(Path(path))
     trained = run.config()
@@ -55,16 +56,17 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         as_file = torch.cat(
             [correct_mask(model, to_float(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
         )
-    return {
+    result = {
         "run": run.name,
         "made_for": about["run"],
         "same_model": about["model"] == fingerprint(weights(model)),
         "n": len(labels),
-        "broken": int((~about["robust"]).sum()),
+        "num_successes": int((~about["robust"]).sum()),
         "wrong": int((~right & ~about["robust"]).sum()),
         "accuracy": right.double().mean().item(),
         "accuracy_8_bits": as_file.double().mean().item(),
-        "largest": threat.distance(x_adv - x).max().item(),
+        "max_distance": threat.distance(x_adv - x).max().item(),
         "eps": threat.eps,
         "outside": int((~contains(threat, x_adv, x)).sum()),
     }
+    return RenamedFields(result)

@@ -158,9 +158,9 @@ def _print_verified(result: dict[str, Any]) -> None:
     made = f"the images were made for another model, {result['made_for']}, so what is right here is no robustness; "
     whose = "" if result["same_model"] else made
     echo(
-        f"{result['run']}: {whose}of {result['n']} images {result['broken']} are stated as broken, {result['wrong']} of these are "
-        f"classified wrong; largest perturbation {result['largest']:.6g} of eps {result['eps']:.6g}, {result['outside']} "
-        f"outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
+        f"{result['run']}: {whose}of {result['n']} images {result['num_successes']} are stated as broken, {result['wrong']} of "
+        f"these are classified wrong; largest perturbation {result['max_distance']:.6g} of eps {result['eps']:.6g}, "
+        f"{result['outside']} outside; accuracy {result['accuracy']:.2%}, after rounding to 8 bits {result['accuracy_8_bits']:.2%}"
     )
 
 

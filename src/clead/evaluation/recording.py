@@ -119,13 +119,13 @@ def _attacks(
                 name=named.name,
                 settings=describe(named),
                 attacked=int(before.sum()),
-                broken=int((before & ~flags).sum()),
+                num_successes=int((before & ~flags).sum()),
                 robust=estimate(flags.tolist()),
                 flags=flags.tolist(),
                 seconds=sum(data["seconds"] for _, data in parts),
                 forwards=sum(data["forwards"] for _, data in parts) / len(flags),
                 backwards=sum(data["backwards"] for _, data in parts) / len(flags),
-                largest=max(data["largest"] for _, data in parts),
+                max_distance=max(data["largest"] for _, data in parts),
                 lost=_lost(parts),
             )
         )

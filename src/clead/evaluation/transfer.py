@@ -94,5 +94,5 @@ def transferred(
         fooled=stored.wrong[:n].float().mean().item(),
         robust=estimate(flags),
         flags=flags,
-        largest=max(sizes),
+        max_distance=max(sizes),
     )

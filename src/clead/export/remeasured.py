@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from clead.config import Eval, RunConfig
@@ -12,7 +11,7 @@ from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.plan import EvaluationOptions
 from clead.export.onnx import StraightThrough
 from clead.interfaces import ImageSet
-from clead.results.record import Estimate
+from clead.results.record import Estimate, RecordModel
 from clead.results.statistics import estimate
 from clead.results.target import EvaluationTarget
 from clead.settings import validated
@@ -21,7 +20,7 @@ QUERY_STEPS = 20
 """Fifty queries each: Square gets a thousand, a fifth of what it has in AutoAttack."""
 
 
-class Remeasured(BaseModel):
+class Remeasured(RecordModel):
     """What the conversion left, on the same n images, each accuracy with its Wilson 95 % interval.
 
     ``before`` and ``white_box`` are worst cases under the quick suite, which is not AutoAttack: of the original, and of the
@@ -29,8 +28,6 @@ class Remeasured(BaseModel):
     ``transferred``: the images that were made for the original. ``queries``: Square with a thousand queries. ``worst`` is per image
     over all three.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: str
     images: str

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from torch import nn
 
 from clead.atomic_io import write_atomically
@@ -24,7 +24,7 @@ from clead.interfaces import ImageSet, Splits, Threat
 from clead.measurements import MEASUREMENTS
 from clead.models.split import weights
 from clead.results.provenance import command, environment
-from clead.results.record import Estimate, EvaluatedData, EvaluatedModel, ThreatModel
+from clead.results.record import Estimate, EvaluatedData, EvaluatedModel, RecordModel, ThreatModel
 from clead.results.section import DistanceCurves, Section
 from clead.results.target import EvaluationTarget
 from clead.settings import Ratio
@@ -108,10 +108,8 @@ class Computation:
         return sum(data["seconds"] for _, data in self.state.parts.values())
 
 
-class Result(BaseModel, abc.ABC):
+class Result(RecordModel, abc.ABC):
     """What a measurement found: plain data that can be printed and drawn."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @abc.abstractmethod
     def table(self, record: MeasurementRecord) -> TerminalTable:
@@ -185,14 +183,12 @@ def measurement_class(kind: str) -> type[Measurement]:
     return MEASUREMENTS.get(kind.partition("-")[0])
 
 
-class MeasurementRecord(BaseModel):
+class MeasurementRecord(RecordModel):
     """A result with what it must carry to be believed and obtained again.
 
     ``settings`` are those of the command, ``threat`` is None where none is involved; ``seconds`` counts the work that was done
     before an interruption too.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
     kind: str

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from scipy.stats import binomtest, norm
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.figure import ESTIMATED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.results.format import percent
-from clead.results.record import Estimate, Flags
+from clead.results.record import Estimate, Flags, RecordModel
 from clead.results.section import Cell, Plot, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
@@ -52,10 +52,8 @@ ABSTAIN = -1
 _BLOCK = 10  # images that are kept together in the state
 
 
-class CertifiedPoint(BaseModel):
+class CertifiedPoint(RecordModel):
     """The fraction of images that are right and certified beyond ``radius``, an L2 length over pixels in [0, 1]."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     radius: float = Field(ge=0)
     certified: Estimate

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from clead.attacks import ATTACKS
@@ -35,7 +35,7 @@ from clead.measurements.base import (
 )
 from clead.models.split import wrapped
 from clead.progress import Tick, progress
-from clead.results.record import CurvePoint, Estimate
+from clead.results.record import CurvePoint, Estimate, RecordModel
 from clead.results.section import DistanceCurves
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
@@ -48,13 +48,11 @@ if TYPE_CHECKING:
 _STRETCHES = (0.0, 1e-4, 1e-3, 1e-2)
 
 
-class Distances(BaseModel):
+class Distances(RecordModel):
     """One attack's verified distance of each image: 0 where it is wrong when clean, None where nothing was found.
 
     ``median`` is the radius at which half of the images are broken; None if fewer are.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     attack: str
     settings: dict[str, Any]

@@ -58,7 +58,7 @@ class UniversalResult(Result):
 
     ``robust``: right when clean and with δ. ``fooled``: the answer is another than to the clean image, right or wrong. ``indices``
     are places among the evaluated images. ``picture`` is δ as PNG in base64, mid-grey where it is 0, its largest value white or
-    black; ``largest`` the size of the largest change of an image, measured after the pixels were clipped to [0, 1].
+    black; ``max_distance`` the size of the largest change of an image, measured after the pixels were clipped to [0, 1].
     """
 
     norm: str
@@ -75,7 +75,7 @@ class UniversalResult(Result):
     robust_flags: Flags
     fooled: Estimate
     fooled_flags: Flags
-    largest: float
+    max_distance: float
     picture: str = Field(pattern=r"^[A-Za-z0-9+/]*={0,2}$")
     seconds: float
 
@@ -211,7 +211,7 @@ def evaluate_universal(
     with how.state.opened(), exact_float32(), attack_mode(model), progress("universal", total, show=how.show) as tick:
         objective = _Fit(model, threat, clip, steps, how.seed, device)
         delta = objective.fit(source, how.batch_size, how.state, tick)
-        flags, largest = _apply(objective, delta, images, how.batch_size, how.state, tick)
+        flags, max_distance = _apply(objective, delta, images, how.batch_size, how.state, tick)
     eps = Ratio(threat.eps)
     return UniversalResult(
         norm=threat.norm,
@@ -228,7 +228,7 @@ def evaluate_universal(
         robust_flags=flags["robust"],
         fooled=estimate(flags["fooled"]),
         fooled_flags=flags["fooled"],
-        largest=largest,
+        max_distance=max_distance,
         picture=_png(delta),
         seconds=how.seconds,
     )
@@ -288,7 +288,7 @@ def _apply(
 ) -> tuple[dict[str, list[bool]], float]:
     """Return the flags clean, robust and fooled of each image, and the largest change in the threat's norm."""
     flags: dict[str, list[bool]] = {"clean": [], "robust": [], "fooled": []}
-    largest = 0.0
+    max_distance = 0.0
     for batch, start in enumerate(range(0, len(images), batch_size)):
         key = f"batch-{batch:06d}"
         if key not in state.parts:
@@ -308,11 +308,11 @@ def _apply(
             change = search.threat.distance(x_adv - x).max().item()
             state.save(key, verdicts, {"largest": change, "seconds": time.monotonic() - begun})
         tensors, data = state.parts[key]
-        largest = max(largest, data["largest"])
+        max_distance = max(max_distance, data["largest"])
         for name, values in flags.items():
             values += tensors[name].tolist()
         tick(1, fooled=sum(flags["fooled"]) / len(flags["fooled"]))
-    return flags, largest
+    return flags, max_distance
 
 
 def _png(delta: Tensor) -> str:

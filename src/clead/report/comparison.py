@@ -47,9 +47,9 @@ def caveats(run: RunResult, *, many: bool) -> list[str]:
     if record.data.split != "test":
         notes.append(f"{name}measured on the {record.data.split} split, not on test images.")
     for attack in record.attacks:
-        if attack.largest > record.threat.eps * (1 + 1e-4) + 1e-6:
+        if attack.max_distance > record.threat.eps * (1 + 1e-4) + 1e-6:
             notes.append(
-                f"{name}{attack.name} went outside the threat: its largest perturbation is {attack.largest:.5g}, "
+                f"{name}{attack.name} went outside the threat: its largest perturbation is {attack.max_distance:.5g}, "
                 f"ε is {record.threat.eps:.5g}; its numbers do not count."
             )
     for a in record.curve:
@@ -71,7 +71,7 @@ def caveats(run: RunResult, *, many: bool) -> list[str]:
     return notes
 
 
-def care_together(runs: Sequence[RunResult]) -> list[str]:
+def caveats_together(runs: Sequence[RunResult]) -> list[str]:
     """Return why the runs of one report may not be compared with each other."""
     notes = []
     if any(not same_images(runs[0].record, run.record) for run in runs):

@@ -13,7 +13,7 @@ from clead.atomic_io import open_regular, write_output
 from clead.config import dump_yaml
 from clead.errors import UserError, did_you_mean, needs_extra
 from clead.evaluation.suites import in_words, suite_label, under_suite
-from clead.report.comparison import care_together, caveats, comparable, on_survivors, same_images
+from clead.report.comparison import caveats, caveats_together, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
 from clead.report.run import RunResult
 from clead.report.sections.classes import classes, confusion
@@ -146,7 +146,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
             for pair in pairs
             if comparable(by_name[pair["a"]], by_name[pair["b"]])
         ],
-        "care": [note for run in runs for note in caveats(run, many=len(runs) > 1)] + care_together(runs),
+        "caveats": [note for run in runs for note in caveats(run, many=len(runs) > 1)] + caveats_together(runs),
         "curves": epsilon(runs),
         "training": training(runs),
         "galleries": galleries(runs),

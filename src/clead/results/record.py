@@ -6,12 +6,13 @@ Records of the same ``data.images``, norm and eps can be paired image by image (
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 
 from clead.errors import printable
-from clead.renamed import VALUES, old_names
+from clead.renamed import VALUES, current_field, old_names, warn_renamed
 
 SCHEMA_VERSION = 3  # 2 wrote flags as lists of true and false
 
@@ -33,8 +34,18 @@ Flags = Annotated[
 """A flag per image, in their order; JSON has them as a text of 0 and 1."""
 
 
-class _Frozen(BaseModel):
+class RecordModel(BaseModel):
+    """What a record or a part of one holds: immutable, nothing unknown, read from files with the old names of fields too."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, stored: Any) -> Any:
+        if not isinstance(stored, Mapping):
+            return stored
+        missing = cls.model_fields.keys() - stored.keys()
+        return {current_field(missing, key): value for key, value in stored.items()}
 
     @field_validator("*", mode="after")
     @classmethod
@@ -46,8 +57,17 @@ class _Frozen(BaseModel):
             return [printable(each) for each in value]
         return value
 
+    if not TYPE_CHECKING:
 
-class Estimate(_Frozen):
+        def __getattr__(self, name):
+            """Return the field that had another name in version 0.1."""
+            if (new := current_field(type(self).model_fields, name)) == name:
+                return super().__getattr__(name)
+            warn_renamed(f"{type(self).__name__}.{name}", new)
+            return getattr(self, new)
+
+
+class Estimate(RecordModel):
     """A fraction of n images with its Wilson 95 % interval."""
 
     accuracy: float = Field(ge=0, le=1)
@@ -56,7 +76,7 @@ class Estimate(_Frozen):
     n: int = Field(ge=1)
 
 
-class ThreatModel(_Frozen):
+class ThreatModel(RecordModel):
     """The threat model; ``eps_text`` keeps how the radius was written, such as ``8/255``."""
 
     norm: str
@@ -64,7 +84,7 @@ class ThreatModel(_Frozen):
     eps_text: str
 
 
-class EvaluatedModel(_Frozen):
+class EvaluatedModel(RecordModel):
     """Which model was attacked: ``fingerprint`` is a hex digest of its weights."""
 
     name: str
@@ -73,7 +93,7 @@ class EvaluatedModel(_Frozen):
     fingerprint: str
 
 
-class EvaluatedData(_Frozen):
+class EvaluatedData(RecordModel):
     """Which images were attacked: ``fingerprint`` digests the whole data set, ``images`` the evaluated ones.
 
     ``origin`` says what the test images are (``clead.interfaces.Splits``); ``skipped`` has one line for each file of the data set
@@ -104,30 +124,30 @@ class EvaluatedData(_Frozen):
         return origins.get(self.origin, "") if self.split == "test" else ""
 
 
-class AttackResult(_Frozen):
-    """One attack: ``attacked`` images were right before it, ``broken`` of them are wrong after it.
+class AttackResult(RecordModel):
+    """One attack: ``attacked`` images were right before it, ``num_successes`` of them are wrong after it.
 
     In a suite whose attacks follow each other (all but ``pgd``) an attack meets the survivors of those before it, and ``robust``
     and ``flags`` are what is left after it; in ``pgd`` each attack meets all images that are right when clean.
-    ``forwards`` and ``backwards`` are passes per evaluated image; ``largest`` is the largest perturbation re-measured
-    in the threat's norm. ``lost`` are the indices of images at which the attack met a gradient that is NaN or infinite: nothing is
-    known of them, so they count as broken.
+    ``forwards`` and ``backwards`` are passes per evaluated image; ``max_distance`` is the size of the largest
+    perturbation, measured again in the threat's norm. ``lost`` are the indices of images at which the attack met a gradient that
+    is NaN or infinite: nothing is known of them, so they count as successes.
     """
 
     name: str
     settings: dict[str, Any]
     attacked: int
-    broken: int
+    num_successes: int
     robust: Estimate
     flags: Flags
     seconds: float
     forwards: float
     backwards: float
-    largest: float
+    max_distance: float
     lost: list[int] = Field(default_factory=list)
 
 
-class CurvePoint(_Frozen):
+class CurvePoint(RecordModel):
     """Robust accuracy at another radius, for the curve against epsilon."""
 
     eps: float
@@ -136,7 +156,7 @@ class CurvePoint(_Frozen):
     robust: Estimate
 
 
-class ClassAccuracy(_Frozen):
+class ClassAccuracy(RecordModel):
     """Accuracy of the images of one class."""
 
     name: str
@@ -145,7 +165,7 @@ class ClassAccuracy(_Frozen):
     robust_accuracy: float
 
 
-class Check(_Frozen):
+class Check(RecordModel):
     """One sign of gradient masking: what was measured, whether it is as it should be, and what it means in plain words."""
 
     name: str
@@ -154,11 +174,12 @@ class Check(_Frozen):
     explanation: str
 
 
-class TransferResult(_Frozen):
+class TransferResult(RecordModel):
     """Images that were made for another model, before this one was trained: no worst case, and no part of ``worst``.
 
-    ``fooled`` is the fraction of them that the other model gets wrong, ``largest`` the largest perturbation in the threat's norm,
-    which may be beyond eps; ``robust`` and ``flags`` are of the first n evaluated images, right when clean and as stored.
+    ``fooled`` is the fraction of them that the other model gets wrong, ``max_distance`` the size of the largest perturbation in the
+    threat's norm, which may be beyond eps; ``robust`` and ``flags`` are of the first n evaluated images, right when clean and as
+    stored.
     """
 
     name: Literal["stored images (transferred)"] = "stored images (transferred)"
@@ -166,10 +187,10 @@ class TransferResult(_Frozen):
     fooled: float
     robust: Estimate
     flags: Flags
-    largest: float
+    max_distance: float
 
 
-class Predictions(_Frozen):
+class Predictions(RecordModel):
     """What each evaluated image is taken for; numbers of classes, in the order of the images.
 
     ``attacked`` is the answer to the image of the first attack that broke it: of the true class's rivals the one with the largest
@@ -181,7 +202,7 @@ class Predictions(_Frozen):
     attacked: list[int]
 
 
-class Memory(_Frozen):
+class Memory(RecordModel):
     """The most memory in use, in bytes: ``process``, all that it held since it began; ``device``, tensors on the GPU meanwhile.
 
     None where the system does not tell, and without a GPU. Of an evaluation that was continued or shared out: of its last process.
@@ -191,7 +212,7 @@ class Memory(_Frozen):
     device: int | None
 
 
-class Training(_Frozen):
+class Training(RecordModel):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
     method: str
@@ -202,7 +223,7 @@ class Training(_Frozen):
     seed: int
 
 
-class Record(_Frozen):
+class Record(RecordModel):
     """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
 
     schema_version: Literal[2, 3] = SCHEMA_VERSION

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from clead.attacks.runner import check_inputs, logits_of
@@ -39,7 +39,7 @@ from clead.models.split import wrapped
 from clead.progress import Tick, progress
 from clead.results.figure import ESTIMATED, Drawing, cell, cell_axes, draw, estimated, head, new_axes, style
 from clead.results.format import percent
-from clead.results.record import Estimate
+from clead.results.record import Estimate, RecordModel
 from clead.results.section import Details, Plot, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
@@ -51,10 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["CORRUPTIONS", "SEVERITIES", "CommonCorruptions", "CorruptionResult", "corrupt", "evaluate_corruptions"]
 
 
-class CorruptionCell(BaseModel):
+class CorruptionCell(RecordModel):
     """Accuracy on all images under one corruption of one severity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     severity: int = Field(ge=1, le=5)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from pydantic import BaseModel, ConfigDict
-
 from clead.measurements.base import Measured, MeasurementRecord, Result, new_table, span
 from clead.results.figure import ESTIMATED, MUTED, Drawing, draw, estimated, head, new_axes, percent_axis, style
 from clead.results.format import count, norm_of, percent
-from clead.results.record import Estimate
+from clead.results.record import Estimate, RecordModel
 from clead.results.section import Cell, Details, Heading, Note, Plot, Row, Section, Table
 
 if TYPE_CHECKING:
@@ -26,11 +24,7 @@ _INTRO = (
 )
 
 
-class _Plain(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DetectedAttack(_Plain):
+class DetectedAttack(RecordModel):
     """How well a detector tells the clean images from the adversarial images of one attack.
 
     Only the ``n`` adversarial images that are misclassified, of images that are right when clean, count. ``auroc`` is the
@@ -44,7 +38,7 @@ class DetectedAttack(_Plain):
     fpr95: float | None
 
 
-class DetectionPoint(_Plain):
+class DetectionPoint(RecordModel):
     """One threshold, set where ``rate`` of clean images are rejected; ``threshold`` None: none is.
 
     ``clean_rejected`` is what that comes to on the evaluated images, ``accepted_accuracy`` the accuracy on those that are accepted
@@ -60,7 +54,7 @@ class DetectionPoint(_Plain):
     aware: Estimate
 
 
-class DetectorResult(_Plain):
+class DetectorResult(RecordModel):
     """One detector: separation per attack, and the curve of robust-or-rejected accuracy against the clean rejection rate."""
 
     name: str

@@ -23,7 +23,8 @@ def stages(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         if not on_survivors(record):
             continue
         steps = "; ".join(
-            f"after {attack.name} {percent(attack.robust.accuracy)} ({count(attack.broken)} of {count(attack.attacked)} broken)"
+            f"after {attack.name} {percent(attack.robust.accuracy)} "
+            f"({count(attack.num_successes)} of {count(attack.attacked)} broken)"
             for attack in record.attacks
         )
         label = (
@@ -49,8 +50,10 @@ def draw_stages(record: Record, index: int, *, title: str, name: str, label: str
     color, before = style(index).color, record.clean.accuracy
     rows = [("clean", before, before, f"{100 * before:.1f} %")]
     for attack in record.attacks:
-        left, minus = attack.robust.accuracy, "−" if attack.broken else ""
-        rows.append((attack.name, before, left, f"{100 * left:.1f} %, {minus}{attack.broken:,} of {attack.attacked:,}"))
+        left, minus = attack.robust.accuracy, "−" if attack.num_successes else ""
+        rows.append(
+            (attack.name, before, left, f"{100 * left:.1f} %, {minus}{attack.num_successes:,} of {attack.attacked:,}")
+        )
         before = left
     worst = record.worst
     rows.append(("worst case", worst.accuracy, worst.accuracy, f"{100 * worst.accuracy:.1f} %"))
@@ -68,7 +71,7 @@ def draw_stages(record: Record, index: int, *, title: str, name: str, label: str
         (
             each.name,
             each.attacked,
-            each.broken,
+            each.num_successes,
             each.robust.accuracy,
             each.robust.low,
             each.robust.high,
