@@ -1,6 +1,7 @@
 """How a model that exists already is trained on: modes, a radius that rises, rates by layer, layers that wait, statistics."""
 
 import dataclasses
+import math
 import shlex
 
 import pytest
@@ -14,14 +15,16 @@ from clead.interfaces import ImageSet
 from clead.methods.pgd_at import PGDAT
 from clead.models.modes import attack_mode, set_forward_mode
 from clead.models.split import AdaptedModel
+from clead.runs.directory import RunDir
+from clead.runs.resume import Checkpoints
 from clead.threats.linf import Linf
-from clead.training import freezing
+from clead.training import freezing, trainer
 from clead.training.batch_statistics import measure_statistics
 from clead.training.optim import make_optimizer, make_schedule, parameter_groups
-from support import same, saved_weights
+from support import Killed, same, saved_weights
 
 TINY = shlex.split("""--data.limit_train 60 --data.batch_size 20 --attack.steps 2 --train.validate_steps 1 --train.device cpu
---train.epochs 2 --optim.name adamw --optim.lr 0.01 --optim.clip_norm null""")
+--optim.name adamw --optim.lr 0.01 --optim.clip_norm null""")
 
 
 def network():
@@ -38,9 +41,10 @@ def network():
     )
 
 
-def fit(out, *overrides, model=None):
-    config = load_recipe("digits-pgd-at", [*TINY, *overrides])
-    return clead.train(config, out=out, model=network() if model is None else model, show=False)
+def fit(out, *overrides, model=None, **keys):
+    length = [] if "--train.minutes" in overrides else ["--train.epochs", "2"]
+    config = load_recipe("digits-pgd-at", [*TINY, *length, *overrides])
+    return clead.train(config, out=out, model=network() if model is None else model, show=False, **keys)
 
 
 def statistics_of(module):
@@ -134,8 +138,6 @@ def test_the_radius_rises_as_the_ramp_says_and_validation_is_at_the_full_one(tmp
             assert torch.equal(views.images["adversarial"], batch.images)
         return views
 
-    from clead.training import trainer
-
     under_attack = trainer.accuracy_under_attack
 
     def validation(model, images, threat, *args, **keys):
@@ -166,6 +168,82 @@ def test_settings_that_contradict_each_other_are_refused(overrides, rule):
     with pytest.raises(UserError) as refused:
         load_recipe("digits-pgd-at", [*TINY, *overrides.split()])
     assert rule in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------- by the clock
+
+
+class Clock:
+    """Time that goes on by one second with every look at it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(trainer.time, "monotonic", self)
+
+    def __call__(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_a_training_by_the_clock_ends_in_time_and_its_rates_follow_the_time(tmp_path, monkeypatch):
+    rates, radii, original = [], [], PGDAT.views
+
+    def spy(self, model, batch, step):
+        radii.append(float(step.threat.eps))
+        return original(self, model, batch, step)
+
+    monkeypatch.setattr(PGDAT, "views", spy)
+    step = trainer.Trainer.train_step
+
+    def train_step(self, interrupted):
+        rates.append((self.progress, self.schedule.get_last_lr()[0]))
+        return step(self, interrupted)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    Clock(monkeypatch)
+    overrides = (
+        "--train.minutes",
+        "0.5",
+        "--optim.schedule",
+        "cosine",
+        "--optim.warmup",
+        "0",
+        "--train.validate_every",
+    )
+    run = fit(tmp_path / "run", *overrides, "99", "--train.eps_ramp", "[0,0.5]", "--threat.eps", "0.2")
+    seconds, steps = run.outcome.seconds, run.outcome.steps
+    assert 30 <= seconds <= 33 and steps == len(rates) > 5
+    assert all(lr == pytest.approx(0.005 * (1 + math.cos(math.pi * p)), abs=1e-5) for p, lr in rates)
+    assert radii[1:] == pytest.approx([0.2 * min(1, 2 * p) for p, _ in rates])
+    assert [line["kind"] for line in RunDir(run.path).history()][-1] == "validation"
+
+
+def test_a_training_by_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    Clock(monkeypatch)
+    save, saves = Checkpoints.save, []
+
+    def killed(self, state):
+        save(self, state)
+        saves.append(state["position"]["clock"])
+        if len(saves) == 2:
+            raise Killed
+
+    overrides = ("--train.minutes", "0.5", "--train.checkpoint_seconds", "5")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", killed)
+        with pytest.raises(Killed):
+            fit(tmp_path / "run", *overrides)
+    assert 5 < saves[-1] < 25
+    run = fit(tmp_path / "run", *overrides, resume=True)
+    assert 30 <= run.outcome.seconds <= 33
+    clock = [line["seconds"] for line in RunDir(run.path).history()]
+    assert clock == sorted(clock)
+
+
+@pytest.mark.parametrize("given", ["--train.epochs 1 --train.minutes 2", "--train.budget 3 --train.epochs 1"])
+def test_two_lengths_are_refused(given):
+    with pytest.raises(UserError, match="give exactly one of epochs, budget, minutes, got"):
+        load_recipe("digits-pgd-at", given.split())
 
 
 # ------------------------------------------------------------------------------------------- rates by layer

@@ -7,7 +7,7 @@ from typing import Any
 
 from clead.config.reference import documented_keys, text_keys
 from clead.config.run import RunConfig
-from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, TUNE
+from clead.config.schema import DEFAULT_NAME, GROUPS, LENGTHS, REGISTRY_GROUPS, TUNE
 from clead.config.yaml_io import parse_text, parse_value
 from clead.data.datasets import DATASETS
 from clead.errors import UserError, did_you_mean
@@ -88,10 +88,10 @@ def _chooses(path: list[str]) -> bool:
 
 
 def _one_length(tree: dict[str, Any], given: set[str]) -> None:
-    """Let an override of epochs replace the recipe's budget, and the reverse."""
-    for key, other in (("epochs", "budget"), ("budget", "epochs")):
-        if key in given and other not in given:
-            tree["train"].pop(other, None)
+    """Let an override of one length replace the recipe's."""
+    if given & {*LENGTHS}:
+        for key in {*LENGTHS} - given:
+            tree["train"].pop(key, None)
 
 
 def _override_stages(tree: dict[str, Any], path: list[str]) -> None:
@@ -103,7 +103,7 @@ def _override_stages(tree: dict[str, Any], path: list[str]) -> None:
         for parent in parents:
             values = values.get(parent) if isinstance(values, dict) else None
         if isinstance(values, dict):
-            for key in ("epochs", "budget") if path in (["train", "epochs"], ["train", "budget"]) else (last,):
+            for key in LENGTHS if path[:1] == ["train"] and last in LENGTHS else (last,):
                 values.pop(key, None)
 
 

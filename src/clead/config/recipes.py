@@ -38,8 +38,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Naming another threat, attack, model or method starts from that one's defaults; naming another dataset keeps the keys
     that it knows too (batch size, augmentation …). A ``data.path`` for a dataset that has none (digits) means ``auto``.
-    Of ``train.epochs`` and ``train.budget``, the one given replaces the other. Code that an override names as the model may run,
-    see ``clead.allow_code``.
+    Of ``train.epochs``, ``train.budget`` and ``train.minutes``, the one given replaces the others. Code that an override names as
+    the model may run, see ``clead.allow_code``.
     """
     named = [value for path, value in parse_overrides(overrides) if path in (["model", "name"], ["model", "factory"])]
     if code := [value for value in named if isinstance(value, str) and ":" in value]:

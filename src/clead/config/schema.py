@@ -20,6 +20,8 @@ from clead.settings import Probability, Ratio, setting, settings, validated
 from clead.threats import THREATS
 
 _LARGEST_SEED = 2**63 - 1
+LENGTHS = ("epochs", "budget", "minutes")
+"""The settings of ``train`` that say how long; one of them is given."""
 
 
 @settings
@@ -63,13 +65,20 @@ class Train:
         le=_LARGEST_SEED,
     )
     epochs: float | None = setting(
-        None, "length in passes over the training set; give this or budget", gt=0, unit="epochs"
+        None, "length in passes over the training set; give this, budget or minutes", gt=0, unit="epochs"
     )
     budget: float | None = setting(
         None,
-        "length in compute, so that methods are compared fairly; give this or epochs",
+        "length in compute, so that methods are compared fairly; give this, epochs or minutes",
         gt=0,
         unit="forward-equivalents per training image (forward 1, backward to inputs 1, full backward 2)",
+    )
+    minutes: float | None = setting(
+        None,
+        "length by the clock, validation included: rates and schedules follow the time that is spent, so the number of steps is "
+        "another each time; give this, epochs or budget",
+        gt=0,
+        unit="minutes",
     )
     precision: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast of the training step")
     channels_last: bool = setting(False, "channels-last memory format, faster with convolutions in bfloat16")
@@ -154,7 +163,7 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
-        """Ask for exactly one of epochs and budget, and at most one average."""
+        """Ask for exactly one length and at most one average, and refuse what goes together with nothing else."""
         if self.ema and self.swa_start is not None:
             raise ValueError(f"give one of ema and swa_start, got ema={self.ema:g}, swa_start={self.swa_start:g}")
         if self.eps_ramp[0] > self.eps_ramp[1] or (self.eps_ramp[0] == self.eps_ramp[1] > 0):
@@ -166,8 +175,10 @@ class Train:
                 "trainable classifier holds the encoder frozen in evaluation mode, so it goes with neither unfreeze nor "
                 "forward_mode; leave them out"
             )
-        if (self.epochs is None) == (self.budget is None):
-            raise ValueError(f"give exactly one of epochs and budget, got epochs={self.epochs}, budget={self.budget}")
+        lengths = {name: getattr(self, name) for name in LENGTHS}
+        if sum(value is not None for value in lengths.values()) != 1:
+            given = ", ".join(f"{name}={value}" for name, value in lengths.items())
+            raise ValueError(f"give exactly one of {', '.join(LENGTHS)}, got {given}")
 
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "black_box", "pgd"]

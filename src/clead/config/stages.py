@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clead.config.schema import DEFAULT_NAME, GROUPS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
+from clead.config.schema import DEFAULT_NAME, GROUPS, LENGTHS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.errors import UserError, did_you_mean
 
 STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")
@@ -87,10 +87,8 @@ def _inherited(group: str, common: dict[str, Any], changes: dict[str, Any]) -> d
         usual = common.get(key, DEFAULT_NAME[group])
         if changes.get(key, usual) != usual:
             return changes
-    if group == "train":
-        for key, other in (("epochs", "budget"), ("budget", "epochs")):
-            if changes.get(key) is not None:
-                common = {name: value for name, value in common.items() if name != other}
+    if group == "train" and any(changes.get(key) is not None for key in LENGTHS):
+        common = {name: value for name, value in common.items() if name not in LENGTHS}
     return _deep(common, changes)
 
 

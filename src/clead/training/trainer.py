@@ -57,6 +57,7 @@ from clead.weights.files import check_weights, save_weights
 
 _log = logging.getLogger("clead")
 LOG_STEPS = 10
+_TICKS = 10_000  # of the clock, for the learning rate
 _PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
 PARTS = ("data", "views", "loss", "backward", "optimiser")
 """What a step is made of, as ``clead train --profile`` names it."""
@@ -82,6 +83,7 @@ class TrainState:
 
     step: int = 0
     seconds: float = 0.0
+    clock: float = 0.0
     best: float = -1.0
     best_step: int = -1
     validations_since_best: int = 0
@@ -261,12 +263,28 @@ class Trainer:
         """Set the number of steps, and how many lie between validations."""
         settings, n_train = self.settings, len(self.splits.train)
         self.steps_per_epoch = self.loader.steps_per_epoch
-        if settings.epochs is not None:
+        if settings.minutes is not None:
+            self.steps = 0  # nobody knows
+            views = (self.config.data.augment, self.config.data.view)
+            if self.config.method.replays > 1 and any(each is not None and each.anneal for each in views):
+                raise UserError(
+                    f"train.minutes: a batch that is replayed must not change with the clock, got {settings.minutes:g} with "
+                    "data.augment.anneal or data.view.anneal; give --train.epochs instead"
+                )
+        elif settings.epochs is not None:
             images_seen = settings.epochs * (self.steps_per_epoch * self.batch_images)
+            self.steps = max(1, round(images_seen / self.batch_images))
         else:
             images_seen = (settings.budget or 0) / self.cost * n_train
-        self.steps = max(1, round(images_seen / self.batch_images))
+            self.steps = max(1, round(images_seen / self.batch_images))
         self.validate_every = max(1, round(settings.validate_every * self.steps_per_epoch))
+
+    @property
+    def progress(self) -> float:
+        """The part of the training that lies behind, in [0, 1]."""
+        if self.settings.minutes is not None:
+            return min(1.0, self.state.clock / (60 * self.settings.minutes))
+        return self.state.step / self.steps
 
     def _make_optimizer(self) -> None:
         """Make optimiser, schedule, loss scaler, weight average, and what all steps have in common."""
@@ -283,7 +301,7 @@ class Trainer:
         self.optimizer = make_optimizer(groups, optim)
         for group in self.optimizer.param_groups if self.is_sharded else ():
             group["fused"] = None  # knows no sharded weights
-        self.schedule = make_schedule(self.optimizer, optim, self.steps)
+        self.schedule = make_schedule(self.optimizer, optim, self.steps or _TICKS)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.average: AveragedModel | None = None
         if settings.ema:
@@ -303,27 +321,37 @@ class Trainer:
         start, self._last_save, seconds_before = time.monotonic(), time.monotonic(), state.seconds
         validated: dict[str, float] = {}
         log = tensorboard(self.run.path / "tensorboard", state.step) if self.world.is_main else contextlib.nullcontext()
-        bar = progress(f"train {self.config.name}", self.steps, done=state.step, show=self.show)
+        minutes = self.settings.minutes
+        whole, done = (self.steps, state.step) if minutes is None else (round(60 * minutes), state.clock)
+        bar = progress(f"train {self.config.name}", whole, done=done, show=self.show)
         with catch_signals(single) as interrupted, log as self._draw, bar as tick:
-            while state.step < self.steps and not state.stopped_early:
+            while self.progress < 1 and not state.stopped_early:
                 stop, checkpoint_due = self.train_step(interrupted())
                 state.seconds = seconds_before + time.monotonic() - start
+                advance = 1.0
+                if minutes is not None:
+                    before, state.clock = state.clock, self.world.broadcast(state.seconds)
+                    advance = state.clock - before
+                    while self.schedule.last_epoch < int(self.progress * _TICKS):
+                        self.schedule.step()
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
-                due = state.step % self.validate_every == 0 or state.step == self.steps
+                finished = self.progress >= 1
+                due = state.step % self.validate_every == 0 or finished
                 if state.step % LOG_STEPS == 0 or due or stop or checkpoint_due:
                     self._read_metrics()
-                if state.step % LOG_STEPS == 0 or state.step == self.steps:
+                if state.step % LOG_STEPS == 0 or finished:
                     self._log_training()
                 if due:
                     validated = self.validate()
-                tick(1, **validated, **self._recent)
+                tick(advance, **validated, **self._recent)
                 if stop or (single and interrupted()):
                     self.save_checkpoint()
+                    length = self.steps if minutes is None else f"as many as fit into {minutes:g} minutes"
                     raise Interrupted(
-                        f"stopped at step {state.step} of {self.steps}; continue with --resume --out {self.run.path}"
+                        f"stopped at step {state.step} of {length}; continue with --resume --out {self.run.path}"
                     )
-                if checkpoint_due and state.step < self.steps and not state.stopped_early:
+                if checkpoint_due and not finished and not state.stopped_early:
                     self.save_checkpoint()
                     self._last_save = time.monotonic()
         self.save_checkpoint()  # first: it refuses weights that are not finite
@@ -336,13 +364,13 @@ class Trainer:
             batch = self._next_batch()
         self.optimizer.zero_grad(set_to_none=True)
         if settings.unfreeze:
-            unfreeze(self.depths, state.step / self.steps, settings.unfreeze)
+            unfreeze(self.depths, self.progress, settings.unfreeze)
         outputs = []
         threats = self._threats(batch)
         for microbatch, threat in zip(microbatches(batch, settings.accumulate), threats, strict=True):
             generator = make_generator(self.device, settings.seed, state.step, _PERTURBATION)
             try:
-                outputs.append(self.step.forward_backward(microbatch, state.step / self.steps, generator, threat))
+                outputs.append(self.step.forward_backward(microbatch, self.progress, generator, threat))
             except ModelError as error:
                 raise ModelError(f"{error} (batch of step {state.step}; {last_good(self.run)})") from error
         loss, metrics = mean_output(outputs)
@@ -371,7 +399,8 @@ class Trainer:
                 clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            self.schedule.step()
+            if settings.minutes is None:
+                self.schedule.step()
         state.step += 1
         if self.average is not None and (settings.ema or self._averages_now()):
             self.average.update_parameters(self.model)
@@ -381,7 +410,8 @@ class Trainer:
         """Return the batch of this step; a method may replay one for several steps."""
         replays = self.config.method.replays
         turn = self.state.step // replays
-        batch = self.loader.batch(*divmod(turn, self.steps_per_epoch), turn * replays / self.steps)
+        progress = self.progress if self.settings.minutes is not None else turn * replays / self.steps
+        batch = self.loader.batch(*divmod(turn, self.steps_per_epoch), progress)
         if not self.settings.channels_last:
             return batch
         images = {name: getattr(batch, name) for name in ("images", "second_view", "stored")}
@@ -393,8 +423,8 @@ class Trainer:
         """Return the threat of each microbatch: random starts are drawn for the whole batch, whoever has which of its images."""
         count, threat = self.settings.accumulate, self.config.threat
         begin, full = self.settings.eps_ramp
-        if (progress := self.state.step / self.steps) < full:
-            share = max(0.0, progress - begin) / (full - begin)
+        if self.progress < full:
+            share = max(0.0, self.progress - begin) / (full - begin)
             threat = dataclasses.replace(threat, eps=threat.eps * share)
         if self.world.world_size * count == 1:
             return [threat]
@@ -404,8 +434,8 @@ class Trainer:
 
     def _averages_now(self) -> bool:
         """Say whether stochastic weight averaging takes the weights in: after every epoch from its start on, and at the end."""
-        step = self.state.step
-        begun = step >= (self.settings.swa_start or 0) * self.steps
+        step, start = self.state.step, self.settings.swa_start or 0
+        begun = step >= start * self.steps if self.steps else self.progress >= start
         return step == self.steps or (step % self.steps_per_epoch == 0 and begun)
 
     # ------------------------------------------------------------------------------------------------- metrics
@@ -494,7 +524,7 @@ class Trainer:
 
     def _accuracies(self, eval_model: SplitModel) -> tuple[float, float]:
         """Return clean and robust validation accuracy; warn if robust accuracy on training batches is far above it."""
-        config, state = self.config, self.state
+        config = self.config
         attack = PGD(steps=self.settings.validate_steps, step_schedule="linear")
         clean, robust = self.world.broadcast(
             accuracy_under_attack(
@@ -511,7 +541,7 @@ class Trainer:
         )
         self._log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(self.validation))
         if self.callbacks.after_validation is not None and self.world.is_main:
-            self.callbacks.after_validation(state.step / self.steps, clean, robust)
+            self.callbacks.after_validation(self.progress, clean, robust)
         if message := self._overfitting_warning(robust, eval_model):
             self._log("warning", message=message)
             if self.world.is_main:
