@@ -181,7 +181,7 @@ def test_one_length_replaces_the_other(recipe, given, other, tmp_path):
     assert load_recipe(str(file), ["--train.budget=7"]).train == Train(budget=7)
     assert load_recipe(str(file), ["--train.epochs", "null", "--train.budget", "7"]).train == Train(budget=7)
     both = problems(lambda: load_recipe(str(file), ["--train.budget", "7", "--train.epochs", "3"]))
-    assert both == ["train: give exactly one of epochs and budget, got epochs=3.0, budget=7.0"]
+    assert both == ["train: give exactly one of epochs, budget, minutes, got epochs=3.0, budget=7.0"]
     assert "exactly one" in problems(lambda: load_recipe(str(file), ["--train.epochs", "null"]))[0]
 
 

@@ -175,10 +175,9 @@ class Train:
                 "trainable classifier holds the encoder frozen in evaluation mode, so it goes with neither unfreeze nor "
                 "forward_mode; leave them out"
             )
-        lengths = {name: getattr(self, name) for name in LENGTHS}
-        if sum(value is not None for value in lengths.values()) != 1:
-            given = ", ".join(f"{name}={value}" for name, value in lengths.items())
-            raise ValueError(f"give exactly one of {', '.join(LENGTHS)}, got {given}")
+        lengths = [f"{name}={value}" for name in LENGTHS if (value := getattr(self, name)) is not None]
+        if len(lengths) != 1:
+            raise ValueError(f"give exactly one of {', '.join(LENGTHS)}, got {', '.join(lengths) or 'none'}")
 
 
 SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "black_box", "pgd"]
