@@ -86,7 +86,7 @@ def snapshot(folder):
         ("train digits-clead --model.name resnet19", "resnet18"),
         ("train digits-clead --data.name digit", "did you mean 'digits'"),
         ("train digits-clead --data.batch_size 1", "at least 2 images"),
-        ("train digits-clead --train.epochs 1 --train.budget 1", "exactly one of epochs and budget"),
+        ("train digits-clead --train.epochs 1 --train.budget 1", "exactly one of epochs, budget, minutes"),
         ("train digits-clead --train.device tpu", "train.device: no device 'tpu' here"),
         ("train digits-clead --model.pool 7", "small_cnn leaves 2x2 cells of a 8x8 image"),
         ("train digits-clead --model.name nothing.py:f", "no file 'nothing.py'"),
