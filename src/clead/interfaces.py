@@ -56,6 +56,9 @@ class ImageSet:
         labelled: (N,) bool, where training may look at ``labels``; None: everywhere.
         pseudo_labels: (N,) int64 in [0, K), what counts as label where there is none, or None.
         labelled_share: part of every training batch that is drawn from labelled images, in (0, 1]; None: as they come.
+        extra: auxiliary images of the same shape for training alone; they are not counted.
+        extra_share: part of every training batch that is drawn from ``extra``, in (0, 1).
+        balanced: whether every class of visible labels comes equally often in training batches.
     """
 
     images: Any
@@ -63,6 +66,9 @@ class ImageSet:
     labelled: Tensor | None = None
     pseudo_labels: Tensor | None = None
     labelled_share: float | None = None
+    extra: ImageSet | None = None
+    extra_share: float = 0.5
+    balanced: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,7 +107,8 @@ class Splits:
     each file that is there and was not read, ``"PATH: reason"``. ``notes`` say what a user must know to understand a figure on
     these images. ``origin`` says what the test images are: ``test``, the data's own test split; ``val``, its validation split,
     because it has no test split; ``train``, a fixed part of its training images, because it has neither; or ``all``, every image of
-    data without splits, which a model that was not trained here is evaluated on.
+    data without splits, which a model that was not trained here is evaluated on. ``extra_fingerprint`` digests auxiliary images
+    and their labels.
     """
 
     train: ImageSet
@@ -113,6 +120,12 @@ class Splits:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     origin: Literal["test", "val", "train", "all"] = "test"
+    extra_fingerprint: str = ""
+
+    @property
+    def trained_on(self) -> str:
+        """A digest of all that a training sees: ``fingerprint``, and that of auxiliary images if there are any."""
+        return "+".join(filter(None, (self.fingerprint, self.extra_fingerprint)))
 
 
 @runtime_checkable

@@ -162,6 +162,7 @@ def prepared(page: str, trained: Path) -> None:
             shutil.copytree(trained / name, f"runs/{name}")
     colour = page in ("docs/data.md", "docs/own-images.md", "docs/own-model.md")
     _images(Path("photos"), ("cat", "dog"), (40, 30, 3) if colour else (8, 8))
+    _images(Path("more_photos"), ("cat", "dog"), (40, 30, 3), seed=1)
     for place in ("my/images", "other/images"):
         _images(Path(place), tuple("0123456789"), (8, 8))
     Path("digit.png").write_bytes(Path("my/images/test/3/0.png").read_bytes())
@@ -199,8 +200,8 @@ def _onnx(path: Path, classes: int) -> None:
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
-def _images(folder: Path, classes: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(0)
+def _images(folder: Path, classes: tuple[str, ...], shape: tuple[int, ...], *, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
     for part, count in (("train", 12 if len(classes) < 10 else 4), ("test", 5 if len(classes) < 10 else 2)):
         for number, name in enumerate(classes):
             (folder / part / name).mkdir(parents=True)

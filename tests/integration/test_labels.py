@@ -378,7 +378,8 @@ def test_every_option_changes_the_result(tmp_path):
         ),
         (
             ["--data.pseudo_labels_from", "runs/a"],
-            "data.pseudo_labels_from: changes nothing while every image has a label, got runs/a; set data.labelled below 1",
+            "data.pseudo_labels_from: changes nothing while every image has a label, got runs/a; set data.labelled below 1, "
+            "or data.extra",
         ),
         (
             ["--data.labelled", "0.1", "--data.labelled_share", "0.5", "--data.batch_size", "1"],

@@ -232,6 +232,8 @@ print(before, used("VmHWM"), sum(file.stat().st_size for file in Path({str(tmp_p
     ("settings", "says"),
     [
         ({"labelled_share": 0.5, "labelled": 0.5}, "come as they lie, got 0.5"),
+        ({"sampling": "balanced"}, "data.sampling: images that are streamed come as they lie, got balanced"),
+        ({"extra": "more"}, "data.extra: images that are streamed come as they lie, got more"),
         ({"group_by": "patient"}, "cut by row groups, got 'patient'"),
         ({"path": "nowhere"}, "data.path must exist, got 'nowhere'"),
     ],

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,7 @@ CASES |= {
     "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
     "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),
     "cutmix": words("digits-pgd-at", "--data.cutmix 1"),
+    "extra": words("digits-trades", "--data.sampling balanced --data.extra EXTRA --data.extra_share 0.25"),
     "shard_trades": words("digits-trades", "--train.shard true --optim.clip_norm 0.5"),
     "shard_clead": words("digits-clead", CLEAD + "--train.shard true --method.augmented_view true"),
     "shard_free": words("digits-free", "--train.shard true --method.replays 3"),
@@ -90,9 +92,15 @@ STRAIGHT = ["digits-trades", *TINY.split(), "--train.budget", "120"]
 def trained(tmp_path_factory) -> dict[int, Path]:
     """The runs of all cases by 1, 2 and 4 processes; one start of the processes for all cases."""
     folder = tmp_path_factory.mktemp("distributed")
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(np.uint8)
+    np.savez(folder / "extra.npz", x_train=images, y_train=np.arange(30) % 10, x_test=images[:1], y_test=[0])
     for count in (1, 2, 4):
         cases = folder / f"cases-{count}.json"
-        words = {name: CASES[name] for name in CASES if (name, count) not in LEFT_OUT}
+        words = {
+            name: [word.replace("EXTRA", str(folder / "extra.npz")) for word in CASES[name]]
+            for name in CASES
+            if (name, count) not in LEFT_OUT
+        }
         cases.write_text(json.dumps(words | ({"straight": STRAIGHT} if count == 2 else {})))
         arguments = (str(HERE / "distributed_worker.py"), str(folder / str(count)), str(cases))
         if count == 1:

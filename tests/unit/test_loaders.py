@@ -1,10 +1,13 @@
 """Batches are a function of (seed, epoch, index) alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clead.data.label_sampling import for_method
 from clead.data.loaders import Loader, ViewSettings, make_generator
 from clead.data.views import Augmentation
 from clead.interfaces import ImageSet
@@ -129,3 +132,108 @@ def test_views_on_the_device_agree_with_the_cpu():
     augment = Augmentation(flip=True, random_resized_crop=(0.2, 1.0), color_jitter=0.5, greyscale=0.2, cutout=8)
     out = augment(images.cuda(), generator=make_generator("cuda", 1))
     assert out.is_cuda and out.min() >= 0 and out.max() <= 1
+
+
+# ------------------------------------------------------------------------------------ classes in balance, auxiliary images
+
+
+def unbalanced(sizes, **keys):
+    """Images of classes 0, 1, … of these sizes; the value of an image is its number."""
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return dataclasses.replace(image_set(len(labels)), labels=labels, balanced=True, **keys)
+
+
+@given(sizes=st.lists(st.integers(1, 12), min_size=2, max_size=6), size=st.integers(1, 30), seed=st.integers(0, 3))
+def test_classes_come_equally_often_and_their_images_too(sizes, size, seed):
+    data = unbalanced(sizes)
+    loader = Loader(data, size, seed=seed, drop_last=True)
+    assert (
+        loader.steps_per_epoch
+        == Loader(dataclasses.replace(data, balanced=False), size, drop_last=True).steps_per_epoch
+    )
+    drawn = torch.zeros(len(data), dtype=torch.int64)
+    for step in range(2 * loader.steps_per_epoch + 3):
+        batch = loader.batch(*divmod(step, loader.steps_per_epoch))
+        assert len(batch.labels) == min(size, len(data)) and torch.equal(batch.labels, data.labels[batch.index])
+        drawn += torch.bincount(batch.index, minlength=len(data))
+        # At every step: classes differ by one image, images of a class by one.
+        by_class = [drawn[data.labels == k] for k in range(len(sizes))]
+        assert max(each.sum() for each in by_class) - min(each.sum() for each in by_class) <= 1
+        assert all(each.max() - each.min() <= 1 for each in by_class)
+
+
+def test_balanced_batches_depend_on_seed_and_step_alone():
+    data = unbalanced([3, 40, 7])
+    straight = [batch for epoch in range(4) for batch in Loader(data, 16, seed=5, drop_last=True).epoch(epoch)]
+    fresh = [Loader(data, 16, seed=5, drop_last=True).batch(*divmod(step, 3)) for step in range(len(straight))]
+    assert all(torch.equal(a.index, b.index) for a, b in zip(straight, fresh, strict=True))
+    assert len({tuple(batch.index.tolist()) for batch in straight}) == len(straight)
+    other = Loader(data, 16, seed=6).batch(0, 0)
+    assert not torch.equal(other.index, straight[0].index)
+
+
+def test_labelled_images_are_balanced_among_themselves():
+    labelled = torch.arange(60) % 3 == 0
+    data = unbalanced([40, 12, 8], labelled=labelled, labelled_share=0.5)
+    loader = Loader(data, 12, drop_last=True)
+    for index in range(loader.steps_per_epoch):
+        batch = loader.batch(0, index)
+        assert batch.labelled.sum() == 6 and torch.bincount(batch.labels[batch.labelled], minlength=3).tolist() == [
+            2,
+            2,
+            2,
+        ]
+
+
+def with_extra(count=20, more=30, share=0.5, **keys):
+    extra = ImageSet(torch.full((more, 1, 4, 4), 200, dtype=torch.uint8), torch.arange(more) % 2, **keys)
+    return dataclasses.replace(image_set(count), extra=extra, extra_share=share)
+
+
+@given(count=st.integers(2, 30), more=st.integers(1, 50), share=st.floats(0.05, 0.95), size=st.integers(2, 16))
+def test_every_batch_has_its_share_of_auxiliary_images(count, more, share, size):
+    data = with_extra(count, more, share)
+    loader = Loader(data, size, seed=2, drop_last=True)
+    size = min(size, count)
+    extra = min(max(1, round(share * size)), size - 1)
+    assert loader.steps_per_epoch == max(1, count // (size - extra)), "an epoch is a pass over the data's own images"
+    seen = torch.zeros(count + more, dtype=torch.int64)
+    for step in range(loader.steps_per_epoch):
+        batch = loader.batch(0, step)
+        auxiliary = batch.index >= count
+        assert auxiliary.sum() == extra and len(batch.labels) == size and batch.labelled is None
+        assert torch.equal(batch.labels[auxiliary], (batch.index[auxiliary] - count) % 2)
+        assert (batch.images[auxiliary] * 255).round().eq(200).all()
+        seen += torch.bincount(batch.index, minlength=count + more)
+    assert seen[:count].max() == 1 or count // (size - extra) == 0
+    assert seen[count:].max() - seen[count:].min() <= 1
+    again = Loader(data, size, seed=2, drop_last=True).batch(0, loader.steps_per_epoch - 1)
+    assert torch.equal(again.index, batch.index)
+
+
+def test_auxiliary_images_without_labels_show_none():
+    data = with_extra(labelled=torch.zeros(30, dtype=torch.bool))
+    batch = Loader(data, 8, drop_last=True).batch(0, 0)
+    assert batch.labelled.tolist() == (batch.index < 20).tolist() and (batch.labels[~batch.labelled] == -1).all()
+    labelled = dataclasses.replace(data, extra=dataclasses.replace(data.extra, pseudo_labels=torch.full((30,), 1)))
+    batch = Loader(labelled, 8, drop_last=True).batch(0, 0)
+    assert batch.labelled is None and (batch.labels[batch.index >= 20] == 1).all()
+    assert (
+        for_method(data, uses_unlabelled=False).extra is None
+        and for_method(data, uses_unlabelled=True).extra is data.extra
+    )
+    assert len(for_method(labelled, uses_unlabelled=False).extra) == 30
+
+
+def test_auxiliary_and_labelled_shares_go_together():
+    labelled = torch.arange(20) < 5
+    data = dataclasses.replace(with_extra(), labelled=labelled, labelled_share=0.5)
+    loader = Loader(data, 16, drop_last=True)
+    batch = loader.batch(0, 0)
+    assert (batch.index >= 20).sum() == 8 and labelled[batch.index[batch.index < 20]].sum() == 4
+    assert loader.steps_per_epoch == 15 // 4
+    assert torch.equal(batch.labels >= 0, batch.labelled) and batch.labelled.sum() == 12
+    # Each of four shares of the batch has its share of each kind.
+    quarters = Loader(data, 16, drop_last=True, microbatches=4)
+    kinds = quarters.batch(0, 0).index.chunk(4)
+    assert all((each >= 20).sum() == 2 for each in kinds)

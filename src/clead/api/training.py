@@ -17,6 +17,8 @@ from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import image_gradient
 from clead.config import RunConfig
 from clead.data.base import say_skipped
+from clead.data.classes import match_names
+from clead.data.extra import with_extra
 from clead.devices import device_of
 from clead.distributed import init_world, local_device
 from clead.errors import UserError, memory_of
@@ -26,11 +28,11 @@ from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
 from clead.results.provenance import environment
-from clead.runs.directory import RunDir
+from clead.runs.directory import EXTRA, RunDir
 from clead.runs.loading import build, evaluated_images, image_shape, load_model
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
-from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
+from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, unlabelled_sets, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
 from clead.training.trainer import AfterValidation, Callbacks, TrainResult, fit
 from clead.weights.files import load_weights, save_weights
@@ -81,12 +83,13 @@ def train(
         RunDir.check_free(path)
     device_of(config.train.device)
     _check_starts(config)
-    splits = data if data is not None else config.data.load(config.train.seed)
+    splits, extra_note = with_extra(config.data, data if data is not None else config.data.load(config.train.seed))
+    _check_extra(config, splits)
     if show and processes.is_main:
         say_skipped(splits.skipped)
-        for note in splits.notes:
+        for note in (*splits.notes, *filter(None, [extra_note])):
             _log.warning("%s", note)
-    processes.check_same({"configuration": config.to_yaml(), "data": splits.fingerprint, **_versions()})
+    processes.check_same({"configuration": config.to_yaml(), "data": splits.trained_on, **_versions()})
     show = show and processes.is_main
     splits, new_labels = _as_seen(config, splits, path, show=show)
     adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
@@ -102,7 +105,8 @@ def train(
         if processes.is_main:
             run = RunDir(path) if continuing else RunDir.create(path, config)
             run.note_environment()
-            for name, lines in (("unreadable.txt", splits.unreadable), ("skipped.txt", splits.skipped)):
+            listed = {"unreadable.txt": splits.unreadable, "skipped.txt": splits.skipped}
+            for name, lines in {**listed, EXTRA: [extra_note] if extra_note else []}.items():
                 if lines:
                     write_atomically(path / name, "".join(f"{line}\n" for line in lines).encode())
             if new_labels is not None:
@@ -136,7 +140,8 @@ def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits |
         raise UserError(f"--profile looks at one training, got the stages {names}; give a recipe without stages")
     device_of(config.train.device)
     _check_start(config)
-    splits = data if data is not None else config.data.load(config.train.seed)
+    splits, _ = with_extra(config.data, data if data is not None else config.data.load(config.train.seed))
+    _check_extra(config, splits)
     splits, _ = _as_seen(config, splits, None, show=False)
     adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     with fork_rng(config.train.seed), memory_of("the training", "data.batch_size"):
@@ -181,6 +186,24 @@ def _check_start(config: RunConfig) -> None:
         )
 
 
+def _check_extra(config: RunConfig, splits: Splits) -> None:
+    """Raise UserError if auxiliary images have no label and nothing in ``config`` can use them."""
+    extra, trainings = splits.train.extra, config.trainings()
+    if extra is None or extra.labelled is None:
+        return
+    unlabelled = [each for each in trainings if each.data.pseudo_labels_from is None and each.method.uses_unlabelled]
+    remedy = "let a model label them: --data.pseudo_labels_from RUN"
+    if not unlabelled and all(each.data.pseudo_labels_from is None for each in trainings):
+        name = trainings[-1].to_dict()["method"]["name"]
+        raise UserError(
+            f"data.extra: method {name} has no use for images without a label, got {config.data.extra}; {remedy}"
+        )
+    if mixed := [each.data.cutmix for each in unlabelled if each.data.cutmix]:
+        raise UserError(
+            f"data.cutmix: mixes labels, which the images of data.extra have not, got {mixed[0]:g}; set it to 0, or {remedy}"
+        )
+
+
 def _as_seen(
     config: RunConfig, splits: Splits, path: Path | None, *, show: bool
 ) -> tuple[Splits, tuple[dict[str, Tensor], dict[str, Any]] | None]:
@@ -193,7 +216,7 @@ def _as_seen(
         for each in (config, *config.trainings())
         if each.data.pseudo_labels_from is not None
     ]
-    if sources and splits.train.labelled is None:
+    if sources and not unlabelled_sets(splits):
         raise UserError(f"data.pseudo_labels_from: every image has a label already, got {sources[0]}; leave it out")
     source = config.data.pseudo_labels_from
     if source is None:
@@ -212,11 +235,17 @@ def _pseudo_labels(config: RunConfig, splits: Splits, source: str) -> tuple[dict
         run = RunDir.open(Path(source))
         trained = run.config()
         model = load_model(run, trained, trained.eval.weights, None)
-        evaluated_images(run, trained, trained, splits)
+        _, aligned = evaluated_images(run, trained, trained, splits)
         _check_labels_hidden(config, trained, source)
+        numbers, _ = match_names(aligned.classes, [(each,) for each in splits.classes])
+        if lacking := [each for each in aligned.classes if each not in numbers]:
+            raise UserError(
+                f"{source} may say {lacking[0]!r}, which is no class of the data; train it on the same classes"
+            )
     except UserError as error:
         raise UserError(*(f"data.pseudo_labels_from: {problem}" for problem in error.problems)) from None
-    return pseudo_labels(model, splits, run.name, device_of(config.train.device))
+    order = torch.tensor([numbers[each] for each in aligned.classes])
+    return pseudo_labels(model, splits, run.name, device_of(config.train.device), order)
 
 
 def _check_labels_hidden(config: RunConfig, teacher: RunConfig, source: str) -> None:

@@ -198,6 +198,25 @@ class InMemoryDataset(ABC):
         ge=0,
     )
 
+    sampling: Literal["shuffled", "balanced"] = setting(
+        "shuffled",
+        "How training images are drawn: shuffled, each once per epoch, or balanced, every class equally often whatever its number "
+        "of images, so that those of rare classes come several times; validation and test images stay as they are.",
+    )
+    extra: Path | None = setting(
+        None,
+        "Auxiliary images for training alone: a folder or file of any layout, or a folder of images without labels. Their labels "
+        "count where their class names are the data's; pseudo_labels_from gives others theirs. Images that equal, or nearly equal, "
+        "validation or test images are left out. Epochs and budget go by the data's own images.",
+    )
+    extra_share: float = setting(
+        0.5,
+        "Part of every training batch that is drawn from the auxiliary images (0.5 in Carmon et al. 2019, arXiv:1905.13736; up to "
+        "0.8 in Gowal et al. 2021, arXiv:2110.09468).",
+        unit="fraction",
+        gt=0,
+        lt=1,
+    )
     labelled: float = setting(
         1.0,
         "Part of the training images whose labels training may look at, evenly by class and at least one of each, counted after "
@@ -225,22 +244,32 @@ class InMemoryDataset(ABC):
     pseudo_labels_from: str | None = setting(
         None,
         "A run directory of the same classes (in a stage of a recipe: the name of an earlier one), whose model labels the "
-        "unlabelled training images once, at the start; with method.name trades robust self-training (Carmon et al. 2019, "
-        "arXiv:1905.13736, algorithm 1). Trained on the same data, it must have seen the same labels only: the same labelled, "
-        "label_noise, val_fraction, limit_train and seed. None: they have no label.",
+        "unlabelled training images, and auxiliary ones, once, at the start; with method.name trades robust self-training (Carmon "
+        "et al. 2019, arXiv:1905.13736, algorithm 1). Trained on the same data, it must have seen the same labels only: the same "
+        "labelled, label_noise, val_fraction, limit_train and seed. None: they have no label.",
     )
 
     def problems(self) -> list[str]:
         """Return which settings do not go together, one line each."""
         problems = [
-            f"data.{key}: changes nothing while every image has a label, got {value}; set data.labelled below 1"
-            for key in ("labelled_share", "pseudo_labels_from")
-            if (value := getattr(self, key)) is not None and self.labelled == 1
+            f"data.{key}: changes nothing while every image has a label, got {value}; set data.labelled below 1{other}"
+            for key, other in (("labelled_share", ""), ("pseudo_labels_from", ", or data.extra"))
+            if (value := getattr(self, key)) is not None and self.labelled == 1 and not (other and self.extra)
         ]
-        if self.labelled < 1 and self.labelled_share is not None and self.batch_size < 2:
+        if self.extra is None and self.extra_share != 0.5:
             problems.append(
-                f"data.batch_size: labelled_share needs one labelled and one unlabelled image at least, got {self.batch_size}; "
-                "raise it"
+                f"data.extra_share: changes nothing without auxiliary images, got {self.extra_share:g}; add --data.extra FOLDER"
+            )
+        for key, given in (("labelled_share", self.labelled < 1 and self.labelled_share), ("extra", self.extra)):
+            if given and self.batch_size < 2:
+                kinds = "labelled and one unlabelled" if key == "labelled_share" else "auxiliary and one other"
+                problems.append(
+                    f"data.batch_size: {key} needs one {kinds} image at least, got {self.batch_size}; raise it"
+                )
+        if self.sampling == "balanced" and self.labelled < 1 and not (self.labelled_share or self.pseudo_labels_from):
+            problems.append(
+                f"data.sampling: images without a label have no class to balance, got balanced and labelled {self.labelled:g}; "
+                "add --data.labelled_share 0.5"
             )
         return problems
 

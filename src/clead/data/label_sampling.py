@@ -100,13 +100,19 @@ def corrupt_labels(labels: Tensor, fraction: float, num_classes: int, seed: int)
     return wrong
 
 
-def for_method(train: ImageSet, uses_unlabelled: bool) -> ImageSet:
+def for_method(train: ImageSet, uses_unlabelled: bool, *, balanced: bool = False) -> ImageSet:
     """Return the training images as a method gets to see them: one without a use for unlabelled images sees labelled ones only.
 
     They are still counted as N images, labelled or not: an epoch is N images long, and ``train.budget`` is per image of all N. So
     at the same budget every method computes as much, and one that uses only n labelled images sees each N/n times as often.
     """
-    if uses_unlabelled or train.labelled is None or train.pseudo_labels is not None:
+    train = dataclasses.replace(train, balanced=balanced)
+    if uses_unlabelled:
+        return train
+    if train.extra is not None:
+        extra = train.extra.labelled_subset()
+        train = dataclasses.replace(train, extra=extra if len(extra) else None)
+    if train.labelled is None or train.pseudo_labels is not None:
         return train
     return dataclasses.replace(train, labelled_share=1.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from clead.interfaces import Batch, ImageSet
 
 # One random stream each.
 _ORDER, _FIRST_VIEW, _SECOND_VIEW, _CUTMIX, _LABELLED_ORDER, _UNLABELLED_ORDER = 1, 2, 3, 4, 5, 6
+_EXTRA_ORDER = 9  # 7 and 8 are the trainer's
 
 
 def make_generator(device: torch.device | str, *integers: int) -> torch.Generator:
@@ -50,6 +51,15 @@ class ViewSettings:
     stored: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """Images of which every batch has ``count``: each group of ``groups``, positions (n,) int64, comes equally often."""
+
+    stream: int
+    groups: Sequence[Tensor]
+    count: int
+
+
 class Loader:
     """Training batches; the uint8 images stay on the device, and views are drawn there.
 
@@ -60,6 +70,12 @@ class Loader:
     With a ``labelled_share`` s < 1, of B images (at most N) round(s·B) are labelled and the others not, one at least of each; all
     batches are full, and an epoch is one pass over the unlabelled images. Either kind comes in random order, all before one comes
     again, so a batch may hold an image twice. With s = 1 all are labelled, and an epoch is N images long all the same.
+
+    With ``extra`` images, round(``extra_share``·B) of B are drawn from those, likewise; the N images share the rest, and an epoch
+    is one pass over them (over the unlabelled ones of them, with a labelled share). ``Batch.index`` is N + j for extra image j.
+
+    With ``balanced``, the classes come in random order, all before one comes again, and so do the images of a class; an epoch is N
+    images long, of which rare classes fill as many as others.
 
     Args:
         image_set: the images; copied to ``device``, unless they are streamed.
@@ -86,8 +102,11 @@ class Loader:
     ) -> None:
         self.views = views = views or ViewSettings()
         self.device = torch.device(device)
-        self.images = image_set.images.to(self.device)
-        self.labels = image_set.visible_labels.to(self.device)
+        self.images, labels = image_set.images.to(self.device), image_set.visible_labels
+        if (extra := image_set.extra) is not None:
+            self.images = torch.cat([self.images, extra.images.to(self.device)])
+            labels = torch.cat([labels, extra.visible_labels])
+        self.labels = labels.to(self.device)
         self.stored = None if views.stored is None else views.stored.to(self.device)
         self.batch_size = batch_size
         self.seed = seed
@@ -95,23 +114,38 @@ class Loader:
         full, rest = divmod(len(image_set), batch_size)
         self.steps_per_epoch: int = full + int(full == 0 or (rest > 1 and not drop_last))
         """Batches in one epoch, ≥ 1."""
-        self._orders: dict[int, tuple[int, Tensor]] = {}
-        self._parts: list[tuple[int, Tensor, int]] | None = None
+        self._orders: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        self._pools: list[_Pool] | None = None
         self.labelled: Tensor | None = None
-        if image_set.labelled is not None:
-            self._use_labelled(image_set, image_set.labelled)
+        if bool((labels < 0).any()) and image_set.labelled_share != 1:
+            self.labelled = (labels >= 0).to(self.device)
+        share = None if image_set.labelled is None else image_set.labelled_share
+        if share is not None or image_set.extra is not None or image_set.balanced:
+            self._use_pools(image_set, share)
 
-    def _use_labelled(self, image_set: ImageSet, labelled: Tensor) -> None:
-        """Hide labels, and part batches between labelled and unlabelled images if there is a share."""
-        share, size = image_set.labelled_share, min(self.batch_size, len(labelled))
-        if image_set.pseudo_labels is None and share != 1:
-            self.labelled = labelled.to(self.device)
+    def _use_pools(self, image_set: ImageSet, share: float | None) -> None:
+        """Part batches between labelled, unlabelled and extra images, and set how long an epoch is."""
+        total, pools = len(image_set), []
+        size = count = min(self.batch_size, total)
+        if image_set.extra is not None:
+            pools.append((_EXTRA_ORDER, torch.arange(total, len(self.labels)), _share_of(image_set.extra_share, size)))
+            count = size - pools[0][2]
         if share is None:
-            return
-        count = size if share == 1 else min(max(1, round(share * size)), size - 1)
-        pools = [flags.nonzero()[:, 0].to(self.device) for flags in (labelled, ~labelled)]
-        self._parts = [(_LABELLED_ORDER, pools[0], count), (_UNLABELLED_ORDER, pools[1], size - count)]
-        self.steps_per_epoch = max(1, len(labelled) // size if share == 1 else len(pools[1]) // (size - count))
+            pools.insert(0, (_ORDER, torch.arange(total), count))
+            if image_set.extra is not None:
+                self.steps_per_epoch = max(1, total // count)
+        else:
+            assert image_set.labelled is not None
+            known, unknown = (flags.nonzero()[:, 0] for flags in (image_set.labelled, ~image_set.labelled))
+            labelled = count if share == 1 else _share_of(share, count)
+            pools[:0] = [(_LABELLED_ORDER, known, labelled), (_UNLABELLED_ORDER, unknown, count - labelled)]
+            self.steps_per_epoch = max(1, total // count if share == 1 else len(unknown) // (count - labelled))
+        labels = self.labels.cpu()
+        self._pools = [
+            _Pool(stream, _groups(pool.to(self.device), labels[pool] if image_set.balanced else None), amount)
+            for stream, pool, amount in pools
+            if amount
+        ]
 
     def batch(self, epoch: int, index: int, progress: float = 0.0) -> Batch:
         """Return batch ``index`` (0 … steps_per_epoch - 1) of ``epoch``.
@@ -164,8 +198,8 @@ class Loader:
     def positions(self, batch_size: int) -> Tensor:
         """Return which images of a batch are this process's, (batch_size / world size,) int64, microbatch by microbatch."""
         order = torch.arange(batch_size, device=self.device)
-        if self._parts is not None and self.shares > 1:  # each share of the batch gets its share of either kind
-            places = [(torch.arange(count, device=self.device) + 0.5) / count for _, _, count in self._parts]
+        if self._pools is not None and self.shares > 1:  # each share of the batch gets its share of every kind
+            places = [(torch.arange(each.count, device=self.device) + 0.5) / each.count for each in self._pools]
             order = torch.cat(places).argsort(stable=True)
         return order[self.world.local_slice(batch_size)]
 
@@ -175,31 +209,64 @@ class Loader:
 
     def _chosen(self, epoch: int, index: int) -> Tensor:
         """Return which images are in a batch, (B,) int64."""
-        if self._parts is None:
-            order = self._order_of(_ORDER, epoch, len(self.labels))
+        if self._pools is None:
+            order = self._order_of((_ORDER,), epoch, len(self.labels))
             return order[index * self.batch_size : (index + 1) * self.batch_size]
-        step, pieces = epoch * self.steps_per_epoch + index, []
-        for stream, pool, count in self._parts:
-            begin, end = step * count, (step + 1) * count
-            while begin < end:
-                turn, first = divmod(begin, len(pool))
-                piece = self._order_of(stream, turn, len(pool))[first : first + end - begin]
-                pieces.append(pool[piece])
-                begin += len(piece)
-        return torch.cat(pieces)
+        step = epoch * self.steps_per_epoch + index
+        return torch.cat([self._drawn(pool, step * pool.count, (step + 1) * pool.count) for pool in self._pools])
 
-    def _order_of(self, stream: int, turn: int, count: int) -> Tensor:
+    def _drawn(self, pool: _Pool, begin: int, end: int) -> Tensor:
+        """Return the images of a pool from the ``begin``-th that is drawn of it to the one before the ``end``-th."""
+        k = len(pool.groups)
+        if k == 1:
+            return self._images_of((pool.stream,), pool.groups[0], begin, end)
+        first, last = begin // k, -(-end // k)
+        turns = torch.arange(first, last).repeat_interleave(k)[begin - first * k : end - first * k]
+        orders = torch.cat([self._order_of((pool.stream, -1), turn, k) for turn in range(first, last)])
+        groups = orders[begin - first * k : end - first * k].cpu()
+        chosen = torch.empty(end - begin, dtype=torch.int64, device=self.device)
+        for number in groups.unique().tolist():
+            places = groups == number
+            between = turns[places]
+            key, group = (pool.stream, -1, number), pool.groups[number]
+            images = self._images_of(key, group, int(between[0]), int(between[-1]) + 1)
+            chosen[places.to(self.device)] = images
+        return chosen
+
+    def _images_of(self, stream: tuple[int, ...], group: Tensor, begin: int, end: int) -> Tensor:
+        """Return the images of a group from the ``begin``-th that is drawn of it to the one before the ``end``-th."""
+        pieces = []
+        while begin < end:
+            turn, first = divmod(begin, len(group))
+            piece = self._order_of(stream, turn, len(group))[first : first + end - begin]
+            pieces.append(group[piece])
+            begin += len(piece)
+        return torch.cat(pieces) if pieces else group[:0]
+
+    def _order_of(self, stream: tuple[int, ...], turn: int, count: int) -> Tensor:
         """Return the order of ``count`` images when they come for the ``turn``-th time."""
         cached = self._orders.get(stream)
         if cached is None or cached[0] != turn:
             # Drawn on the CPU, so that every device sees the same order.
-            generator = make_generator("cpu", self.seed, turn, stream)
+            generator = make_generator("cpu", self.seed, turn, *stream)
             if isinstance(self.images, StreamedImages):
                 order = self.images.shuffled(generator)
             else:
                 order = torch.randperm(count, generator=generator)
             self._orders[stream] = cached = (turn, order.to(self.device))
         return cached[1]
+
+
+def _share_of(share: float, count: int) -> int:
+    """Return how many of ``count`` images a share is: one at least, and one less than all at most."""
+    return min(max(1, round(share * count)), count - 1)
+
+
+def _groups(pool: Tensor, labels: Tensor | None) -> list[Tensor]:
+    """Return the images of a pool by their labels, or together."""
+    if labels is None:
+        return [pool]
+    return [pool[labels.to(pool.device) == label] for label in labels.unique().tolist()]
 
 
 def cutmix(

@@ -155,6 +155,11 @@ class Method(ABC):
                 "train.trainable: a contrastive loss trains encoder and projection head, which are frozen then, got classifier; "
                 "set it to all, or take a method without that term (method.name standard)"
             ]
+        if self.uses_stored and data.extra is not None:
+            return [
+                f"data.extra: auxiliary images have no stored adversarial images, got {data.extra}; leave it out, or take another "
+                "method (method.name clead)"
+            ]
         if self.uses_stored and data.cutmix:
             return [
                 f"data.cutmix: a mixed image is not the one whose adversarial image is stored, got {data.cutmix:g}; set it to 0"

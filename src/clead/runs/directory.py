@@ -5,6 +5,7 @@ metrics.jsonl       one JSON object per log line
 last.safetensors    weights at the end (EMA weights if EMA is on); ``best`` at the best validation robust accuracy
 projection.safetensors  the projection head at the end, of a training that had one
 resume.state        optimiser, schedule, EMA, RNG and position; ``resume.previous.state`` is one checkpoint older
+extra.txt           what auxiliary images the run was trained with, if there were any (data.extra)
 environment.json    versions and machine
 results/            one JSON record per evaluation, with its images beside it
 stages/             a run directory for each stage of a run that has several; weights and metrics are joined in the run's own
@@ -27,8 +28,10 @@ from clead.renamed import updated
 from clead.results.provenance import command, environment
 
 PROJECTION = "projection.safetensors"
+EXTRA = "extra.txt"
+"""What auxiliary images the run was trained with, in a sentence."""
 WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
-WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors")
+WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors", EXTRA)
 """Files that are written whole: a kill may leave their staging files."""
 
 

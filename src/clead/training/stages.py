@@ -17,7 +17,7 @@ from clead.interfaces import Splits
 from clead.models.split import SplitModel, copied
 from clead.runs.directory import RunDir
 from clead.training.freezing import start_from, unfrozen_afterwards
-from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels
+from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, with_pseudo_labels, without_pseudo_labels
 from clead.training.signals import Interrupted
 from clead.training.trainer import Callbacks, TrainResult, fit
 from clead.weights.files import load_weights, save_weights
@@ -112,7 +112,7 @@ def _labelled_by(
 ) -> Splits:
     """Return the images with the pseudo-labels of an earlier stage's last weights, kept in ``here``; without any if None."""
     if teacher is None:
-        return dataclasses.replace(splits, train=dataclasses.replace(splits.train, pseudo_labels=None))
+        return without_pseudo_labels(splits)
     file, source = folder.path / PSEUDO_LABELS, training.data.pseudo_labels_from
     if processes.is_main and not file.exists():
         trained = copied(model)

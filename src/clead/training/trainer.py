@@ -232,7 +232,7 @@ class Trainer:
     def _make_loader(self, adversaries: Tensor | None) -> Loader:
         data, method = self.config.data, self.config.method
         return Loader(
-            for_method(self.splits.train, method.uses_unlabelled),
+            for_method(self.splits.train, method.uses_unlabelled, balanced=data.sampling == "balanced"),
             data.batch_size,
             device=self.device,
             seed=self.settings.seed,
@@ -615,7 +615,7 @@ class Trainer:
             "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "position": dict(vars(self.state)),
             "log_size": self.run.log_size(),
-            "data": self.splits.fingerprint,
+            "data": self.splits.trained_on,
         }
         try:
             Checkpoints(self.run.path).save(state)
@@ -645,7 +645,7 @@ class Trainer:
             self._take_up(saved)
 
     def _take_up(self, saved: dict[str, Any]) -> None:
-        if saved["data"] != self.splits.fingerprint:
+        if saved["data"] != self.splits.trained_on:
             raise UserError(
                 f"--resume continues on the same images; the data of {self.run.path} has changed since; restore it, or train anew"
             )
@@ -732,7 +732,8 @@ def _check_shares(config: RunConfig, world: World, batch_images: int) -> None:
             f"a batch of {batch_images} images cannot be shared out to {shares} equal parts ({world.world_size} processes, "
             f"train.accumulate {accumulate}); set --data.batch_size to a multiple of {shares}"
         )
-    if shares > 1 and config.data.labelled_share is not None and batch_images // shares < 2:
+    shared = config.data.labelled_share is not None or config.data.extra is not None
+    if shares > 1 and shared and batch_images // shares < 2:
         raise UserError(
             f"a part of a batch must have at least 2 images, got {batch_images // shares}; take larger batches"
         )

@@ -75,20 +75,7 @@ class ParquetStream(InMemoryDataset):
 
     def load(self, seed: int, *, training: bool = True) -> Splits:
         """Return the splits, with training images that are read later; see ``InMemoryDataset.load`` and this class."""
-        if self.labelled_share is not None:
-            raise UserError(
-                f"data.labelled_share: images that are streamed come as they lie, got {self.labelled_share:g}; leave it out, "
-                "or use --data.name parquet"
-            )
-        if self.only is not None:
-            raise UserError(
-                f"data.only: streamed images come without columns, got {self.only!r}; use --data.name parquet"
-            )
-        if self.group_by is not None:
-            raise UserError(
-                f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out "
-                "and write the images of a group into one row group, or use --data.name parquet"
-            )
+        self._refuse_settings()
         files = parquet_files(resolve_path(self.path))
         splits, origin, notes = _roles(files)
         fit = None
@@ -149,6 +136,28 @@ class ParquetStream(InMemoryDataset):
         return Splits(
             train, val, test, classes, digest.hexdigest(), tuple(left_out), skipped=skipped, notes=notes, origin=origin
         )
+
+    def _refuse_settings(self) -> None:
+        """Raise UserError for a setting that images cannot have which are read as they lie."""
+        if self.labelled_share is not None:
+            raise UserError(
+                f"data.labelled_share: images that are streamed come as they lie, got {self.labelled_share:g}; leave it out, "
+                "or use --data.name parquet"
+            )
+        if self.sampling != "shuffled" or self.extra is not None:
+            key, value = ("sampling", self.sampling) if self.extra is None else ("extra", self.extra)
+            raise UserError(
+                f"data.{key}: images that are streamed come as they lie, got {value}; leave it out, or use --data.name parquet"
+            )
+        if self.only is not None:
+            raise UserError(
+                f"data.only: streamed images come without columns, got {self.only!r}; use --data.name parquet"
+            )
+        if self.group_by is not None:
+            raise UserError(
+                f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out "
+                "and write the images of a group into one row group, or use --data.name parquet"
+            )
 
     def _fit(self, shards: Shards) -> ResizeSpec:
         """Return side and channels: what is set, else those of the first image (that can be read, with skip_unreadable)."""
