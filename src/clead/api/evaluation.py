@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,7 @@ def evaluate_external(
     output: str | int | None = None,
     input: ModelInput | str | None = None,
     classifier: str | None = None,
+    args: Mapping[str, Any] | None = None,
     out: str | Path,
     attacks: Sequence[NamedAttack] | None = None,
     transfer_from: Sequence[str | Path] = (),
@@ -203,12 +204,14 @@ def evaluate_external(
     """Evaluate a model that this program did not train, and leave the record in ``out``.
 
     Args:
-        model: ``module:factory``, a path ending in ``.onnx``, or the module itself; pixels in [0, 1] -> logits.
+        model: ``module:factory``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``, a path ending in ``.onnx``, or the module;
+            pixels in [0, 1] -> logits.
         config: data, threat and eval settings; ``clead.config.evaluation_config`` makes one.
         weights: for what the factory makes, what ``clead.weights.read_weights`` reads; None: as it is made.
         output: name or index of the logits, if the model returns more than that and they are not recognised.
         input: how it wants its pixels, such as ``"layout=nhwc range=0..255"``, see ``ModelInput``; None: (B, C, H, W) in [0, 1].
         classifier: name of the layer whose input are the features; None: it is found.
+        args: arguments of the factory or the library, such as ``{"num_classes": 10}``.
         out: directory of the record and the state.
         attacks: as of ``evaluate_run``, as all that follow.
         transfer_from: runs.
@@ -222,7 +225,9 @@ def evaluate_external(
     """
     parsed_shard = Shard.parse(shard) if shard else None
     output_options = OutputOptions(Path(out), result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
-    opened = open_external_model(model, config, weights=weights, output=output, input=input, classifier=classifier)
+    opened = open_external_model(
+        model, config, weights=weights, output=output, input=input, classifier=classifier, args=args
+    )
     return evaluate_into_folder(opened, output_options, attacks=attacks, more=_sources(transfer_from, opened))
 
 

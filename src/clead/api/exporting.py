@@ -225,6 +225,8 @@ def _without_places(tree: dict[str, Any]) -> None:
                     _without_places(item)
         elif isinstance(value, str | Path) and (key == "path" or Path(str(value)).is_absolute()):
             tree[key] = Path(value).name
+        elif key == "network" and Path(str(value).partition(":")[2]).is_absolute():
+            tree[key] = f"hf:{Path(value).name}"
 
 
 def _check(out: Path, format: str, precision: str, images: int) -> None:

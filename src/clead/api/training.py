@@ -24,9 +24,11 @@ from clead.distributed import init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
 from clead.models.external import backward_of
+from clead.models.library import RANDOM, Library
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
+from clead.output import tell
 from clead.results.provenance import environment
 from clead.runs.directory import EXTRA, RunDir
 from clead.runs.loading import build, evaluated_images, image_shape, load_model
@@ -77,9 +79,8 @@ def train(
     processes = init_world(local_device(device_of(config.train.device)))
     path = processes.broadcast(Path(out) if out is not None else RunDir.default_path(config.name))
     continuing = processes.broadcast(resume and (path / "config.yaml").exists())
-    if continuing:
-        _same_config(config, RunDir.open(path).config())
-    else:
+    config = _described(config, RunDir.open(path).config() if continuing else None)
+    if not continuing:
         RunDir.check_free(path)
     device_of(config.train.device)
     _check_starts(config)
@@ -93,20 +94,23 @@ def train(
     show = show and processes.is_main
     splits, new_labels = _as_seen(config, splits, path, show=show)
     adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
-    split_model = adapted if adapted is not None else build(config, splits)
+    begun = continuing and any(path.rglob("*.state"))  # its own weights are loaded, so no others are
+    split_model = adapted if adapted is not None else build(config, splits, pretrained=not begun)
     images = min(config.data.batch_size, len(splits.train))
     _check_model(split_model, config, splits, max(1, images // (processes.world_size * config.train.accumulate)))
-    if config.train.start_from is not None:
-        first = config.trainings()[0].method
-        dim = first.embedding_dim if first.uses_embedding else None
-        start_from(split_model, Path(config.train.start_from), dim=dim)
+    notes = _beginning(split_model, config, tells=processes.is_main and not begun)
     taken = f"{path} is in use by another training; wait for it, or give another --out"
     with locked(path, taken) if processes.is_main else nullcontext():
         if processes.is_main:
             run = RunDir(path) if continuing else RunDir.create(path, config)
             run.note_environment()
-            listed = {"unreadable.txt": splits.unreadable, "skipped.txt": splits.skipped}
-            for name, lines in {**listed, EXTRA: [extra_note] if extra_note else []}.items():
+            listed = {
+                "unreadable.txt": splits.unreadable,
+                "skipped.txt": splits.skipped,
+                "notes.txt": [] if begun else notes,
+                EXTRA: [extra_note] if extra_note else [],
+            }
+            for name, lines in listed.items():
                 if lines:
                     write_atomically(path / name, "".join(f"{line}\n" for line in lines).encode())
             if new_labels is not None:
@@ -128,6 +132,35 @@ def train(
     best, _ = load_weights(path / "best.safetensors")
     split_model.load_state_dict(best)
     return TrainedRun(path, split_model.eval(), outcome)
+
+
+def _described(config: RunConfig, stored: RunConfig | None) -> RunConfig:
+    """Return the configuration with what its network's library has to be asked for, as in the run that it continues, if it does.
+
+    Raises UserError if that run has another configuration.
+    """
+    network = config.model
+    if isinstance(network, Library):
+        if stored is not None and isinstance(stored.model, Library):
+            network = dataclasses.replace(network, description=stored.model.description)
+        config = dataclasses.replace(config, model=network.described())
+    if stored is not None:
+        _same_config(config, stored)
+    return config
+
+
+def _beginning(model: SplitModel, config: RunConfig, *, tells: bool) -> list[str]:
+    """Load the weights that ``config`` begins with, and return, and print, what must be said of how the model was made."""
+    drawn = config.train.start_from is None
+    origin = model.origin if isinstance(model, AdaptedModel) else []
+    notes = [f"model: {note}" for note in origin if drawn or RANDOM not in note]
+    for note in notes if tells else ():
+        tell(note)
+    if not drawn:
+        first = config.trainings()[0].method
+        dim = first.embedding_dim if first.uses_embedding else None
+        notes += start_from(model, Path(config.train.start_from), dim=dim)
+    return notes
 
 
 def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits | None = None) -> dict[str, Any]:

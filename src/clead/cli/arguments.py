@@ -55,7 +55,7 @@ def only(overrides: list[str], groups: tuple[str, ...], instead: str) -> None:
 
 
 def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Take how ``--model`` is called out of the overrides: ``--model.output``, ``--model.input`` and ``--model.classifier``.
+    """Take what goes with ``--model`` out of the overrides: ``--model.output``, ``.input``, ``.classifier`` and ``.args.KEY``.
 
     Returns keyword arguments of ``evaluate_external``, none without ``--model``, and the other overrides.
     """
@@ -68,10 +68,13 @@ def model_options(model: str | None, overrides: list[str]) -> tuple[dict[str, An
     for path, value in parse_overrides(overrides):
         if path[0] != "model":
             continue
-        if path[1:] not in (["output"], ["input"], ["classifier"]) and not (path[1] == "input" and len(path) == 3):
-            known = did_you_mean(path[1], ("output", "input", "classifier"))
+        nested = path[1] in ("input", "args") and len(path) == 3
+        if path[1:] not in (["output"], ["input"], ["classifier"]) and not nested:
+            known = did_you_mean(path[1], ("output", "input", "classifier", "args.KEY"))
             raise UserError(f"--{'.'.join(path)}: says nothing about {model}; {known}")
-        if path[1] == "input":
+        if path[1] == "args":
+            options["args"] = {**options.get("args", {}), path[2]: value}
+        elif path[1] == "input":
             try:
                 more = pairs(value) if len(path) == 2 else {path[2]: value}
             except ValueError as error:

@@ -26,8 +26,8 @@ def evaluate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a run: module:factory, file.py:factory or file.onnx; needs --data.path. With it: --model.output, "
-            "--model.input, --model.classifier."
+            help="Instead of a run: module:factory, file.py:factory, timm:NAME, torchvision:NAME, hf:NAME or file.onnx; needs "
+            "--data.path. With it: --model.output, --model.input, --model.classifier, --model.args.KEY."
         ),
     ] = None,
     weights: Annotated[

@@ -12,7 +12,7 @@ from clead.attacks import ATTACKS
 from clead.data.datasets import DATASETS
 from clead.errors import UserError
 from clead.methods import METHODS
-from clead.models import MODELS
+from clead.models import MODELS, is_library
 from clead.models.modes import AttackMode, ForwardMode
 from clead.registry import Registry
 from clead.renamed import current_value, without_retired
@@ -273,7 +273,8 @@ def _build(group: str, values: dict[str, Any]) -> Any:
     if name is None:
         raise UserError(f"{group}.{key}: is required; known: {', '.join(registry.names())}")
     if group == "model" and ":" in str(name):
-        name, values["factory"] = "custom", str(name)
+        kind, key_of_name = ("library", "network") if is_library(str(name)) else ("custom", "factory")
+        name, values[key_of_name] = kind, str(name)
     try:
         cls = registry.get(str(name))
     except UserError as error:
@@ -297,6 +298,8 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, Path):
         return str(value)
     return value

@@ -57,12 +57,16 @@ def build_model(
     *,
     seed: int,
     sample_shape: tuple[int, int, int],
+    pretrained: bool = True,
 ) -> SplitModel:
     """Return the model of ``settings`` on the CPU, its weights a function of ``seed``.
 
     sample_shape: (C, H, W) of one image. mean, std: C numbers each, in pixel units. The global
-    random state stays untouched. Raises UserError for a model that cannot take these images.
+    random state stays untouched. pretrained: False where all weights are loaded afterwards, so that published ones, if
+    ``settings`` ask for them, are not. Raises UserError for a model that cannot take these images.
     """
+    if not pretrained and hasattr(settings, "untrained"):
+        settings = settings.untrained()
     with fork_rng(seed):
         return settings.build(channels, num_classes, mean, std, sample_shape)
 

@@ -161,6 +161,8 @@ class AdaptedModel(SplitModel):
             ``nn.Linear`` whose output the logits are. If there is none, the model has no features (``has_features``).
         output: which of the module's outputs are the logits, see ``ModelIO``.
         normalize: a layer before the module; None: pixels go in as they are.
+        new_head: whether a module of another number of logits than ``num_classes`` gets a new final layer, drawn from the global
+            generator, instead of being refused; ``origin`` says so.
 
     ``AdaptedModel.module.state_dict()`` has the module's own keys. Raises UserError if the module fails on
     that shape, does not return (B, K) logits of the right K, or if ``classifier`` does not get (B, D) features.
@@ -180,10 +182,16 @@ class AdaptedModel(SplitModel):
         classifier: str | None = None,
         output: str | int | None = None,
         normalize: nn.Module | None = None,
+        new_head: bool = False,
     ) -> None:
         module = unwrapped(module)
         io = io_of(module, output)
-        name, feature_dim, logits = _find_classifier(module, io, normalize or nn.Identity(), sample_shape, classifier)
+        before = normalize or nn.Identity()
+        name, feature_dim, logits = _find_classifier(module, io, before, sample_shape, classifier)
+        origin = []
+        if new_head and num_classes is not None and logits.shape[1] != num_classes:
+            origin = replace_head(module, name, _sample(module, before, sample_shape), logits.shape[1], num_classes)
+            name, feature_dim, logits = _find_classifier(module, io, before, sample_shape, classifier)
         if num_classes is not None and logits.shape[1] != num_classes:
             final = f"its final layer {name!r}" if name else "it"
             raise UserError(
@@ -193,6 +201,7 @@ class AdaptedModel(SplitModel):
         super().__init__(logits.shape[1], feature_dim)
         self.classifier_name = name
         self.has_features = name is not None
+        self.origin: list[str] = origin
         self.normalize = nn.Identity() if normalize is None else normalize
         self.module = module
         self.io = io
@@ -232,6 +241,43 @@ class AdaptedModel(SplitModel):
                 f"the final layer {self.classifier_name!r} did not run in this forward pass; has it been replaced?"
             )
         return features, logits
+
+
+def replace_head(module: nn.Module, name: str | None, x: Tensor, old: int, new: int) -> list[str]:
+    """Give ``module`` a final layer of ``new`` outputs, drawn from the global generator, and return what must be said of it.
+
+    timm's ``reset_classifier`` is called where there is one. Else it is the layer ``name``, or the last of its ``nn.Linear`` and
+    ``nn.Conv2d`` of ``old`` outputs that runs on images ``x``. Without any, nothing changes and the list is empty.
+    """
+    if callable(reset := getattr(module, "reset_classifier", None)):
+        reset(new)
+        return [f"the head {name or 'of the network'} is new, drawn from the seed: {old} → {new} classes"]
+    last: list[str] = [] if name is None else [name]
+
+    def note(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if getattr(layer, "out_features", getattr(layer, "out_channels", None)) == old:
+            last.extend(path for path, each in names.items() if each is layer)
+
+    names = {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    handles = [layer.register_forward_hook(note) for layer in names.values()] if name is None else []
+    try:
+        if name is None:
+            with fork_rng(0), attack_mode(module), torch.no_grad():
+                module(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer = module.get_submodule(last[-1]) if last and last[-1] else None
+    like = {"bias": getattr(layer, "bias", None) is not None}
+    if isinstance(layer, nn.Linear):
+        head: nn.Module = nn.Linear(layer.in_features, new, **like)
+    elif isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        shape: Any = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        head = nn.Conv2d(layer.in_channels, new, layer.kernel_size, **shape, **like)  # ty: ignore[invalid-argument-type]
+    else:
+        return []
+    module.set_submodule(last[-1], head.to(layer.weight).train(layer.training))
+    return [f"the head {last[-1]} is new, drawn from the seed: {old} → {new} classes"]
 
 
 def _find_classifier(

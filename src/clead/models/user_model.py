@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Generator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,16 +28,15 @@ from clead.settings import setting, settings
 _ALLOWED: set[str] = set()  # never filled from a file
 
 
-@MODELS.register("custom")
 @settings
-class Custom:
-    """Any ``nn.Module`` from pixels in [0, 1], (B, C, H, W), to logits, (B, K).
+class ForeignModel(ABC):
+    """What the settings of models from elsewhere have in common."""
 
-    The factory is a function or a class; it is called with ``num_classes=`` if it takes that, else with no
-    arguments.
-    """
-
-    factory: str = setting(..., "what makes the model: 'package.module:factory' or 'path/to/file.py:factory'")
+    args: dict[str, Any] = setting(
+        default_factory=dict,
+        doc="arguments of what makes the network, each also as --model.args.KEY, such as --model.args.pretrained true; num_classes "
+        "is the data's unless it is given",
+    )
     classifier: str | None = setting(
         None,
         "name of the layer that maps features (B, D) to logits, such as fc; none: the final nn.Linear, if there is one",
@@ -48,14 +49,47 @@ class Custom:
         'how the model takes its pixels, such as "layout=nhwc range=0..255 mean=… std=… size=224 channels=bgr" (each also as '
         "--model.input.KEY); none: (B, C, H, W) in [0, 1], RGB",
     )
-    normalize: Literal["data", "none"] = setting(
-        "none", "data: the first layer standardises by the training set's mean and std; none: pixels as they are"
-    )
+    normalize: str
 
     def __post_init__(self) -> None:
         """Refuse two normalisations."""
         if self.input is not None and self.normalize == "data":
             raise ValueError("normalize: data and input are two ways to say the same, got both; leave out normalize")
+
+    @abstractmethod
+    def untrained(self) -> ForeignModel:
+        """Return the settings that make the same network without published weights, for a run's own."""
+
+    @abstractmethod
+    def build(
+        self,
+        channels: int,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        sample_shape: tuple[int, int, int] | None = None,
+    ) -> SplitModel:
+        """Return the model of (B, ``channels``, H, W) images; as ``clead.models.build.ModelSettings.build``."""
+
+
+@MODELS.register("custom")
+@settings
+class Custom(ForeignModel):
+    """Any ``nn.Module`` from pixels in [0, 1], (B, C, H, W), to logits, (B, K).
+
+    The factory is a function or a class; it is called with ``args``, and with ``num_classes=`` if it takes that. A network of
+    another number of outputs gets a new final layer, drawn from the seed, and a message says so.
+    """
+
+    factory: str = setting(..., "what makes the model: 'package.module:factory' or 'path/to/file.py:factory'")
+    normalize: Literal["data", "none"] = setting(
+        "none", "data: the first layer standardises by the training set's mean and std; none: pixels as they are"
+    )
+
+    def untrained(self) -> Custom:
+        """Return the settings with the argument ``pretrained`` off, if it is given."""
+        args = {key: False if key == "pretrained" else value for key, value in self.args.items()}
+        return dataclasses.replace(self, args=args)
 
     def build(
         self,
@@ -73,7 +107,7 @@ class Custom:
                 f"model.name: a file says that the code {self.factory} is to be run, and it runs with all your rights; if you know "
                 f"it, add --allow-code {self.factory} (in Python: clead.allow_code({self.factory!r}))"
             )
-        module = make_module(self.factory, num_classes)
+        module = make_module(self.factory, num_classes, self.args)
         if isinstance(module, SplitModel):
             if module.num_classes != num_classes:
                 raise UserError(
@@ -88,6 +122,7 @@ class Custom:
             classifier=self.classifier,
             output=self.output,
             normalize=first_layer(self.normalize, mean, std) if self.input is None else InputLayer(self.input),
+            new_head=True,
         )
 
 
@@ -106,8 +141,11 @@ def _place(factory: str) -> str:
     return f"{Path(source).resolve()}:{name}" if separator and source.endswith(".py") else factory
 
 
-def make_module(factory: str, num_classes: int) -> nn.Module:
-    """Return what ``package.module:factory`` or ``path/to/file.py:factory`` makes; raises UserError if it does not."""
+def make_module(factory: str, num_classes: int, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """Return what ``package.module:factory`` or ``path/to/file.py:factory`` makes; raises UserError if it does not.
+
+    factory: its name may have dots, as ``efficientnet_lite_pytorch:EfficientNet.from_name``.
+    """
     source, separator, name = factory.rpartition(":")
     if not (source and separator and name):
         raise UserError(
@@ -116,26 +154,49 @@ def make_module(factory: str, num_classes: int) -> nn.Module:
         )
     with _importable(Path.cwd(), Path(source).resolve().parent):
         code = _load(source)
-        if not hasattr(code, name):
-            known = [key for key, value in vars(code).items() if callable(value) and not key.startswith("_")]
-            raise UserError(f"model.name: {source} has no {name!r}; {did_you_mean(name, known)}")
-        make = getattr(code, name)
+        make = _attribute(code, source, name)
         if isinstance(make, nn.Module) or not callable(make):
             raise UserError(
                 f"model.name: {factory} is a {type(make).__name__}; give a function or class that makes the model"
             )
+        chosen = _arguments(factory, make, num_classes, args or {})
         try:
-            made = make(num_classes=num_classes) if _takes_num_classes(make) else make()
+            made = make(**chosen)
         except (Exception, SystemExit) as error:
             raise UserError(
                 f"model.name: {factory} raised {_line(error)}; "
-                "mend it; the factory is called without arguments, or with num_classes"
+                f"mend it; it was called with {', '.join(chosen) or 'no arguments'}"
             ) from error
     if not isinstance(made, nn.Module):
         raise UserError(
             f"model.name: {factory} must return a torch.nn.Module, got {type(made).__name__}; end it with return model"
         )
     return made
+
+
+def _attribute(code: ModuleType, source: str, name: str) -> Any:
+    value: Any = code
+    for step in name.split("."):
+        if not hasattr(value, step):
+            known = [key for key in dir(value) if not key.startswith("_") and callable(getattr(value, key))]
+            raise UserError(f"model.name: {source} has no {name!r}; {did_you_mean(step, known)}")
+        value = getattr(value, step)
+    return value
+
+
+def _arguments(factory: str, make: Callable[..., Any], num_classes: int, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the factory is called with; raises UserError for an argument that it does not take."""
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):
+        return dict(args)
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return {"num_classes": num_classes, **args}
+    if unknown := [key for key in args if key not in parameters]:
+        raise UserError(
+            f"model.args.{unknown[0]}: {factory} takes no {unknown[0]!r}; {did_you_mean(unknown[0], parameters)}"
+        )
+    return {**({"num_classes": num_classes} if "num_classes" in parameters else {}), **args}
 
 
 def _load(source: str) -> ModuleType:
@@ -181,14 +242,6 @@ def _importable(*folders: Path) -> Generator[None, None, None]:
         yield
     finally:
         sys.path[:] = before
-
-
-def _takes_num_classes(factory: Callable[..., Any]) -> bool:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
-        return False
-    return "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _not_imported(source: str, error: BaseException) -> UserError:

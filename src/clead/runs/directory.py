@@ -7,6 +7,7 @@ projection.safetensors  the projection head at the end, of a training that had o
 resume.state        optimiser, schedule, EMA, RNG and position; ``resume.previous.state`` is one checkpoint older
 extra.txt           what auxiliary images the run was trained with, if there were any (data.extra)
 environment.json    versions and machine
+notes.txt           how the model was made, where it began with weights from elsewhere: what of them was taken, and what not
 results/            one JSON record per evaluation, with its images beside it
 stages/             a run directory for each stage of a run that has several; weights and metrics are joined in the run's own
 stored/             adversarial images that were made once, of the model that training started from
@@ -21,12 +22,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clead.atomic_io import append_line, check_inside, read_json_lines, remove_leftovers, truncate, write_atomically
+from clead.atomic_io import (
+    append_line,
+    check_inside,
+    read_json_lines,
+    read_regular,
+    remove_leftovers,
+    truncate,
+    write_atomically,
+)
 from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError, printable
 from clead.renamed import updated
 from clead.results.provenance import command, environment
 
+_LARGEST_NOTES = 1_000_000
 PROJECTION = "projection.safetensors"
 EXTRA = "extra.txt"
 """What auxiliary images the run was trained with, in a sentence."""
@@ -110,6 +120,15 @@ class RunDir:
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         append_line(self.path / "metrics.jsonl", json.dumps(line))
+
+    def notes(self) -> list[str]:
+        """Return the lines of notes.txt, none if there is no such file."""
+        path = self.path / "notes.txt"
+        return (
+            [printable(line) for line in read_regular(path, _LARGEST_NOTES).decode().splitlines()]
+            if path.exists()
+            else []
+        )
 
     def history(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl; a last line that a kill or a full disk cut off is left out."""

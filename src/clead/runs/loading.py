@@ -101,7 +101,7 @@ def open_run(
     tree = config.to_dict()
     target = EvaluationTarget(
         name=run.name,
-        model=tree["model"].get("factory") or tree["model"]["name"],
+        model=tree["model"].get("factory") or tree["model"].get("network") or tree["model"]["name"],
         weights=config.eval.weights,
         data=data_name(config),
         split=config.eval.split,
@@ -113,7 +113,7 @@ def open_run(
     device = device_of(config.train.device)
     extra = run.path / EXTRA
     extra_notes = read_regular(extra, _LONGEST_NOTE).decode().splitlines() if extra.exists() else []
-    notes = (*data_notes(splits), *extra_notes, *weight_notes)
+    notes = (*data_notes(splits), *extra_notes, *weight_notes, *run.notes())
     return OpenedRun(config, loaded.to(device), chosen, splits, target, device, notes, run)
 
 
@@ -192,7 +192,7 @@ def _loaded(run: RunDir, config: RunConfig, which: str, model: nn.Module | None)
         built = adapt(model, sample_shape=shape, num_classes=k)
     else:
         mean, std = metadata["mean_std"]
-        built = build_model(config.model, shape[0], k, mean, std, seed=0, sample_shape=shape)
+        built = build_model(config.model, shape[0], k, mean, std, seed=0, sample_shape=shape, pretrained=False)
     notes = check_weights(weights(built), content, str(path))
     for note in notes:
         _log.warning("note: %s", note)
@@ -200,13 +200,12 @@ def _loaded(run: RunDir, config: RunConfig, which: str, model: nn.Module | None)
     return built.eval(), notes
 
 
-def build(config: RunConfig, splits: Splits) -> SplitModel:
-    """Return the model of ``config`` for these images, its weights drawn from ``train.seed``."""
+def build(config: RunConfig, splits: Splits, *, pretrained: bool = True) -> SplitModel:
+    """Return the model of ``config`` for these images, its weights drawn from ``train.seed``; ``pretrained`` as ``build_model``."""
     mean, std = mean_std(splits)
     shape = image_shape(splits)
-    return build_model(
-        config.model, shape[0], len(splits.classes), mean, std, seed=config.train.seed, sample_shape=shape
-    )
+    seed, k = config.train.seed, len(splits.classes)
+    return build_model(config.model, shape[0], k, mean, std, seed=seed, sample_shape=shape, pretrained=pretrained)
 
 
 def image_shape(splits: Splits) -> tuple[int, int, int]:
