@@ -35,7 +35,18 @@ QUICK = (
     *("--eval.gallery", "0", "--eval.images", "4", "--train.device", "cpu"),
 )
 DATA = ("--data.name", "auto", "--data.path", "d.npz", "--data.batch_size", "8", "--data.val_fraction", "0.25")
-SHORT = ("--train.validate_steps", "1", "--attack.steps", "1", "--train.precision", "float32", "--train.epochs", "1")
+SHORT = (
+    "--train.validate_steps",
+    "1",
+    "--attack.steps",
+    "1",
+    "--train.precision",
+    "float32",
+    "--train.epochs",
+    "1",
+    "--optim.lr",
+    "0.001",
+)
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TINY_RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 NETWORKS: dict[str, dict[str, Any]] = {
