@@ -30,7 +30,7 @@ from clead.models.seeding import fork_rng
 from clead.models.split import AdaptedModel, SplitModel, adapt, copied, require_features
 from clead.output import tell
 from clead.results.provenance import environment
-from clead.runs.directory import EXTRA, RunDir
+from clead.runs.directory import NOTES, RunDir
 from clead.runs.loading import build, evaluated_images, image_shape, load_model
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
@@ -107,8 +107,7 @@ def train(
             listed = {
                 "unreadable.txt": splits.unreadable,
                 "skipped.txt": splits.skipped,
-                "notes.txt": [] if begun else notes,
-                EXTRA: [extra_note] if extra_note else [],
+                NOTES: [] if begun else [*filter(None, [extra_note]), *notes],
             }
             for name, lines in listed.items():
                 if lines:

@@ -5,9 +5,8 @@ metrics.jsonl       one JSON object per log line
 last.safetensors    weights at the end (EMA weights if EMA is on); ``best`` at the best validation robust accuracy
 projection.safetensors  the projection head at the end, of a training that had one
 resume.state        optimiser, schedule, EMA, RNG and position; ``resume.previous.state`` is one checkpoint older
-extra.txt           what auxiliary images the run was trained with, if there were any (data.extra)
 environment.json    versions and machine
-notes.txt           how the model was made, where it began with weights from elsewhere: what of them was taken, and what not
+notes.txt           what a reader of its figures must know: auxiliary images (data.extra); how a model from elsewhere was made
 results/            one JSON record per evaluation, with its images beside it
 stages/             a run directory for each stage of a run that has several; weights and metrics are joined in the run's own
 stored/             adversarial images that were made once, of the model that training started from
@@ -38,10 +37,10 @@ from clead.results.provenance import command, environment
 
 _LARGEST_NOTES = 1_000_000
 PROJECTION = "projection.safetensors"
-EXTRA = "extra.txt"
-"""What auxiliary images the run was trained with, in a sentence."""
+NOTES = "notes.txt"
+"""A sentence per line; every record has them among its notes."""
 WRITTEN = ("resume.next.state", "best.safetensors", "last.safetensors", PROJECTION, "outcome.json", "metrics.jsonl")
-WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors", EXTRA)
+WRITTEN += ("config.yaml", "environment.json", "pseudo_labels.safetensors", NOTES)
 """Files that are written whole: a kill may leave their staging files."""
 
 
@@ -123,7 +122,7 @@ class RunDir:
 
     def notes(self) -> list[str]:
         """Return the lines of notes.txt, none if there is no such file."""
-        path = self.path / "notes.txt"
+        path = self.path / NOTES
         return (
             [printable(line) for line in read_regular(path, _LARGEST_NOTES).decode().splitlines()]
             if path.exists()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clead.atomic_io import read_json, read_regular
+from clead.atomic_io import read_json
 from clead.config import Eval, RunConfig
 from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
@@ -24,13 +24,12 @@ from clead.models.build import build_model
 from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import Training
 from clead.results.target import EvaluationTarget
-from clead.runs.directory import EXTRA, RunDir
+from clead.runs.directory import RunDir
 from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
 
 _NAMED = 10  # of the files left out
-_LONGEST_NOTE = 10_000  # bytes
 
 
 def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = None) -> SplitModel:
@@ -111,9 +110,7 @@ def open_run(
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
-    extra = run.path / EXTRA
-    extra_notes = read_regular(extra, _LONGEST_NOTE).decode().splitlines() if extra.exists() else []
-    notes = (*data_notes(splits), *extra_notes, *weight_notes, *run.notes())
+    notes = (*data_notes(splits), *run.notes(), *weight_notes)
     return OpenedRun(config, loaded.to(device), chosen, splits, target, device, notes, run)
 
 
