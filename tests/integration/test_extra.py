@@ -163,6 +163,11 @@ def test_a_training_draws_them_and_its_record_says_so(tmp_path):
     record = clead.evaluate_run(tmp_path / "run", show=False).record
     assert note in record.notes and "40 auxiliary images" in note
     assert record.data.fingerprint == clead.evaluate_run(tmp_path / "plain", show=False).record.data.fingerprint
+    means = [
+        sum(getattr(each, key) for each in record.per_class) / len(record.per_class)
+        for key in ("clean_accuracy", "robust_accuracy")
+    ]
+    assert [record.balanced.clean.accuracy, record.balanced.robust.accuracy] == pytest.approx(means)
     # The images decide: a shuffled share of another file gives other weights, and equal ones the same.
     again = clead.train(config(*options, epochs="2"), out=tmp_path / "again", show=False)
     assert same(saved_weights(tmp_path / "run"), saved_weights(again.path))

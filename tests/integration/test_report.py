@@ -284,6 +284,17 @@ def test_signs_of_a_failed_attack_are_said(tmp_path):
     assert "Read with care" not in page.text
 
 
+def test_the_mean_over_classes_is_said_where_they_are_of_unequal_size(tmp_path):
+    classes = [
+        {"name": name, "n": n, "clean_accuracy": 0.8, "robust_accuracy": robust}
+        for name, n, robust in (("cat", 900, 0.6), ("dog", 100, 0.1))
+    ]
+    _, page = write(tmp_path, RunResult("a", changed(fake_record(classes=["cat", "dog"]), per_class=classes)))
+    said = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "classes have 100 to 900 images; where every class counts alike, 35.0 % are robust (95 % interval 31" in said
+    assert "and 80.0 % right when clean" in said
+
+
 def section(page_text, key):
     """Return the visible text of one section, with plain spaces."""
     part = page_text.partition(f'<section id="{key}"')[2].partition("</section>")[0]

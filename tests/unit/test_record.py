@@ -5,7 +5,11 @@ import json
 import pytest
 from pydantic import ValidationError
 
+import clead
+from clead.cli.printing import print_comparison, print_record, verdict
+from clead.results.format import balanced_sentence
 from clead.results.record import Record
+from clead.results.statistics import unbalanced
 from support import ROOT
 
 FILE = ROOT / "tests" / "data" / "records" / "cifar10-small-trades-s0-standard.json"
@@ -64,3 +68,43 @@ def test_flags_of_other_characters_are_refused(flags):
     content = json.loads(FILE.read_text()) | {"robust_flags": flags}
     with pytest.raises(ValidationError, match="robust_flags\n.*flags are a text of 0 and 1"):
         Record.model_validate_json(json.dumps(content))
+
+
+def with_classes(*classes):
+    """The committed record with other classes: (images, right when clean, robust) each."""
+    content = json.loads(FILE.read_text())
+    content["per_class"] = [
+        {"name": f"c{k}", "n": n, "clean_accuracy": clean / n, "robust_accuracy": robust / n}
+        for k, (n, clean, robust) in enumerate(classes)
+    ]
+    return Record.model_validate_json(json.dumps(content))
+
+
+def test_balanced_accuracy_is_stated_where_classes_differ_and_of_old_records_too(capsys):
+    record = with_classes((90, 81, 45), (10, 2, 1))
+    assert record.balanced is None, "as an earlier version wrote it"
+    mean = unbalanced(record)
+    assert (mean.clean.accuracy, mean.robust.accuracy) == (pytest.approx(0.55), pytest.approx(0.3))
+    sentence = balanced_sentence(record)
+    assert sentence.startswith(
+        "classes have 10 to 90 images; where every class counts alike, 30.0\N{NO-BREAK SPACE}% are robust"
+    )
+    assert "55.0\N{NO-BREAK SPACE}% right when clean" in sentence
+    assert f"{sentence[0].upper()}{sentence[1:]}." in verdict(record)
+    print_record(record)
+    printed = capsys.readouterr().out
+    assert "mean over classes (worst case)" in printed and "30.00%" in printed and "55.00%" in printed
+    comparison = clead.compare([record, with_classes((50, 40, 30), (50, 30, 20))])
+    assert [row["balanced_robust"] for row in comparison["rows"]] == [pytest.approx(0.3), pytest.approx(0.5)]
+    assert [row["unbalanced"] for row in comparison["rows"]] == [True, False]
+    print_comparison(comparison)
+    assert "unequal numbers of images: clean 55.0%, worst case 30.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [(30, 20), (4, 2, 3, 1), (150, 101), (70,), ()])
+def test_classes_that_hardly_differ_or_by_chance_are_not_stated(sizes, capsys):
+    record = with_classes(*((n, n, 0) for n in sizes))
+    assert unbalanced(record) is None and not balanced_sentence(record)
+    print_record(record)
+    print_comparison(clead.compare([record]))
+    assert "mean over classes" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from clead.measurements import MEASUREMENTS
 from clead.measurements.base import MeasurementRecord
 from clead.report import html
 from clead.results.record import Record
-from clead.results.statistics import mcnemar
+from clead.results.statistics import balanced, mcnemar, unbalanced
 from clead.runs.directory import RunDir
 from clead.weights.files import load_weights
 
@@ -59,7 +59,8 @@ def _read(kind: type[Read], path: Path, what: str) -> Read:
 def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     """Return ``{"rows": …, "pairs": …}`` of several runs or records, as plain data.
 
-    ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, each attack's accuracy, that on images
+    ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, balanced_clean and
+    balanced_robust (means of the classes; ``unbalanced``: whether they must be stated), each attack's accuracy, that on images
     that the training stored, and training cost. ``pairs``: McNemar's exact test for every two records of the same images under the
     same threat and attacks.
     """
@@ -76,11 +77,15 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "robust_accuracy": record.robust_accuracy,
             "robust_low": record.worst.low,
             "robust_high": record.worst.high,
+            "balanced_clean": mean.clean.accuracy if mean else None,
+            "balanced_robust": mean.robust.accuracy if mean else None,
+            "unbalanced": unbalanced(record) is not None,
             "attacks": {attack.name: attack.robust.accuracy for attack in record.attacks},
             "transferred": record.transferred.robust.accuracy if record.transferred else None,
             "forward_equivalents": record.training.forward_equivalents if record.training else None,
         }
         for record in records
+        for mean in [record.balanced or balanced(record.per_class)]
     ]
     pairs = []
     for a, b in combinations(records, 2):

@@ -10,6 +10,7 @@ def print_record(record: Any) -> None:
     from rich.table import Table
 
     from clead.output import console
+    from clead.results.statistics import unbalanced
 
     threat = f"{record.threat.norm} {record.threat.eps_text}"
     table = Table(title=f"{record.run}: {record.data.n} {record.data.split} images, {threat}")
@@ -24,6 +25,9 @@ def print_record(record: Any) -> None:
         table.add_row(record.transferred.name, *_shown(record.transferred.robust), "")
     if not targeted:
         table.add_row("worst case per image", *_shown(record.worst), f"{record.seconds:.1f}", style="bold")
+    if not targeted and (mean := unbalanced(record)) is not None:
+        table.add_row("mean over classes (clean)", *_shown(mean.clean), "")
+        table.add_row("mean over classes (worst case)", *_shown(mean.robust), "")
     console().print(table)
     print(about(record))
     for note in record.notes:
@@ -47,6 +51,7 @@ def about(record: Any) -> str:
 def verdict(record: Any) -> str:
     """Return the sentence that a person can quote."""
     from clead.evaluation.suites import in_words
+    from clead.results.format import balanced_sentence
 
     worst, threat = record.worst, record.threat
     failed = [check.name for check in record.checks if not check.passed]
@@ -60,6 +65,8 @@ def verdict(record: Any) -> str:
             f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
             f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
         )
+    if sentence := balanced_sentence(record):
+        text += f"\n{sentence[:1].upper()}{sentence[1:]}."
     if record.data.caveat:
         text += f"\nThese are the {record.data.which}."
     if failed:
@@ -98,6 +105,12 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     for which in dict.fromkeys(row["images"] for row in rows):
         names = ", ".join(row["run"] for row in rows if row["images"] == which)
         print(f"{names}: {which}")
+    for row in rows:
+        if row["unbalanced"]:
+            clean, robust = (f"{row[key]:.1%}" for key in ("balanced_clean", "balanced_robust"))
+            print(
+                f"{row['run']}, mean over classes, which have unequal numbers of images: clean {clean}, worst case {robust}"
+            )
     print(
         "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
     )

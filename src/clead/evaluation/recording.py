@@ -29,7 +29,7 @@ from clead.results.record import (
     Record,
     ThreatModel,
 )
-from clead.results.statistics import estimate
+from clead.results.statistics import balanced, estimate
 from clead.settings import Ratio
 from clead.weights.files import fingerprint
 
@@ -62,7 +62,7 @@ def make_evaluation(
             *notes,
             f"clean accuracy is no better than guessing among {plan.num_classes} classes: are weights and pixels right?",
         ]
-    eps = Ratio(plan.threat.eps)
+    eps, per_class = Ratio(plan.threat.eps), _per_class(plan, clean, robust)
     record = Record(
         run=plan.target.name,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -85,7 +85,8 @@ def make_evaluation(
         attacks=attacks,
         curve=curve,
         checks=checks,
-        per_class=_per_class(plan, clean, robust),
+        per_class=per_class,
+        balanced=balanced(per_class),
         training=plan.target.training,
         predictions=_predictions(plan, store),
         memory=_memory(plan.device),

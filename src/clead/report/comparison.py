@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from clead.evaluation.suites import in_words, other_steps
 from clead.report.run import RunResult
-from clead.results.format import first_sentence, percent
+from clead.results.format import balanced_sentence, first_sentence, percent
 from clead.results.record import Record
 
 
@@ -42,7 +42,7 @@ def caveats(run: RunResult, *, many: bool) -> list[str]:
             notes.append(
                 f"{name}the check of gradient masking “{check.name}” failed: {first_sentence(check.explanation)}"
             )
-    notes += [f"{name}{note.rstrip('.')}." for note in record.notes]
+    notes += [f"{name}{note.rstrip('.')}." for note in [*filter(None, [balanced_sentence(record)]), *record.notes]]
     notes += [f"{name}training: {line['message']}." for line in run.history if line.get("kind") == "warning"]
     if record.data.split != "test":
         notes.append(f"{name}measured on the {record.data.split} split, not on test images.")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clead.results.record import Estimate, Record
+from clead.results.statistics import unbalanced
 
 NORMS = {"linf": "L∞", "l2": "L2", "l1": "L1", "l0": "L0"}
 
@@ -24,6 +25,18 @@ def percent(fraction: float, digits: int = 1) -> str:
 def interval(estimate: Estimate) -> str:
     """Return the 95 % interval as ``51.0–57.2 %``."""
     return f"{100 * estimate.low:.1f}–{percent(estimate.high)}"
+
+
+def balanced_sentence(record: Record) -> str:
+    """Say what the accuracies are where every class counts alike, if classes differ much in their numbers of images; or nothing."""
+    if (balanced := unbalanced(record)) is None:
+        return ""
+    sizes = [each.n for each in record.per_class]
+    return (
+        f"classes have {min(sizes)} to {max(sizes)} images; where every class counts alike, "
+        f"{percent(balanced.robust.accuracy)} are robust (95 % interval {interval(balanced.robust)}) and "
+        f"{percent(balanced.clean.accuracy)} right when clean"
+    )
 
 
 def count(number: float) -> str:

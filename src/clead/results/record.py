@@ -165,6 +165,13 @@ class ClassAccuracy(RecordModel):
     robust_accuracy: float
 
 
+class BalancedAccuracy(RecordModel):
+    """Means of the accuracies per class, in which every class counts alike; n is the number of all images."""
+
+    clean: Estimate
+    robust: Estimate
+
+
 class Check(RecordModel):
     """One sign of gradient masking: what was measured, whether it is as it should be, and what it means in plain words."""
 
@@ -244,6 +251,7 @@ class Record(RecordModel):
     curve: list[CurvePoint]
     checks: list[Check]
     per_class: list[ClassAccuracy]
+    balanced: BalancedAccuracy | None = None
     training: Training | None
     transferred: TransferResult | None = None
     predictions: Predictions | None = None
