@@ -32,6 +32,7 @@ ROOMS = {
     "report": "draws records: one self-contained HTML page, and its figures",
     "export": "models as files for others: ONNX, safetensors, a model card",
     "api": "what users call from Python",
+    "callbacks": "validation under attack for the trainers of Lightning and transformers",
     "tuning": "the search for a recipe: trials on validation images, shared by processes",
     "inference": "runs that answer: models with detectors, limits, requests read into images",
     "serving": "the HTTP server",

@@ -108,6 +108,10 @@ NOT_RUN = {
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
     "python benchmarks/train_step.py --out benchmarks/train_step.json": "takes minutes on a quiet machine",
     "cp -r tests/data/models/digits-clead runs/committed": "goes with the next",
+    **{
+        f"python examples/{name}.py 1": "tests/docs/test_examples.py runs it"
+        for name in ("plain_loop", "lightning_loop", "transformers_trainer")
+    },
     "export OMP_NUM_THREADS=8": "goes with the next",
     "srun torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-id '$SLURM_JOB_ID' --rdzv-backend c10d "
     "--rdzv-endpoint '$(scontrol show hostnames | head -n 1):29400' -m clead train cifar10-resnet18-clead "

@@ -102,6 +102,8 @@ KEEPING = {
     "free": (["--method.replays", "4"], {"replays": 4}),
     "clead": ([*PGD2, "--method.contrastive_weight", "0.5"], {"steps": 2, "contrastive_weight": 0.5}),
     "acl": ([*PGD2, "--method.reweight", "2/3", "--method.reweight_step", "0.25"], None),
+    "pgd_at": ([*PGD2, "--train.eps_ramp", "[0.1,0.7]", "--train.forward_mode", "frozen_batch_norm"], None),
+    "mart": ([*PGD2, "--train.attack_mode", "forward", "--train.forward_mode", "eval"], None),
 }
 
 
@@ -119,7 +121,7 @@ def test_an_object_that_keeps_has_the_bits_of_a_training(method, tmp_path):
 
     def make_step():
         if options is None:
-            return clead.RobustLoss(make_net(), (1, 8, 8), config=config, total_steps=4)
+            return clead.RobustLoss(make_net(), (1, 8, 8), config=config, total_steps=4 if method == "acl" else 8)
         view = {"view": {"crop": 2}} if config.method.uses_second_view else {}
         return clead.RobustLoss(make_net(), (1, 8, 8), method, eps=0.1, seed=5, **view, **options)
 
@@ -268,6 +270,8 @@ def test_wrong_pixels_labels_and_wrappers(images):
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8)), "^give either a method"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("trades"), eps=0.1), "^give either a method"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("trades", "--train.awp", "0.01")), "^train.awp"),
+        (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("mart", "--train.eps_ramp", "[0,1]")), "^total_steps"),
+        (lambda: clead.RobustLoss(make_net(), (1, 8, 8), "acl", eps=0.1, reweight="2/3"), "^total_steps"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), "clead_published"), "^method clead_published attacks the whole"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), "trades", eps=0.1, view={"crop": 1}), "^view: method trades"),
         (lambda: clead.RobustLoss(make_net(), (3, 8, 8), "trades", eps=0.1), "fails on images of shape"),

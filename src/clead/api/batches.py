@@ -18,18 +18,19 @@ _LABELS = ("labels", "label", "targets", "target", "y", "fine_label", "class")
 _CHANNELS = (1, 3, 4)
 
 
-def images_and_labels(images: Any, labels: Any = None) -> tuple[Tensor, Tensor]:
+def images_and_labels(images: Any, labels: Any = None, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W), float or uint8, and labels (N,) int64, both apart from any graph.
 
     Args:
         images: a tensor or an array; or, without ``labels``, batches or single samples of both: pairs, longer tuples whose first
             two entries are image and label, or dictionaries with one entry named like images and one like labels.
         labels: integers of shape (N,) or (N, 1), or a list of them.
+        limit: stop reading batches when there are so many images; the last batch is whole.
 
     Raises UserError, with the line that mends it, for anything whose meaning is not clear.
     """
     if labels is None:
-        images, labels = _collected(images)
+        images, labels = _collected(images, limit)
     x, y = _as_tensor("images", images).detach(), _as_tensor("labels", labels).detach()
     _check_layout(x)
     return x, CLASSIFICATION.as_target(y, len(x))
@@ -66,14 +67,17 @@ def _check_layout(x: Tensor) -> None:
         )
 
 
-def _collected(batches: Any) -> tuple[Tensor, Tensor]:
+def _collected(batches: Any, limit: int | None) -> tuple[Tensor, Tensor]:
     """Return images and labels of a loader or a data set, on the CPU."""
-    pairs = []
+    pairs, count = [], 0
     if not isinstance(batches, Tensor | np.ndarray | str | Mapping):
         for batch in _each(batches):
             image, label = _parts(batch)
             x, y = _pixels(image).cpu(), _as_tensor("labels", [label] if _number(label) else label).cpu()
             pairs.append((x[None], y.reshape(1, *y.shape[1:])) if x.dim() == 3 and y.numel() <= 1 else (x, y))
+            count += len(pairs[-1][0])
+            if limit is not None and count >= limit:
+                break
     if not pairs:
         raise UserError(
             f"labels are missing; give evaluate(model, images, labels) or batches of both, got {batches!r:.60}"

@@ -17,9 +17,10 @@ from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import Batch, StepOutput
 from clead.models.external import io_of
+from clead.models.modes import set_forward_mode
 from clead.models.split import SplitModel, adapt, require_features
 from clead.settings import validated
-from clead.training.step import Step
+from clead.training.step import Step, threat_at
 from clead.training.trainer import _PERTURBATION
 
 _SHARE = 8  # images move by up to their height over this
@@ -80,7 +81,7 @@ def robust_loss(
         generator = int(torch.randint(2**63 - 1, ()))
     if isinstance(generator, int):
         generator = torch.Generator(x.device).manual_seed(generator)
-    batch = make_batch(config, x, y, second_view, None, generator)
+    batch = make_batch(config, x, y, second_view, generator)
     return _step(config, split, None).forward(batch, 0.0, generator)
 
 
@@ -102,8 +103,8 @@ class RobustLoss(nn.Module):
         view: the second view, of methods that contrast it: settings of ``data.view``, such as ``{"crop": 4, "flip": True}``; None:
             the image shifted at random by up to an eighth.
         seed: of the head, the random starts and the second views; with it each step's randomness is fixed.
-        config: a run's configuration, as ``clead.load_recipe`` makes it, instead of all these: method, attack, threat, second view
-            and seed are its own.
+        config: a run's configuration, as ``clead.load_recipe`` makes it, instead of all these: method, attack, threat with its
+            eps_ramp, second view, attack_mode, forward_mode and seed are its own.
         total_steps: so many calls make the training, for methods that change in the course of it.
         **settings: of the method.
 
@@ -145,12 +146,8 @@ class RobustLoss(nn.Module):
             raise UserError('give either a method with its options, such as "trades", eps="8/255", or config=... alone')
         if config is None:
             config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, steps=steps, step_size=step_size)
-        elif config.train.awp:
-            raise UserError(
-                f"train.awp: takes the gradient at other weights, which a loss cannot, got {config.train.awp}; set it to 0, or use "
-                "clead train"
-            )
         else:
+            _check_one_step(config)
             view, seed = config.data.view, config.train.seed
         _check_bare(model)
         if config.method.uses_stored:
@@ -161,6 +158,12 @@ class RobustLoss(nn.Module):
         if given[5] is not None and not config.method.uses_second_view:
             raise UserError(f"view: method {_name(config)} looks at no second view, got {view}; leave it out")
         self.view = validated(Augmentation, dict(view), "view") if isinstance(view, Mapping) else view
+        if total_steps is None and (
+            config.train.eps_ramp[1] or getattr(config.method, "reweight", 0) or (self.view and self.view.anneal)
+        ):
+            raise UserError(
+                "total_steps: is required where the radius, the weights of the terms or the views change; give it"
+            )
         self.model = adapt(model, sample_shape=shape)
         if config.method.uses_features:
             require_features(self.model, shape, f"method {_name(config)}")
@@ -183,12 +186,16 @@ class RobustLoss(nn.Module):
         """
         if y is None and self.config.method.uses_classifier:
             raise UserError(f"method {_name(self.config)} needs labels; give step(x, y)")
-        views = make_generator(x.device, self.seed, 0, self.steps, _SECOND_VIEW)
+        config, progress = self.config, min(self.steps / self.total_steps, 1.0) if self.total_steps else 0.0
+        if config.train.forward_mode != "train":
+            set_forward_mode(self.model, config.train.forward_mode)
         y = torch.zeros(len(x), dtype=torch.int64, device=x.device) if y is None else y
-        batch = make_batch(self.config, x, y, second_view, self.view, views)
+        if second_view is None and self.view is not None and config.method.uses_second_view:
+            drawn = make_generator(x.device, self.seed, 0, self.steps, _SECOND_VIEW)
+            second_view = self.view(x, generator=drawn, strength=self.view.strength(progress))
         generator = make_generator(x.device, self.seed, self.steps, _PERTURBATION)
-        progress = min(self.steps / self.total_steps, 1.0) if self.total_steps else 0.0
-        output = _step(self.config, self.model, self.state).forward(batch, progress, generator)
+        batch = make_batch(config, x, y, second_view, generator)
+        output = _step(config, self.model, self.state).forward(batch, progress, generator, threat_at(config, progress))
         self.steps += 1
         return output
 
@@ -243,10 +250,12 @@ def make_batch(
     x: Tensor,
     y: Tensor,
     second_view: Tensor | None,
-    view: Augmentation | None,
     generator: torch.Generator,
 ) -> Batch:
-    """Return images, labels and the second view, if the method wants one, as a batch; raises UserError if they are not valid."""
+    """Return images, labels and the second view, if the method wants one, as a batch; raises UserError if they are not valid.
+
+    A second view that is not given is the image, shifted at random.
+    """
     soft = y if isinstance(y, Tensor) and y.dim() == 2 and y.is_floating_point() else None
     check_inputs(x, y if soft is None else soft.argmax(1))
     if soft is not None and not torch.allclose(soft.sum(1), soft.new_ones(()), atol=1e-3):
@@ -255,7 +264,7 @@ def make_batch(
         if second_view is not None:
             raise UserError(f"second_view: method {_name(config)} looks at none; leave it out")
     elif second_view is None:
-        second_view = (view or Augmentation(crop=max(1, x.shape[2] // _SHARE)))(x, generator=generator)
+        second_view = Augmentation(crop=max(1, x.shape[2] // _SHARE))(x, generator=generator)
     elif second_view.shape != x.shape:
         raise UserError(f"second_view must have the shape of x, {tuple(x.shape)}, got {tuple(second_view.shape)}")
     return Batch(x, y if soft is None else soft.argmax(1), second_view, soft_labels=soft)
@@ -285,6 +294,15 @@ def _lacking(config: RunConfig, model: SplitModel, x: Tensor) -> str:
     if method.uses_features and not model.has_features:
         return "looks at the features"
     return "" if method.state(model, tuple(x.shape[1:])) is None else "remembers something from step to step"
+
+
+def _check_one_step(config: RunConfig) -> None:
+    """Raise UserError for what a configuration asks of more than one step's loss."""
+    train = config.train
+    given = {"awp": train.awp, "unfreeze": train.unfreeze, "trainable classifier": train.trainable == "classifier"}
+    problems = [f"train.{key}" for key, value in given.items() if value] + ["stages"] * bool(config.stages)
+    if problems:
+        raise UserError(f"{', '.join(problems)}: is no part of one step; leave it out, or use clead train")
 
 
 def _check_bare(model: nn.Module) -> None:

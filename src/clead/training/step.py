@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,15 @@ class Step:
                 return config.method.loss(model, views, context)
 
         return output
+
+
+def threat_at(config: RunConfig, progress: float) -> Threat:
+    """Return the threat, with the radius that ``train.eps_ramp`` gives it at ``progress`` of the training, in [0, 1]."""
+    begin, full = config.train.eps_ramp
+    if progress >= full:
+        return config.threat
+    share = max(0.0, progress - begin) / (full - begin)
+    return replace(config.threat, eps=config.threat.eps * share)
 
 
 def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_state: nn.Module | None = None) -> float:

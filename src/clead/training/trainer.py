@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -51,7 +50,7 @@ from clead.training.offline_adversaries import store_images
 from clead.training.optim import make_optimizer, make_schedule, parameter_groups
 from clead.training.overfitting import Cause, cause_of, collapsed, parted
 from clead.training.signals import Interrupted, catch_signals
-from clead.training.step import Step, cost_per_image, first_images, mean_output, microbatches
+from clead.training.step import Step, cost_per_image, first_images, mean_output, microbatches, threat_at
 from clead.training.tensorboard import tensorboard
 from clead.weights.files import check_weights, save_weights
 
@@ -421,11 +420,7 @@ class Trainer:
 
     def _threats(self, batch: Batch) -> list[Threat]:
         """Return the threat of each microbatch: random starts are drawn for the whole batch, whoever has which of its images."""
-        count, threat = self.settings.accumulate, self.config.threat
-        begin, full = self.settings.eps_ramp
-        if self.progress < full:
-            share = max(0.0, self.progress - begin) / (full - begin)
-            threat = dataclasses.replace(threat, eps=threat.eps * share)
+        count, threat = self.settings.accumulate, threat_at(self.config, self.progress)
         if self.world.world_size * count == 1:
             return [threat]
         whole = len(batch.labels) * self.world.world_size

@@ -1,0 +1,1 @@
+"""Callbacks for trainers of other libraries: validation under attack, and the best weights kept."""
