@@ -212,7 +212,7 @@ def test_a_users_model_that_does_not_work(fails, here):
     (here / "net.py").write_text(
         "from torch import nn\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.fc = nn.Linear(5, 10)\n    def forward(self, x):\n        return self.fc(x)\n"
-        "def ten():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 7))\n"
+        "def ten():\n    return nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(7))\n"
         "def broken():\n    raise RuntimeError('no\\nway')\ndef none(): pass\n"
     )
     for name, has in (

@@ -244,6 +244,9 @@ def test_torchvisions_weights_are_read_without_running_code(monkeypatch):
     taken = model.module.state_dict()
     assert all(torch.equal(taken[name], value) for name, value in published.items() if "classifier" not in name)
     assert any("the head classifier.1 is new, drawn from the seed: 1000 → 3 classes" in note for note in model.origin)
+    torch.save({**published, "features.0.weight": published["features.0.weight"] + 1}, file)
+    again = built("torchvision:squeezenet1_1", args={"weights": entry.name})
+    assert torch.equal(again.module.features[0].weight, published["features.0.weight"] + 1)
     torch.save({"features.0.weight": Path("x")}, file)
     with pytest.raises(UserError, match="cannot be made: UnpicklingError"):
         built("torchvision:squeezenet1_1", args={"pretrained": True})
@@ -354,6 +357,11 @@ def test_evaluated_without_a_training(hub):
             {"weights": "IMAGENET"},
             "model.args.weights: resnet18 has no 'IMAGENET'; did you mean",
         ),
+        (
+            "torchvision:alexnet",
+            {},
+            "AlexNet fails on images of shape .*enlarge them inside the model: --model.input .size=224",
+        ),
         ("hf:vot", {}, "hf:vot: no such folder, and no kind of network.*did you mean .*'vit'"),
         ("hf:vit", {"hidden_sizes": 3}, "model.args.hidden_sizes: hf:vit takes no 'hidden_sizes'; did you mean"),
         ("hf:vit", {"pretrained": True}, "hf:vit is a kind of network, without weights; name"),
@@ -446,6 +454,25 @@ def test_weights_of_an_own_factory_are_asked_for_once():
     clead.load("run")
     assert Path("asked-False").exists() and not Path("asked-True").exists()
     assert RunDir(Path("run")).config() == config, "config.yaml holds the arguments"
+
+
+def test_a_run_of_a_transformer_is_the_start_for_other_images_and_classes(capsys):
+    args = {"patch_size": 4}
+    first = trained("timm:test_vit", args, out="first")
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (20, 40, 40, 3), dtype=np.uint8), np.arange(20) % 2
+    np.savez("d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    given = ("--train.start_from", "first", "--optim.lr", "1e-30", "--optim.weight_decay", "0")
+    second = trained("timm:test_vit", args, *given, out="second")
+    noted = capsys.readouterr().err
+    assert "the position embeddings module.pos_embed were resized from 8 × 8 to 10 × 10 (bicubic)" in noted
+    assert "the head module.head is new, drawn from the seed: 3 → 2 classes" in noted
+    start, learnt = saved_weights(first, "best"), saved_weights(second)
+    assert learnt["module.pos_embed"].shape[1] - start["module.pos_embed"].shape[1] == 36
+    taken = [name for name in start if "blocks" in name]
+    assert len(taken) > 20 and all(torch.equal(learnt[name], start[name]) for name in taken)
+    assert not any("its weights are random" in note for note in RunDir(second).notes())
+    assert any("module.pos_embed were resized" in note for note in api.evaluate_run(second, show=False).record.notes)
 
 
 @pytest.mark.slow

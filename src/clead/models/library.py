@@ -18,6 +18,7 @@ from torch import nn
 from clead.atomic_io import read_json
 from clead.errors import UserError, did_you_mean, first_line
 from clead.models import MODELS, is_library
+from clead.models.external import ModelError
 from clead.models.model_input import InputLayer
 from clead.models.normalize import Normalize
 from clead.models.partial_weights import load_matching
@@ -129,15 +130,19 @@ class Library(ForeignModel):
             raise ValueError("a library's model is run once to be adapted: sample_shape (C, H, W) is required")
         network = self.make(channels, sample_shape, num_classes)
         layer, notes = self.first_layer(network, channels, mean, std)
-        adapted = AdaptedModel(
-            network.module,
-            sample_shape=sample_shape,
-            num_classes=num_classes,
-            classifier=self.classifier,
-            output=self.output_name,
-            normalize=layer,
-            new_head=True,
-        )
+        try:
+            adapted = AdaptedModel(
+                network.module,
+                sample_shape=sample_shape,
+                num_classes=num_classes,
+                classifier=self.classifier,
+                output=self.output_name,
+                normalize=layer,
+                new_head=True,
+            )
+        except ModelError as error:
+            enlarge = "; ".join(note for note in network.notes if "--model.input" in note)
+            raise UserError(f"{self.network}: {error}; {enlarge}" if enlarge else str(error)) from error
         adapted.origin = [f"{self.network}: {note}" for note in (*network.notes, *adapted.origin, *notes)]
         return adapted
 
@@ -214,10 +219,10 @@ def _torchvision(name: str, args: dict[str, Any], wanted: Wanted) -> Network:
         raise UserError(f"model.name: torchvision has no classifier {name!r}; {did_you_mean(name, known)}")
     _check_channels(f"torchvision:{name}", wanted.channels)
     published = models.get_model_weights(name)
-    which = str(args.pop("weights", "DEFAULT") or "DEFAULT").rpartition(".")[2]
+    pretrained = bool(args.pop("pretrained", args.get("weights")))
+    which = str(args.pop("weights", None) or "DEFAULT").rpartition(".")[2]
     if which not in published.__members__ and which != "DEFAULT":
         raise UserError(f"model.args.weights: {name} has no {which!r}; {did_you_mean(which, published.__members__)}")
-    pretrained = bool(args.pop("pretrained", False))
     entry = published[which]
     preset, builder = entry.transforms(), models.get_model_builder(name)
     given: dict[str, Any] = {} if wanted.num_classes is None else {"num_classes": wanted.num_classes}
