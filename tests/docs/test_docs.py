@@ -8,6 +8,7 @@ quick is ``QUICK``, which goes in front of a shipped recipe's overrides (so that
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -245,6 +246,7 @@ class Reader:
         self.names: dict[str, object] = {"__name__": "__docs__"}
         self.servers: list[subprocess.Popen[str]] = []
         self.port = 0
+        self.count = "2"
 
     def run(self, command: str) -> None:
         """Run a command as it stands, made quick; fails unless it succeeds."""
@@ -258,8 +260,10 @@ class Reader:
         elif words[0] == "python" and words[1].endswith(".py"):
             self.script(words[1:])
         elif words[0] == "torchrun":
+            # Several processes are tests/process/test_distributed.py's; here the first command of a page has two.
+            count, self.count = self.count, "1"
             processes = [
-                "2" if before == "--nproc-per-node" else word for before, word in zip(words, words[1:], strict=False)
+                count if before == "--nproc-per-node" else word for before, word in zip(words, words[1:], strict=False)
             ]
             processes = [word.replace("localhost:29400", f"localhost:{free_port()}") for word in processes]
             if "train" in processes:
@@ -436,9 +440,9 @@ def test_extras_that_pages_name_exist():
 
 
 def test_generated_pages_are_up_to_date():
-    """In a process of its own: other tests register attacks that are not shipped."""
+    """In a process of its own: other tests register attacks that are not shipped. It reads the package beside the tests."""
     code = "import json, generate; print(json.dumps(generate.pages()))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "docs")}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("docs", "src"))}
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     for name, text in json.loads(made.stdout.splitlines()[-1]).items():
         assert (ROOT / "docs" / "reference" / name).read_text() == text, f"{name} is old; run: python docs/generate.py"
@@ -518,6 +522,7 @@ def test_the_site_has_what_the_pages_promise(site):
     assert not (site / "generate.py").exists()
 
 
+@functools.cache
 def tables() -> dict[str, list[str]]:
     """Return the rows of each table that studies/tables.py prints of the committed records."""
     printed = subprocess.run(
