@@ -50,7 +50,7 @@ TUNE = (
 )
 SHORT = {
     "train": ("--train.budget", "30"),
-    "evaluate": ("--eval.images", "60"),
+    "evaluate": ("--eval.images", "40", "--eval.steps", "3", "--eval.curve_points", "2", "--eval.check_images", "4"),
     "tune": ("--tune.trials", "3"),
 }
 CLEAD = (sys.executable, "-m", "clead")

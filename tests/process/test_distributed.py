@@ -26,7 +26,7 @@ from support import free_port
 
 HERE = Path(__file__).parent
 BASE = "--data.limit_train 90 --data.limit_test 10 --data.batch_size 16 --train.epochs 0.6 --train.device cpu"
-BASE += " --model.name small_cnn --optim.name sgd --optim.lr 0.01 --optim.schedule constant"
+BASE += " --model.name small_cnn --model.width 8 --model.features 16 --optim.name sgd --optim.lr 0.01 --optim.schedule constant"
 BASE += " --train.validate_steps 1 --train.validate_images 8 --train.validate_every 9"
 # A small L2 ball: the attacked model is nearly linear there. Where it is not, rounding errors grow tenfold with every step, and the
 # sign in the step of an L∞ attack makes a whole eps of one: one step agrees as well there, four do not.

@@ -22,7 +22,7 @@ from clead.progress import progress
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --train.epochs 1
 --train.validate_steps 1 --train.device cpu""")
-SHORT = shlex.split("--eval.suite pgd --eval.images 20 --eval.steps 2 --eval.curve_points 0 --eval.check_images 0")
+SHORT = shlex.split("--eval.suite pgd --eval.images 12 --eval.steps 2 --eval.curve_points 0 --eval.check_images 0")
 EVALUATE = ["--suite", "pgd", *SHORT[2:]]
 PROGRAM = [sys.executable, "-c", "import sys; from clead.cli import main; sys.argv[0] = 'clead'; main()"]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,6 +59,8 @@ def look_at_flips(
         classes: the K class names.
         groups: the group of each image, or None.
     """
+    from scipy.stats import binomtest  # half a second of every start
+
     named = _sided_names(classes)
     if len(images) < _FEW:
         reason = named or f"{len(images)} images are too few to see whether mirrored ones are still of their class"
@@ -110,6 +111,8 @@ def _sided_names(classes: Sequence[str]) -> str:
 
 def _falls_onto(similar: Tensor, crossed: Tensor, labels: Tensor, classes: Sequence[str]) -> str:
     """Say onto which class most mirrored images of another one fall, where the images themselves do not; or nothing."""
+    from scipy.stats import binomtest  # half a second of every start
+
     similar = similar.clone().fill_diagonal_(-1)
     nearest, nearest_mirrored = labels[similar.argmax(1)], labels[crossed.clone().fill_diagonal_(-1).argmax(1)]
     worst: tuple[float, str] = (0.5, "")

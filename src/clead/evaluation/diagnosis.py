@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from clead.data.classes import class_order
@@ -121,6 +120,8 @@ def _orders(classes: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
 
 def _assignment(answers: np.ndarray, truth: np.ndarray, k: int) -> np.ndarray:
     """Return for each class the output that fits it best, each output once; its own number where nothing speaks against it."""
+    from scipy.optimize import linear_sum_assignment  # a quarter of a second of every start
+
     confusion = np.zeros((k, k))
     np.add.at(confusion, (truth, answers), 1)
     return linear_sum_assignment(confusion + 0.01 * np.eye(k), maximize=True)[1]

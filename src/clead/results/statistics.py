@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from scipy.stats import binomtest, chisquare
-
 from clead.errors import UserError
 from clead.results.record import BalancedAccuracy, ClassAccuracy, Estimate, Record
 
@@ -20,6 +18,8 @@ def estimate(flags: Sequence[bool]) -> Estimate:
     >>> print(estimate([True] * 8 + [False] * 2).low.__round__(4))
     0.4902
     """
+    from scipy.stats import binomtest  # half a second of every start
+
     right, n = sum(flags), len(flags)
     interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
     # Rounding can leave the interval's end a hair inside the fraction itself at 0 and 1.
@@ -70,6 +70,8 @@ def unbalanced(record: Record) -> BalancedAccuracy | None:
     The largest class has more than 1.5 times the images of the smallest, and by more than chance (χ² test, 5 %), as the first
     hundred images of balanced data differ.
     """
+    from scipy.stats import chisquare
+
     sizes = [each.n for each in record.per_class]
     if len(sizes) < 2 or max(sizes) <= _RATIO * min(sizes) or chisquare(sizes).pvalue > _CHANCE:
         return None
@@ -90,6 +92,8 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> Paired:
     >>> mcnemar([True] * 5, [False] * 5)
     Paired(only_a=5, only_b=0, p_value=0.0625)
     """
+    from scipy.stats import binomtest
+
     if len(a) != len(b):
         raise UserError(
             f"paired flags must be of the same images, got {len(a)} and {len(b)}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from clead.attacks.gradient import value_and_gradient
@@ -110,6 +109,8 @@ def logits(probe: Probe) -> Check:
 
 def normalisation(probe: Probe) -> Check:
     """Try the images as mistakes in their preparation would have wanted them."""
+    from scipy.stats import binomtest  # half a second of every start
+
     x, y, n = probe.x, probe.y, len(probe.x)
     given = int(probe.flags.sum())
     flags = {name: CLASSIFICATION.correct(probe.model(changed), y) for name, changed in _variants(x).items()}
