@@ -34,6 +34,7 @@ ROOMS = {
     "api": "what users call from Python",
     "callbacks": "validation under attack for the trainers of Lightning and transformers",
     "tuning": "the search for a recipe: trials on validation images, shared by processes",
+    "hardening": "`clead harden`: plan, baseline, robust training, evaluation, export and verdict within given minutes",
     "inference": "runs that answer: models with detectors, limits, requests read into images",
     "serving": "the HTTP server",
     "playground": "the page on which images are attacked by hand; it and serving do not import each other",

@@ -11,6 +11,7 @@ __all__ = ["main"]
 for _command in (
     "data",
     "train",
+    "harden",
     "tune",
     "evaluate",
     "attack",

@@ -537,14 +537,15 @@ class Trainer:
         self._log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(self.validation))
         if self.callbacks.after_validation is not None and self.world.is_main:
             self.callbacks.after_validation(self.progress, clean, robust)
-        if message := self._overfitting_warning(robust, eval_model):
-            self._log("warning", message=message)
+        if warning := self._overfitting_warning(robust, eval_model):
+            kind, message = warning
+            self._log("warning", message=message, cause=kind)
             if self.world.is_main:
                 _log.warning(message)
         return clean, robust
 
-    def _overfitting_warning(self, robust: float, eval_model: SplitModel) -> str:
-        """Return what to say if robust accuracy on training batches and on validation images part; once for each cause."""
+    def _overfitting_warning(self, robust: float, eval_model: SplitModel) -> tuple[str, str] | None:
+        """Return the cause, and what to say, if robust accuracy on training batches and on validation images part; once for each."""
         state = self.state
         training, images = state.robust_training, state.robust_images
         if "robust_accuracy" in state.sums and math.isnan(training):  # validated before the first line of the log
@@ -553,23 +554,23 @@ class Trainer:
         if lost:
             state.collapsed_at = state.step
         if not (lost or parted(training, images, robust, len(self.validation))):
-            return ""
+            return None
         state.partings += 1
         if not lost and state.partings & (state.partings - 1):  # measured at the 1st, 2nd, 4th, 8th … time
-            return ""
+            return None
         cause = Cause("", "the model is spread over processes, so the cause was not measured", {})
         if self.world.world_size == 1 and not self.settings.shard:
             cause = cause_of(self.model, eval_model, self.splits.train, self.config, self.device, training, robust)
         if cause.kind in state.warned and not lost:
-            return ""
+            return None
         state.warned.append(cause.kind)
         figures = f"{training:.1%} on training batches, {robust:.1%} under multi-step validation PGD"
         if not lost:
-            return f"robust accuracy parts at step {state.step}: {figures}: {cause.text}"
+            return cause.kind, f"robust accuracy parts at step {state.step}: {figures}: {cause.text}"
         best = ""
         if state.best > 0:
             best = f" (best {state.best:.1%} at step {state.best_step}; best.safetensors keeps those weights)"
-        return f"robust accuracy has collapsed at step {state.step}: {figures}{best}: {cause.text}"
+        return cause.kind, f"robust accuracy has collapsed at step {state.step}: {figures}{best}: {cause.text}"
 
     def eval_model(self) -> SplitModel:
         """Return the model that is validated and kept: the average of the weights, once there is one."""

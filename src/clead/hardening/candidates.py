@@ -1,0 +1,81 @@
+"""The networks that a plan chooses between, and the recipe of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clead.data.survey import Survey
+from clead.models import efficientnet_lite0
+
+SMALL_IMAGES = 32
+"""Below so many pixels a side a network that was trained on photographs of 224 has nothing left to look at."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network, before it was timed.
+
+    Attributes:
+        name: as users read it.
+        model: the ``model`` group of its recipe.
+        pretrained: whether it begins with weights that were learnt on other images.
+    """
+
+    name: str
+    model: Mapping[str, Any]
+    pretrained: bool
+
+
+def candidates(data: Survey, image_size: int, model: str | None, weights: str | None) -> list[Candidate]:
+    """Return what could be trained: the user's network alone, if there is one; else networks from scratch and a pre-trained one.
+
+    Those from scratch come first, the smallest of them at the head.
+    """
+    if model is not None:
+        return [Candidate(model, {"name": model}, weights is not None or _brings_weights(model))]
+    if max(data.sides) <= SMALL_IMAGES - 4 and data.channels == 1:
+        return [
+            Candidate(f"small_cnn of width {width}", {"name": "small_cnn", "width": width}, False) for width in (16, 32)
+        ]
+    choices = [
+        Candidate(f"resnet10 of width {width}", {"name": "resnet10", "width": width}, False) for width in (16, 32, 64)
+    ]
+    choices.append(Candidate("resnet18", {"name": "resnet18"}, False))
+    if image_size >= SMALL_IMAGES and efficientnet_lite0.is_installed():
+        choices.append(Candidate("EfficientNet-Lite0 (ImageNet)", {"name": "efficientnet_lite0"}, True))
+    return choices
+
+
+def _brings_weights(model: str) -> bool:
+    """Say whether a network is known to come with weights: one of ours that does, or one of a hub."""
+    return model == "efficientnet_lite0" or model.startswith("hf:")
+
+
+def training(candidate: Candidate, norm: str, *, robust: bool) -> dict[str, dict[str, Any]]:
+    """Return the groups ``attack``, ``method``, ``optim`` and part of ``train``.
+
+    What is chosen for a pre-trained network, and why, stands in docs/harden.md: modes frozen in evaluation, a radius that rises, a
+    smaller rate for the encoder. One from scratch is trained by one-step attacks in the L∞ norm, by three-step PGD in others.
+    """
+    if candidate.pretrained:
+        optim = {"name": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.1}
+        modes = {"forward_mode": "eval", "channels_last": True}
+        if not robust:
+            return {"method": {"name": "standard"}, "optim": optim, "train": modes}
+        return {
+            "attack": {"name": "pgd", "steps": 2},
+            "method": {"name": "pgd_at"},
+            "optim": optim,
+            "train": {**modes, "eps_ramp": [0.0, 0.5]},
+        }
+    optim = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.3}
+    if not robust:
+        return {"method": {"name": "standard"}, "optim": optim, "train": {"channels_last": True}}
+    if norm == "linf":
+        attack: dict[str, Any] = {"name": "fgsm", "random_start": True, "step_size": 1.25}
+        method = {"name": "fgsm_rs", "fold_batch_norm": True}
+    else:
+        attack, method = {"name": "pgd", "steps": 3}, {"name": "pgd_at", "fold_batch_norm": True}
+    return {"attack": attack, "method": method, "optim": optim, "train": {"channels_last": True}}

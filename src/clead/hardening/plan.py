@@ -1,0 +1,301 @@
+"""The plan of a hardening: what the data are, which network, how it learns, and what the minutes go to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clead.config import RunConfig
+from clead.config.overrides import parse_overrides
+from clead.config.schema import LENGTHS
+from clead.data.survey import Survey, survey
+from clead.devices import device_of
+from clead.errors import UserError
+from clead.hardening.candidates import Candidate, candidates, training
+from clead.hardening.timing import StepTime, attack_seconds, time_steps
+from clead.interfaces import Splits
+from clead.runs.loading import build
+from clead.settings import Ratio
+
+BASELINE, ROBUST, EVALUATION, REST = 0.08, 0.66, 0.2, 0.06
+"""Shares of the minutes; the rest is reading, timing, report and export."""
+FEW_IMAGES = 10_000
+"""Up to so many training images a pre-trained network is taken, above it one from scratch (studies/harden.json)."""
+PASSES, PASSES_PRETRAINED = 20, 4
+"""Passes over the training images that a network from scratch, and a pre-trained one, needs to be worth its size."""
+_VALIDATION = 0.05  # of the training time
+_QUICK_STEPS = 160  # gradient steps per image of suite quick, its checks and its curve included
+
+
+@dataclass(frozen=True)
+class HardenOptions:
+    """What a user asks for.
+
+    Attributes:
+        path: of the images: whatever ``data.name auto`` reads.
+        minutes: for everything.
+        model: a network: a registered name, ``timm:NAME`` and the like, or ``file.py:factory``; None: chosen.
+        weights: a file or run that it begins with.
+        norm, eps: the threat.
+        flip: whether training mirrors images; None: as the survey says.
+        image_size: pixels a side; None: chosen.
+        seed: of everything that is drawn.
+        overrides: ``--group.key VALUE`` for both trainings.
+    """
+
+    path: str
+    minutes: float = 30.0
+    model: str | None = None
+    weights: str | None = None
+    norm: str = "linf"
+    eps: str = "8/255"
+    flip: bool | None = None
+    image_size: int | None = None
+    seed: int = 0
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        network: the chosen one, as users read it.
+        baseline, robust: complete recipes.
+        reasons: key → why it has its value, for the recipe's comments.
+        facts: what was found in the data, one sentence each.
+        timed: every network that was timed, its fastest step, and passes over the data that fit.
+        seconds: stage → its share, in seconds.
+        evaluated: test images that the evaluation at the end has time for.
+        pretrained: whether the network begins with weights learnt elsewhere.
+    """
+
+    network: str
+    baseline: Mapping[str, Any]
+    robust: Mapping[str, Any]
+    reasons: Mapping[str, str]
+    facts: tuple[str, ...]
+    timed: tuple[tuple[str, StepTime, float], ...]
+    seconds: Mapping[str, float]
+    evaluated: int
+    pretrained: bool
+
+
+@dataclass(frozen=True)
+class _Timed:
+    candidate: Candidate
+    step: StepTime
+    passes: float
+
+
+def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
+    """Read the data, time a training step of each network, and choose; return the plan and the images.
+
+    Raises UserError if the data cannot be read, or nothing can be trained in the time.
+    """
+    if options.minutes < 1:
+        raise UserError(f"--minutes must be at least 1, got {options.minutes:g}; give such as --minutes 30")
+    allow(options)
+    data = {"name": "auto", "path": str(Path(options.path).absolute())}
+    described = survey(_config({"data": data, "train": {"epochs": 1}}, options).data)
+    data, reasons = _data_group(data, described, options)
+    choices = candidates(described, data.get("image_size", described.sides[1]), options.model, options.weights)
+    trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
+    splits = _config(trees[0], options).data.load(options.seed)
+    limit = 60 * options.minutes * ROBUST
+    timed: list[_Timed] = []
+    for tree, each in zip(trees, choices, strict=True):
+        slower = timed and not each.pretrained and timed[-1].passes < PASSES  # a larger one is not taken then
+        if not slower:
+            timed.append(_timed(tree, each, splits, options, limit))
+    chosen = choose(timed, len(splits.train))
+    tree = trees[choices.index(chosen.candidate)]
+    step = chosen.step
+    fast = {"precision": step.precision, "channels_last": step.channels_last, "compile": step.compile}
+    reasons |= _training_reasons(chosen, timed, options, len(splits.train))
+    config = _config(tree, options)
+    gradient = attack_seconds(config, splits, build(config, splits))
+    affordable = int(60 * options.minutes * EVALUATION / (_QUICK_STEPS * gradient))
+    evaluated = max(min(50, len(splits.test)), min(affordable, len(splits.test)))
+    validated, every = _validation(splits, chosen, gradient, limit)
+    train = {**fast, "validate_images": validated, "validate_every": every, "seed": options.seed}
+    seconds = {name: 60 * options.minutes * share for name, share in _shares().items()}
+    plain = _tree(chosen.candidate, data, options, robust=False)
+    plan = Plan(
+        chosen.candidate.name,
+        _complete(plain, {**train, "minutes": seconds["baseline"] / 60}, options),
+        _complete(tree, {**train, "minutes": seconds["robust"] / 60}, options),
+        reasons,
+        (*described.sentences(), *described.notes),
+        tuple((each.candidate.name, each.step, each.passes) for each in timed),
+        seconds,
+        evaluated,
+        chosen.candidate.pretrained,
+    )
+    return plan, splits
+
+
+def allow(options: HardenOptions) -> None:
+    """Let the code run that the user named as the network."""
+    if options.model is not None and ":" in options.model:
+        from clead.models.user_model import allow_code
+
+        allow_code(options.model)
+
+
+def _shares() -> dict[str, float]:
+    return {"baseline": BASELINE, "robust": ROBUST, "evaluation": EVALUATION, "rest": REST}
+
+
+def choose(timed: Sequence[_Timed], images: int) -> _Timed:
+    """Return the network to train.
+
+    Of those from scratch: the largest that passes over the images ``PASSES`` times, or else the smallest. A pre-trained one is
+    taken instead where the images are few and there is time for ``PASSES_PRETRAINED``; and where it is the only one.
+    """
+    scratch = [each for each in timed if not each.candidate.pretrained]
+    pretrained = [each for each in timed if each.candidate.pretrained]
+    if not scratch or (pretrained and images <= FEW_IMAGES and pretrained[0].passes >= PASSES_PRETRAINED):
+        return pretrained[0]
+    enough = [each for each in scratch if each.passes >= PASSES]
+    return enough[-1] if enough else scratch[0]
+
+
+def _timed(
+    tree: Mapping[str, Any], candidate: Candidate, splits: Splits, options: HardenOptions, limit: float
+) -> _Timed:
+    config = _config(tree, options)
+    step = time_steps(config, splits, build(config, splits))[0]
+    return _Timed(candidate, step, limit / (step.seconds * len(splits.train)))
+
+
+def _config(tree: Mapping[str, Any], options: HardenOptions) -> RunConfig:
+    return RunConfig.from_dict(_overridden(tree, options))
+
+
+def _overridden(tree: Mapping[str, Any], options: HardenOptions) -> dict[str, Any]:
+    """Return a recipe with the user's own keys in it."""
+    tree = copy.deepcopy(dict(tree))
+    for (*parents, last), value in parse_overrides(options.overrides):
+        group = tree
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        if parents == ["train"] and last in LENGTHS:
+            raise UserError(f"--train.{last}: --minutes says how long, got {value}; leave it out")
+        group[last] = value
+    return tree
+
+
+def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions, *, robust: bool) -> dict[str, Any]:
+    """Return the recipe of a network without its length."""
+    groups = training(candidate, options.norm, robust=robust)
+    train = {"minutes": 1.0, "start_from": options.weights, **groups.pop("train")}
+    size = 64 if candidate.pretrained else 128
+    return {
+        "name": "robust" if robust else "baseline",
+        "data": {**data, "batch_size": min(size, data["batch_size"])},
+        "model": dict(candidate.model),
+        "threat": {"norm": options.norm, "eps": options.eps},
+        **groups,
+        "train": train,
+        "eval": {"suite": "quick"},
+    }
+
+
+def _complete(tree: dict[str, Any], train: Mapping[str, Any], options: HardenOptions) -> dict[str, Any]:
+    return _overridden({**tree, "train": {**tree["train"], **train}}, options)
+
+
+def _data_group(
+    data: dict[str, Any], described: Survey, options: HardenOptions
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the ``data`` group and the reasons for its keys."""
+    reasons = {}
+    images = described.images["train"]
+    if not described.one_size or options.image_size is not None or described.sides[1] > _largest_side(options):
+        fitting = [size for size in described.image_sizes if size <= _largest_side(options)]
+        data["image_size"] = options.image_size or max(fitting or described.image_sizes[:1])
+        reasons["data.image_size"] = (
+            "you asked for it"
+            if options.image_size
+            else f"the largest that enlarges few images and can be trained in the time; larger: --image-size "
+            f"{2 * data['image_size']}"
+        )
+    flip = described.flips.safe if options.flip is None else options.flip
+    side = data.get("image_size", described.sides[1])
+    data["augment"] = {"crop": max(1, side // 8), "flip": flip}
+    reasons["data.augment"] = "you asked for it" if options.flip is not None else described.flips.reason
+    data["batch_size"] = max(8, min(128, images // 8))
+    if "val" not in described.images:
+        data["val_fraction"] = round(min(0.15, max(0.02, 500 / images)), 3)
+        reasons["data.val_fraction"] = f"about {round(data['val_fraction'] * images)} images choose the best weights"
+    return data, reasons
+
+
+def _largest_side(options: HardenOptions) -> int:
+    """Return the largest image size that is chosen without being asked for."""
+    if device_of("auto").type == "cuda":
+        return 224
+    return 64 if options.minutes < 120 else 96 if options.minutes < 480 else 128
+
+
+def _validation(splits: Splits, chosen: _Timed, gradient: float, limit: float) -> tuple[int, float]:
+    """Return how many images are attacked in a validation, and the epochs between two, so that they take 5 % of the time."""
+    images = min(512, len(splits.val))
+    each = images * 11 * gradient  # ten steps of PGD and a look at the clean images
+    times = max(3.0, min(30.0, _VALIDATION * limit / each))
+    return images, round(max(chosen.passes / times, 0.05), 2)
+
+
+def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOptions, images: int) -> dict[str, str]:
+    step, candidate = chosen.step, chosen.candidate
+    if options.model is not None:
+        why = "you named it"
+    elif candidate.pretrained:
+        why = f"with {images:,} training images, up to {FEW_IMAGES:,}, pre-training pays"
+    else:
+        why = f"the largest that passes {PASSES} times over {images:,} images, or else the smallest"
+    layout = "channels_last" if step.channels_last else "contiguous"
+    reasons = {
+        "model": f"{why}; about {chosen.passes:.0f} passes in the time",
+        "threat.eps": "you asked for it"
+        if Ratio(options.eps).text != "8/255"
+        else "the usual radius for small photographs",
+        "train.precision": f"{step.precision} and {layout} had the fastest step: {1000 * step.seconds:.1f} ms an image",
+        "train.minutes": "learning rate and radius follow the clock; for a length that repeats write epochs instead",
+    }
+    if candidate.pretrained:
+        reasons |= {
+            "train.forward_mode": "batch-norm, dropout and stochastic depth frozen: robustness learnt with the statistics of a "
+            "batch is not there with the running ones",
+            "train.eps_ramp": "full eps from the first step makes a pre-trained network collapse",
+        }
+    return reasons
+
+
+Mode = Literal["baseline", "robust"]
+
+
+def recipe_yaml(plan: Plan, which: Mode) -> str:
+    """Return a recipe as YAML, a comment behind every key that the plan has a reason for."""
+    from clead.config.yaml_io import dump_yaml
+
+    lines = []
+    for group, values in dataclasses.asdict(plan)[which].items():
+        reason = plan.reasons.get(group)
+        if not isinstance(values, dict):
+            lines.append(f"{group}: {values}")
+            continue
+        lines.append(f"{group}:" + (f"  # {reason}" if reason else ""))
+        for key, value in values.items():
+            if value is None:
+                continue
+            text = dump_yaml({key: value}).rstrip()
+            reason = plan.reasons.get(f"{group}.{key}")
+            first, *more = text.splitlines()
+            lines += [f"  {first}" + (f"  # {reason}" if reason else ""), *(f"  {line}" for line in more)]
+    return "\n".join(lines) + "\n"

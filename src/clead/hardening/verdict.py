@@ -1,0 +1,150 @@
+"""What came out, in three lines: what was gained, what it cost, and what limits it, each from a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clead.results.record import Record
+
+History = Sequence[Mapping[str, Any]]
+"""Lines of a run's log, as ``RunDir.history`` gives them."""
+Limit = tuple[float, str]
+"""What holds a model back: by how much its number is above the one from which on it counts, and a sentence."""
+_GAP, _RISE, _RATIO, _WEAK = 0.15, 0.02, 1.5, 0.4
+_FEWEST = 10  # images of a class of which something is said
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Three sentences."""
+
+    gained: str
+    paid: str
+    limit: str
+
+    def lines(self) -> list[str]:
+        """Return the three lines as they are printed."""
+        return [f"gained: {self.gained}", f"paid: {self.paid}", f"limit: {self.limit}"]
+
+
+def verdict(baseline: Record, robust: Record, history: History, minutes: float) -> Verdict:
+    """Return the verdict on a hardened model.
+
+    Args:
+        baseline: of the plainly trained model, on the same images.
+        robust: of the hardened one.
+        history: the log of its training.
+        minutes: that its training took.
+    """
+    worst, cost = robust.worst, 100 * (baseline.clean.accuracy - robust.clean.accuracy)
+    gained = (
+        f"{worst.accuracy:.1%} of {worst.n} {robust.data.split} images (95 % interval {worst.low:.1%} – {worst.high:.1%}) "
+        f"withstand {robust.threat.norm} {robust.threat.eps_text} under suite {robust.suite}; of the plainly trained model's "
+        f"{baseline.worst.accuracy:.1%}"
+    )
+    paid = (
+        f"{abs(cost):.1f} points of clean accuracy {'less' if cost >= 0 else 'more'}: {robust.clean.accuracy:.1%}, "
+        f"the plainly trained model {baseline.clean.accuracy:.1%}"
+    )
+    measured = (
+        weak_attack(history),
+        too_few_images(history),
+        too_little_time(history, minutes),
+        too_large_eps(robust, baseline),
+        weak_class(robust),
+    )
+    weight, limit = max((each for each in measured if each is not None), default=(0.0, ""))
+    return Verdict(gained, paid, limit or "nothing stands out: more minutes or more images may help")
+
+
+def weak_attack(history: History) -> Limit | None:
+    """Look whether training and validation parted because the attack of the training is weak: that comes before all else."""
+    causes = [line.get("cause") for line in history if line["kind"] == "warning"]
+    if not causes or causes[-1] != "weak attack":
+        return None
+    training, held_out = _robust(history)
+    text = (
+        f"the attack of the training is too weak: {training:.0%} of the training images withstand it, {held_out:.0%} of the "
+        "validation images multi-step PGD; try --attack.steps 7"
+    )
+    return math.inf, text
+
+
+def too_few_images(history: History) -> Limit | None:
+    """Compare robust accuracy on the last training batches and on validation images."""
+    training, held_out = _robust(history)
+    text = (
+        f"too few images: {training:.0%} of the training images withstand the attack of the training, {held_out:.0%} of the "
+        "validation images theirs; more images will help more than more time"
+    )
+    return _limit(training - held_out, _GAP, text)
+
+
+def too_little_time(history: History, minutes: float) -> Limit | None:
+    """Look whether robust validation accuracy still rose in the last fifth of the training."""
+    validated = _validated(history)
+    if len(validated) < 4:
+        return None
+    since = 0.8 * validated[-1]["seconds"]
+    late = max(line["robust_accuracy"] for line in validated if line["seconds"] >= since)
+    rise = late - max((line["robust_accuracy"] for line in validated if line["seconds"] < since), default=late)
+    text = (
+        f"too little time: robust validation accuracy rose by {100 * rise:.1f} points in the last fifth of {minutes:.0f} minutes "
+        f"of training; try --minutes {max(10, round(4 * minutes, -1)):.0f}"
+    )
+    return _limit(rise, _RISE, text)
+
+
+def too_large_eps(robust: Record, baseline: Record) -> Limit | None:
+    """Look how much more withstands half of the radius, where less than half of what could does the whole one."""
+    eps, whole = robust.threat.eps, max(robust.worst.accuracy, 0.01)
+    points = [point for point in robust.curve if 0.35 * eps <= point.eps <= 0.65 * eps]
+    if not points or whole > 0.5 * baseline.clean.accuracy:
+        return None
+    point = min(points, key=lambda each: abs(each.eps - eps / 2))
+    text = (
+        f"eps {robust.threat.eps_text} is large for these images and this time: {point.robust.accuracy:.0%} withstand "
+        f"{point.eps_text} under {point.attack}, {robust.worst.accuracy:.0%} the whole; if the smaller one suits your threat, "
+        f"try --eps {point.eps_text}"
+    )
+    return _limit(point.robust.accuracy / whole, _RATIO, text)
+
+
+def weak_class(robust: Record) -> Limit | None:
+    """Look whether one class is far below the others."""
+    classes = [each for each in robust.per_class if each.n >= _FEWEST]
+    if len(classes) < 2:
+        return None
+    weakest, mean = (
+        min(classes, key=lambda each: each.robust_accuracy),
+        _mean([each.robust_accuracy for each in classes]),
+    )
+    if weakest.robust_accuracy >= _WEAK * mean:
+        return None
+    text = (
+        f"one weak class: {weakest.robust_accuracy:.0%} of {weakest.n} images of {weakest.name} withstand, {mean:.0%} on average "
+        "over classes; look at its images and labels, and add more of them"
+    )
+    return 1 + (1 - weakest.robust_accuracy / (_WEAK * mean)) / 2, text
+
+
+def _robust(history: History) -> tuple[float, float]:
+    """Return robust accuracy on the last training batches and on the validation images; 0 where it was not measured."""
+    learnt = [line["robust_accuracy"] for line in history if line["kind"] == "train" and "robust_accuracy" in line]
+    validated = _validated(history)
+    return (_mean(learnt[-5:]), validated[-1]["robust_accuracy"]) if learnt and validated else (0.0, 0.0)
+
+
+def _limit(measured: float, least: float, text: str) -> Limit | None:
+    return (measured / least, text) if measured > least else None
+
+
+def _validated(history: History) -> list[Mapping[str, Any]]:
+    return [line for line in history if line["kind"] == "validation" and "robust_accuracy" in line]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
