@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from clead.config import RunConfig, load_recipe
     from clead.errors import UserError
+    from clead.hardening import harden
     from clead.models.split import adapt
     from clead.models.user_model import allow_code
     from clead.training.robust_loss import RobustLoss, robust_loss
@@ -46,6 +47,7 @@ _WHERE = {
     "evaluate_external": "clead.api",
     "evaluate_run": "clead.api",
     "export_run": "clead.api",
+    "harden": "clead.hardening",
     "inspect_data": "clead.api",
     "load": "clead.api",
     "load_recipe": "clead.config",
@@ -69,6 +71,7 @@ __all__ = [
     "evaluate_external",
     "evaluate_run",
     "export_run",
+    "harden",
     "inspect_data",
     "load",
     "load_recipe",

@@ -28,13 +28,19 @@ class Candidate:
     pretrained: bool
 
 
-def candidates(data: Survey, image_size: int, model: str | None, weights: str | None) -> list[Candidate]:
+def candidates(data: Survey, image_size: int, model: str | None, *, has_weights: bool) -> list[Candidate]:
     """Return what could be trained: the user's network alone, if there is one; else networks from scratch and a pre-trained one.
 
     Those from scratch come first, the smallest of them at the head.
+
+    Args:
+        data: what is known of the images.
+        image_size: that they are trained at.
+        model: that the user named, if any.
+        has_weights: whether that begins with weights which the user named, too.
     """
     if model is not None:
-        return [Candidate(model, {"name": model}, weights is not None or _brings_weights(model))]
+        return [Candidate(model, {"name": model}, has_weights or _brings_weights(model))]
     if max(data.sides) <= SMALL_IMAGES - 4 and data.channels == 1:
         return [
             Candidate(f"small_cnn of width {width}", {"name": "small_cnn", "width": width}, False) for width in (16, 32)

@@ -18,15 +18,18 @@ from clead.errors import UserError
 from clead.hardening.candidates import Candidate, candidates, training
 from clead.hardening.timing import StepTime, attack_seconds, time_steps
 from clead.interfaces import Splits
+from clead.models import is_library
 from clead.runs.loading import build
-from clead.settings import Ratio
+from clead.settings import Ratio, WrittenFloat, WrittenInt
 
-BASELINE, ROBUST, EVALUATION, REST = 0.08, 0.66, 0.2, 0.06
-"""Shares of the minutes; the rest is reading, timing, report and export."""
+BASELINE, EVALUATION, REST = 0.08, 0.2, 0.06
+"""Shares of the minutes, the evaluation's at most; the rest is reading, timing, report and export. Training has what is left."""
 FEW_IMAGES = 10_000
 """Up to so many training images a pre-trained network is taken, above it one from scratch (studies/harden.json)."""
 PASSES, PASSES_PRETRAINED = 20, 4
 """Passes over the training images that a network from scratch, and a pre-trained one, needs to be worth its size."""
+BALANCED = 3
+"""Classes are drawn equally often where the largest has more than so many times the images of the smallest."""
 _VALIDATION = 0.05  # of the training time
 _QUICK_STEPS = 160  # gradient steps per image of suite quick, its checks and its curve included
 
@@ -103,10 +106,13 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     data = {"name": "auto", "path": str(Path(options.path).absolute())}
     described = survey(_config({"data": data, "train": {"epochs": 1}}, options).data)
     data, reasons = _data_group(data, described, options)
-    choices = candidates(described, data.get("image_size", described.sides[1]), options.model, options.weights)
+    given = {key: value for (*_, key), value in parse_overrides(options.overrides)}
+    has_weights = options.weights is not None or given.get("pretrained") is True
+    size = data.get("image_size", described.sides[1])
+    choices = candidates(described, size, options.model, has_weights=has_weights)
     trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
     splits = _config(trees[0], options).data.load(options.seed)
-    limit = 60 * options.minutes * ROBUST
+    limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
     timed: list[_Timed] = []
     for tree, each in zip(trees, choices, strict=True):
         slower = timed and not each.pretrained and timed[-1].passes < PASSES  # a larger one is not taken then
@@ -123,7 +129,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     evaluated = max(min(50, len(splits.test)), min(affordable, len(splits.test)))
     validated, every = _validation(splits, chosen, gradient, limit)
     train = {**fast, "validate_images": validated, "validate_every": every, "seed": options.seed}
-    seconds = {name: 60 * options.minutes * share for name, share in _shares().items()}
+    seconds = _seconds(options.minutes, evaluated * _QUICK_STEPS * gradient)
     plain = _tree(chosen.candidate, data, options, robust=False)
     plan = Plan(
         chosen.candidate.name,
@@ -141,14 +147,18 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
 
 def allow(options: HardenOptions) -> None:
     """Let the code run that the user named as the network."""
-    if options.model is not None and ":" in options.model:
+    if options.model is not None and ":" in options.model and not is_library(options.model):
         from clead.models.user_model import allow_code
 
         allow_code(options.model)
 
 
-def _shares() -> dict[str, float]:
-    return {"baseline": BASELINE, "robust": ROBUST, "evaluation": EVALUATION, "rest": REST}
+def _seconds(minutes: float, evaluation: float) -> dict[str, float]:
+    """Return the seconds of each stage; what the evaluation leaves of its share goes to the robust training."""
+    whole = 60 * minutes
+    evaluation = min(evaluation, EVALUATION * whole)
+    robust = (1 - BASELINE - REST) * whole - evaluation
+    return {"baseline": BASELINE * whole, "robust": robust, "evaluation": evaluation, "rest": REST * whole}
 
 
 def choose(timed: Sequence[_Timed], images: int) -> _Timed:
@@ -186,7 +196,7 @@ def _overridden(tree: Mapping[str, Any], options: HardenOptions) -> dict[str, An
             group = group.setdefault(parent, {})
         if parents == ["train"] and last in LENGTHS:
             raise UserError(f"--train.{last}: --minutes says how long, got {value}; leave it out")
-        group[last] = value
+        group[last] = _as_written(value)
     return tree
 
 
@@ -204,6 +214,14 @@ def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions,
         "train": train,
         "eval": {"suite": "quick"},
     }
+
+
+def _as_written(value: Any) -> Any:
+    """Return a value of the command line without the memory of how it was written, so that it can be kept as JSON."""
+    if isinstance(value, list):
+        return [_as_written(each) for each in value]
+    number = int if isinstance(value, WrittenInt) else float if isinstance(value, WrittenFloat) else None
+    return value if number is None else number(value)
 
 
 def _complete(tree: dict[str, Any], train: Mapping[str, Any], options: HardenOptions) -> dict[str, Any]:
@@ -229,6 +247,9 @@ def _data_group(
     side = data.get("image_size", described.sides[1])
     data["augment"] = {"crop": max(1, side // 8), "flip": flip}
     reasons["data.augment"] = "you asked for it" if options.flip is not None else described.flips.reason
+    if described.balance > BALANCED:
+        data["sampling"] = "balanced"
+        reasons["data.sampling"] = f"the largest class has {described.balance:.1f} times as many images as the smallest"
     data["batch_size"] = max(8, min(128, images // 8))
     if "val" not in described.images:
         data["val_fraction"] = round(min(0.15, max(0.02, 500 / images)), 3)

