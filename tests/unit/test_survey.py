@@ -10,9 +10,11 @@ from sklearn.datasets import load_digits
 
 import clead
 from clead.data.datasets.auto import Auto
-from clead.data.flips import look_at_flips
+from clead.data.flips import Flips, look_at_flips
 from clead.data.survey import sides_of, survey
 from clead.errors import UserError
+
+FLIPS = Flips(True, "", 0, 0.5, 0.5)
 
 
 def drawn(draw, seed, side=32):
@@ -184,6 +186,23 @@ def test_what_a_folder_of_photographs_holds(photos, capsys):
         24,
         32,
     )
+
+
+def test_large_photographs_are_sampled_and_seen_small(tmp_path, monkeypatch):
+    for k, kind in enumerate(("spots", "bars")):
+        (tmp_path / "large/train" / kind).mkdir(parents=True)
+        for i in range(50):
+            picture = Image.fromarray(blobs(100 * k + i, kind=1 - k)).resize((600, 480), Image.Resampling.BICUBIC)
+            picture.save(tmp_path / "large/train" / kind / f"{i:02d}.jpg")
+    shapes = []
+    monkeypatch.setattr(
+        "clead.data.survey.look_at_flips", lambda images, *rest: shapes.extend(each.shape for each in images) or FLIPS
+    )
+    monkeypatch.setattr("clead.data.survey._FEWEST", 20)
+    monkeypatch.setattr("clead.data.survey._PIXELS", 30 * 600 * 480)
+    seen = survey(Auto(path=tmp_path / "large"))
+    assert seen.sides == (480, 480, 480) and seen.image_sizes[-1] == 256 and seen.images["train"] == 80
+    assert len(shapes) == 30 and set(shapes) == {(120, 150, 3)}  # a quarter of each side
 
 
 def test_groups_order_of_classes_and_other_layouts(photos, tmp_path):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -23,6 +26,8 @@ from clead.errors import UserError, first_line
 TITLES = {"train": "training", "val": "validation", "test": "test"}
 _SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _QUARTER = 0.25  # of the images may be enlarged
+_ENOUGH = 64  # pixels a side of the sample
+_PIXELS, _FEWEST = 1_000_000_000, 400  # that are decoded for the sample, and images of it at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +72,14 @@ class Survey:
         """Return what a plan rests on, in words."""
         present = {name: count for name, count in self.counts.items() if count}
         largest, smallest = max(present, key=present.__getitem__), min(present, key=present.__getitem__)
+        balance = f"{present[largest]} training images in every class"
+        if self.balance > 1:
+            counts = f"{present[smallest]} ({smallest}) to {present[largest]} ({largest})"
+            balance = f"{counts} training images per class, {self.balance:.1f} times as many"
         lines = [
-            f"balance: {present[smallest]} ({smallest}) to {present[largest]} ({largest}) training images per class, "
-            f"{self.balance:.1f} times as many",
+            f"balance: {balance}",
             f"data.image_size without enlarging: {', '.join(map(str, self.image_sizes))}",
-            f"mirroring looks {'safe' if self.flips.safe else 'unsafe'}: {self.flips.reason}",
+            f"mirroring looks {'safe (data.augment.flip)' if self.flips.safe else 'unsafe'}: {self.flips.reason}",
         ]
         return lines if self.groups is None else [*lines, f"groups: {self.groups} of training images (data.group_by)"]
 
@@ -95,7 +103,7 @@ def survey(data: InMemoryDataset) -> Survey:
     unreadable: list[str] = []
     parts = {name: split for name, split in raw.parts.items() if len(split.labels)}
     sizes = Counter(size for split in parts.values() for size in _sizes(split, unreadable))
-    sample = _sample(raw.train, data.background, unreadable)
+    sample = _sample(raw.train, data.background, unreadable, _affordable(sizes))
     if not sample[0]:
         raise UserError(*(unreadable[:5] or ["there is no image; check --data.path"]))
     splits = {TITLES[name]: Split((), split.labels.tolist(), (), _digests(split)) for name, split in parts.items()}
@@ -177,24 +185,34 @@ def _sizes(split: RawSplit, unreadable: list[str]) -> list[str]:
     return sizes
 
 
-def _sample(split: RawSplit, background: str, unreadable: list[str]) -> tuple[list[np.ndarray], Tensor]:
-    """Return some images of each class, decoded, and their rows, (n,) int64."""
-    rows = stratified(split.labels, min(SAMPLE, len(split.labels)), 0, spare=0)[0]
+def _affordable(sizes: Mapping[str, int]) -> int:
+    """Return how many images of these sizes are decoded within seconds."""
+    pixels = sum(count * math.prod(map(int, size.split("x"))) for size, count in sizes.items())
+    return min(SAMPLE, max(_FEWEST, _PIXELS * sum(sizes.values()) // max(1, pixels)))
+
+
+def _sample(split: RawSplit, background: str, unreadable: list[str], count: int) -> tuple[list[np.ndarray], Tensor]:
+    """Return about ``count`` images, some of each class, decoded, perhaps smaller than they are, and their rows, (n,) int64."""
+    rows = stratified(split.labels, min(count, len(split.labels)), 0, spare=0)[0]
     if isinstance(split.images, Tensor):
         return [
             image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy() for image in split.images[rows]
         ], rows
-    fit, remarks, arrays, good = ResizeSpec(background=background), Counter[str](), [], []
-    known = {line.partition(": ")[0] for line in unreadable}
-    for row in rows.tolist():
-        if (name := _name(split, row)) in known:
-            continue
+    images, known = split.images, {line.partition(": ")[0] for line in unreadable}
+    wanted = [row for row in rows.tolist() if _name(split, row) not in known]
+
+    def one(row: int) -> np.ndarray | str:
         try:
-            arrays.append(decode_one(split.images[row], name, fit, remarks))
-            good.append(row)
+            return decode_one(images[row], _name(split, row), ResizeSpec(background=background), enough=_ENOUGH)
         except UserError as error:
-            unreadable.append(str(error))
-    return arrays, torch.tensor(good, dtype=torch.int64)
+            return str(error)
+
+    Image.init()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = dict(zip(wanted, pool.map(one, wanted), strict=True))
+    unreadable += [text for text in decoded.values() if isinstance(text, str)]
+    good = {row: array for row, array in decoded.items() if not isinstance(array, str)}
+    return list(good.values()), torch.tensor(list(good), dtype=torch.int64)
 
 
 def _digests(split: RawSplit) -> list[bytes]:
