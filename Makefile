@@ -63,7 +63,7 @@ release: $(VENV)/.dev  ## build dist/ and try it in an environment of its own; p
 	$(RUN) -m build --outdir dist
 	$(PYTHON) -m venv $(VENV)/release
 	$(VENV)/release/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[data]"
-	cd $(VENV)/release && bin/clead list >/dev/null && bin/clead train digits-standard --train.budget 3 --train.device cpu --out run
+	cd $(VENV)/release && bin/clead list zoo >/dev/null && bin/clead train digits-standard --train.budget 3 --train.device cpu --out run
 	$(VENV)/release/bin/python -c 'import clead, pathlib; assert (pathlib.Path(clead.__file__).parent / "py.typed").exists()'
 	rm -rf $(VENV)/release
 	ls -l dist

@@ -17,6 +17,7 @@ from clead.report import html
 from clead.results.record import Record
 from clead.results.statistics import balanced, mcnemar, unbalanced
 from clead.runs.directory import RunDir
+from clead.runs.zoo import located
 from clead.weights.files import load_weights
 
 Read = TypeVar("Read", bound=BaseModel)
@@ -24,7 +25,7 @@ Read = TypeVar("Read", bound=BaseModel)
 
 def read_record(source: str | Path) -> Record:
     """Return the record of a run directory, an evaluation's folder or a JSON file; raises UserError if there is none."""
-    path = Path(source)
+    path = located(source)
     if path.is_dir():
         folder = _results(path)
         path = folder / "evaluation.json"
@@ -127,7 +128,7 @@ def write_report(
     html.check_target(Path(path))
     records = _records(sources)
     results = []
-    for source, record in zip(map(Path, sources), records, strict=True):
+    for source, record in zip(map(located, sources), records, strict=True):
         if not source.is_dir():
             results.append(html.RunResult(record.run, record))
             continue

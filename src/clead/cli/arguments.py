@@ -117,6 +117,16 @@ def changed(run: str, overrides: list[str]) -> RunConfig:
     return load_recipe(str(opened.path / "config.yaml"), overrides)
 
 
+def out_of(run: str, out: Path | None) -> Path | None:
+    """Return the folder of a run's results: ``--out``, or that of a model of the zoo, which is said; None: the run's own."""
+    from clead.cli.app import echo
+    from clead.runs.zoo import results_of_zoo
+
+    if out is None and (out := results_of_zoo(run)) is not None:
+        echo(f"note: {run} is read-only: results go to {out}; --out DIR takes them elsewhere")
+    return out
+
+
 def one_folder(out: Path | None, runs: list[str]) -> None:
     """Raise UserError if the results of several runs would go to one folder."""
     if out is not None and len(runs) > 1:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
-from clead.cli.arguments import changed, one_folder, only, runs_and_overrides, without
+from clead.cli.arguments import changed, one_folder, only, out_of, runs_and_overrides, without
 from clead.cli.printing import print_record
 from clead.errors import UserError, did_you_mean
 
@@ -144,6 +144,7 @@ def _attack_run(
     aim = "" if target is None else f"-towards-{target}"
     result = "attack-" + re.sub(r"[^a-z0-9]+", "-", f"{name}{aim}".lower().replace("×", "x"))
     attacks = [NamedAttack(name, attack, objective or "cross_entropy")]
+    results = results | {"out": out_of(run, results["out"])}
     with interruptible():
         evaluation = api.evaluate_run(run, config=config, attacks=attacks, target=target, result=result, **results)
     print_record(evaluation.record)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from clead.cli.app import OPEN, Json, TrustState, app, echo, interruptible, write_json
-from clead.cli.arguments import changed, model_options, one_folder, only, positional, runs_and_overrides
+from clead.cli.arguments import changed, model_options, one_folder, only, out_of, positional, runs_and_overrides
 from clead.cli.printing import print_record, verdict
 from clead.errors import MissingExtra, UserError, did_you_mean
 
@@ -117,9 +117,11 @@ def _evaluate_runs(runs: list[str], overrides: list[str], out: Path | None, opti
     configs = [changed(run, overrides) for run in runs]
     records: list[Any] = []
     for run, config in zip(runs, configs, strict=True):
+        folder = out_of(run, out)
         with _shards_said():
-            evaluation = api.evaluate_run(run, config=config, out=out, **options)
-            records += _show(evaluation, out or Path(run) / "results", out or Path(run), options["save_adversarial"])
+            evaluation = api.evaluate_run(run, config=config, out=folder, **options)
+            results, source = folder or Path(run) / "results", folder or Path(run)
+            records += _show(evaluation, results, source, options["save_adversarial"])
     return records
 
 

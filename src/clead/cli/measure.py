@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from clead.cli.app import OPEN, Fresh, Json, ResultsOut, TrustState, app, echo, interruptible, write_json
-from clead.cli.arguments import changed, one_folder, runs_and_overrides, without
+from clead.cli.arguments import changed, one_folder, out_of, runs_and_overrides, without
 from clead.cli.printing import about
 from clead.cli.settings_command import SettingsCommand
 from clead.errors import UserError
@@ -75,13 +75,14 @@ def measure_runs(
     for run, config in zip(runs, configs, strict=True):
         for caution in measurement.cautions(config):
             echo(f"note: {run}: {caution}")
+        folder = out_of(run, out)
         with interruptible():
-            record = api.measure(run, measurement, config=config, fresh=fresh, trust_state=trust_state, out=out)
+            record = api.measure(run, measurement, config=config, fresh=fresh, trust_state=trust_state, out=folder)
         console(width=100).print(record.result.table(record))
         echo(about(record))
         for note in record.notes:
             echo(f"note: {note}")
-        echo(f"record: {out or Path(run) / 'results'}/{record.kind}.json\n{record.result.sentence(record)}")
+        echo(f"record: {folder or Path(run) / 'results'}/{record.kind}.json\n{record.result.sentence(record)}")
         contents.append(json.loads(record.model_dump_json()))
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)

@@ -157,8 +157,8 @@ class Train:
     )
     start_from: str | None = setting(
         None,
-        "weights to begin with: a run directory (those its eval.weights names), or a file such as net.safetensors or net.pth; of "
-        "another number of classes or another size of images, what fits is taken and listed; none: drawn from the seed",
+        "weights to begin with: a run directory (those its eval.weights names), zoo:NAME, or a file such as net.safetensors or "
+        "net.pth; of another number of classes or another size of images, what fits is taken and listed; none: drawn from the seed",
     )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 

@@ -161,7 +161,7 @@ class ServedModel:
         self.device = device_of(self.config.train.device)
         which = self.config.eval.weights
         self.model = load_model(self.run, self.config, which, None).to(self.device).requires_grad_(False)
-        _, metadata = load_weights(self.run.path / f"{which}.safetensors")
+        _, metadata = load_weights(self.run.weights(which))
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
         channels, height, width = self.shape = tuple(metadata["shape"])
         # The training's own way of resizing; without one its images were of one size already.

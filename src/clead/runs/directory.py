@@ -34,6 +34,7 @@ from clead.config import RunConfig, parse_yaml, yaml_text
 from clead.errors import UserError, printable
 from clead.renamed import updated
 from clead.results.provenance import command, environment
+from clead.runs.zoo import located
 
 _LARGEST_NOTES = 1_000_000
 PROJECTION = "projection.safetensors"
@@ -88,7 +89,8 @@ class RunDir:
 
     @staticmethod
     def open(path: Path) -> RunDir:
-        """Return an existing run; raises UserError if ``path`` is none."""
+        """Return an existing run, or ``zoo:NAME``; raises UserError if ``path`` is none."""
+        path = located(path)
         if not (path / "config.yaml").is_file():
             inside = sorted(each.parent.name for each in path.glob("*/config.yaml")) if path.is_dir() else []
             made = (

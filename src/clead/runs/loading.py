@@ -25,6 +25,7 @@ from clead.models.split import SplitModel, adapt, weights
 from clead.results.record import Training
 from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
+from clead.runs.zoo import results_of_zoo
 from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
@@ -36,7 +37,7 @@ def load(path: str | Path, *, weights: str = "best", model: nn.Module | None = N
     """Return the trained model of a run directory, in eval mode, without the projection head.
 
     Args:
-        path: a run directory.
+        path: a run directory, or a model of the zoo, such as ``zoo:digits``.
         weights: ``best`` or ``last``.
         model: your own module with the architecture that was trained; needed if it was given as an object in Python.
 
@@ -139,8 +140,11 @@ def chosen_images(options: Eval, splits: Splits) -> ImageSet:
 
 
 def results_folder(run: RunDir, out: str | Path | None) -> Path:
-    """Return where results go, ``out`` or ``RUN/results``; raises UserError if the run is read-only and there is no ``out``."""
-    if out is not None:
+    """Return where results go: ``out``, ``RUN/results``, or ``runs/zoo-NAME``.
+
+    Raises UserError if the run is read-only and there is no ``out``.
+    """
+    if (out := out or results_of_zoo(run.path)) is not None:
         return Path(out)
     folder = run.path / "results"
     if not os.access(folder if folder.exists() else run.path, os.W_OK):

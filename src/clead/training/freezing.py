@@ -13,6 +13,7 @@ from clead.models.partial_weights import load_matching
 from clead.models.split import AdaptedModel, SplitModel, weights
 from clead.output import tell
 from clead.runs.directory import PROJECTION, RunDir
+from clead.runs.zoo import located
 from clead.weights import load_into, read_weights
 from clead.weights.files import check_weights, load_weights
 
@@ -77,18 +78,19 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
 
     Args:
         model: of the architecture that was trained; its number of classes and size of images may be others.
-        path: a run directory, or weights that ``clead.weights.read_weights`` reads.
+        path: a run directory, ``zoo:NAME``, or weights that ``clead.weights.read_weights`` reads.
         which: ``best`` or ``last`` weights of a run directory; None: those that its ``eval.weights`` names.
         dim: d of the projection head that training will need, or None; the last one of a run directory is taken up if it has
             this size.
 
     Raises UserError if there are no weights, or of another architecture (less than half of them fit).
     """
-    is_run = (path / "config.yaml").is_file()
     try:
+        path = located(path)
+        is_run = (path / "config.yaml").is_file()
         if is_run:
             run = RunDir.open(path)
-            file = path / f"{which or run.config().eval.weights}.safetensors"
+            file = run.weights(which or run.config().eval.weights)
             content, _ = load_weights(file)
             notes = _load_own(model, content, str(file))
         else:
