@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 import socket
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clead.errors import UserError
 from clead.runs.directory import RunDir
 from clead.weights.files import load_weights
 
 ROOT = Path(__file__).parent.parent
 """The repository."""
+TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 20 --data.batch_size 16
+--attack.steps 1 --train.epochs 1 --train.validate_steps 1 --train.device cpu --eval.suite pgd --eval.steps 2
+--eval.curve_points 0 --eval.check_images 0 --eval.gallery 4""")
+"""What makes a recipe of digits a matter of a second."""
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "circle", "use", "rect"}
 
 
@@ -73,6 +81,17 @@ def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+def refused(call: Callable[[], Any], *fragments: object) -> str:
+    """Return the one line of the UserError that ``call`` raises; each fragment must be in it."""
+    with pytest.raises(UserError) as caught:
+        call()
+    (message,) = caught.value.problems
+    assert "\n" not in message and len(message) < 600
+    for fragment in fragments:
+        assert str(fragment) in message, message
+    return message
 
 
 class Nesting(HTMLParser):

@@ -24,7 +24,7 @@ from clead.errors import UserError
 from clead.runs.directory import RunDir
 from clead.runs.resume import _MAGIC, Checkpoints
 from clead.weights.files import check_weights, fingerprint, load_weights, save_weights
-from support import same
+from support import refused, same
 
 TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --method.name trades
 --attack.steps 1 --train.epochs 1 --train.validate_steps 1 --train.device cpu""")
@@ -40,16 +40,6 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
-
-
-def error(call, *fragments):
-    with pytest.raises(UserError) as caught:
-        call()
-    (message,) = caught.value.problems
-    assert "\n" not in message and len(message) < 600
-    for fragment in fragments:
-        assert str(fragment) in message, message
-    return message
 
 
 def names(folder):
@@ -97,7 +87,7 @@ def test_a_full_disk_leaves_the_old_file(where, tmp_path, monkeypatch):
     else:
         monkeypatch.setattr(os, where, no_space)
     target = tmp_path / "new" / "file" if where == "mkdir" else path
-    error(lambda: write_atomically(target, b"new"), target, "No space left on device", "free some space")
+    refused(lambda: write_atomically(target, b"new"), target, "No space left on device", "free some space")
     assert path.read_bytes() == b"old" and names(path.parent) == ["file"]
     assert not (tmp_path / "new").exists()
 
@@ -117,7 +107,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_file_in_the_way_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
-    error(lambda: write_atomically(tmp_path / "file" / "inside", b""), "cannot write")
+    refused(lambda: write_atomically(tmp_path / "file" / "inside", b""), "cannot write")
 
 
 def test_written_files_are_readable_by_others(tmp_path):
@@ -161,9 +151,9 @@ def test_truncated_weights_are_refused(tmp_path):
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 17), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        error(lambda: load_weights(path), path, "train it again")
+        refused(lambda: load_weights(path), path, "train it again")
     path.write_bytes(whole + b"x")
-    error(lambda: load_weights(path), path)
+    refused(lambda: load_weights(path), path)
 
 
 def test_a_flipped_bit_never_passes_unseen(tmp_path):
@@ -201,28 +191,28 @@ def test_pickles_are_refused_unread(kind, tmp_path):
         path.write_bytes(pickle.dumps(Bomb(), protocol=kind))
     else:
         torch.save(Bomb(), path, _use_new_zipfile_serialization=kind == "zip")
-    error(lambda: load_weights(path), path, "is a pickle, which can run code", "safetensors")
+    refused(lambda: load_weights(path), path, "is a pickle, which can run code", "safetensors")
     assert not (tmp_path / "ran").exists()
 
 
 def test_missing_and_empty_weights(tmp_path):
-    error(lambda: load_weights(tmp_path / "none"), "no weights at")
-    error(lambda: load_weights(tmp_path), "must be a file, it is a folder")
+    refused(lambda: load_weights(tmp_path / "none"), "no weights at")
+    refused(lambda: load_weights(tmp_path), "must be a file, it is a folder")
     (tmp_path / "empty").write_bytes(b"")
-    error(lambda: load_weights(tmp_path / "empty"), "truncated")
+    refused(lambda: load_weights(tmp_path / "empty"), "truncated")
 
 
 def test_another_architecture_names_the_first_leaf():
     expected = {"conv.weight": torch.zeros(4, 3), "fc.weight": torch.zeros(2, 4), "fc.bias": torch.zeros(2)}
     check_weights(expected, {k: v.clone() for k, v in expected.items()}, "w")
     wider = {**expected, "conv.weight": torch.zeros(8, 3), "fc.weight": torch.zeros(2, 8)}
-    error(
+    refused(
         lambda: check_weights(expected, wider, "w"),
         "w is of another architecture: conv.weight should be (4, 3), found (8, 3)",
     )
     lacking = {k: v for k, v in expected.items() if k != "fc.weight"}
-    error(lambda: check_weights(expected, lacking, "w"), "fc.weight (2, 4) is missing")
-    error(lambda: check_weights(lacking, expected, "w"), "fc.weight is not in this model")
+    refused(lambda: check_weights(expected, lacking, "w"), "fc.weight (2, 4) is missing")
+    refused(lambda: check_weights(lacking, expected, "w"), "fc.weight is not in this model")
 
 
 # ------------------------------------------------------------------------------------------------ a run's weights
@@ -238,31 +228,31 @@ def test_load_gives_the_trained_model(trained):
 
 
 def test_load_refuses_damage_with_one_line(run):
-    error(lambda: clead.load(run / "results"), "is not a run directory")
-    error(lambda: clead.load(run, weights="middle"), "no weights at")
+    refused(lambda: clead.load(run / "results"), "is not a run directory")
+    refused(lambda: clead.load(run, weights="middle"), "no weights at")
     whole = (run / "best.safetensors").read_bytes()
     (run / "best.safetensors").write_bytes(whole[: len(whole) // 2])
-    error(lambda: clead.load(run), "best.safetensors is truncated")
+    refused(lambda: clead.load(run), "best.safetensors is truncated")
     (run / "best.safetensors").write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    error(lambda: clead.load(run), "best.safetensors is damaged")
+    refused(lambda: clead.load(run), "best.safetensors is damaged")
     torch.save({"a": torch.zeros(1)}, run / "best.safetensors")
-    error(lambda: clead.load(run), "is a pickle")
+    refused(lambda: clead.load(run), "is a pickle")
     (run / "best.safetensors").write_bytes(to_safetensors({"a": torch.zeros(1)}))
-    error(lambda: clead.load(run), "lacks shape, classes, mean_std")
+    refused(lambda: clead.load(run), "lacks shape, classes, mean_std")
     assert clead.load(run, weights="last")
 
 
 def test_load_refuses_another_architecture(run):
     config = load_recipe("digits-clead", [*TINY, "--model.width", "5"])
     (run / "config.yaml").write_text(config.to_yaml())
-    error(
+    refused(
         lambda: clead.load(run),
         "another architecture: encoder.convolutions.0.weight should be (5, 1, 3, 3), found (4, 1, 3, 3)",
     )
     (run / "config.yaml").write_bytes(b"\xff\xfe\x00")
-    error(lambda: clead.load(run), "config.yaml")
+    refused(lambda: clead.load(run), "config.yaml")
     (run / "config.yaml").write_text("")
-    error(lambda: clead.load(run), "must be a mapping")
+    refused(lambda: clead.load(run), "must be a mapping")
 
 
 # ------------------------------------------------------------------------------------------------ the run directory
@@ -276,16 +266,16 @@ def test_create_refuses_what_is_there(tmp_path):
     run = RunDir.create(tmp_path / "run", config())
     assert run.config() == config() and RunDir.open(run.path).name == "run"
     assert json.loads((run.path / "environment.json").read_text())["torch"] == torch.__version__
-    error(lambda: RunDir.create(run.path, config()), "holds another run", "--resume")
+    refused(lambda: RunDir.create(run.path, config()), "holds another run", "--resume")
     (tmp_path / "other").mkdir()
     RunDir.create(tmp_path / "other", config())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / ".hidden").write_text("")
-    error(lambda: RunDir.create(tmp_path / "full", config()), "is not empty")
+    refused(lambda: RunDir.create(tmp_path / "full", config()), "is not empty")
     assert names(tmp_path / "full") == [".hidden"]
     (tmp_path / "file").write_text("")
-    error(lambda: RunDir.create(tmp_path / "file", config()), "is not empty")
-    error(lambda: RunDir.open(tmp_path), "is not a run directory")
+    refused(lambda: RunDir.create(tmp_path / "file", config()), "is not empty")
+    refused(lambda: RunDir.open(tmp_path), "is not a run directory")
 
 
 def test_default_paths_are_new(tmp_path, monkeypatch):
@@ -309,10 +299,10 @@ def test_log_survives_kill_and_full_disk(tmp_path, monkeypatch):
     run.truncate_log(size + 100)  # never filled up with zeros
     assert run.log_size() == size
     (tmp_path / "metrics.jsonl").write_text('{"a": 1}\ngarbage\n{"a": 2}\n')
-    error(run.history, "line 2 is damaged")
+    refused(run.history, "line 2 is damaged")
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()  # stands for a disk that refuses
-    error(lambda: run.log({"step": 1}), "cannot write", "it is a folder")
+    refused(lambda: run.log({"step": 1}), "cannot write", "it is a folder")
 
 
 def states(run, count):
@@ -342,7 +332,7 @@ def test_a_damaged_state_falls_back_to_the_older(tmp_path):
         path.write_bytes(whole[:length])
         assert Checkpoints(run.path).load()[0]["number"] == 0
     (tmp_path / "resume.previous.state").write_bytes(b"")
-    error(Checkpoints(run.path).load, "no checkpoint of", "resume.state, resume.previous.state damaged")
+    refused(Checkpoints(run.path).load, "no checkpoint of", "resume.state, resume.previous.state damaged")
 
 
 def test_a_forged_state_does_not_run(tmp_path):
@@ -392,7 +382,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     states(run, 2)
     monkeypatch.setattr(atomic_io, "_temporary", _full_file)
-    error(lambda: Checkpoints(run.path).save({"number": 2}), "No space left on device")
+    refused(lambda: Checkpoints(run.path).save({"number": 2}), "No space left on device")
     assert Checkpoints(run.path).load()[0]["number"] == 1
     assert names(tmp_path) == ["resume.previous.state", "resume.state"]
 

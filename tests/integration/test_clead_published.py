@@ -269,6 +269,36 @@ def test_ctrl_c_while_images_are_stored_says_how_to_go_on(tmp_path, monkeypatch)
         fit(tmp_path / "run")
 
 
+def test_images_that_version_0_1_began_are_taken_up(tmp_path, monkeypatch):
+    """Its header has the version in place of the format, and its parts are signed for that header."""
+    settings, cpu = config(), torch.device("cpu")
+    splits, model = settings.data.load(0), make_model()
+    whole = store_images(settings, splits, model, tmp_path / "whole", device=cpu, show=False)
+    real = ResumableResults.__init__
+
+    def of_version_0_1(self, path, header, **options):
+        real(
+            self,
+            path,
+            {**{key: value for key, value in header.items() if key != "format"}, "clead": "0.1.0"},
+            **options,
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableResults, "__init__", of_version_0_1)
+        store_images(settings, splits, model, tmp_path / "run", device=cpu, show=False)
+    (tmp_path / "run" / "train-000001.safetensors").unlink()
+    saved = []
+    save = ResumableResults.save
+    monkeypatch.setattr(
+        ResumableResults, "save", lambda self, key, *part: (saved.append(key), save(self, key, *part))[1]
+    )
+    again = store_images(settings, splits, model, tmp_path / "run", device=cpu, show=False)
+    assert saved == ["train-000001"] and torch.equal(again.images, whole.images)
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["clead"] == "0.1.0"
+    assert json.loads((tmp_path / "whole" / "state.json").read_text())["format"] == 1
+
+
 def test_images_of_another_start_are_refused(tmp_path):
     settings, cpu = config(), torch.device("cpu")
     splits = settings.data.load(0)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shlex
 import shutil
 import socket
 import stat
@@ -33,20 +32,7 @@ from clead.data.decoding import read_cache, write_cache
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults, discard
 from clead.runs.directory import RunDir
-
-TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.batch_size 27 --train.epochs 1
---train.validate_steps 1 --train.device cpu --eval.images 20 --eval.suite pgd --eval.steps 2 --eval.curve_points 0
---eval.check_images 0 --eval.gallery 4""")
-
-
-def refused(call, *fragments):
-    with pytest.raises(UserError) as caught:
-        call()
-    (message,) = caught.value.problems
-    assert "\n" not in message and len(message) < 600
-    for fragment in fragments:
-        assert str(fragment) in message, message
-    return message
+from support import TINY, refused
 
 
 def hashes(folder):
@@ -55,19 +41,6 @@ def hashes(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    clead.train(load_recipe("digits-standard", TINY), out=folder, show=False)
-    clead.evaluate_run(folder, show=False)
-    return folder
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
 
 
 @pytest.fixture

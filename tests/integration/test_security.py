@@ -34,25 +34,9 @@ from clead.models.onnx import OnnxModel
 from clead.runs.directory import RunDir
 from clead.weights import read_weights
 from clead.weights.files import load_weights
+from support import TINY
 
 SOURCE = Path(clead.__file__).parent
-TINY = shlex.split("""--model.width 4 --model.features 8 --data.limit_train 60 --data.limit_test 20 --data.batch_size 16
---attack.steps 1 --train.epochs 1 --train.validate_steps 1 --train.device cpu --eval.steps 1
---eval.curve_points 0 --eval.check_images 0 --eval.gallery 4""")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trained") / "run"
-    api.train(load_recipe("digits-standard", TINY), out=path, show=False)
-    api.evaluate_run(path, show=False)
-    return path
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
-
 
 # ------------------------------------------------------------------------------------------------ pickles
 

@@ -123,7 +123,7 @@ def test_names_of_python_warn_once(module, old, new):
         warnings.simplefilter("error")
         assert getattr(import_module(module), old) is getattr(import_module(module), new)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        import_module(module).nothing  # noqa: B018
+        _ = import_module(module).nothing
 
 
 def test_old_names_of_fields_warn_once():
@@ -135,7 +135,7 @@ def test_old_names_of_fields_warn_once():
     with pytest.warns(DeprecationWarning, match=r"AttackResult\.largest: write max_distance"):
         assert attack.largest == attack.max_distance
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        attack.nothing  # noqa: B018
+        _ = attack.nothing
     result = renamed.RenamedFields(num_successes=3)
     with pytest.warns(DeprecationWarning, match="broken: write num_successes"):
         assert result["broken"] == 3

@@ -23,7 +23,8 @@ ATTACKS: Registry[Any] = Registry(
 OBJECTIVES: Registry[Any] = Registry("objective", "clead.attacks")
 UNRESTRICTED: Registry[Any] = Registry("unrestricted attack", "clead.attacks")
 
-from clead.attacks.eot import expectation  # noqa: E402  (the files register themselves in the registries above)
+# Below the registries, in which the files register themselves.
+from clead.attacks.eot import expectation  # noqa: E402
 from clead.attacks.external import external  # noqa: E402
 from clead.attacks.functions import functions  # noqa: E402
 from clead.attacks.runner import run_attack  # noqa: E402

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clead import __version__
 from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import check_finite, finite_images, run_attack
 from clead.config import RunConfig
@@ -31,6 +30,7 @@ from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import per_image
 from clead.weights.files import fingerprint
 
+_FORMAT = 1  # of what is stored; a change of the images or of their files makes it 2
 _STREAM = 8  # random starts of stored images, apart from the streams of training
 
 
@@ -78,9 +78,10 @@ def store_images(
         "train_images": digest(train),
         STORED_TEST: len(test),
         "seed": config.train.seed,
-        "clead": __version__,
     }
     earlier = read_header(folder)
+    # Version 0.1 wrote its number instead of the format, which was the same.
+    header |= {"clead": earlier["clead"]} if earlier is not None and "clead" in earlier else {"format": _FORMAT}
     if earlier is not None and (different := differences(earlier, {"version": earlier.get("version"), **header})):
         raise UserError(
             f"{folder} holds images stored by another training ({'; '.join(different)}); give another --out, or restore what it "
