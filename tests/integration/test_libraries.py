@@ -409,6 +409,10 @@ class Conv(nn.Module):
         assert kind == "small"
         return cls()
 
+def of_timm(num_classes):
+    import timm
+    return timm.create_model("test_resnet", num_classes=num_classes)
+
 def bare():
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Sigmoid())
 
@@ -443,6 +447,14 @@ def test_own_factories_take_arguments_and_get_a_head():
     with pytest.raises(UserError, match="returns 3 logits per image but the data has 4 classes"):
         settings = Custom(factory="nets.py:bare")
         build_model(settings, 3, 4, [0.5] * 3, [0.5] * 3, seed=0, sample_shape=(3, 32, 32))
+
+
+def test_a_normalisation_that_is_stated_and_not_applied_is_said():
+    need("timm")
+    (note,) = custom("of_timm").origin
+    assert note.endswith('to apply them: --model.input "mean=0.5,0.5,0.5 std=0.5,0.5,0.5"')
+    settings = Custom(factory="nets.py:of_timm", input=ModelInput.parse("mean=0.5,0.5,0.5 std=0.5,0.5,0.5"))
+    assert build_model(settings, 3, 3, [0.5] * 3, [0.5] * 3, seed=0, sample_shape=(3, 32, 32)).origin == []
 
 
 def test_weights_of_an_own_factory_are_asked_for_once():

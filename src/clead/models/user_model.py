@@ -115,7 +115,7 @@ class Custom(ForeignModel):
                     f"return a model with {num_classes} outputs (the factory may take num_classes)"
                 )
             return module
-        return AdaptedModel(
+        adapted = AdaptedModel(
             module,
             sample_shape=sample_shape,
             num_classes=num_classes,
@@ -124,6 +124,18 @@ class Custom(ForeignModel):
             normalize=first_layer(self.normalize, mean, std) if self.input is None else InputLayer(self.input),
             new_head=True,
         )
+        adapted.origin += self._unapplied(module)
+        return adapted
+
+    def _unapplied(self, module: nn.Module) -> list[str]:
+        """Say so where a network of timm states a normalisation and none is set: it would get pixels that it does not know."""
+        stated = getattr(module, "pretrained_cfg", None)
+        if self.input is not None or self.normalize != "none" or not isinstance(stated, dict) or not stated.get("mean"):
+            return []
+        mean, std = (",".join(map(str, stated[key])) for key in ("mean", "std"))
+        return [
+            f'it states mean={mean} std={std}, which are not applied; to apply them: --model.input "mean={mean} std={std}"'
+        ]
 
 
 def allow_code(*factories: str) -> None:
