@@ -82,6 +82,17 @@ def test_a_folder_without_classes_has_no_labels(flat):
     assert splits.fingerprint == config().data.load(0).fingerprint != splits.trained_on
 
 
+def test_a_stray_image_does_not_hide_the_class_folders(tmp_path):
+    for k in range(10):
+        (tmp_path / "more" / str(k)).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(image(10 * k + i)).save(tmp_path / "more" / str(k) / f"{i}.png")
+    Image.fromarray(image(7)).save(tmp_path / "more/preview.png")
+    splits, note = loaded("--data.extra", tmp_path / "more")
+    assert splits.train.extra.labels.bincount().tolist() == [2] * 10
+    assert "with their own labels" in note and "1 files there are not read" in note
+
+
 def test_labels_are_those_of_the_classes_of_the_data(tmp_path):
     splits, note = loaded("--data.extra", arrays(tmp_path / "a.npz"), "--data.extra_share", "0.7")
     assert splits.train.extra.labels.tolist() == [k % 10 for k in range(40)] and splits.train.extra.labelled is None

@@ -16,7 +16,7 @@ from clead.data.datasets import READERS
 from clead.data.datasets.auto import read_any, recognizes
 from clead.data.decoding import ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import digests_of, equal_or_near
-from clead.data.files import files_below, is_image
+from clead.data.files import files_below, holds_image, is_image, visible_folders
 from clead.errors import UserError, memory_of
 from clead.interfaces import ImageSet, Splits
 
@@ -34,7 +34,7 @@ def with_extra(data: InMemoryDataset, splits: Splits) -> tuple[Splits, str]:
     """
     if data.extra is None or splits.train.extra is not None:
         return splits, ""
-    raw, classes = _read(data.extra)
+    raw, classes, skipped = _read(data.extra)
     labels, labels_note = _labels(raw, classes, splits.classes, data)
     images, rows, unreadable = _decoded(raw, tuple(splits.train.images.shape[1:]), data)
     held_out = torch.cat([splits.val.images, splits.test.images])
@@ -56,6 +56,8 @@ def with_extra(data: InMemoryDataset, splits: Splits) -> tuple[Splits, str]:
         )
     if repeated:
         texts.append(f"{repeated} equal training images")
+    if skipped:
+        texts.append(f"{skipped} files there are not read")
     if unreadable:
         texts.append(f"{unreadable} cannot be read and are left out")
     labelled = None if (labels >= 0).all() else labels >= 0
@@ -66,24 +68,30 @@ def with_extra(data: InMemoryDataset, splits: Splits) -> tuple[Splits, str]:
     return dataclasses.replace(splits, train=train, extra_fingerprint=digest.hexdigest()), "; ".join(texts)
 
 
-def _read(path: Path) -> tuple[RawSplit, tuple[str, ...]]:
-    """Return the images, of the training split where there are splits, and the class names; none of a folder without classes."""
+def _read(path: Path) -> tuple[RawSplit, tuple[str, ...], int]:
+    """Return the images, of the training split where there are splits, the class names, and how many files are not read.
+
+    A folder that holds images and fewer than two folders with images has no classes.
+    """
     try:
         path = resolve_path(path)
         if path.is_dir() and any(map(is_image, path.iterdir())) and not _has_labels(path):
-            files = [file for file, reason in files_below(path, set()) if reason is None]
-            return read_files(files, torch.full((len(files),), -1)), ()
+            reasons = dict(files_below(path, set()))
+            files = [file for file, reason in reasons.items() if reason is None]
+            return read_files(files, torch.full((len(files),), -1)), (), len(reasons) - len(files)
         raw = read_any(path)
     except UserError as error:
         raise UserError(*(problem.replace("data.path", _KEY) for problem in error.problems)) from None
     chosen = next((split for split in raw.parts.values() if len(split.labels)), None)
     if chosen is None:
         raise UserError(f"{_KEY} must hold images, got none in {str(path)!r}; give another path")
-    return chosen, raw.classes
+    return chosen, raw.classes, len(raw.skipped)
 
 
 def _has_labels(path: Path) -> bool:
-    """Say whether something in a folder with images, such as a table, tells their classes."""
+    """Say whether something in a folder with images, class folders or a table, tells their classes."""
+    if sum(map(holds_image, visible_folders(path))) > 1:
+        return True
     return any(name != "folder" and recognizes(reader, path) for name, reader in READERS.items())
 
 
