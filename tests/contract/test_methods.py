@@ -40,7 +40,8 @@ def method(request: pytest.FixtureRequest) -> Any:
 
 def call(method: Any, model: SplitModel, batch: Batch, threat: Any, seed: int = 0) -> StepOutput:
     generator = torch.Generator().manual_seed(seed)
-    return method(model, batch, threat=threat, attack=PGD(steps=2), generator=generator)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False) if method.needs_teacher else None
+    return method(model, batch, threat=threat, attack=PGD(steps=2), generator=generator, teacher=teacher)
 
 
 @pytest.mark.slow
@@ -67,7 +68,8 @@ def test_a_step(method, norm):
 
     output.loss.backward()
     for name, p in model.named_parameters():
-        if name.startswith("classifier.") and not method.uses_classifier:
+        frozen = not method.uses_classifier or getattr(method, "frozen_classifier", False)
+        if name.startswith("classifier.") and frozen:
             assert p.grad is None, name
             continue
         assert p.grad is not None and torch.isfinite(p.grad).all(), name

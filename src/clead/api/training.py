@@ -20,7 +20,7 @@ from clead.data.base import say_skipped
 from clead.data.classes import match_names
 from clead.data.extra import with_extra
 from clead.devices import device_of
-from clead.distributed import init_world, local_device
+from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
 from clead.models.external import backward_of
@@ -36,6 +36,7 @@ from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, unlabelled_sets, with_pseudo_labels
 from clead.training.stages import fit_stages, write_outcome
+from clead.training.teacher import START, load_teacher
 from clead.training.trainer import AfterValidation, Callbacks, TrainResult, fit
 from clead.weights.files import load_weights, save_weights
 
@@ -93,12 +94,8 @@ def train(
     processes.check_same({"configuration": config.to_yaml(), "data": splits.trained_on, **_versions()})
     show = show and processes.is_main
     splits, new_labels = _as_seen(config, splits, path, show=show)
-    adapted = None if model is None else adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
     begun = continuing and any(path.rglob("*.state"))  # its own weights are loaded, so no others are
-    split_model = adapted if adapted is not None else build(config, splits, pretrained=not begun)
-    images = min(config.data.batch_size, len(splits.train))
-    _check_model(split_model, config, splits, max(1, images // (processes.world_size * config.train.accumulate)))
-    notes = _beginning(split_model, config, tells=processes.is_main and not begun)
+    split_model, notes = _beginning(config, splits, model, processes, begun=begun)
     taken = f"{path} is in use by another training; wait for it, or give another --out"
     with locked(path, taken) if processes.is_main else nullcontext():
         if processes.is_main:
@@ -148,18 +145,33 @@ def _described(config: RunConfig, stored: RunConfig | None) -> RunConfig:
     return config
 
 
-def _beginning(model: SplitModel, config: RunConfig, *, tells: bool) -> list[str]:
-    """Load the weights that ``config`` begins with, and return, and print, what must be said of how the model was made."""
+def _beginning(
+    config: RunConfig, splits: Splits, model: nn.Module | None, processes: World, *, begun: bool
+) -> tuple[SplitModel, list[str]]:
+    """Return the model with the weights that ``config`` begins with, and what is said of how it was made, which is printed.
+
+    begun: the run has weights of its own already. Raises UserError if the model, those weights or a teacher do not fit.
+    """
+    taught_by_start = any(training.train.teacher == START for training in config.trainings())
+    if model is not None:
+        made = adapt(model, sample_shape=image_shape(splits), num_classes=len(splits.classes))
+    else:
+        made = build(config, splits, pretrained=not begun or taught_by_start)
+    images = min(config.data.batch_size, len(splits.train))
+    _check_model(made, config, splits, max(1, images // (processes.world_size * config.train.accumulate)))
     drawn = config.train.start_from is None
-    origin = model.origin if isinstance(model, AdaptedModel) else []
+    origin = made.origin if isinstance(made, AdaptedModel) else []
     notes = [f"model: {note}" for note in origin if drawn or RANDOM not in note]
-    for note in notes if tells else ():
+    for note in notes if processes.is_main and not begun else ():
         tell(note)
     if not drawn:
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
-        notes += start_from(model, Path(config.train.start_from), dim=dim)
-    return notes
+        notes += start_from(made, Path(config.train.start_from), dim=dim)
+    for training in config.trainings():
+        if training.train.teacher not in (None, START):
+            load_teacher(training, made, splits)
+    return made, notes
 
 
 def profile(config: RunConfig, *, model: nn.Module | None = None, data: Splits | None = None) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def _check_start(config: RunConfig) -> None:
     if (
         config.method.uses_attack
         and inner in ("kl", "embedding")
-        and not config.method.inner_contrastive_weight
+        and not getattr(config.method, "inner_contrastive_weight", 0)
         and getattr(config.attack, "random_start", True) is False
     ):
         raise UserError(

@@ -160,6 +160,11 @@ class Train:
         "weights to begin with: a run directory (those its eval.weights names), zoo:NAME, or a file such as net.safetensors or "
         "net.pth; of another number of classes or another size of images, what fits is taken and listed; none: drawn from the seed",
     )
+    teacher: str | None = setting(
+        None,
+        "the model that methods ard, rslad, lbgat, clead_embed and clead_finetune learn from: a run directory of the same "
+        "classes, or start: the model as this training begins",
+    )
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:

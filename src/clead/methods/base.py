@@ -18,16 +18,25 @@ from clead.renamed import old_names, warn_renamed
 from clead.settings import settings
 
 
+class Taught(NamedTuple):
+    """What a teacher says of images: features (B, D) and logits (B, K), without gradient."""
+
+    features: Tensor
+    logits: Tensor
+
+
 class Views(NamedTuple):
     """What a loss is computed from: the batch, and images by the name of their view (clean, adversarial, augmented …).
 
     Where several processes train, images are those of this process, and what the model makes of them in ``loss`` is joined with
-    what the others have; ``batch`` then has the labels of all, and ``local_batch`` is the batch of this process.
+    what the others have; ``batch`` then has the labels of all, and ``local_batch`` is the batch of this process. ``taught`` is what
+    the teacher says of the clean images of this process.
     """
 
     images: dict[str, Tensor]
     batch: Batch
     local_batch: Batch | None = None
+    taught: Taught | None = None
 
 
 class StepContext(NamedTuple):
@@ -41,6 +50,7 @@ class StepContext(NamedTuple):
         state: what ``Method.state`` returned.
         world: the processes that train together, each with its part of the batch.
         attack_mode: the mode of the model while it is attacked: evaluation, or that of the forward.
+        teacher: a model in evaluation mode that methods with ``needs_teacher`` learn from, or None.
     """
 
     threat: Threat
@@ -50,6 +60,18 @@ class StepContext(NamedTuple):
     state: nn.Module | None = None
     world: World = SINGLE_PROCESS
     attack_mode: AttackMode = "eval"
+    teacher: SplitModel | None = None
+
+    def taught(self, x: Tensor) -> Taught:
+        """Return what the teacher says of images (b, C, H, W) of this process."""
+        assert self.teacher is not None, "a method with needs_teacher was given none"
+        with torch.no_grad():
+            return Taught(*self.teacher.features_and_logits(x))
+
+    def of_all(self, taught: Taught | None) -> Taught:
+        """Return what the teacher said of the images of all processes, in the order of the batch's labels."""
+        assert taught is not None
+        return Taught(*map(self.world.all_gather, taught))
 
     @property
     def memory(self) -> nn.Module | None:
@@ -115,6 +137,8 @@ class Method(ABC):
 
     Then there are settings ``stored_attack`` (the attack, by ``attack_of``) and ``stored_clip``.
     """
+    needs_teacher = False
+    """Whether it learns from another model, ``train.teacher``."""
     replays = 1
     """How many steps in a row are taken on the same batch, ≥ 1."""
 
@@ -140,6 +164,11 @@ class Method(ABC):
             data: settings of the data set.
             train: those of the training; None if they are not valid themselves.
         """
+        teacher = getattr(train, "teacher", None)
+        if train is not None and self.needs_teacher != (teacher is not None):
+            rule = "this method learns from a teacher" if self.needs_teacher else "this method has no use for a teacher"
+            remedy = "name a run, or start, the model as it begins" if self.needs_teacher else "leave it out"
+            return [f"train.teacher: {rule}, got {teacher or 'none'}; {remedy}"]
         if self.contrasts and data.batch_size < 2:
             return [
                 "data.batch_size: a contrastive loss needs at least 2 images, because the others are the negatives, "
@@ -218,12 +247,13 @@ class Method(ABC):
         generator: torch.Generator,
         progress: float = 0.0,
         state: nn.Module | None = None,
+        teacher: SplitModel | None = None,
     ) -> StepOutput:
         """Return the loss of one batch and its metrics; arguments as those of ``views`` and ``StepContext``.
 
         The model is in train mode; its parameters receive gradients when the loss is differentiated.
         """
-        step = StepContext(threat, attack, generator, progress, state)
+        step = StepContext(threat, attack, generator, progress, state, teacher=teacher)
         return self.loss(model, self.views(model, batch, step), step)
 
 

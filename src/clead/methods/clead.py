@@ -21,7 +21,7 @@ from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views, over_whole_batch
 from clead.methods.free_adversary import PersistentDelta, replayed
 from clead.methods.labels import classes, distinct, known_labels, mean_of
-from clead.methods.view_forward import Level, forward, unit_vectors
+from clead.methods.view_forward import Level, Outputs, forward, unit_vectors
 from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -195,11 +195,19 @@ class CLead(Method):
             wanted = [name for name in ("clean", "augmented", "adversarial") if name != "clean" or self.clean_view]
             z = [unit_vectors(model, outputs[name], self.contrastive_level) for name in wanted if name in outputs]
             add("contrastive", self.contrastive_weight, self._contrast(z, batch))
+        for name, (weight, value) in self.more_terms(outputs, views, step).items():
+            add(name, weight, value)
         for name, key in (("clean", "clean_accuracy"), ("adversarial", "robust_accuracy")):
             if name in outputs:
                 right = CLASSIFICATION.correct(outputs[name].logits, batch.labels)
                 metrics[key] = mean_of(right.float(), batch.labelled)
         return StepOutput(loss, metrics)
+
+    def more_terms(
+        self, outputs: dict[str, Outputs], views: Views, step: StepContext
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Return what a method built on this one adds to the loss: name -> weight and value."""
+        return {}
 
     def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Tensor:
         with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():

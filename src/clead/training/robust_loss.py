@@ -16,11 +16,13 @@ from clead.data.loaders import _SECOND_VIEW, make_generator
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import Batch, StepOutput
+from clead.methods import METHODS
 from clead.models.external import io_of
 from clead.models.modes import set_forward_mode
-from clead.models.split import SplitModel, adapt, require_features
+from clead.models.split import SplitModel, adapt, copied, require_features
 from clead.settings import validated
 from clead.training.step import Step, threat_at
+from clead.training.teacher import START
 from clead.training.trainer import _PERTURBATION
 
 _SHARE = 8  # images move by up to their height over this
@@ -102,6 +104,7 @@ class RobustLoss(nn.Module):
         step_size: of the attack.
         view: the second view, of methods that contrast it: settings of ``data.view``, such as ``{"crop": 4, "flip": True}``; None:
             the image shifted at random by up to an eighth.
+        teacher: a classifier that methods such as rslad learn from; None: the model as it is now. ``state_dict`` has it, too.
         seed: of the head, the random starts and the second views; with it each step's randomness is fixed.
         config: a run's configuration, as ``clead.load_recipe`` makes it, instead of all these: method, attack, threat with its
             eps_ramp, second view, attack_mode, forward_mode and seed are its own.
@@ -135,6 +138,7 @@ class RobustLoss(nn.Module):
         steps: int | None = None,
         step_size: float | str | None = None,
         view: Augmentation | Mapping[str, Any] | None = None,
+        teacher: nn.Module | None = None,
         seed: int = 0,
         config: RunConfig | None = None,
         total_steps: int | None = None,
@@ -169,6 +173,12 @@ class RobustLoss(nn.Module):
             require_features(self.model, shape, f"method {_name(config)}")
         if config.method.uses_embedding and self.model.projection is None:
             self.model.add_projection(config.method.embedding_dim, seed=seed)
+        self.teacher: SplitModel | None = None
+        if config.method.needs_teacher:
+            self.teacher = copied(self.model if teacher is None else adapt(teacher, sample_shape=shape))
+            self.teacher.eval().requires_grad_(False)
+        elif teacher is not None:
+            raise UserError(f"teacher: method {_name(config)} has no use for one; leave it out")
         self.state = config.method.state(self.model, shape)
 
     @property
@@ -195,7 +205,8 @@ class RobustLoss(nn.Module):
             second_view = self.view(x, generator=drawn, strength=self.view.strength(progress))
         generator = make_generator(x.device, self.seed, self.steps, _PERTURBATION)
         batch = make_batch(config, x, y, second_view, generator)
-        output = _step(config, self.model, self.state).forward(batch, progress, generator, threat_at(config, progress))
+        step = _step(config, self.model, self.state, self.teacher)
+        output = step.forward(batch, progress, generator, threat_at(config, progress))
         self.steps += 1
         return output
 
@@ -234,7 +245,7 @@ def step_config(method: Any, threat: dict[str, Any], attack: Any, settings: dict
     """
     tree = {
         "data": {"name": "digits"},  # none is loaded
-        "train": {"epochs": 1},
+        "train": {"epochs": 1, "teacher": START if _needs_teacher(method) else None},
         "threat": {key: value for key, value in threat.items() if value is not None},
         "attack": _tree("attack", attack) | {key: value for key, value in inner.items() if value is not None},
         "method": _tree("method", method) | settings,
@@ -270,8 +281,9 @@ def make_batch(
     return Batch(x, y if soft is None else soft.argmax(1), second_view, soft_labels=soft)
 
 
-def _step(config: RunConfig, model: SplitModel, state: nn.Module | None) -> Step:
-    return Step(config, model, state, contextlib.nullcontext(), torch.amp.GradScaler(enabled=False))
+def _step(config: RunConfig, model: SplitModel, state: nn.Module | None, teacher: SplitModel | None = None) -> Step:
+    scaler = torch.amp.GradScaler(enabled=False)
+    return Step(config, model, state, contextlib.nullcontext(), scaler, teacher=teacher)
 
 
 def _tree(group: str, value: Any) -> dict[str, Any]:
@@ -280,6 +292,15 @@ def _tree(group: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {key: value}
     return dict(value) if isinstance(value, Mapping) else {**chosen_name(group, value), **plain(value)}
+
+
+def _needs_teacher(method: Any) -> bool:
+    return (
+        isinstance(method, str)
+        and method in METHODS.names()
+        and METHODS.get(method).needs_teacher
+        or bool(getattr(method, "needs_teacher", False))
+    )
 
 
 def _name(config: RunConfig) -> str:
@@ -291,6 +312,8 @@ def _lacking(config: RunConfig, model: SplitModel, x: Tensor) -> str:
     method = config.method
     if method.uses_embedding:
         return "trains a projection head"
+    if method.needs_teacher:
+        return "learns from a teacher"
     if method.uses_features and not model.has_features:
         return "looks at the features"
     return "" if method.state(model, tuple(x.shape[1:])) is None else "remembers something from step to step"

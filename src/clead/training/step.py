@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 from clead.config import RunConfig
 from clead.distributed import SINGLE_PROCESS, World
 from clead.interfaces import Batch, Objective, StepOutput, Threat
-from clead.methods.base import StepContext, Views
+from clead.methods.base import StepContext
 from clead.models.compute_cost import CostMeter
+from clead.models.modes import attack_mode
 from clead.models.split import SplitModel, copied
 from clead.training.awp import perturbed_weights
 
@@ -31,14 +33,16 @@ class Step:
         autocast: the precision of the forward.
         scaler: of the loss, for float16.
         world: the processes that train together.
+        teacher: what the method learns from, in evaluation mode, or None.
     """
 
     config: RunConfig
     model: SplitModel
     method_state: nn.Module | None
-    autocast: contextlib.AbstractContextManager[Any]
+    autocast: AbstractContextManager[Any]
     scaler: torch.amp.GradScaler
     world: World = SINGLE_PROCESS
+    teacher: SplitModel | None = None
 
     def forward_backward(
         self, batch: Batch, progress: float, generator: torch.Generator, threat: Threat | None = None
@@ -79,11 +83,12 @@ class Step:
         alone = world.world_size == 1
         threat = threat or config.threat
         attack = config.attack if threat.eps else _unmoved
-        context = StepContext(threat, attack, generator, progress, self.method_state, world, config.train.attack_mode)
+        mode, state = config.train.attack_mode, self.method_state
+        context = StepContext(threat, attack, generator, progress, state, world, mode, self.teacher)
         with record_function("views"), self.autocast:
             views = config.method.views(model, batch, context)
         if not alone:
-            views = Views(views.images, _of_all(views.batch, world), views.batch)
+            views = views._replace(batch=_of_all(views.batch, world), local_batch=views.batch)
 
         def output() -> StepOutput:
             join = None if alone else lambda outputs: world.gather_with_grad(outputs, size)
@@ -102,19 +107,37 @@ def threat_at(config: RunConfig, progress: float) -> Threat:
     return replace(config.threat, eps=config.threat.eps * share)
 
 
-def cost_per_image(config: RunConfig, model: SplitModel, batch: Batch, method_state: nn.Module | None = None) -> float:
+def cost_per_image(
+    config: RunConfig,
+    model: SplitModel,
+    batch: Batch,
+    method_state: nn.Module | None = None,
+    teacher: SplitModel | None = None,
+) -> float:
     """Return what one training step costs per image in forward-equivalents, measured on copies of model and method state.
 
     Forward 1, backward to inputs only 1, backward to inputs and weights 2, over all views and attack steps, at the full radius and
-    with all weights that may learn. The model is in the mode in which it learns.
+    with all weights that may learn. The model is in the mode in which it learns. A teacher's forwards count by its multiplications.
     """
     probe = copied(model)
     state = None if method_state is None else copied(method_state)
-    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter:
+    taught = nullcontext() if teacher is None else CostMeter(teacher)
+    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter, taught as teaching:
         generator = torch.Generator(batch.images.device).manual_seed(0)
         scaler = torch.amp.GradScaler(enabled=False)
-        Step(config, probe, state, contextlib.nullcontext(), scaler).forward_backward(batch, 0.0, generator)
-    return meter.forward_equivalents / len(batch.labels)
+        step = Step(config, probe, state, nullcontext(), scaler, teacher=teacher)
+        step.forward_backward(batch, 0.0, generator)
+    spent = float(meter.forward_equivalents)
+    if teacher is not None and teaching is not None:
+        spent += teaching.forwards * _multiplications(teacher, batch.images) / _multiplications(probe, batch.images)
+    return spent / len(batch.labels)
+
+
+def _multiplications(model: SplitModel, x: Tensor) -> int:
+    """Return the multiplications of a forward of ``x``, as PyTorch counts them."""
+    with torch.no_grad(), attack_mode(model), FlopCounterMode(display=False) as counter:
+        model(x)
+    return max(1, counter.get_total_flops())
 
 
 def mean_output(outputs: Sequence[StepOutput]) -> StepOutput:

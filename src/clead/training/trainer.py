@@ -51,6 +51,7 @@ from clead.training.optim import make_optimizer, make_schedule, parameter_groups
 from clead.training.overfitting import Cause, cause_of, collapsed, parted
 from clead.training.signals import Interrupted, catch_signals
 from clead.training.step import Step, cost_per_image, first_images, mean_output, microbatches, threat_at
+from clead.training.teacher import load_teacher
 from clead.training.tensorboard import tensorboard
 from clead.weights.files import check_weights, save_weights
 
@@ -197,7 +198,10 @@ class Trainer:
         if self.method_state is not None:
             self.method_state.to(self.device)
         sample = first_images(self.loader.batch(0, 0), 2)
-        self.cost = cost_per_image(config, self.model, sample, self.method_state)
+        self.teacher = load_teacher(config, self.model, self.splits)
+        if self.teacher is not None:
+            self.teacher.to(device=self.device, memory_format=self.layout)  # ty: ignore[no-matching-overload]
+        self.cost = cost_per_image(config, self.model, sample, self.method_state, self.teacher)
         self._shard()
         self._plan_length()
         self._make_optimizer()
@@ -310,7 +314,7 @@ class Trainer:
             self.average = AveragedModel(copied(self.model), avg_fn=get_swa_avg_fn(), use_buffers=True)
         lower = settings.precision != "float32"
         autocast = torch.autocast(self.device.type, dtype=PRECISION[settings.precision], enabled=lower)
-        self.step = Step(self.config, self.model, state, autocast, self.scaler, self.world)
+        self.step = Step(self.config, self.model, state, autocast, self.scaler, self.world, self.teacher)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
