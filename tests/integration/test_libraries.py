@@ -134,7 +134,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", ["timm:test_resnet", "hf:vit"])
+RESUMED = ("timm:test_resnet", "hf:vit")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in RESUMED else [pytest.mark.slow]) for n in NETWORKS])
 def test_a_stopped_training_goes_on_with_the_same_bits(name):
     every = ("--train.epochs", "2", "--train.checkpoint_seconds", "0")
     whole = trained(name, NETWORKS[name], *every, out="whole")
@@ -363,6 +366,11 @@ def test_evaluated_without_a_training(hub):
             "AlexNet fails on images of shape .*enlarge them inside the model: --model.input .size=224",
         ),
         ("hf:vot", {}, "hf:vot: no such folder, and no kind of network.*did you mean .*'vit'"),
+        (
+            "hf:google/vit-base-patch16-224",
+            {},
+            "hf:google/vit-base-patch16-224 cannot be made: .*--train.start_from FILE",
+        ),
         ("hf:vit", {"hidden_sizes": 3}, "model.args.hidden_sizes: hf:vit takes no 'hidden_sizes'; did you mean"),
         ("hf:vit", {"pretrained": True}, "hf:vit is a kind of network, without weights; name"),
         ("hf:vit", {"hidden_size": "wide"}, "hf:vit cannot be made: .*wide"),
