@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clead.attacks.runner import check_inputs
 from clead.config import RunConfig
-from clead.config.schema import REGISTRY_GROUPS, chosen_name, plain
+from clead.config.schema import REGISTRY_GROUPS, chosen_name, plain, type_problem
 from clead.data.loaders import _SECOND_VIEW, make_generator
 from clead.data.views import Augmentation
 from clead.errors import UserError
@@ -291,6 +291,8 @@ def _tree(group: str, value: Any) -> dict[str, Any]:
     key = REGISTRY_GROUPS[group][1]
     if isinstance(value, str):
         return {key: value}
+    if not isinstance(value, Mapping) and (problem := type_problem(group, value)):
+        raise UserError(f"{group}: {problem}, or a name")
     return dict(value) if isinstance(value, Mapping) else {**chosen_name(group, value), **plain(value)}
 
 
