@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 import clead
+from clead.cli import app
 from clead.data.datasets.auto import Auto
 from clead.data.flips import Flips, look_at_flips
 from clead.data.survey import sides_of, survey
@@ -215,6 +216,20 @@ def test_groups_order_of_classes_and_other_layouts(photos, tmp_path):
     assert (
         seen.channels == 1 and seen.one_size and dict(seen.repeats) == {"test in training": 4} and not seen.flips.safe
     )
+
+
+def test_the_line_to_type_leaves_flips_out_where_they_look_unsafe(tmp_path, photos, monkeypatch, capsys):
+    for k, text in enumerate("bd"):
+        (tmp_path / "letters/train" / f"class {k}").mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(drawn(letter(text), 100 * k + i)).save(tmp_path / f"letters/train/class {k}/{i:02d}.png")
+    for path, expected in ((tmp_path / "letters", True), (photos, False)):
+        monkeypatch.setattr("sys.argv", ["clead", "data", str(path)])
+        with pytest.raises(SystemExit):
+            app.main()
+        out = capsys.readouterr().out
+        assert ("--data.augment.flip false" in out.splitlines()[-1]) == expected
+        assert f"mirroring looks {'unsafe' if expected else 'safe (data.augment.flip)'}: " in out
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):

@@ -75,6 +75,8 @@ def _lines(report: DataReport, options: str) -> list[str]:
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"training would refuse it: {problem}" for problem in report.problems]
     add = " ".join(["", *report.options])
+    if report.survey is not None and not report.survey.flips.safe:
+        add += " --data.augment.flip false"
     if report.splits.get("train"):
         lines.append(f"next: clead train cifar10-small-pgd-at --data.name auto {options}{add}".replace("  ", " "))
     else:
