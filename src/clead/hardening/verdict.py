@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clead.results.record import Record
+from clead.results.statistics import unbalanced
 
 History = Sequence[Mapping[str, Any]]
 """Lines of a run's log, as ``RunDir.history`` gives them."""
@@ -45,6 +46,8 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
         f"withstand {robust.threat.norm} {robust.threat.eps_text} under suite {robust.suite}; of the plainly trained model's "
         f"{baseline.worst.accuracy:.1%}"
     )
+    if (mean := unbalanced(robust)) is not None:
+        gained += f"; as a mean over the classes, which differ in size, {mean.robust.accuracy:.1%}"
     paid = (
         f"{abs(cost):.1f} points of clean accuracy {'less' if cost >= 0 else 'more'}: {robust.clean.accuracy:.1%}, "
         f"the plainly trained model {baseline.clean.accuracy:.1%}"
