@@ -1,9 +1,9 @@
-"""``clead harden`` on photographs of hands and on CIFAR-10: a pre-trained network and one from scratch at the same minutes, and its own choice.
+"""``clead harden`` on hands and on CIFAR-10: a pre-trained network, networks from scratch at the same minutes, and its own choice.
 
-CLEAD_DATA=... python studies/harden.py --minutes 20 --seeds 0 1 2          (a quiet machine: each run has all its cores)
+CLEAD_DATA=... python studies/harden.py --minutes 20 --seeds 0 1 2      (a quiet machine: each run has all its cores)
 
-Rows that studies/harden.json has are not run again, and a run that was stopped goes on. Run folders are in ``--work``. Data: hands (64 pixels),
-and the first 5,000 and all 50,000 training images of CIFAR-10 at 32 pixels. ``chosen`` has no ``--model``.
+Rows that studies/harden.json has are not run again, and a run that was stopped goes on. Run folders are in ``--work``. Data: hands
+(64 pixels), the first 5,000 and all 50,000 training images of CIFAR-10 (32 pixels). ``chosen`` has no ``--model``.
 """
 
 import argparse
