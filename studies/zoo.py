@@ -34,9 +34,9 @@ ABOUT = {
         "evaluated": "clead evaluate zoo:cifar10-small --eval.images 500",
         "chosen": "The recipe has the best mean under AutoAttack of studies/study_headline/cifar10 (26.1 ± 1.7 %, 3 seeds; C-LEAD, "
         "25.9 ± 2.3 %, is as good within its interval). This is seed 0, not the best of the seeds.",
-        "limits": "It is a first look, not a robust classifier of photographs: nearly every second image is wrong when clean, and "
-        "networks that are a hundred times larger and trained for days keep 70 % under the same attack. Its images were JPEG-coded "
-        "copies of CIFAR-10.",
+        "limits": "It is a first look, not a robust classifier of photographs: more than four images in ten are wrong when clean, "
+        "and networks that are a hundred times larger and trained for days keep 70 % under the same attack. Its images were "
+        "JPEG-coded copies of CIFAR-10.",
     },
 }
 
