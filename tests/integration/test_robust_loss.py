@@ -268,8 +268,8 @@ def test_wrong_pixels_labels_and_wrappers(images):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (lambda: clead.RobustLoss(make_net(), (1, 8, 8)), "^give either a method"),
-        (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("trades"), eps=0.1), "^give either a method"),
+        (lambda: clead.RobustLoss(make_net(), (1, 8, 8)), "; give either a method"),
+        (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("trades"), eps=0.1), "; give either a method"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("trades", "--train.awp", "0.01")), "^train.awp"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), config=config_of("mart", "--train.eps_ramp", "[0,1]")), "^total_steps"),
         (lambda: clead.RobustLoss(make_net(), (1, 8, 8), "acl", eps=0.1, reweight="2/3"), "^total_steps"),

@@ -828,12 +828,19 @@ def test_options_of_the_step_schedule_change_the_result(tmp_path):
 
 def test_no_option_of_training_is_forgotten_here():
     tested = {key.split(".")[1] for key in (*CHANGES, *NO_CHANGE) if key.startswith("train.")}
-    assert set(Train.__pydantic_fields__) - tested == {
-        "compile",
-        "start_from",
-    }  # minutes on a CPU; tested with the stages
+    elsewhere = {"compile", "start_from", "teacher"}  # minutes on a CPU; tested with the stages; in test_teacher.py
+    elsewhere |= {
+        "attack_mode",
+        "batch_norm_images",
+        "eps_ramp",
+        "forward_mode",
+        "minutes",
+        "unfreeze",
+    }  # test_finetuning.py
+    assert set(Train.__pydantic_fields__) - tested == elsewhere
     tested = {key.split(".")[1] for key in CHANGES if key.startswith("optim.")}
-    assert set(Optim.__pydantic_fields__) - tested == {"milestones", "decay"}  # tested with the step schedule
+    elsewhere = {"milestones", "decay", "encoder_lr", "first_layer_lr"}  # with the step schedule; test_finetuning.py
+    assert set(Optim.__pydantic_fields__) - tested == elsewhere
 
 
 METHOD_CHANGES = {

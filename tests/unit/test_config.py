@@ -71,7 +71,8 @@ def test_every_registered_class_round_trips(group, name):
     registry, key = CHOSEN[group]
     fields = registry.get(name).__pydantic_fields__
     given = {k: v for k, v in REQUIRED.items() if k in fields and fields[k].is_required()}
-    config = RunConfig.from_dict(tree(**{group: {key: name, **given}}))
+    taught = {"train": {"epochs": 1, "teacher": "start"}} if getattr(registry.get(name), "needs_teacher", False) else {}
+    config = RunConfig.from_dict(tree(**{group: {key: name, **given}}, **taught))
     assert type(getattr(config, group)) is registry.get(name)
     assert config.to_dict()[group][key] == name
     assert set(config.to_dict()[group]) - {key} == set(fields)

@@ -29,6 +29,9 @@ PASSED_ON = {
     "*retired *error.problems",
     "data.pseudo_labels_from: {problem}",
     "train.start_from: {problem}",
+    "train.teacher: {problem}",
+    # Of a model that fails on these images: its own line, with what its library states of sizes, if it does.
+    "f'{self.network}: {error}; {enlarge}' if enlarge else str(error)",
     "*notes",
     # Messages of another error, or of a function that is tried below.
     "model.input: {error}",

@@ -21,6 +21,7 @@ from clead.models.external import io_of
 from clead.models.modes import set_forward_mode
 from clead.models.split import SplitModel, adapt, copied, require_features
 from clead.settings import validated
+from clead.tasks.classification import CLASSIFICATION
 from clead.training.step import Step, threat_at
 from clead.training.teacher import START
 from clead.training.trainer import _PERTURBATION
@@ -147,7 +148,10 @@ class RobustLoss(nn.Module):
         super().__init__()
         given = (eps, norm, attack, steps, step_size, view, seed, settings)
         if (method is None) == (config is None) or (config and given != (None, "linf", "pgd", None, None, None, 0, {})):
-            raise UserError('give either a method with its options, such as "trades", eps="8/255", or config=... alone')
+            raise UserError(
+                "what a step does must be said once; give either a method with its options, such as "
+                '"trades", eps="8/255", or config=... alone'
+            )
         if config is None:
             config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, steps=steps, step_size=step_size)
         else:
@@ -268,7 +272,8 @@ def make_batch(
     A second view that is not given is the image, shifted at random.
     """
     soft = y if isinstance(y, Tensor) and y.dim() == 2 and y.is_floating_point() else None
-    check_inputs(x, y if soft is None else soft.argmax(1))
+    labels = y if soft is None else CLASSIFICATION.predict(soft)
+    check_inputs(x, labels)
     if soft is not None and not torch.allclose(soft.sum(1), soft.new_ones(()), atol=1e-3):
         raise UserError("soft labels must have rows of sum 1; give y.softmax(1), or class numbers of shape (B,)")
     if not config.method.uses_second_view:
@@ -277,8 +282,10 @@ def make_batch(
     elif second_view is None:
         second_view = Augmentation(crop=max(1, x.shape[2] // _SHARE))(x, generator=generator)
     elif second_view.shape != x.shape:
-        raise UserError(f"second_view must have the shape of x, {tuple(x.shape)}, got {tuple(second_view.shape)}")
-    return Batch(x, y if soft is None else soft.argmax(1), second_view, soft_labels=soft)
+        raise UserError(
+            f"second_view must have the shape of x, {tuple(x.shape)}, got {tuple(second_view.shape)}; give one of each image"
+        )
+    return Batch(x, labels, second_view, soft_labels=soft)
 
 
 def _step(config: RunConfig, model: SplitModel, state: nn.Module | None, teacher: SplitModel | None = None) -> Step:
@@ -292,7 +299,7 @@ def _tree(group: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {key: value}
     if not isinstance(value, Mapping) and (problem := type_problem(group, value)):
-        raise UserError(f"{group}: {problem}, or a name")
+        raise UserError(f"{group}: {problem}; give one, or a name of clead list")
     return dict(value) if isinstance(value, Mapping) else {**chosen_name(group, value), **plain(value)}
 
 
