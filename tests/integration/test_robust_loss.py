@@ -243,7 +243,7 @@ def test_what_a_dictionary_of_outputs_holds(images):
         (["trades"], {}, r"^eps: is required, .* eps=\"8/255\"$"),
         (["trades"], {"eps": 8}, "^threat.eps: linf eps must be in .*8/255"),
         (["trades"], {"eps": 0.1, "kl_weigth": 3}, "^method.kl_weigth: unknown key; did you mean 'kl_weight'"),
-        ([5], {"eps": 0.1}, r"^method: must be the settings of a registered method \(.*\), got 5; give one, or a name of clead list$"),
+        ([5], {"eps": 0.1}, r"^method: must be the settings of a registered method \(.*\), got 5; give one, or a name"),
         (["trade"], {"eps": 0.1}, "^method.name: unknown method 'trade'; did you mean 'trades'"),
         (["trades"], {"eps": 0.1, "attack": "fgsm", "steps": 3}, "^attack.steps: unknown key"),
         (["trades"], {"eps": 0.1, "second_view": torch.zeros(12, 1, 8, 8)}, "^second_view: method trades looks at none"),
