@@ -24,7 +24,7 @@ PEER = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 STAGES = {"APGD-CE": "apgd-ce", "APGD-T": "apgd-t", "FAB-T": "fab-t", "Square": "square"}
 # Images, and steps of each attack: 100 is AutoAttack's own length, 40 two fifths of it, for both alike (queries too). The reference
 # takes seconds an image; studies of more images: benchmarks/autoattack.py.
-N = {"linf": (24, 100), "l2": (16, 40), "l1": (12, 40)}
+N = {"linf": (16, 100), "l2": (16, 40), "l1": (12, 40)}
 pytestmark = pytest.mark.slow
 
 

@@ -266,7 +266,12 @@ class Reader:
         if words[0] == "clead" and words[1] in SERVERS:
             self.serve(words)
         elif words[0] == "clead":
-            self.clead([words[1], *SHORTER.get(words[1], []), *words[2:]])
+            zoo = (
+                ["--eval.steps", "3"]
+                if words[1] == "evaluate" and any(word.startswith("zoo:") for word in words)
+                else []
+            )
+            self.clead([words[1], *zoo, *SHORTER.get(words[1], []), *words[2:]])
         elif words[0] == "python" and words[1].endswith(".py"):
             self.script(words[1:])
         elif words[0] == "torchrun":

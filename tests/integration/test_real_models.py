@@ -237,9 +237,3 @@ def test_efficientnet_with_its_published_weights():
     assert evaluated("nets.py:lite0", weights=weights, input="range=0..255").clean.accuracy < 1, (
         "other pixels, other answers"
     )
-
-
-@pytest.mark.slow
-def test_efficientnet_is_fine_tuned_exported_and_served():
-    need("pretrained")
-    goes_round(trained("pretrained", "--model.input", "mean=127 std=128", "--train.budget", "1"), "pgd", ("torch",))

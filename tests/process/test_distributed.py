@@ -274,15 +274,10 @@ except UserError as error:
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("backend", ["static", "c10d"])
-def test_torchrun_starts_a_lost_worker_again_and_the_run_goes_on(backend, tmp_path):
-    """torchrun --max-restarts, with its default rendezvous and with c10d."""
+def test_torchrun_starts_a_lost_worker_again_and_the_run_goes_on(tmp_path):
+    """torchrun --max-restarts, with the rendezvous that the page of docs names."""
     run = tmp_path / "run"
-    where = (
-        [f"--master-port={free_port()}"]
-        if backend == "static"
-        else ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
-    )
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}"]
     words = [*TINY.split(), "--train.budget", "60", "--train.checkpoint_seconds", "0", "--out", str(run), "--resume"]
     starter = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", *where]
     done = subprocess.run(
