@@ -109,6 +109,7 @@ NOT_RUN = {
         f"clead harden photos {options}": "takes half an hour; tests/integration/test_harden.py goes the whole road"
         for options in (
             "--minutes 30",
+            "--model efficientnet_lite0 --minutes 60",
             "--model timm:resnet18 --model.args.pretrained true --minutes 60",
             "--model my_models.py:make_net --weights net.safetensors --minutes 30",
             "--model resnet18 --weights runs/mine --minutes 30",

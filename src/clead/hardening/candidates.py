@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clead.data.survey import Survey
-from clead.models import efficientnet_lite0
 
-SMALL_IMAGES = 32
-"""Below so many pixels a side a network that was trained on photographs of 224 has nothing left to look at."""
+_DIGITS = 28  # grey images up to so many pixels a side are like MNIST's
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,19 @@ class Candidate:
     pretrained: bool
 
 
-def candidates(data: Survey, image_size: int, model: str | None, *, has_weights: bool) -> list[Candidate]:
-    """Return what could be trained: the user's network alone, if there is one; else networks from scratch and a pre-trained one.
+def candidates(data: Survey, model: str | None, *, has_weights: bool) -> list[Candidate]:
+    """Return what could be trained: the user's network alone, if there is one; else networks from scratch, the smallest first.
 
-    Those from scratch come first, the smallest of them at the head.
+    A pre-trained one has to be named: the only ones that were tried collapsed where networks from scratch did not (docs/harden.md).
 
     Args:
         data: what is known of the images.
-        image_size: that they are trained at.
         model: that the user named, if any.
         has_weights: whether that begins with weights which the user named, too.
     """
     if model is not None:
         return [Candidate(model, {"name": model}, has_weights or _brings_weights(model))]
-    if max(data.sides) <= SMALL_IMAGES - 4 and data.channels == 1:
+    if max(data.sides) <= _DIGITS and data.channels == 1:
         return [
             Candidate(f"small_cnn of width {width}", {"name": "small_cnn", "width": width}, False) for width in (16, 32)
         ]
@@ -49,8 +46,6 @@ def candidates(data: Survey, image_size: int, model: str | None, *, has_weights:
         Candidate(f"resnet10 of width {width}", {"name": "resnet10", "width": width}, False) for width in (16, 32, 64)
     ]
     choices.append(Candidate("resnet18", {"name": "resnet18"}, False))
-    if image_size >= SMALL_IMAGES and efficientnet_lite0.is_installed():
-        choices.append(Candidate("EfficientNet-Lite0 (ImageNet)", {"name": "efficientnet_lite0"}, True))
     return choices
 
 

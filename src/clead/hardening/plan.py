@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ from clead.settings import Ratio, WrittenFloat, WrittenInt
 
 BASELINE, EVALUATION, REST = 0.08, 0.2, 0.06
 """Shares of the minutes, the evaluation's at most; the rest is reading, timing, report and export. Training has what is left."""
-FEW_IMAGES = 10_000
-"""Up to so many training images a pre-trained network is taken, above it one from scratch (studies/harden.json)."""
-PASSES, PASSES_PRETRAINED = 20, 4
-"""Passes over the training images that a network from scratch, and a pre-trained one, needs to be worth its size."""
+PASSES = 20
+"""Passes over the training images that a network from scratch needs to be worth its size."""
 BALANCED = 3
 """Classes are drawn equally often where the largest has more than so many times the images of the smallest."""
+BATCH, PRETRAINED_BATCH, STEPS = 128, 64, 1000
+"""The usual batches, from scratch and pre-trained, and the steps below which a smaller one is taken."""
 _VALIDATION = 0.05  # of the training time
 _QUICK_STEPS = 160  # gradient steps per image of suite quick, its checks and its curve included
 
@@ -108,17 +109,16 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     data, reasons = _data_group(data, described, options)
     given = {key: value for (*_, key), value in parse_overrides(options.overrides)}
     has_weights = options.weights is not None or given.get("pretrained") is True
-    size = data.get("image_size", described.sides[1])
-    choices = candidates(described, size, options.model, has_weights=has_weights)
+    choices = candidates(described, options.model, has_weights=has_weights)
     trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
     splits = _config(trees[0], options).data.load(options.seed)
     limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
     timed: list[_Timed] = []
     for tree, each in zip(trees, choices, strict=True):
-        slower = timed and not each.pretrained and timed[-1].passes < PASSES  # a larger one is not taken then
+        slower = timed and timed[-1].passes < PASSES  # a larger one is not taken then
         if not slower:
             timed.append(_timed(tree, each, splits, options, limit))
-    chosen = choose(timed, len(splits.train))
+    chosen = choose(timed)
     tree = trees[choices.index(chosen.candidate)]
     step = chosen.step
     fast = {"precision": step.precision, "channels_last": step.channels_last, "compile": step.compile}
@@ -130,6 +130,9 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     validated, every = _validation(splits, chosen, gradient, limit)
     train = {**fast, "validate_images": validated, "validate_every": every, "seed": options.seed}
     seconds = _seconds(options.minutes, evaluated * _QUICK_STEPS * gradient)
+    data["batch_size"] = _batch_size(chosen, len(splits.train))
+    reasons["data.batch_size"] = f"so that about {STEPS:,} steps or more are taken, if the batch is not to be below 16"
+    tree = _tree(chosen.candidate, data, options, robust=True)
     plain = _tree(chosen.candidate, data, options, robust=False)
     plan = Plan(
         chosen.candidate.name,
@@ -161,18 +164,20 @@ def _seconds(minutes: float, evaluation: float) -> dict[str, float]:
     return {"baseline": BASELINE * whole, "robust": robust, "evaluation": evaluation, "rest": REST * whole}
 
 
-def choose(timed: Sequence[_Timed], images: int) -> _Timed:
+def choose(timed: Sequence[_Timed]) -> _Timed:
     """Return the network to train.
 
-    Of those from scratch: the largest that passes over the images ``PASSES`` times, or else the smallest. A pre-trained one is
-    taken instead where the images are few and there is time for ``PASSES_PRETRAINED``; and where it is the only one.
+    The largest that passes over the images ``PASSES`` times, or else the smallest.
     """
-    scratch = [each for each in timed if not each.candidate.pretrained]
-    pretrained = [each for each in timed if each.candidate.pretrained]
-    if not scratch or (pretrained and images <= FEW_IMAGES and pretrained[0].passes >= PASSES_PRETRAINED):
-        return pretrained[0]
-    enough = [each for each in scratch if each.passes >= PASSES]
-    return enough[-1] if enough else scratch[0]
+    enough = [each for each in timed if each.passes >= PASSES]
+    return enough[-1] if enough else timed[0]
+
+
+def _batch_size(chosen: _Timed, images: int) -> int:
+    """Return a power of two: the largest, up to the usual one, with which ``STEPS`` steps fit into the passes; 16 or more."""
+    usual = PRETRAINED_BATCH if chosen.candidate.pretrained else BATCH
+    fitting = max(1.0, chosen.passes * images / STEPS)
+    return min(usual, max(16, 2 ** int(math.log2(fitting))), max(2, images // 2))
 
 
 def _timed(
@@ -204,7 +209,7 @@ def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions,
     """Return the recipe of a network without its length."""
     groups = training(candidate, options.norm, robust=robust)
     train = {"minutes": 1.0, "start_from": options.weights, **groups.pop("train")}
-    size = 64 if candidate.pretrained else 128
+    size = PRETRAINED_BATCH if candidate.pretrained else BATCH
     return {
         "name": "robust" if robust else "baseline",
         "data": {**data, "batch_size": min(size, data["batch_size"])},
@@ -276,8 +281,6 @@ def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOp
     step, candidate = chosen.step, chosen.candidate
     if options.model is not None:
         why = "you named it"
-    elif candidate.pretrained:
-        why = f"with {images:,} training images, up to {FEW_IMAGES:,}, pre-training pays"
     else:
         why = f"the largest that passes {PASSES} times over {images:,} images, or else the smallest"
     layout = "channels_last" if step.channels_last else "contiguous"

@@ -53,18 +53,32 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
         f"the plainly trained model {baseline.clean.accuracy:.1%}"
     )
     measured = (
+        learnt_nothing(robust, baseline),
         weak_attack(history),
         too_few_images(history),
         too_little_time(history, minutes),
         too_large_eps(robust, baseline),
         weak_class(robust),
     )
-    weight, limit = max((each for each in measured if each is not None), default=(0.0, ""))
+    _, limit = max((each for each in measured if each is not None), key=lambda each: each[0], default=(0.0, ""))
     return Verdict(gained, paid, limit or "nothing stands out: more minutes or more images may help")
 
 
+def learnt_nothing(robust: Record, baseline: Record) -> Limit | None:
+    """Look whether the hardened model is right of clean images no more often than the largest class is: before all else."""
+    largest = max(each.n for each in robust.per_class) / robust.data.n if robust.per_class else 0.0
+    error = 2 * math.sqrt(largest * (1 - largest) / robust.data.n)
+    if not largest or robust.clean.accuracy > largest + error or robust.clean.accuracy >= baseline.clean.accuracy:
+        return None
+    text = (
+        f"it learnt nothing: {robust.clean.accuracy:.0%} of the clean images are right, and {largest:.0%} are of the largest "
+        "class; try --optim.lr at a third of the recipe's, a smaller --eps, or more --minutes"
+    )
+    return math.inf, text
+
+
 def weak_attack(history: History) -> Limit | None:
-    """Look whether training and validation parted because the attack of the training is weak: that comes before all else."""
+    """Look whether training and validation parted because the attack of the training is weak: that comes before what follows."""
     causes = [line.get("cause") for line in history if line["kind"] == "warning"]
     if not causes or causes[-1] != "weak attack":
         return None
