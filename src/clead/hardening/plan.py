@@ -32,7 +32,8 @@ BALANCED = 3
 BATCH, PRETRAINED_BATCH, STEPS = 128, 64, 1000
 """The usual batches, from scratch and pre-trained, and the steps below which a smaller one is taken."""
 _VALIDATION = 0.05  # of the training time
-_QUICK_STEPS = 160  # gradient steps per image of suite quick, its checks and its curve included
+_SMALLEST = 32  # pixels a side, below which images are not made smaller to save time
+_QUICK_STEPS = 240  # gradient steps per image of suite quick, its checks and its curve included
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,19 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     given = {key: value for (*_, key), value in parse_overrides(options.overrides)}
     has_weights = options.weights is not None or given.get("pretrained") is True
     choices = candidates(described, options.model, has_weights=has_weights)
-    trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
-    splits = _config(trees[0], options).data.load(options.seed)
     limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
-    timed: list[_Timed] = []
-    for tree, each in zip(trees, choices, strict=True):
-        slower = timed and timed[-1].passes < PASSES  # a larger one is not taken then
-        if not slower:
+    smaller = [size for size in described.image_sizes if _SMALLEST <= size < data.get("image_size", described.sides[1])]
+    while True:
+        trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
+        splits = _config(trees[0], options).data.load(options.seed)
+        timed = [_timed(trees[0], choices[0], splits, options, limit)]
+        if timed[0].passes >= 3 * PASSES or not smaller or options.image_size is not None or choices[0].pretrained:
+            break
+        data["image_size"] = smaller.pop()
+        data["augment"]["crop"] = max(1, data["image_size"] // 8)
+        reasons["data.image_size"] = "larger images leave too few passes in the time: more --minutes, or --image-size"
+    for tree, each in zip(trees[1:], choices[1:], strict=True):
+        if timed[-1].passes >= PASSES:  # a larger network is not taken otherwise
             timed.append(_timed(tree, each, splits, options, limit))
     chosen = choose(timed)
     tree = trees[choices.index(chosen.candidate)]
