@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from clead.cli.app import OPEN, Json, app, echo, interruptible, write_json
-from clead.cli.arguments import positional
+from clead.cli.arguments import allowance, positional
 from clead.errors import UserError
 
 
@@ -50,6 +50,7 @@ def harden(
     from clead.hardening import harden as run
     from clead.hardening.command import describe, summary
     from clead.hardening.plan import recipe_yaml
+    from clead.runs.directory import RunDir
 
     mirrored = None if flip is None else flip == "yes"
     with interruptible():
@@ -78,7 +79,7 @@ def harden(
     folder = hardened.folder
     echo("\n".join(hardened.verdict.lines()))
     echo(f"report: {folder}/report.html\nmodel: {folder}/model/model.onnx\nrecipe: {folder}/recipe.yaml")
-    allowed = f" --allow-code {model}" if model is not None and ":" in model else ""
+    allowed = allowance(RunDir.open(folder / "robust").config())
     echo(f"next, AutoAttack on all test images: clead evaluate {folder}/robust --suite standard{allowed}")
     if json is not None:
         write_json(json, summary(hardened))

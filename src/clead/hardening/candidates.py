@@ -29,7 +29,7 @@ class Candidate:
 def candidates(data: Survey, model: str | None, *, has_weights: bool) -> list[Candidate]:
     """Return what could be trained: the user's network alone, if there is one; else networks from scratch, the smallest first.
 
-    A pre-trained one has to be named: the only ones that were tried collapsed where networks from scratch did not (docs/harden.md).
+    A pre-trained one has to be named: it is not shown to be better (docs/harden.md).
 
     Args:
         data: what is known of the images.

@@ -76,7 +76,6 @@ class Plan:
         timed: every network that was timed, its fastest step, and passes over the data that fit.
         seconds: stage → its share, in seconds.
         evaluated: test images that the evaluation at the end has time for.
-        pretrained: whether the network begins with weights learnt elsewhere.
     """
 
     network: str
@@ -87,7 +86,6 @@ class Plan:
     timed: tuple[tuple[str, StepTime, float], ...]
     seconds: Mapping[str, float]
     evaluated: int
-    pretrained: bool
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,6 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         tuple((each.candidate.name, each.step, each.passes) for each in timed),
         seconds,
         evaluated,
-        chosen.candidate.pretrained,
     )
     return plan, splits
 
@@ -301,9 +298,9 @@ def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOp
     }
     if candidate.pretrained:
         reasons |= {
-            "train.forward_mode": "batch-norm, dropout and stochastic depth frozen: robustness learnt with the statistics of a "
-            "batch is not there with the running ones",
-            "train.eps_ramp": "full eps from the first step makes a pre-trained network collapse",
+            "train.forward_mode": "batch-norm, dropout and stochastic depth frozen, so that the network that learns is the one "
+            "that is attacked and used",
+            "train.eps_ramp": "from full eps at the first step a pre-trained network may not learn",
         }
     return reasons
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -235,8 +236,8 @@ def _torchvision(name: str, args: dict[str, Any], wanted: Wanted) -> Network:
     module = _attempt(f"torchvision:{name}", lambda: builder(weights=None, **{**given, **args}), builder.__module__)
     notes = [RANDOM + _PUBLISHED]
     if pretrained:
-        download = lambda: entry.get_state_dict(progress=False, check_hash=True, weights_only=True)  # noqa: E731
-        state = _attempt(f"torchvision:{name}", download)
+        safe = {"progress": False, "check_hash": True, "weights_only": True}
+        state = _attempt(f"torchvision:{name}", partial(entry.get_state_dict, **safe))
         # Files of DenseNet are older than its code.
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d\.)", r"\1\2", key): each for key, each in state.items()}
         notes = load_matching(
