@@ -155,6 +155,7 @@ def test_a_drawing_is_attacked(page, duel):
 
 def test_the_whole_way_without_a_mouse(page, duel):
     start(page, duel)
+    expect(page.locator("#gallery img").first).to_be_visible()  # before, there is nothing in it to be reached
     reached = []
     for _ in range(80):
         page.keyboard.press("Tab")
