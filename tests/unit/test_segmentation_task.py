@@ -1,0 +1,159 @@
+"""Segmentation: what is right at each pixel, by slow loops, closed forms and torchmetrics."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+
+from clead.errors import UserError
+from clead.tasks.segmentation import SEGMENTATION, VOID, confusion, logits_in, mean_iou, upsampled
+from support import generator
+
+LOGIT = st.one_of(st.floats(-5, 5, width=32), st.sampled_from([0.0, math.nan, math.inf, -math.inf]))
+
+
+def random_case(seed=0, images=3, classes=4, size=6):
+    draw = generator(seed)
+    outputs = torch.randn(images, classes, size, size, generator=draw)
+    target = torch.randint(0, classes + 1, (images, size, size), generator=draw)
+    return outputs, torch.where(target == classes, VOID, target)
+
+
+@given(st.lists(LOGIT, min_size=3, max_size=3), st.sampled_from([0, 1, 2, VOID]))
+def test_a_pixel_is_right_if_its_logits_are_finite_and_the_first_largest_is_the_masks(logits, label):
+    outputs, target = torch.tensor(logits).view(1, 3, 1, 1), torch.tensor([[[label]]])
+    right = all(map(math.isfinite, logits)) and logits.index(max(logits)) == label
+    assert SEGMENTATION.correct(outputs, target).item() == right
+    counts = SEGMENTATION.confusion(outputs, target)
+    assert (counts.sum().item(), counts.diagonal(dim1=1, dim2=2).sum().item()) == (label != VOID, right)
+
+
+def test_loss_and_margin_are_means_over_the_pixels_that_are_not_void():
+    outputs, target = random_case()
+    target[2] = VOID
+    losses, margins = SEGMENTATION.loss(outputs, target), SEGMENTATION.margin(outputs, target)
+    for image in range(2):
+        pixels = [(i, j) for i in range(6) for j in range(6) if target[image, i, j] != VOID]
+        slow_loss, slow_margin = [], []
+        for i, j in pixels:
+            z, label = outputs[image, :, i, j].tolist(), int(target[image, i, j])
+            slow_loss.append(math.log(sum(map(math.exp, z))) - z[label])
+            slow_margin.append(max(value for k, value in enumerate(z) if k != label) - z[label])
+        assert losses[image].item() == pytest.approx(sum(slow_loss) / len(pixels), rel=1e-5)
+        assert margins[image].item() == pytest.approx(sum(slow_margin) / len(pixels), abs=1e-5)
+    assert (losses[2], margins[2]) == (0, 0)
+    torch.testing.assert_close(SEGMENTATION.loss(outputs, target.byte()), losses)
+    flags = SEGMENTATION.correct(outputs, target)
+    assert torch.equal(flags, (SEGMENTATION.pixel_margins(outputs, target) < 0) & (target != VOID))
+    part = SEGMENTATION.accuracy(flags, target)
+    assert part[2].isnan() and part[0] == int(flags[0].sum()) / int((target[0] != VOID).sum())
+
+
+def test_void_pixels_have_no_gradient():
+    outputs, target = random_case(1)
+    outputs.requires_grad_()
+    SEGMENTATION.loss(outputs, target).sum().backward()
+    moved = outputs.grad.abs().sum(1) > 0
+    assert torch.equal(moved, target != VOID)
+
+
+def test_scores_agree_with_torchmetrics():
+    outputs, target = random_case(2, classes=5, size=9)
+    outputs[:, 4] = -9  # a class that is never answered
+    target[target == 3] = 0  # and one that is in no mask
+    counts = SEGMENTATION.confusion(outputs, target)
+    options = {"num_classes": 5, "ignore_index": VOID}
+    predicted, scores = SEGMENTATION.predict(outputs), SEGMENTATION.scores(counts)
+    assert scores["mean_iou"] == pytest.approx(multiclass_jaccard_index(predicted, target, **options).item())
+    each = multiclass_jaccard_index(predicted, target, average=None, **options)
+    assert scores["class_iou"] == pytest.approx(each.tolist(), rel=1e-6) and scores["class_iou"][3] == 0
+    average = multiclass_accuracy(predicted, target, average="micro", **options)
+    metrics = SEGMENTATION.metrics(SEGMENTATION.correct(outputs, target), target, 5)
+    assert scores["accuracy"] == metrics["accuracy"] == pytest.approx(average.item())
+    assert metrics["class_n"] == scores["class_n"] and metrics["class_accuracy"][3] is None
+
+
+def test_a_class_that_is_nowhere_is_left_out_of_the_mean():
+    counts = confusion(torch.tensor([[[0, 0, 1]]]), torch.tensor([[[0, 1, 1]]]), 3)
+    assert SEGMENTATION.scores(counts)["class_iou"] == [0.5, 0.5, None]
+    assert mean_iou(counts).tolist() == [0.5]
+
+
+def test_counts_are_of_each_image():
+    outputs, target = random_case(3)
+    counts = SEGMENTATION.confusion(outputs, target)
+    slow = torch.zeros(3, 4, 4, dtype=torch.int64)
+    answers = SEGMENTATION.predict(outputs)
+    for image, row, column in (target != VOID).nonzero().tolist():
+        slow[image, target[image, row, column], answers[image, row, column]] += 1
+    assert torch.equal(counts, slow)
+
+
+def test_logits_of_a_lower_resolution_are_upsampled_to_the_mask():
+    outputs, target = torch.randn(2, 3, 2, 4, generator=generator()), torch.zeros(2, 8, 16, dtype=torch.int64)
+    expected = torch.nn.Upsample(size=(8, 16), mode="bilinear")(outputs)
+    torch.testing.assert_close(SEGMENTATION.answers(outputs, target), expected.argmax(1))
+    assert SEGMENTATION.pixel_losses(outputs, target).shape == (2, 8, 16)
+    assert upsampled(expected, (8, 16)) is expected
+    SEGMENTATION.check(outputs, target)
+
+
+def test_logits_are_taken_out_of_what_networks_return():
+    z = torch.zeros(1, 2, 4, 4)
+    for outputs in (z, {"out": z, "aux": None}, {"logits": z}, SimpleNamespace(logits=z)):
+        assert logits_in(outputs) is z
+    with pytest.raises(UserError, match=r"got a dict of aux; return the tensor, or \{\"out\": tensor\}"):
+        logits_in({"aux": z})
+
+
+@pytest.mark.parametrize(
+    "target, text",
+    [
+        (
+            torch.zeros(2, dtype=torch.long),
+            "one class number per image is what a classification model is measured with",
+        ),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.long), "give masks.squeeze(1)"),
+        (torch.zeros(2, 3, 4, 4), "give masks.argmax(1)"),
+        (torch.zeros(2, 4, 4), "give masks.long()"),
+        (torch.zeros(1, 4, 4, dtype=torch.long), "give one mask per image"),
+        (torch.full((2, 4, 4), VOID), "got 2 of void (255) alone"),
+        (torch.tensor([1, 3]).view(2, 1, 1).expand(2, 4, 4), "give masks - 1"),
+        (torch.full((2, 4, 4), 7), "masks must be in [0, 3), or 255 for void, got 7"),
+        (torch.full((2, 4, 4), -1), "got -1; give 255 where a pixel has no class"),
+    ],
+)
+def test_wrong_masks_are_refused_in_one_line_with_the_remedy(target, text):
+    with pytest.raises(UserError) as caught:
+        SEGMENTATION.check_target(target, 2, 3)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "shape, text",
+    [
+        ((2, 3), "these are a classifier's, one answer per image: measure it as classification"),
+        ((2, 1, 4, 4), "must have 2 to 255 classes"),
+        ((2, 3, 8, 8), "logits must be no larger than the mask, got (8, 8) for masks of (4, 4)"),
+    ],
+)
+def test_outputs_that_are_no_logits_of_the_masks_are_refused(shape, text):
+    with pytest.raises(UserError) as caught:
+        SEGMENTATION.check(torch.zeros(shape), torch.zeros(2, 4, 4, dtype=torch.long))
+    assert text in str(caught.value)
+
+
+def test_as_target_takes_what_is_clear_and_refuses_the_rest():
+    mask = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    assert SEGMENTATION.as_target(mask, 2).shape == (2, 4, 4) and SEGMENTATION.as_target(mask, 2).dtype == torch.int64
+    assert SEGMENTATION.as_target(mask[0, 0], 1).shape == (1, 4, 4)
+    for value, text in ((mask.float(), "give masks.long()"), (mask.repeat(1, 3, 1, 1), "give masks.argmax(1)")):
+        with pytest.raises(UserError) as caught:
+            SEGMENTATION.as_target(value, 2)
+        assert text in str(caught.value)
