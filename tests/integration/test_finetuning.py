@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import clead
+from clead.api import training as api_training
 from clead.config import Optim, load_recipe
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -235,9 +236,49 @@ def test_a_training_by_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch)
             fit(tmp_path / "run", *overrides)
     assert 5 < saves[-1] < 25
     run = fit(tmp_path / "run", *overrides, resume=True)
-    assert 30 <= run.outcome.seconds <= 33
+    assert 29 <= run.outcome.seconds <= 33
     clock = [line["seconds"] for line in RunDir(run.path).history()]
     assert clock == sorted(clock)
+
+
+def test_a_training_by_cpu_time_ends_in_time_whatever_the_wall_says_and_over_two_sittings(tmp_path, monkeypatch):
+    Clock(monkeypatch)  # the wall: a second at each look
+    cpu = [1000.0]  # spent by what came before in the same process
+    monkeypatch.setattr(trainer.time, "process_time", lambda: cpu[0])
+    step, validate, rates = trainer.Trainer.train_step, trainer.Trainer.validate, []
+
+    def train_step(self, interrupted):
+        cpu[0] += 0.25
+        rates.append((self.progress, self.schedule.get_last_lr()[0]))
+        if len(rates) == 40:
+            self.save_checkpoint()
+            raise Killed
+        return step(self, interrupted)
+
+    def timed_validation(self):
+        cpu[0] += 2
+        return validate(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "validate", timed_validation)
+    overrides = shlex.split("--train.minutes 0.5 --train.clock cpu --train.validate_every 20 --optim.schedule cosine")
+    with pytest.raises(Killed):
+        fit(tmp_path / "run", *overrides, "--optim.warmup", "0")
+    cpu[0] += 500  # between the sittings
+    run = fit(tmp_path / "run", *overrides, "--optim.warmup", "0", resume=True)
+    assert run.outcome.cpu_seconds == pytest.approx(30, rel=0.02)
+    assert run.outcome.steps + 1 == len(rates) > 70 and run.outcome.seconds > 50
+    rising = [p for p, _ in rates]
+    assert rising == sorted(rising) and rising[-1] > 0.98
+    assert all(lr == pytest.approx(0.005 * (1 + math.cos(math.pi * p)), abs=1e-5) for p, lr in rates)
+
+
+def test_cpu_time_is_refused_where_it_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(api_training, "device_of", lambda name: torch.device("cuda"))
+    with pytest.raises(UserError, match="CPU time says little where cuda computes, got cpu; set --train.clock wall"):
+        api_training._check_start(load_recipe("digits-pgd-at", ["--train.minutes", "1", "--train.clock", "cpu"]))
+    with pytest.raises(UserError, match="clock cpu is how minutes are counted, and there are none; give minutes, or"):
+        load_recipe("digits-pgd-at", ["--train.clock", "cpu"])
 
 
 @pytest.mark.parametrize("given", ["--train.epochs 1 --train.minutes 2", "--train.budget 3 --train.epochs 1"])

@@ -832,6 +832,7 @@ def test_no_option_of_training_is_forgotten_here():
     elsewhere |= {
         "attack_mode",
         "batch_norm_images",
+        "clock",
         "eps_ramp",
         "forward_mode",
         "minutes",

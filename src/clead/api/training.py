@@ -217,6 +217,10 @@ def _check_start(config: RunConfig) -> None:
             f"attack.name: training needs an attack that maximises the method's objective ({usable}), got "
             f"{config.to_dict()['attack']['name']}, which searches by itself; use it with clead attack"
         )
+    if config.train.clock == "cpu" and (device := device_of(config.train.device)).type != "cpu":
+        raise UserError(
+            f"train.clock: CPU time says little where {device} computes, got cpu; set --train.clock wall, or --train.device cpu"
+        )
     inner = getattr(config.method, "inner", "")
     if (
         config.method.uses_attack

@@ -80,6 +80,11 @@ class Train:
         gt=0,
         unit="minutes",
     )
+    clock: Literal["wall", "cpu"] = setting(
+        "wall",
+        "what minutes counts: the time on the wall, or the CPU time of all threads and processes of the training, set-up included, "
+        "which other work on the machine lengthens little (images that are stored before the first step count by the wall)",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast of the training step")
     channels_last: bool = setting(False, "channels-last memory format, faster with convolutions in bfloat16")
     compile: bool = setting(False, "compile the encoder with torch.compile")
@@ -179,6 +184,10 @@ class Train:
             raise ValueError(
                 "trainable classifier holds the encoder frozen in evaluation mode, so it goes with neither unfreeze nor "
                 "forward_mode; leave them out"
+            )
+        if self.clock == "cpu" and self.minutes is None:
+            raise ValueError(
+                "clock cpu is how minutes are counted, and there are none; give minutes, or --train.clock wall"
             )
         lengths = [f"{name}={value}" for name in LENGTHS if (value := getattr(self, name)) is not None]
         if len(lengths) != 1:

@@ -41,7 +41,7 @@ def profile_training(config: RunConfig, splits: Splits, model: SplitModel, *, st
     device = device_of(config.train.device)
     images = min(config.data.batch_size, len(splits.train))
     total = steps + _WARM_UP
-    length = {"epochs": total / max(1, len(splits.train) // images), "budget": None, "minutes": None}
+    length = {"epochs": total / max(1, len(splits.train) // images), "budget": None, "minutes": None, "clock": "wall"}
     short = dataclasses.replace(config.train, **length, validate_every=1e6, validate_images=1, validate_steps=1)
     config = dataclasses.replace(config, train=short)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

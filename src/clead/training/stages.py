@@ -156,10 +156,12 @@ def _rounded(value: float) -> float:
 def _sum(outcomes: Sequence[TrainResult]) -> TrainResult:
     before, last = outcomes[:-1], outcomes[-1]
     steps = sum(outcome.steps for outcome in before)
+    cpu = [outcome.cpu_seconds for outcome in outcomes if outcome.cpu_seconds is not None]
     return dataclasses.replace(
         last,
         steps=steps + last.steps,
         best_step=steps + last.best_step,
+        cpu_seconds=sum(cpu) if len(cpu) == len(outcomes) else None,
         collapsed_at=last.collapsed_at if last.collapsed_at < 0 else steps + last.collapsed_at,
         **{
             key: sum(getattr(outcome, key) for outcome in outcomes)

@@ -84,6 +84,7 @@ class TrainState:
     step: int = 0
     seconds: float = 0.0
     clock: float = 0.0
+    validation_seconds: float = 0.0
     best: float = -1.0
     best_step: int = -1
     validations_since_best: int = 0
@@ -109,6 +110,8 @@ class TrainResult:
     best_step: int
     stopped_early: bool
     collapsed_at: int
+    cpu_seconds: float | None = None
+    """CPU time of all processes and threads, if ``train.clock`` is cpu."""
 
 
 def fit(
@@ -191,6 +194,7 @@ class Trainer:
         self.model.to(device=self.device, memory_format=self.layout)  # ty: ignore[no-matching-overload]
         set_forward_mode(self.model, settings.forward_mode)
         adversaries = self._store_adversaries(self.run.path / "stored" if stored is None else stored)
+        self._cpu_start = time.process_time()
         if settings.trainable == "classifier":
             train_classifier_only(self.model)
         self.loader = self._make_loader(adversaries)
@@ -209,7 +213,7 @@ class Trainer:
         if resume:
             self.load_checkpoint()
         if not self.state.step:
-            self.state.seconds = self.stored_seconds
+            self.state.seconds = self.state.clock = self.stored_seconds
         if settings.compile:
             self.model.compile()
 
@@ -286,7 +290,9 @@ class Trainer:
     def progress(self) -> float:
         """The part of the training that lies behind, in [0, 1]."""
         if self.settings.minutes is not None:
-            return min(1.0, self.state.clock / (60 * self.settings.minutes))
+            # Of the time that is left before the last validation.
+            seconds = max(60 * self.settings.minutes - self.state.validation_seconds, 1e-9)
+            return min(1.0, self.state.clock / seconds)
         return self.state.step / self.steps
 
     def _make_optimizer(self) -> None:
@@ -321,7 +327,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train until the last step, or until validation has not improved for ``train.patience`` times."""
         state, single = self.state, self.world.world_size == 1
-        start, self._last_save, seconds_before = time.monotonic(), time.monotonic(), state.seconds
+        self._start = self._last_save = time.monotonic()
+        self._seconds_before, self._clock_before = state.seconds, state.clock
         validated: dict[str, float] = {}
         log = tensorboard(self.run.path / "tensorboard", state.step) if self.world.is_main else contextlib.nullcontext()
         minutes = self.settings.minutes
@@ -330,13 +337,7 @@ class Trainer:
         with catch_signals(single) as interrupted, log as self._draw, bar as tick:
             while self.progress < 1 and not state.stopped_early:
                 stop, checkpoint_due = self.train_step(interrupted())
-                state.seconds = seconds_before + time.monotonic() - start
-                advance = 1.0
-                if minutes is not None:
-                    before, state.clock = state.clock, self.world.broadcast(state.seconds)
-                    advance = state.clock - before
-                    while self.schedule.last_epoch < int(self.progress * _TICKS):
-                        self.schedule.step()
+                advance = self._read_clocks()
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
                 finished = self.progress >= 1
@@ -347,6 +348,8 @@ class Trainer:
                     self._log_training()
                 if due:
                     validated = self.validate()
+                    if minutes is not None:
+                        advance += self._read_clocks(after_validation=True)
                 tick(advance, **validated, **self._recent)
                 if stop or (single and interrupted()):
                     self.save_checkpoint()
@@ -359,6 +362,24 @@ class Trainer:
                     self._last_save = time.monotonic()
         self.save_checkpoint()  # first: it refuses weights that are not finite
         return self._finish()
+
+    def _read_clocks(self, *, after_validation: bool = False) -> float:
+        """Note the time that is spent; return how far the training went on: one step, or so many seconds of ``train.clock``."""
+        state, before = self.state, self.state.clock
+        state.seconds = self._seconds_before + time.monotonic() - self._start
+        if self.settings.minutes is None:
+            return 1.0
+        if self.settings.clock == "wall":
+            state.clock = self.world.broadcast(state.seconds)
+        else:
+            mean = torch.tensor(time.process_time() - self._cpu_start, dtype=torch.float64)
+            self.world.all_reduce_mean([mean])
+            state.clock = self._clock_before + self.world.world_size * float(mean)
+        if after_validation:
+            state.validation_seconds = min(state.clock - before, state.validation_seconds or math.inf)
+        while self.schedule.last_epoch < int(self.progress * _TICKS):
+            self.schedule.step()
+        return state.clock - before
 
     def train_step(self, interrupted: bool) -> list[bool]:
         """Take one step; return whether to stop, and whether a checkpoint is due, which all processes agree on."""
@@ -688,6 +709,9 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Write the last weights and return what the training reports."""
         state, final = self.state, self.eval_model()
+        by_cpu = self.settings.minutes is not None and self.settings.clock == "cpu"
+        if by_cpu:
+            self._read_clocks()
         self.whole_model.to(self.device)
         if self.world.is_main:
             self._save_weights("last", final)
@@ -703,6 +727,7 @@ class Trainer:
             best_step=state.best_step,
             stopped_early=state.stopped_early,
             collapsed_at=state.collapsed_at,
+            cpu_seconds=state.clock if by_cpu else None,
         )
 
 
