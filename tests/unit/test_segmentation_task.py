@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from clead.errors import UserError
-from clead.tasks.segmentation import SEGMENTATION, VOID, confusion, logits_in, mean_iou, upsampled
+from clead.tasks.segmentation import SEGMENTATION, VOID, logits_in, upsampled
 from support import generator
 
 LOGIT = st.one_of(st.floats(-5, 5, width=32), st.sampled_from([0.0, math.nan, math.inf, -math.inf]))
@@ -63,26 +63,16 @@ def test_void_pixels_have_no_gradient():
     assert torch.equal(moved, target != VOID)
 
 
-def test_scores_agree_with_torchmetrics():
+def test_metrics_and_counts_agree_with_torchmetrics():
     outputs, target = random_case(2, classes=5, size=9)
-    outputs[:, 4] = -9  # a class that is never answered
-    target[target == 3] = 0  # and one that is in no mask
-    counts = SEGMENTATION.confusion(outputs, target)
-    options = {"num_classes": 5, "ignore_index": VOID}
-    predicted, scores = SEGMENTATION.predict(outputs), SEGMENTATION.scores(counts)
-    assert scores["mean_iou"] == pytest.approx(multiclass_jaccard_index(predicted, target, **options).item())
-    each = multiclass_jaccard_index(predicted, target, average=None, **options)
-    assert scores["class_iou"] == pytest.approx(each.tolist(), rel=1e-6) and scores["class_iou"][3] == 0
-    average = multiclass_accuracy(predicted, target, average="micro", **options)
+    target[target == 3] = 0  # a class that is in no mask
     metrics = SEGMENTATION.metrics(SEGMENTATION.correct(outputs, target), target, 5)
-    assert scores["accuracy"] == metrics["accuracy"] == pytest.approx(average.item())
-    assert metrics["class_n"] == scores["class_n"] and metrics["class_accuracy"][3] is None
-
-
-def test_a_class_that_is_nowhere_is_left_out_of_the_mean():
-    counts = confusion(torch.tensor([[[0, 0, 1]]]), torch.tensor([[[0, 1, 1]]]), 3)
-    assert SEGMENTATION.scores(counts)["class_iou"] == [0.5, 0.5, None]
-    assert mean_iou(counts).tolist() == [0.5]
+    predicted, options = SEGMENTATION.predict(outputs), {"num_classes": 5, "ignore_index": VOID}
+    average = multiclass_accuracy(predicted, target, average="micro", **options)
+    assert metrics["accuracy"] == pytest.approx(average.item())
+    counts = SEGMENTATION.confusion(outputs, target).sum(0)
+    assert torch.equal(counts, multiclass_confusion_matrix(predicted, target, **options))
+    assert metrics["class_n"] == counts.sum(1).tolist() and metrics["class_accuracy"][3] is None
 
 
 def test_counts_are_of_each_image():
@@ -99,7 +89,7 @@ def test_logits_of_a_lower_resolution_are_upsampled_to_the_mask():
     outputs, target = torch.randn(2, 3, 2, 4, generator=generator()), torch.zeros(2, 8, 16, dtype=torch.int64)
     expected = torch.nn.Upsample(size=(8, 16), mode="bilinear")(outputs)
     torch.testing.assert_close(SEGMENTATION.answers(outputs, target), expected.argmax(1))
-    assert SEGMENTATION.pixel_losses(outputs, target).shape == (2, 8, 16)
+    torch.testing.assert_close(SEGMENTATION.loss(outputs, target), SEGMENTATION.loss(expected, target))
     assert upsampled(expected, (8, 16)) is expected
     SEGMENTATION.check(outputs, target)
 

@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clead.errors import UserError
+from clead.losses.pixels import VOID, pixel_cross_entropy
 from clead.losses.precision import at_least_float32
 from clead.settings import settings
 from clead.tasks import TASKS
-
-VOID = 255
-"""The value of a mask where nobody says which class it is."""
 
 
 def logits_in(outputs: Any) -> Tensor:
@@ -61,21 +59,6 @@ def confusion(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     return counts.view(len(cells), -1)[:, :-1].view(-1, num_classes, num_classes)
 
 
-def intersection_over_union(counts: Tensor) -> Tensor:
-    """TP / (TP + FP + FN) of each class, (…, K) float64, of counts (…, K, K): ``confusion``, summed over images or not.
-
-    NaN of a class that is neither in the masks nor in the answers; 0 of one that is in the answers alone.
-    """
-    counts = counts.double()
-    right = counts.diagonal(dim1=-2, dim2=-1)
-    return right / (counts.sum(-1) + counts.sum(-2) - right)
-
-
-def mean_iou(counts: Tensor) -> Tensor:
-    """Mean over the classes of ``intersection_over_union`` where it is a number, (…) float64: mIoU of counts (…, K, K)."""
-    return intersection_over_union(counts).nanmean(-1)
-
-
 @TASKS.register("segmentation")
 @settings
 class Segmentation:
@@ -85,15 +68,9 @@ class Segmentation:
     pixels, and ``accuracy`` is an image's part of right ones.
     """
 
-    def pixel_losses(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """−log softmax(outputs)_target of each pixel, (B, H, W) float32; 0 where void."""
-        with torch.autocast(outputs.device.type, enabled=False):
-            logits = upsampled(at_least_float32(outputs), target.shape[1:])
-            return F.cross_entropy(logits, target.long(), reduction="none", ignore_index=VOID)
-
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Mean of ``pixel_losses`` over the pixels of each image that are not void, (B,) float32; 0 of an image without any."""
-        return self._mean(self.pixel_losses(outputs, target), target)
+        """Mean of −log softmax(outputs)_target over the pixels of each image that are not void, (B,); 0 without any."""
+        return pixel_cross_entropy(upsampled(outputs, target.shape[1:]), target.long())
 
     def pixel_margins(self, outputs: Tensor, target: Tensor) -> Tensor:
         """max_{k≠target} z_k − z_target of each pixel, (B, H, W): above 0 iff wrong; 0 where void."""
@@ -107,7 +84,7 @@ class Segmentation:
 
         It is no verdict: an image with a mean above 0 may have right pixels, and the reverse.
         """
-        return self._mean(self.pixel_margins(outputs, target), target)
+        return self.pixel_margins(outputs, target).sum((1, 2)) / (target != VOID).sum((1, 2)).clamp_min(1)
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return which pixels are right, (B, H, W) bool: the first largest logit is the target's, and all are finite.
@@ -211,7 +188,7 @@ class Segmentation:
     def metrics(self, correct: Tensor, target: Tensor, num_classes: int) -> dict[str, Any]:
         """Return what pixels' flags (N, H, W) say: ``accuracy`` (aAcc), and per class ``class_accuracy`` and ``class_n`` (pixels).
 
-        IoU is not in the flags; ``scores`` has it.
+        IoU is not in the flags: it is a matter of ``confusion``.
         """
         members = [target == k for k in range(num_classes)]
         right, counts = ([int(chosen.sum()) for chosen in each] for each in ([m & correct for m in members], members))
@@ -219,21 +196,6 @@ class Segmentation:
             "accuracy": sum(right) / max(1, sum(counts)),
             "class_n": counts,
             "class_accuracy": [hits / n if n else None for hits, n in zip(right, counts, strict=True)],
-        }
-
-    def scores(self, counts: Tensor) -> dict[str, Any]:
-        """Return ``accuracy`` (aAcc), ``mean_iou``, ``class_iou`` and ``class_n`` (pixels) of images of ``confusion`` (N, K, K).
-
-        aAcc is the part of all pixels that are right. mIoU is the mean IoU of the classes that are in masks or answers. A class
-        that is in neither has IoU None.
-        """
-        total = counts.sum(0)
-        iou = intersection_over_union(total)
-        return {
-            "accuracy": int(total.diagonal().sum()) / max(1, int(total.sum())),
-            "mean_iou": iou.nanmean().item(),
-            "class_iou": [None if value != value else value for value in iou.tolist()],
-            "class_n": total.sum(1).tolist(),
         }
 
     def describe(self) -> str:
@@ -244,9 +206,6 @@ class Segmentation:
         """Return the logits at the size of the mask, and the classes as an index into them, (B, 1, H, W); void is class 0."""
         labels = target.long().masked_fill(target == VOID, 0)[:, None]
         return upsampled(at_least_float32(outputs), target.shape[1:]), labels
-
-    def _mean(self, values: Tensor, target: Tensor) -> Tensor:
-        return values.sum((1, 2)) / (target != VOID).sum((1, 2)).clamp_min(1)
 
 
 SEGMENTATION = Segmentation()
