@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, cast
@@ -178,6 +179,11 @@ class InMemoryDataset(ABC):
         "Keep the images that have these values in the columns that came with them, such as 'severity=3' of CIFAR-10-C or "
         "'corruption=fog severity=1'. None: all.",
     )
+    keep_classes: str | None = setting(
+        None,
+        "Keep the images of these classes, by name, with commas, and leave all others unseen: cat,dog,deer; * stands for any "
+        "letters, such as Latin/*. For retrieval: train on some classes, measure on others. None: all.",
+    )
     classes: ClassNames = setting(
         None,
         "The class names in the order of the model's outputs: cat,dog; a list, whose items may be lists of names that mean the "
@@ -291,7 +297,7 @@ class InMemoryDataset(ABC):
         raw = self.read()
         # Folders and files name the classes: no name may command a terminal.
         raw = raw._replace(classes=tuple(map(printable, raw.classes)))
-        raw, origin = assign_splits(self.grouped(raw if self.only is None else with_values(raw, self.only)), training)
+        raw, origin = assign_splits(self.grouped(self.selected(raw)), training)
         self._check(raw, training)
         order = None if self.classes is None else renumber(raw, self.classes)
         fit, unreadable = ResizeSpec(self.image_size, self.resize, self.channels, self.background), ()
@@ -333,6 +339,11 @@ class InMemoryDataset(ABC):
         digest = fingerprint([train, val, test], classes)  # of the true labels, whatever is hidden or wrong below
         train = hide_labels(train, self.labelled, self.label_noise, len(classes), seed, share=self.labelled_share)
         return Splits(train, val, test, classes, digest, unreadable, raw.skipped, notes, origin)
+
+    def selected(self, raw: RawSplits) -> RawSplits:
+        """Return the images that ``only`` and ``keep_classes`` leave."""
+        raw = raw if self.only is None else with_values(raw, self.only)
+        return raw if self.keep_classes is None else with_classes(raw, self.keep_classes)
 
     def grouped(self, raw: RawSplits) -> RawSplits:
         """Return the data with the group of each image, if ``group_by`` is set."""
@@ -404,6 +415,28 @@ def with_values(raw: RawSplits, only: str) -> RawSplits:
             parts[name] = split.subset(torch.tensor(rows, dtype=torch.int64))
     note = f"only images with {only} are read (data.only)"
     return raw._replace(**parts, notes=(*raw.notes, note))
+
+
+def with_classes(raw: RawSplits, names: str) -> RawSplits:
+    """Return the images of the classes of these names or patterns, numbered anew in their order; UserError if one fits no class."""
+    chosen: set[int] = set()
+    for name in filter(None, map(str.strip, names.split(","))):
+        fitting = [k for k, each in enumerate(raw.classes) if each == name or fnmatchcase(each, name)]
+        if not fitting:
+            raise UserError(
+                f"data.keep_classes must name classes that are there, got {name!r}; {did_you_mean(name, raw.classes)}"
+            )
+        chosen.update(fitting)
+    check_labels(raw)
+    numbers = torch.full((len(raw.classes),), -1)
+    numbers[sorted(chosen)] = torch.arange(len(chosen))
+    parts = {}
+    for role, split in raw.parts.items():
+        left = split.subset((numbers[split.labels] >= 0).nonzero()[:, 0])
+        parts[role] = replace(left, labels=numbers[left.labels])
+    note = f"only images of {len(chosen)} of {len(raw.classes)} classes are read (data.keep_classes {names})"
+    classes = tuple(raw.classes[k] for k in sorted(chosen))
+    return raw._replace(**parts, classes=classes, notes=(*raw.notes, note))
 
 
 def assign_splits(raw: RawSplits, training: bool) -> tuple[RawSplits, Literal["test", "val", "train", "all"]]:

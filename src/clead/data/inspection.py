@@ -25,7 +25,6 @@ from clead.data.base import (
     renumber,
     resolve_path,
     say_remarks,
-    with_values,
 )
 from clead.data.datasets import READERS
 from clead.data.datasets.auto import Auto, recognizes
@@ -104,7 +103,7 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
         UserError: nothing can be read at all: there is no such path, no known layout, or no image that can be decoded.
     """
     raw = data.read()
-    raw = raw if data.only is None else with_values(raw, data.only)
+    raw = data.selected(raw)
     problems: list[str] = []
     raw, order = _with_classes(data, raw, problems)
     try:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clead.data.base import InMemoryDataset, RawSplit, RawSplits, assign_splits, at, check, renumber, with_values
+from clead.data.base import InMemoryDataset, RawSplit, RawSplits, assign_splits, at, check, renumber
 from clead.data.decoding import FORMATS, ResizeSpec, decode_one
 from clead.data.duplicates import Duplicates, Split, digest, digests_of, find_duplicates
 from clead.data.flips import SAMPLE, Flips, look_at_flips
@@ -94,7 +94,7 @@ def survey(data: InMemoryDataset) -> Survey:
         UserError: there is no such path or no known layout, or training would refuse the labels or classes.
     """
     raw = data.read()
-    raw, origin = assign_splits(data.grouped(raw if data.only is None else with_values(raw, data.only)), training=True)
+    raw, origin = assign_splits(data.grouped(data.selected(raw)), training=True)
     check(raw, limit_train=data.limit_train)
     if data.classes is not None:
         order = renumber(raw, data.classes)

@@ -153,6 +153,11 @@ class ParquetStream(InMemoryDataset):
             raise UserError(
                 f"data.only: streamed images come without columns, got {self.only!r}; use --data.name parquet"
             )
+        if self.keep_classes is not None:
+            raise UserError(
+                f"data.keep_classes: images that are streamed come as they lie, got {self.keep_classes!r}; leave it out, or use "
+                "--data.name parquet"
+            )
         if self.group_by is not None:
             raise UserError(
                 f"data.group_by: validation images that are streamed are cut by row groups, got {self.group_by!r}; leave it out "

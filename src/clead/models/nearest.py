@@ -1,0 +1,49 @@
+"""An encoder with a gallery as a classifier: the logit of a class is the similarity to its nearest item."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clead.losses.precision import at_least_float32
+from clead.models.split import SplitModel
+from clead.tasks.retrieval import check_gallery, class_similarity
+
+TEMPERATURE = 0.05
+"""Similarities are divided by it, so that the cross-entropy of an attack looks at the nearest classes; no verdict depends on it."""
+
+
+class NearestItem(SplitModel):
+    """Features are the encoder's of unit length, (B, d); logits are s_c / 0.05, (B, K), of the classes of a gallery.
+
+    A class without an item can never be the answer. The gallery is part of the state dict, and so of the fingerprint.
+
+    Args:
+        encoder: whose features are compared; kept as it is.
+        gallery: (G, d) embeddings of unit length, on the encoder's device.
+        labels: (G,) int64 in [0, K).
+        num_classes: K.
+
+    Raises UserError if the gallery is empty, of one class, or of another embedding size.
+    """
+
+    def __init__(self, encoder: SplitModel, gallery: Tensor, labels: Tensor, num_classes: int) -> None:
+        super().__init__(num_classes, encoder.feature_dim)
+        check_gallery(gallery, labels, encoder.feature_dim)
+        self.encoder = encoder
+        self.gallery: Tensor
+        self.labels: Tensor
+        self.register_buffer("gallery", gallery)
+        self.register_buffer("labels", labels.to(gallery.device))
+        self.eval()
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = unit_features(self.encoder, x)
+        return embedding, class_similarity(embedding, self.gallery, self.labels, self.num_classes) / TEMPERATURE
+
+
+def unit_features(model: SplitModel, x: Tensor) -> Tensor:
+    """Return h / ‖h‖₂ of the features of images (B, C, H, W), (B, d) in float32 at least; 0 stays 0."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(at_least_float32(model.features(x)), dim=1)

@@ -1,0 +1,239 @@
+"""Retrieval: similarities, precision and ROC by slow loops; attacks on queries and items by closed forms and brute force."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linprog
+from torch import nn
+
+from clead.attacks.apgd import APGD
+from clead.attacks.pgd import PGD
+from clead.attacks.runner import run_attack
+from clead.data.base import RawSplit, RawSplits, with_classes
+from clead.errors import UserError
+from clead.evaluation.retrieval import GalleryAttack, cut_gallery, measure_gallery
+from clead.evaluation.state import ResumableResults
+from clead.interfaces import ImageSet
+from clead.models.nearest import TEMPERATURE, NearestItem
+from clead.models.split import SplitModel
+from clead.tasks.classification import TOWARDS_CLASS
+from clead.tasks.retrieval import Retrieval, average_precision, check_gallery, class_similarity, verification_roc
+from clead.threats.linf import Linf
+
+EPS = 0.06
+
+
+class Linear(SplitModel):
+    """h = W (x − ½), of images (B, 1, 2, 2)."""
+
+    def __init__(self, weight):
+        super().__init__(2, len(weight))
+        self.weight = nn.Parameter(weight)
+
+    def _split(self, x):
+        h = (x.flatten(1) - 0.5) @ self.weight.T
+        return h, h[:, :2]
+
+
+def units(count, size, seed):
+    return nn.functional.normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def scene(items, classes, seed, queries=24):
+    """A linear encoder with a gallery, and queries; no pixel comes near 0 or 1."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(items) % classes
+    images = 0.5 + 0.8 * (torch.rand(items, 1, 2, 2, generator=draw) - 0.5)
+    encoder = Linear(torch.randn(3, 4, generator=draw))
+    with torch.no_grad():
+        gallery = nn.functional.normalize(encoder.features(images), dim=1)
+    x = 0.5 + 0.8 * (torch.rand(queries, 1, 2, 2, generator=draw) - 0.5)
+    return NearestItem(encoder, gallery, labels, classes), ImageSet(images, labels), x
+
+
+def most(model, x, winners, losers):
+    """max over ‖δ‖∞ ≤ ε and the winners of min over the losers of ⟨h(x + δ), g_winner − g_loser⟩: a linear program each."""
+    weight, gallery = model.encoder.weight.detach().double(), model.gallery.double()
+    best = -math.inf
+    for winner in winners:
+        slopes = ((gallery[winner] - gallery[losers]) @ weight).numpy()
+        values = slopes @ (x.flatten().double().numpy() - 0.5)
+        rows = np.hstack([-slopes, np.ones((len(slopes), 1))])
+        solved = linprog([0, 0, 0, 0, -1], A_ub=rows, b_ub=values, bounds=[(-EPS, EPS)] * 4 + [(None, None)])
+        best = max(best, -solved.fun)
+    return best
+
+
+@given(st.integers(2, 9), st.integers(2, 4), st.integers(0, 999))
+@settings(max_examples=25, deadline=None)
+def test_the_largest_similarity_is_the_nearest_items_and_the_margin_that_of_wrong_and_right_items(items, classes, seed):
+    z, gallery, labels = units(5, 3, seed), units(items, 3, seed + 1), torch.arange(items) % classes
+    outputs, task = class_similarity(z, gallery, labels, classes), Retrieval()
+    for row, query in enumerate(z):
+        cosines = [float(query @ item) for item in gallery]
+        nearest = int(labels[cosines.index(max(cosines))])
+        assert int(task.predict(outputs)[row]) == nearest
+        for y in range(min(classes, items)):
+            right = max(c for c, label in zip(cosines, labels.tolist(), strict=True) if label == y)
+            wrong = max((c for c, label in zip(cosines, labels.tolist(), strict=True) if label != y), default=-2.0)
+            target = torch.full((5,), y)
+            assert float(task.margin(outputs, target)[row]) == pytest.approx(wrong - right, abs=1e-6)
+            assert bool(task.correct(outputs, target)[row]) == (nearest == y)
+
+
+def test_precision_is_that_of_a_loop_with_wrong_items_first_among_equals():
+    draw = torch.Generator().manual_seed(0)
+    similarity = torch.randint(0, 6, (40, 12), generator=draw) / 6  # many are equal
+    right = torch.rand(40, 12, generator=draw) < 0.4
+    right[:, 0] = True
+    for values, fits, precision in zip(similarity, right, average_precision(similarity, right), strict=True):
+        ranked = sorted(zip(values.tolist(), fits.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+        hits, total = 0, 0.0
+        for rank, (_, fit) in enumerate(ranked, 1):
+            hits += fit
+            total += fit * hits / rank
+        assert float(precision) == pytest.approx(total / hits)
+
+
+def test_the_roc_is_that_of_counting_pairs():
+    draw = torch.Generator().manual_seed(1)
+    same, different = (
+        torch.randn(80, generator=draw).round(decimals=1) + 1,
+        torch.randn(300, generator=draw).round(decimals=1),
+    )
+    roc = verification_roc(same, different)
+    above = (same[:, None] > different).double() + 0.5 * (same[:, None] == different).double()
+    assert roc.area == pytest.approx(float(above.mean()))
+    assert roc.points[0] == (0, 0) and roc.points[-1] == (1, 1)
+    for threshold in (-0.5, 0.3, 1.2):
+        pair = (float((different >= threshold).double().mean()), float((same >= threshold).double().mean()))
+        assert any(pair == pytest.approx(point) for point in roc.points)
+    assert roc.accepted == max(true for false, true in roc.points if false <= 0.01)
+    nearest = min(roc.points, key=lambda point: abs(point[0] - 1 + point[1]))
+    assert roc.equal_error == pytest.approx((nearest[0] + 1 - nearest[1]) / 2)
+
+
+def test_with_one_item_of_each_class_an_attack_breaks_what_the_closed_form_says():
+    model, items, x = scene(4, 4, 0, queries=60)
+    y = model(x).detach().argmax(1)
+    h, weight = model.encoder.features(x).detach(), model.encoder.weight.detach()
+    value = torch.full((60,), -torch.inf)
+    for wrong in range(4):
+        gap = model.gallery[wrong] - model.gallery[y]
+        reach = (gap * h).sum(1) + EPS * (gap @ weight).abs().sum(1)
+        value = torch.where(y == wrong, value, torch.maximum(value, reach))
+    clear = value.abs() > 1e-3
+    for attack, objective in ((PGD(steps=30, restarts=4, keep="best"), "margin"), (APGD(loss="margin", targets=3), "")):
+        x_adv = run_attack(attack, model, x, y, Linf(eps=EPS), objective=objective or "cross_entropy")
+        robust = Retrieval().correct(model(x_adv), y)
+        assert torch.equal(robust[clear], value[clear] < 0) and 5 < robust.sum() < 55
+
+
+def test_with_several_items_an_attack_breaks_what_a_linear_program_breaks():
+    model, items, x = scene(9, 3, 3)
+    y = Retrieval().predict(model(x)).detach()
+    x_adv = run_attack(PGD(steps=60, restarts=4, keep="best"), model, x, y, Linf(eps=EPS), objective="margin")
+    robust, labels = Retrieval().correct(model(x_adv), y), model.labels
+    values = [most(model, x[i], (labels != y[i]).nonzero()[:, 0].tolist(), labels == y[i]) for i in range(len(x))]
+    clear = torch.tensor(values).abs() > 2e-3
+    assert torch.equal(robust[clear], torch.tensor(values)[clear] < 0) and 3 < robust.sum() < 21
+
+
+def test_an_attack_towards_one_item_is_one_on_a_gallery_of_items_and_agrees_with_a_linear_program():
+    model, items, x = scene(5, 5, 3)  # each item is a class of its own
+    goal = torch.arange(len(x)) % 5
+    x_adv = run_attack(
+        *(PGD(steps=60, restarts=4, keep="best"), model, x, goal, Linf(eps=EPS)), objective="margin", task=TOWARDS_CLASS
+    )
+    led = ~TOWARDS_CLASS.correct(model(x_adv), goal)
+    values = torch.tensor([most(model, x[i], [int(goal[i])], torch.arange(5) != goal[i]) for i in range(len(x))])
+    clear = values.abs() > 2e-3
+    assert torch.equal(led[clear], values[clear] > 0) and 2 < led.sum() < 22
+
+
+def test_figures_of_a_gallery_agree_with_brute_force(tmp_path):
+    """On images of two pixels that are free, tried on a grid with its corners and edges."""
+    draw = torch.Generator().manual_seed(5)
+    encoder = Linear(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]))  # the other two pixels do nothing
+    angles = torch.rand(30, generator=draw) * 2 * math.pi
+    images = torch.full((30, 4), 0.5)
+    images[:, 0], images[:, 1] = 0.5 + 0.3 * angles.cos(), 0.5 + 0.3 * angles.sin()
+    images, labels = images.view(30, 1, 2, 2), (angles * 3 / math.pi).long() % 3
+    items, queries = cut_gallery(ImageSet(images, labels), 3)
+    with torch.no_grad():
+        model = NearestItem(encoder, nn.functional.normalize(encoder.features(items.images), dim=1), items.labels, 3)
+    attack = GalleryAttack(model, items, Linf(eps=EPS))
+    about = ("drawn", ["a"])
+    results = [
+        measure_gallery(
+            *(attack, queries, queries.images), about=about, state=ResumableResults(path, {}), seed=0, batch_size=8
+        )
+        for path in (None, tmp_path / "state", tmp_path / "state")  # the third time nothing is computed
+    ]
+    assert results[0].model_dump(exclude={"seconds"}) == results[1].model_dump(exclude={"seconds"})
+    assert results[1] == results[2]
+    result = results[0]
+    steps = torch.linspace(-EPS, EPS, 41)
+    grid = torch.cartesian_prod(steps, steps, torch.zeros(1), torch.zeros(1)).view(-1, 1, 2, 2)
+    holds = []
+    for x, y in zip(queries.images, queries.labels, strict=True):
+        z = model.features(x[None])[0].detach()
+        cosines = model.gallery @ z
+        right, wrong = cosines[items.labels == y].max(), cosines.where(items.labels != y, -2.0)
+        around = model.features(items.images[wrong.argmax()] + grid).detach() @ z
+        holds.append(bool(wrong.max() < right) and bool(around.max() < right))
+    assert result.gallery_item.accuracy == sum(holds) / len(holds) and 0 < sum(holds) < len(holds)
+    assert result.robust_verification.area < result.verification.area
+    assert result.robust_precision == pytest.approx(result.precision)  # the queries were given as they are
+    assert result.items == 9 and result.seen == ["a"] and result.attack == "PGD-50 similarity"
+
+
+def test_a_gallery_that_answers_nothing_is_refused():
+    for count, labels, size, message in (
+        (0, [], None, "has no item, got 0; give images of two classes or more: --gallery FOLDER"),
+        (2, [1, 1], None, "got only 'dog', which would answer every query; add items of another: --gallery FOLDER"),
+        (2, [0, 1], 7, "have 3 numbers each, the model's 7; make the gallery with this model"),
+        (2, [0, 1, 1], None, "give one label per embedding"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_gallery(torch.zeros(count, 3), torch.tensor(labels, dtype=torch.int64), size, ("cat", "dog"))
+    with pytest.raises(UserError, match="must be finite"):
+        check_gallery(torch.tensor([[torch.nan], [1.0]]), torch.tensor([0, 1]))
+    with pytest.raises(UserError, match="no class has more than 5 images, got 4 images in all"):
+        cut_gallery(ImageSet(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1])), 5)
+    with pytest.raises(UserError, match="pairs of one class and of two, got 0 and 1"):
+        verification_roc(torch.zeros(0), torch.zeros(1))
+
+
+def test_the_gallery_is_so_many_of_each_class_and_the_queries_are_the_rest():
+    images = torch.arange(12.0).view(12, 1, 1, 1)
+    items, queries = cut_gallery(ImageSet(images, torch.tensor([0, 1, 2] * 3 + [0, 0, 3])), 2)
+    assert items.labels.bincount().tolist() == [2, 2, 2, 1]
+    assert sorted([*items.images.flatten().tolist(), *queries.images.flatten().tolist()]) == list(range(12))
+    assert queries.images.flatten().tolist() == sorted(queries.images.flatten().tolist())
+
+
+def test_features_are_unit_vectors_and_logits_similarities():
+    model, items, x = scene(6, 3, 4)
+    features, logits = model.features_and_logits(x)
+    assert features.norm(dim=1).allclose(torch.ones(len(x)))
+    assert torch.equal(logits, class_similarity(features, model.gallery, model.labels, 3) / TEMPERATURE)
+    assert {"gallery", "labels"} <= model.state_dict().keys()
+
+
+def test_classes_that_are_not_kept_are_not_there_and_the_others_are_numbered_anew():
+    names = ("Latin/a", "Latin/b", "Greek/a", "dog")
+    train = RawSplit(torch.arange(8, dtype=torch.uint8).view(8, 1, 1, 1), torch.tensor([0, 1, 2, 3] * 2))
+    raw = with_classes(RawSplits(train, train.subset(torch.tensor([3, 2])), names), "dog, Latin/*")
+    assert raw.classes == ("Latin/a", "Latin/b", "dog")
+    assert raw.train.labels.tolist() == [0, 1, 2, 0, 1, 2] and raw.train.images.flatten().tolist() == [0, 1, 3, 4, 5, 7]
+    assert raw.test.labels.tolist() == [2]
+    assert "only images of 3 of 4 classes are read" in raw.notes[0]
+    with pytest.raises(UserError, match=r"data.keep_classes must name classes that are there, got 'dgo'; did you mean"):
+        with_classes(raw, "dgo")
