@@ -26,6 +26,7 @@ from clead.data.datasets import DATASETS
 from clead.measurements import MEASUREMENTS
 from clead.methods import METHODS
 from clead.models import MODELS
+from clead.tasks import TASKS
 from clead.threats import THREATS
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -38,9 +39,10 @@ REFERENCE = Path(__file__).parent / "reference"
 STUBS = Path(__file__).parent.parent / "src/clead/attacks"
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 _NOTICE = "<!-- Written by docs/generate.py from the program itself: change the docstring or setting there, not this page. -->"
-_REGISTRIES = {"data": DATASETS, "model": MODELS, "threat": THREATS}
+_REGISTRIES = {"data": DATASETS, "task": TASKS, "model": MODELS, "threat": THREATS}
 _GROUPS = {
     "data": "What is read, and how images are changed on their way into training.",
+    "task": 'What "right" means. `--task NAME` is short for `--task.name NAME`.',
     "model": "The network. Any `nn.Module` goes as `--model.name FILE.py:FACTORY`, or as an object in Python.",
     "threat": "What an attacker may change: a ball of radius `eps` around the image, intersected with the pixel range [0, 1].",
     "optim": "The optimiser.",

@@ -1,7 +1,8 @@
 """What flows between the rooms of this package: batches, step outputs, and the protocols of threats and attacks.
 
-Shapes and ranges used everywhere: ``x`` and ``x_adv`` are (B, C, H, W) float in [0, 1]; ``labels`` is (B,) int64 in [0, K);
-``logits`` (B, K); ``features`` (B, D); ``embedding`` (B, d) of unit length.
+Shapes and ranges used everywhere: ``x`` and ``x_adv`` are (B, C, H, W) float in [0, 1]; ``labels`` is (B,) int64 in [0, K), or
+what the task has in its place: (B, L) of several labels, (B, H, W) of a mask; ``logits`` (B, K); ``features`` (B, D);
+``embedding`` (B, d) of unit length.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import clead
+from clead.config import RunConfig, load_recipe
 from clead.errors import UserError
 from clead.tasks import TASKS
 from clead.tasks.classification import CLASSIFICATION
@@ -100,3 +101,18 @@ def test_nothing_else_takes_the_argmax_of_outputs():
                 if called and node.args and ast.unparse(node.args[0]) in ("1", "-1"):
                     found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert found == []
+
+
+def test_a_task_is_named_on_the_command_line_and_kept_in_the_configuration():
+    config = load_recipe("digits-pgd-at", ["--task", "classification"])
+    assert config.task == CLASSIFICATION and config.to_dict()["task"] == {"name": "classification"}
+    assert RunConfig.from_dict(config.to_dict()).task == CLASSIFICATION
+    with pytest.raises(UserError, match="task.name: unknown task 'nonsense'"):
+        load_recipe("digits-pgd-at", ["--task", "nonsense"])
+
+
+def test_labels_of_another_shape_are_refused_with_the_task_that_fits():
+    with pytest.raises(UserError, match=r"one class per image, got labels of shape \(3, 2\); give --task multilabel"):
+        CLASSIFICATION.check_data(torch.zeros(3, 2), ["a", "b"])
+    with pytest.raises(UserError, match="--task segmentation"):
+        CLASSIFICATION.check_data(torch.zeros(3, 4, 4), ["a", "b"])

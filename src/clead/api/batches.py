@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clead.errors import UserError
+from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 
 _IMAGES = ("pixel_values", "images", "image", "img", "inputs", "input", "x", "data")
@@ -18,13 +19,16 @@ _LABELS = ("labels", "label", "targets", "target", "y", "fine_label", "class")
 _CHANNELS = (1, 3, 4)
 
 
-def images_and_labels(images: Any, labels: Any = None, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def images_and_labels(
+    images: Any, labels: Any = None, *, limit: int | None = None, task: Task = CLASSIFICATION
+) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W), float or uint8, and labels (N,) int64, both apart from any graph.
 
     Args:
         images: a tensor or an array; or, without ``labels``, batches or single samples of both: pairs, longer tuples whose first
             two entries are image and label, or dictionaries with one entry named like images and one like labels.
         labels: integers of shape (N,) or (N, 1), or a list of them.
+        task: whose targets the labels are.
         limit: stop reading batches when there are so many images; the last batch is whole.
 
     Raises UserError, with the line that mends it, for anything whose meaning is not clear.
@@ -33,7 +37,7 @@ def images_and_labels(images: Any, labels: Any = None, *, limit: int | None = No
         images, labels = _collected(images, limit)
     x, y = _as_tensor("images", images).detach(), _as_tensor("labels", labels).detach()
     _check_layout(x)
-    return x, CLASSIFICATION.as_target(y, len(x))
+    return x, task.as_target(y, len(x))
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

@@ -14,13 +14,13 @@ from clead.attacks.runner import check_inputs, logits_of
 from clead.config import Eval, RunConfig
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.correctness import to_float
-from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.processes import Shard, folders, rank
 from clead.evaluation.recording import Evaluation
 from clead.evaluation.saving import OutputOptions, evaluate_into_folder
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
+from clead.evaluation.tasks import evaluate_task
 from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.interfaces import ImageSet, Splits
 from clead.models.external import prepare
@@ -33,6 +33,7 @@ from clead.runs.directory import RunDir
 from clead.runs.external import open_external_model, with_input
 from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
+from clead.tasks import TASKS, Task
 from clead.threats import THREATS
 
 
@@ -44,6 +45,7 @@ def evaluate(
     suite: str = "standard",
     norm: str = "linf",
     eps: float | str = "8/255",
+    task: str | Task = "classification",
     seed: int = 0,
     classes: Sequence[str] | None = None,
     name: str = "model",
@@ -62,6 +64,7 @@ def evaluate(
         suite: standard (AutoAttack), plus, rand, quick, adaptive, black_box or pgd.
         norm: linf, l2 or l1 (l0 with suite pgd).
         eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
+        task: what is right: a name of ``clead list``, or the settings of a task, such as ``Binary(threshold=0.3)``.
         seed: of the attacks' randomness.
         classes: K names.
         name: the model's name in the record.
@@ -83,7 +86,8 @@ def evaluate(
     """
     threat = validated(THREATS.get(norm), {"eps": eps})
     options = validated(Eval, {"suite": suite, "seed": seed, **settings})
-    chosen = _checked_images(images, labels, options.images)
+    judge: Task = TASKS.get(task)() if isinstance(task, str) else task
+    chosen = _checked_images(images, labels, options.images, judge)
     first, kind, notes = to_float(chosen.images[:2]), type(model).__name__, []
     with fork_rng(options.seed):
         if input is None:
@@ -95,9 +99,9 @@ def evaluate(
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
-    target = EvaluationTarget(name, kind, "given", "given", options.split, "given", tuple(classes))
+    target = EvaluationTarget(name, kind, "given", "given", options.split, "given", tuple(classes), task=judge)
     folder = None if state is None else Path(state)
-    evaluation = evaluate_model(
+    evaluation = evaluate_task(
         model, chosen, threat, options, target, options=EvaluationOptions(state=folder, show=show)
     )
     assert evaluation is not None
@@ -107,14 +111,14 @@ def evaluate(
     return evaluation.record.model_copy(update={"notes": [*evaluation.record.notes, *notes]})
 
 
-def _checked_images(images: Any, labels: Any, limit: int | None) -> ImageSet:
+def _checked_images(images: Any, labels: Any, limit: int | None, task: Task) -> ImageSet:
     """Return the first ``limit`` images and their labels, on the CPU; raises UserError if they are not valid."""
-    images, labels = images_and_labels(images, labels)
+    images, labels = images_and_labels(images, labels, task=task)
     if images.is_floating_point():
-        check_inputs(images, labels)
+        check_inputs(images, labels, task=task)
         images = images.float()
     else:
-        check_inputs(images[:1] / 255, labels[:1])
+        check_inputs(images[:1] / 255, labels[:1], task=task)
     if len(images) != len(labels):
         raise UserError(
             f"there must be one label per image, got {len(images)} images and {len(labels)} labels; "

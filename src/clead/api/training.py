@@ -87,6 +87,7 @@ def train(
     _check_starts(config)
     splits, extra_note = with_extra(config.data, data if data is not None else config.data.load(config.train.seed))
     _check_extra(config, splits)
+    config.task.check_data(splits.train.labels, splits.classes)
     if show and processes.is_main:
         say_skipped(splits.skipped)
         for note in (*splits.notes, *filter(None, [extra_note])):

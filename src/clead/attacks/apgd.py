@@ -103,11 +103,12 @@ class APGD:
         with torch.no_grad(), fork_rng(seed):
             logits, wrong = self._answer(model, x, y, task)
             classes = logits.shape[1]
-            chosen = min(self.targets, classes - 1) if task is CLASSIFICATION else 0  # a given target replaces them
-            self._check(classes, bool(chosen) or task is not CLASSIFICATION)
+            chosen = min(self.targets, classes - 1) if task == CLASSIFICATION else 0  # a given target replaces them
+            self._check(classes, bool(chosen) or task != CLASSIFICATION)
             left = (~wrong).nonzero()[:, 0]
-            wrong_logits = logits.scatter(1, y[:, None], -torch.inf)
-            aims = wrong_logits.topk(chosen, dim=1).indices.unbind(1) if chosen else [y]
+            aims = [y]
+            if chosen:
+                aims = logits.scatter(1, y[:, None], -torch.inf).topk(chosen, dim=1).indices.unbind(1)
             for aim in aims:
                 for _ in range(self.restarts):
                     if not len(left):
@@ -203,9 +204,9 @@ class APGD:
 
     def _value(self, logits: Tensor, path: _Path) -> Tensor:
         task = path.task
-        if task is not CLASSIFICATION and self.loss == "dlr":
+        if task != CLASSIFICATION and self.loss == "dlr":
             return task.margin(logits, path.labels) / _spread(logits)
-        if task is not CLASSIFICATION or not self.targets:
+        if task != CLASSIFICATION or not self.targets:
             return (margins.dlr if self.loss == "dlr" else getattr(task, _LOSSES[self.loss]))(logits, path.labels)
         return targeted(self.loss, logits, path.labels, path.aims)
 

@@ -107,7 +107,7 @@ class FAB:
             rows = task.correct(logits, y).nonzero()[:, 0]
             reach = torch.full((len(x),), torch.inf if eps is None else eps, device=x.device, dtype=x.dtype)
             wrong_classes = logits.scatter(1, y[:, None], -torch.inf).topk(logits.shape[1] - 1, dim=1).indices
-            if task is not CLASSIFICATION:
+            if task != CLASSIFICATION:
                 aims: list[Tensor] = [wrong_classes[:, :0]]  # a given target replaces the most likely wrong classes
             else:
                 aims = list(wrong_classes[:, : self.targets, None].unbind(1)) if self.targets else [wrong_classes]

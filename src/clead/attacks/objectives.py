@@ -16,7 +16,7 @@ from clead.errors import UserError
 from clead.interfaces import Objective
 from clead.losses import contrastive as contrast
 from clead.losses import margin as margins
-from clead.losses.divergence import cosine_distance, kl_divergence
+from clead.losses.divergence import cosine_distance
 from clead.losses.precision import at_least_float32
 from clead.models.split import AdaptedModel, SplitModel
 from clead.tasks import Task
@@ -42,11 +42,11 @@ def dlr(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
 
 
 @OBJECTIVES.register("kl")
-def kl(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
-    """KL(p(x) ‖ p(x_adv)) to the clean prediction (Zhang et al. 2019, arXiv:1901.08573)."""
+def kl(model: nn.Module, x: Tensor, y: Tensor, task: Task = CLASSIFICATION) -> Objective:
+    """KL(p(x) ‖ p(x_adv)) to the clean prediction (Zhang et al. 2019, arXiv:1901.08573), or the task's divergence in its place."""
     with torch.no_grad():
         target = model(x)
-    return lambda x_adv: kl_divergence(target, model(x_adv))
+    return lambda x_adv: task.divergence(target, model(x_adv))
 
 
 @OBJECTIVES.register("embedding")
@@ -149,6 +149,15 @@ def _prototypes(split: SplitModel, x: Tensor) -> Tensor:
         rows = [torch.autograd.grad(logit, features, retain_graph=True)[0][0] for logit in logits[0]]
     weight = at_least_float32(torch.stack(rows))
     return nn.functional.normalize(weight - weight.mean(0), dim=1)
+
+
+OF_THE_TASK = ("cross_entropy", "margin", "kl")
+"""Objectives that take ``task``; the others look at features, or are defined for classes only."""
+
+
+def task_option(objective: str, task: Task) -> dict[str, Task]:
+    """Return the task as the keyword of an objective, nothing for one that takes none."""
+    return {"task": task} if objective in OF_THE_TASK else {}
 
 
 NEED_FEATURES = ("embedding", "contrastive", "supcon", "embedding_logits", "prototype")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clead.attacks import ATTACKS, OBJECTIVES
 from clead.attacks.capabilities import capabilities, check_norm, name_of
+from clead.attacks.objectives import OF_THE_TASK
 from clead.attacks.square_cache import Prepared
 from clead.errors import UserError, out_of_memory
 from clead.interfaces import Attack, MinimumNorm, Model, Search, Threat, Unrestricted
@@ -21,8 +22,8 @@ from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
-from clead.tasks import Task
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task, task_name
+from clead.tasks.classification import CLASSIFICATION, TOWARDS_CLASS
 from clead.threats import THREATS
 from clead.threats.geometry import contains
 
@@ -37,8 +38,8 @@ class AttackError(UserError):
     """An attack returned something else than an image of its threat set."""
 
 
-def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
-    """Raise UserError unless ``x`` is (B, C, H, W) float in [0, 1] without NaN and ``y`` is (B,) int64 in [0, K)."""
+def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None, task: Task = CLASSIFICATION) -> None:
+    """Raise UserError unless ``x`` is (B, C, H, W) float in [0, 1] without NaN and ``y`` is the task's targets of B images."""
     for name, value in (("images", x), ("labels", y)):
         if not isinstance(value, Tensor):
             raise UserError(f"{name} must be a torch.Tensor, got a {type(value).__name__}; use torch.as_tensor")
@@ -63,7 +64,7 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None) -> None:
             else "give raw pixels and let the model normalise (clead.models.normalize.Normalize as its first layer)"
         )
         raise UserError(f"pixels must be in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
-    CLASSIFICATION.check_target(y, len(x), num_classes)
+    task.check_target(y, len(x), num_classes)
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -127,14 +128,14 @@ def run_attack(
     check_applicable(attack, threat, task, objective)
     ball = not (threat is None or isinstance(threat, str))
     # Handed over only where it is not the plain one, so that a search which takes no task serves that.
-    aim: dict[str, Any] = {} if task is CLASSIFICATION else {"task": task}
+    aim: dict[str, Any] = {} if task == CLASSIFICATION else {"task": task}
     model = wrapped(model)
     if generator is None:
         generator = torch.Generator(x.device).manual_seed(0) if isinstance(x, Tensor) else None
     # A randomised model draws from the global generators: from a stream of its own here, not from the caller's.
     with fork_rng(zlib.crc32(generator.get_state().numpy().tobytes()) if generator else 0):
         if not checked:
-            check_inputs(x, y)
+            check_inputs(x, y, task=task)
             task.check(logits_of(model, x[:1]), y)
         with torch.inference_mode(False), attack_mode(model):  # a caller's inference mode would refuse any gradient
             # The attack's own copies: a library's attack may write into its images, and they are compared with afterwards.
@@ -154,7 +155,7 @@ def run_attack(
         x_adv = verified(x_adv, given, threat, name)
     if not checked:
         check_finite(x_adv, name if not ball or able.searches else repr(objective))
-        if task is CLASSIFICATION:
+        if task == CLASSIFICATION:
             x_adv = marked(model, x_adv, y)
     return x_adv
 
@@ -183,12 +184,20 @@ def check_applicable(attack: Any, threat: Threat | str | None, task: Task, objec
             )
     if threat is not None:
         check_norm(attack, threat if isinstance(threat, str) else threat.norm)
-    if task is CLASSIFICATION:
+    if task == CLASSIFICATION:
         return
+    towards = task == TOWARDS_CLASS
     if not able.targeted:
         usable = ", ".join(key for key, kind in ATTACKS.items() if capabilities(kind).targeted)
-        raise UserError(f"{name} cannot aim at a class; leave out the target, or use one of {usable}")
-    if not able.searches and objective not in TARGETED_OBJECTIVES:
+        cannot, remedy = "aim at a class", "leave out the target, or use"
+        if not towards:
+            cannot, remedy = f"attack the task {task_name(task)}, it compares classes", "use"
+        raise UserError(f"{name} cannot {cannot}; {remedy} one of {usable}")
+    if not towards and not able.searches and objective not in OF_THE_TASK:
+        raise UserError(
+            f"objective {objective!r} knows no {task_name(task)}; give --objective {' or '.join(OF_THE_TASK)}"
+        )
+    if towards and not able.searches and objective not in TARGETED_OBJECTIVES:
         raise UserError(
             f"objective {objective!r} knows no target; give --objective {TARGETED_OBJECTIVES[0]} or {TARGETED_OBJECTIVES[1]}"
         )

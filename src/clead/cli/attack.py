@@ -78,7 +78,7 @@ def attack(
         return
     if ":" not in name and name not in (known := [*ATTACKS.names(), *UNRESTRICTED.names()]):
         raise UserError(f"attack.name: unknown attack {name!r}; {did_you_mean(name, known)}")
-    only(overrides, ("data", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
+    only(overrides, ("data", "task", "threat", "attack", "eval"), "use --attack.steps and the like, and --objective")
     if save and len(runs) > 1:
         raise UserError(f"--save keeps the images of one run, got {len(runs)} runs; attack them one by one")
     fixed = ["--eval.curve_points", "0", "--eval.check_images", "0"]

@@ -62,7 +62,7 @@ def evaluate(
         one_folder(out, runs)
     overrides = _with_suite(suite, overrides)
     call, overrides = model_options(model, overrides)
-    only(overrides, ("data", "threat", "eval"), "choose a suite with --suite, or use clead attack")
+    only(overrides, ("data", "task", "threat", "eval"), "choose a suite with --suite, or use clead attack")
     options: dict[str, Any] = {
         "transfer_from": transfer_from or (),
         "shard": shard,

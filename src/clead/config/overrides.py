@@ -17,6 +17,8 @@ from clead.renamed import RETIRED, retired_problem
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
     """Return (key path, value) pairs from ``--group.key VALUE`` or ``--group.key=VALUE``; values are read as YAML scalars or lists.
 
+    ``--task NAME`` is short for ``--task.name NAME``.
+
     >>> parse_overrides(["--threat.eps", "8/255", "--data.flip=true"])
     [(['threat', 'eps'], '8/255'), (['data', 'flip'], True)]
     """
@@ -32,6 +34,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
                 problems.append(f"{argument}: a value is missing; give {argument} VALUE")
                 continue
             value = waiting.pop(0)
+        key = "task.name" if key == "task" else key
         if "." not in key:
             full = sorted({f"--{row[0]}.{row[2]}" for row in documented_keys() if row[2] == key.replace("-", "_")})
             hint = (

@@ -22,6 +22,7 @@ from clead.config.yaml_io import dump_yaml
 from clead.errors import UserError, did_you_mean
 from clead.methods import METHODS
 from clead.models import MODELS
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
 
@@ -37,6 +38,7 @@ class RunConfig:
     data: Any
     train: Train
     name: str = "run"
+    task: Any = CLASSIFICATION
     model: Any = dataclasses.field(default_factory=lambda: MODELS.get("small_cnn")())
     threat: Any = dataclasses.field(default_factory=lambda: THREATS.get("linf")())
     attack: Any = dataclasses.field(default_factory=PGD)
@@ -55,7 +57,9 @@ class RunConfig:
             strange = [
                 f"{group}: {mistake}" for group, value in groups.items() if (mistake := type_problem(group, value))
             ]
-            problems += [f"stages.{stage.name}.{mistake}" for mistake in strange or joint_problems(groups)]
+            problems += [
+                f"stages.{stage.name}.{mistake}" for mistake in strange or joint_problems({**groups, "task": self.task})
+            ]
         problems += self._teacher_problems()
         if problems or (not self.stages and (problems := joint_problems(parts))):
             raise UserError(*problems)

@@ -17,6 +17,7 @@ from clead.models.modes import AttackMode, ForwardMode
 from clead.registry import Registry
 from clead.renamed import current_value, without_retired
 from clead.settings import Probability, Ratio, setting, settings, validated
+from clead.tasks import TASKS
 from clead.threats import THREATS
 
 _LARGEST_SEED = 2**63 - 1
@@ -241,6 +242,7 @@ class Eval:
 
 REGISTRY_GROUPS: dict[str, tuple[Registry[Any], str]] = {
     "data": (DATASETS, "name"),
+    "task": (TASKS, "name"),
     "model": (MODELS, "name"),
     "threat": (THREATS, "norm"),
     "attack": (ATTACKS, "name"),
@@ -250,7 +252,14 @@ PLAIN_GROUPS: dict[str, type] = {"optim": Optim, "train": Train, "eval": Eval}
 GROUPS = (*REGISTRY_GROUPS, *PLAIN_GROUPS)
 TUNE = "tune"
 """The group of a recipe that says how it is searched: ``clead tune`` reads it, a training has no use for it."""
-DEFAULT_NAME = {"data": None, "model": "small_cnn", "threat": "linf", "attack": "pgd", "method": "clead"}
+DEFAULT_NAME = {
+    "data": None,
+    "task": "classification",
+    "model": "small_cnn",
+    "threat": "linf",
+    "attack": "pgd",
+    "method": "clead",
+}
 
 
 def type_problem(group: str, value: Any) -> str:

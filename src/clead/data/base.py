@@ -25,7 +25,7 @@ from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
 from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, digests_of, find_duplicates, repeats
 from clead.data.groups import cut_groups, group_names, shared_groups
-from clead.data.label_sampling import hide_labels, stratified
+from clead.data.label_sampling import hide_labels, label_keys, strata, stratified
 from clead.data.views import Augmentation
 from clead.errors import UserError, did_you_mean, memory_of, printable
 from clead.interfaces import ImageSet, Splits
@@ -79,7 +79,7 @@ class RawSplit:
 
     Args:
         images: decoded (N, C, H, W) uint8 with C 1 or 3, or the bytes of N image files.
-        labels: (N,) int64.
+        labels: (N,) int64, or the targets of another task: (N, L) of several labels, (N, H, W) of a mask.
         names: what to call each image in an error, such as its path; for decoded images empty.
         columns: other values of each image, such as a scene or a patient, as text: name -> N values.
     """
@@ -389,7 +389,7 @@ def _leaks(sets: Mapping[str, ImageSet], marks: Mapping[str, Sequence[tuple[str,
         if len(subset):
             names, digests = zip(*marks[name], strict=True)
             images = list(subset.images.permute(0, 2, 3, 1).numpy())
-            splits[name] = Split(images, subset.labels.tolist(), names if all(names) else (), digests)
+            splits[name] = Split(images, label_keys(subset.labels), names if all(names) else (), digests)
     files = all(len(split.names) == len(split.images) <= HASHED for split in splits.values())
     near = files and sum(map(len, sets.values())) <= HASHED and find_spec("imagehash") is not None
     return find_duplicates(splits, near=near).leaks()
@@ -532,7 +532,9 @@ def say_skipped(skipped: Sequence[str]) -> None:
 
 
 def check_labels(raw: RawSplits) -> None:
-    """Raise UserError unless all labels are in [0, K)."""
+    """Raise UserError unless all labels are in [0, K); a task checks those that are no classes."""
+    if raw.train.labels.dim() > 1 or raw.test.labels.dim() > 1:
+        return
     classes, parts = raw.classes, [("training", raw.train), ("validation", raw.val), ("test", raw.test)]
     labels = {name: split.labels.numpy() for name, split in parts if split is not None and len(split.labels)}
     remedy = "number the labels from 0 and name every class"
@@ -556,6 +558,8 @@ def check(raw: RawSplits, *, limit_train: int | None = None) -> None:
             "--data.path (only clead evaluate --model does without training images)"
         )
     check_labels(raw)
+    if train.labels.dim() > 1:
+        return
     problems = []
     counts = np.bincount(train.labels.numpy(), minlength=len(classes))
     if np.count_nonzero(counts) < 2:
@@ -599,7 +603,7 @@ def shuffle_if_sorted(image_set: ImageSet) -> ImageSet:
 
     So the first n of them stand for all classes.
     """
-    labels = image_set.labels.numpy()
+    labels = strata(image_set.labels).numpy()
     if np.count_nonzero(np.diff(labels)) != len(np.unique(labels)) - 1:
         return image_set
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(_LIMIT_SEED)))

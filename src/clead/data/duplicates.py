@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from clead.data.groups import group_names
+from clead.data.label_sampling import label_keys
 from clead.errors import needs_extra
 from clead.interfaces import ImageSet
 
@@ -150,7 +151,7 @@ def repeats(sets: Sequence[ImageSet], digests: Sequence[bytes]) -> list[str]:
     if not total:
         return []
     labels: dict[bytes, set[int]] = {}
-    for key, label in zip(digests, [label for images in sets for label in images.labels.tolist()], strict=True):
+    for key, label in zip(digests, [label for images in sets for label in label_keys(images.labels)], strict=True):
         labels.setdefault(key, set()).add(label)
     pixels = [images.images.flatten(2) for images in sets if len(images)]
     flat = sum(int((each.amax(2) == each.amin(2)).all(1).sum()) for each in pixels)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clead.data.label_sampling import strata
 from clead.errors import UserError, did_you_mean
 
 
@@ -88,7 +89,7 @@ def cut_groups(
     Raises:
         UserError: no group can be taken without leaving a class without images.
     """
-    values = labels.numpy()
+    values = strata(labels).numpy()
     _, number = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
     sizes = np.bincount(values).astype(float)
     target = sizes * (count / max(1, len(values)))

@@ -8,9 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clead.errors import UserError
 from clead.interfaces import ImageSet
 
 _LABELLED, _NOISE = 1, 2  # one random stream each, apart from the one that cuts validation images
+
+
+def strata(labels: Tensor) -> Tensor:
+    """Return what images are chosen evenly by, (N,) int64: their class; one and the same where a target is no class.
+
+    >>> strata(torch.tensor([2, 0])), strata(torch.tensor([[0, 1], [1, 1]]))
+    (tensor([2, 0]), tensor([0, 0]))
+    """
+    return labels if labels.dim() == 1 else torch.zeros(len(labels), dtype=torch.int64)
+
+
+def label_keys(labels: Tensor) -> list[int]:
+    """Return a number per image that is the same for the same label, mask or set of labels."""
+    return labels.tolist() if labels.dim() == 1 else [hash(row.numpy().tobytes()) for row in labels]
 
 
 def stratified(
@@ -21,7 +36,7 @@ def stratified(
     The bounds ``least`` and ``spare`` hold even where that makes more or fewer than ``count``.
 
     Args:
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, …), of which all count as of one class.
         count: images to choose, in [0, N].
         seed: decides which; the draw is NumPy's frozen legacy stream, equal on every machine and version.
         least: images to choose of each class at least, if it has so many.
@@ -30,7 +45,7 @@ def stratified(
     Returns:
         The chosen indices and the others, both (n,) int64, ascending.
     """
-    values = labels.numpy()
+    values = strata(labels).numpy()
     present, sizes = np.unique(values, return_counts=True)
     ideal = sizes * (count / max(1, len(values)))
     low = np.minimum(least, sizes)
@@ -65,6 +80,11 @@ def hide_labels(
         share: of every batch that is drawn from labelled images, or None.
     """
     labelled = None
+    if train.labels.dim() > 1 and (fraction < 1 or noise):
+        raise UserError(
+            f"data.labelled and data.label_noise are for one class per image, got {fraction:g} and {noise:g} with labels of shape "
+            f"{tuple(train.labels.shape)}; leave them out"
+        )
     if fraction < 1:
         chosen, rest = stratified(train.labels, round(fraction * len(train)), (seed, _LABELLED), spare=0)
         if len(rest):

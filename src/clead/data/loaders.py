@@ -117,7 +117,7 @@ class Loader:
         self._orders: dict[tuple[int, ...], tuple[int, Tensor]] = {}
         self._pools: list[_Pool] | None = None
         self.labelled: Tensor | None = None
-        if bool((labels < 0).any()) and image_set.labelled_share != 1:
+        if labels.dim() == 1 and bool((labels < 0).any()) and image_set.labelled_share != 1:
             self.labelled = (labels >= 0).to(self.device)
         share = None if image_set.labelled is None else image_set.labelled_share
         if share is not None or image_set.extra is not None or image_set.balanced:

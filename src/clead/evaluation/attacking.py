@@ -117,7 +117,7 @@ def _clean(plan: EvaluationPlan, batch: int) -> tuple[dict[str, Tensor], list[in
     """Return which clean images are right, what they are taken for, and the ids of those whose logits are not finite."""
     rows = plan.where(batch)
     x, y = plan.inputs(rows)
-    check_inputs(x, y, plan.num_classes)
+    check_inputs(x, y, plan.num_classes, plan.task)
     with fork_rng(make_generator("cpu", plan.settings.seed, -1, batch).initial_seed()):
         logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x, y, plan.microbatch)
         if logits.shape[1] != plan.num_classes:

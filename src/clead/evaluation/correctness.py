@@ -95,18 +95,31 @@ def accuracy_under_attack(
     *,
     seed: int,
     device: torch.device,
+    task: Task = CLASSIFICATION,
 ) -> tuple[float, float]:
-    """Return (clean accuracy, robust accuracy) under one attack; for the validation inside training."""
-    right = robust = 0
+    """Return (clean accuracy, robust accuracy) under one attack; for the validation inside training.
+
+    Where images can be right in part, both are the means of the part of each that is right.
+    """
+    right = robust = 0.0
     for number, (x, y) in enumerate(batches(images, 256, device)):
         generator = make_generator(device, seed, number)
-        flags = correct_mask(model, x, y)
-        right += int(flags.sum())  # synchronises the device
-        if flags.any():
+        scores = _scores(model, x, y, task)
+        right += float(scores.sum())  # synchronises the device
+        if (flags := scores > 0).any():
             x, y = x[flags], y[flags]
-            x_adv = run_attack(attack, model, x, y, threat, objective=objective, generator=generator, checked=True)
-            robust += int(correct_mask(model, x_adv, y).sum())
+            x_adv = run_attack(
+                attack, model, x, y, threat, objective=objective, task=task, generator=generator, checked=True
+            )
+            robust += float(torch.minimum(scores[flags], _scores(model, x_adv, y, task)).sum())
     return right / len(images), robust / len(images)
+
+
+def _scores(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
+    """Return the part of each image that is right, (B,) in [0, 1]; 0 of an image that is not finite."""
+    model = wrapped(model)
+    with attack_mode(model), torch.no_grad():
+        return task.score(model(x), y) * finite_images(x)
 
 
 def batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -54,7 +54,7 @@ def evaluate_model(
         images: what to attack; all of them, in batches that are moved to the device one at a time.
         threat: norm and radius.
         settings: suite, batch size, seed, curve, gallery.
-        target: names and fingerprints for the record.
+        target: names and fingerprints for the record, and the task.
         attacks: instead of the suite that ``settings`` names.
         more: attacks after those of the suite, on what it left.
         options: device, saved state, sharing among processes.

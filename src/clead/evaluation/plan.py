@@ -75,8 +75,12 @@ class EvaluationPlan:
     device: torch.device
     batch_size: int
     keep_adversarial: bool
-    task: Task = CLASSIFICATION
     microbatch: MicrobatchLimit = field(default_factory=MicrobatchLimit)
+
+    @property
+    def task(self) -> Task:
+        """What is right."""
+        return self.target.task
 
     @property
     def num_classes(self) -> int:
@@ -154,6 +158,7 @@ class EvaluationPlan:
             "shard": f"{shard.index}/{shard.count}",
             "device": self.device.type,
             "clead": __version__,
+            **({} if self.task == CLASSIFICATION else {"task": repr(self.task)}),
             # What neither weights nor structure tell: another constant in the model's code gives other answers.
             "answers": [
                 f"{value:.2g}" for value in logits_of(self.model, self.inputs(slice(0, 1))[0])[0, :10].tolist()

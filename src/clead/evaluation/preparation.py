@@ -28,7 +28,7 @@ def check_plan(plan: EvaluationPlan) -> tuple[bool, list[str]]:
     """
     x, y = plan.inputs(slice(0, 1))
     if x.dim() != 4:
-        check_inputs(x, y)
+        check_inputs(x, y, task=plan.task)
     logits_of(plan.model, x)
     for named in plan.attacks:
         task, aim = named.goal(plan.task, y)

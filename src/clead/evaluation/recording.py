@@ -31,6 +31,7 @@ from clead.results.record import (
 )
 from clead.results.statistics import balanced, estimate
 from clead.settings import Ratio
+from clead.tasks import task_name
 from clead.weights.files import fingerprint
 
 
@@ -90,6 +91,7 @@ def make_evaluation(
         training=plan.target.training,
         predictions=_predictions(plan, store),
         memory=_memory(plan.device),
+        task=task_name(plan.task),
         versions=environment(),
         # Of an evaluation that was resumed or shared out: the work of all its parts.
         seconds=max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),

@@ -11,12 +11,12 @@ from safetensors.torch import save as to_safetensors
 
 from clead.atomic_io import JSON_LIMIT, check_inside, read_regular, remove_leftovers, write_atomically
 from clead.evaluation import adversarial_dataset
-from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.processes import Shard, folders, rank, shards
 from clead.evaluation.recording import Evaluation
 from clead.evaluation.state import discard
 from clead.evaluation.suites import NamedAttack
+from clead.evaluation.tasks import evaluate_task
 from clead.output import tell
 from clead.results.record import Record, TransferResult
 from clead.runs.loading import OpenedModel
@@ -70,7 +70,7 @@ def evaluate_into_folder(
         show=output.show,
     )
     config, images = opened.config, opened.images
-    evaluation = evaluate_model(
+    evaluation = evaluate_task(
         *(opened.model, images, config.threat, config.eval, opened.target), attacks=attacks, more=more, options=options
     )
     if evaluation is None:

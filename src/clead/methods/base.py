@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from clead.models.modes import AttackMode
 from clead.models.split import SplitModel
 from clead.renamed import old_names, warn_renamed
 from clead.settings import settings
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 
 
 class Taught(NamedTuple):
@@ -51,6 +53,7 @@ class StepContext(NamedTuple):
         world: the processes that train together, each with its part of the batch.
         attack_mode: the mode of the model while it is attacked: evaluation, or that of the forward.
         teacher: a model in evaluation mode that methods with ``needs_teacher`` learn from, or None.
+        task: what is right, and what is lost where it is not.
     """
 
     threat: Threat
@@ -61,6 +64,7 @@ class StepContext(NamedTuple):
     world: World = SINGLE_PROCESS
     attack_mode: AttackMode = "eval"
     teacher: SplitModel | None = None
+    task: Task = CLASSIFICATION
 
     def taught(self, x: Tensor) -> Taught:
         """Return what the teacher says of images (b, C, H, W) of this process."""
@@ -122,6 +126,8 @@ class Method(ABC):
     """
 
     # What a method is; a subclass states it, or computes it from its settings.
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """The tasks that it trains for beside classification and its kinds (binary, whose one logit is [0, z] to it), by name."""
     uses_embedding = False
     """Whether a projection head has to be trained; then there is a setting ``embedding_dim``."""
     uses_second_view = False

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
+from clead.attacks.objectives import task_option
 from clead.distributed import World
 from clead.interfaces import Batch, Objective, StepOutput
 from clead.losses.contrastive import nt_xent, published, supcon
-from clead.losses.divergence import kl_divergence
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views, over_whole_batch
 from clead.methods.free_adversary import PersistentDelta, replayed
@@ -26,7 +26,7 @@ from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task
 
 Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon"]
 INNER = "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent or SupCon at τ"
@@ -182,15 +182,21 @@ class CLead(Method):
             metrics[name] = value.detach()
 
         if self.clean_weight:
-            add("clean_cross_entropy", self.clean_weight, self._cross_entropy(outputs["clean"].logits, batch))
+            add(
+                "clean_cross_entropy", self.clean_weight, self._cross_entropy(outputs["clean"].logits, batch, step.task)
+            )
         if self.adversarial_weight:
             add(
                 "adversarial_cross_entropy",
                 self.adversarial_weight,
-                self._cross_entropy(outputs["adversarial"].logits, batch),
+                self._cross_entropy(outputs["adversarial"].logits, batch, step.task),
             )
         if self.kl_weight:
-            add("kl", self.kl_weight, kl_divergence(outputs["clean"].logits, outputs["adversarial"].logits).mean())
+            add(
+                "kl",
+                self.kl_weight,
+                step.task.divergence(outputs["clean"].logits, outputs["adversarial"].logits).mean(),
+            )
         if self.contrastive_weight:
             wanted = [name for name in ("clean", "augmented", "adversarial") if name != "clean" or self.clean_view]
             z = [unit_vectors(model, outputs[name], self.contrastive_level) for name in wanted if name in outputs]
@@ -199,8 +205,7 @@ class CLead(Method):
             add(name, weight, value)
         for name, key in (("clean", "clean_accuracy"), ("adversarial", "robust_accuracy")):
             if name in outputs:
-                right = CLASSIFICATION.correct(outputs[name].logits, batch.labels)
-                metrics[key] = mean_of(right.float(), batch.labelled)
+                metrics[key] = mean_of(step.task.score(outputs[name].logits, batch.labels), batch.labelled)
         return StepOutput(loss, metrics)
 
     def more_terms(
@@ -226,14 +231,14 @@ class CLead(Method):
     def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
         make = OBJECTIVES.get(name)
         if name not in _OF_A_BATCH:
-            return make(model, x, y)
+            return make(model, x, y, **task_option(name, step.task))
         labels = distinct(step.world.all_gather(y)) if name == "supcon" else y
         return over_whole_batch(lambda: make(model, x, labels, temperature=self.temperature), model, len(x), step.world)
 
-    def _cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, batch: Batch, task: Task) -> Tensor:
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
         if batch.labelled is None:
-            return F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing)
+            return task.training_loss(logits, targets, self.label_smoothing)
         known = batch.labels >= 0
         targets = targets.clamp_min(0)  # what stands in for no label is not counted
         losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing, reduction="none")

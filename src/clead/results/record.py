@@ -219,6 +219,22 @@ class Memory(RecordModel):
     device: int | None
 
 
+class Metric(RecordModel):
+    """A figure of a task beside the accuracies of images, as a fraction, clean and in the worst case.
+
+    ``about`` says in a sentence what it counts; ``n`` is how many cases it is of. The intervals are 95 %, low and high, if there
+    is a way to give them.
+    """
+
+    name: str
+    about: str
+    n: int
+    clean: float | None
+    robust: float | None
+    clean_interval: tuple[float, float] | None = None
+    robust_interval: tuple[float, float] | None = None
+
+
 class Training(RecordModel):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
@@ -231,7 +247,10 @@ class Training(RecordModel):
 
 
 class Record(RecordModel):
-    """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all."""
+    """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all.
+
+    ``task`` says what is right, and ``metrics`` are further figures of it.
+    """
 
     schema_version: Literal[2, 3] = SCHEMA_VERSION
     run: str
@@ -256,6 +275,8 @@ class Record(RecordModel):
     transferred: TransferResult | None = None
     predictions: Predictions | None = None
     memory: Memory | None = None
+    task: str = "classification"
+    metrics: list[Metric] = Field(default_factory=list)
     versions: dict[str, str]
     seconds: float
 

@@ -8,11 +8,16 @@ from typing import Literal
 
 from clead.interfaces import ImageSet
 from clead.results.record import EvaluatedData, Training
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """What is evaluated and where it comes from; goes into the record. ``model`` is the architecture's name."""
+    """What is evaluated and where it comes from; goes into the record.
+
+    ``model`` is the architecture's name; ``task`` says what is right.
+    """
 
     name: str
     model: str
@@ -25,6 +30,7 @@ class EvaluationTarget:
     origin: Literal["test", "val", "train"] = "test"
     skipped: tuple[str, ...] = ()
     total: int | None = None
+    task: Task = CLASSIFICATION
 
     def evaluated_data(self, images: ImageSet) -> EvaluatedData:
         """Return what a record says of the evaluated images."""

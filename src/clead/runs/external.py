@@ -70,6 +70,7 @@ def open_external_model(
         split=config.eval.split,
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
+        task=config.task,
         **split_facts(splits, config.eval.split),
     )
     notes = [*data_notes(splits), *external.notes]

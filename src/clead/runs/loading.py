@@ -26,6 +26,7 @@ from clead.results.record import Training
 from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.runs.zoo import results_of_zoo
+from clead.tasks import Task, task_name
 from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
@@ -96,6 +97,7 @@ def open_run(
     config = config or trained
     if images is not None and config.eval.images is None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=images))
+    check_task(config.task, trained.task, str(run.path))
     loaded, weight_notes = _loaded(run, config, config.eval.weights, model)
     chosen, splits = evaluated_images(run, config, trained, data, same_classes=same_classes)
     tree = config.to_dict()
@@ -108,6 +110,7 @@ def open_run(
         data_fingerprint=splits.fingerprint,
         classes=splits.classes,
         training=training_of(run, trained),
+        task=config.task,
         **split_facts(splits, config.eval.split),
     )
     device = device_of(config.train.device)
@@ -131,6 +134,15 @@ def evaluated_images(
             "set data.image_size and data.channels"
         )
     return chosen_images(config.eval, splits), splits
+
+
+def check_task(task: Task, trained: Task, source: str) -> None:
+    """Raise UserError unless a model that was trained for the task ``trained`` can be evaluated in ``task``."""
+    name, able = task_name(trained), task_name(task)
+    if name != able and name not in task.reads:
+        raise UserError(
+            f"{source} was trained for the task {name}, got --task {able}; leave it out, or give --task {name}"
+        )
 
 
 def chosen_images(options: Eval, splits: Splits) -> ImageSet:
@@ -193,7 +205,9 @@ def _loaded(run: RunDir, config: RunConfig, which: str, model: nn.Module | None)
         built = adapt(model, sample_shape=shape, num_classes=k)
     else:
         mean, std = metadata["mean_std"]
-        built = build_model(config.model, shape[0], k, mean, std, seed=0, sample_shape=shape, pretrained=False)
+        built = build_model(
+            config.model, shape[0], config.task.outputs(k), mean, std, seed=0, sample_shape=shape, pretrained=False
+        )
     notes = check_weights(weights(built), content, str(path))
     for note in notes:
         _log.warning("note: %s", note)
@@ -205,7 +219,7 @@ def build(config: RunConfig, splits: Splits, *, pretrained: bool = True) -> Spli
     """Return the model of ``config`` for these images, its weights drawn from ``train.seed``; ``pretrained`` as ``build_model``."""
     mean, std = mean_std(splits)
     shape = image_shape(splits)
-    seed, k = config.train.seed, len(splits.classes)
+    seed, k = config.train.seed, config.task.outputs(len(splits.classes))
     return build_model(config.model, shape[0], k, mean, std, seed=seed, sample_shape=shape, pretrained=pretrained)
 
 

@@ -5,7 +5,8 @@ Attacks, methods and evaluation ask a task what is right; none of them compares 
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -13,10 +14,32 @@ from clead.registry import Registry
 
 
 class Task(Protocol):
-    """What "right" means. ``outputs`` are what the model returns for B images, ``target`` is what they should be."""
+    """What "right" means. ``outputs`` are what the model returns for B images, ``target`` is what they should be.
+
+    Attributes:
+        reads: the tasks whose runs can be evaluated in this one, by name; a run of the task itself always can.
+    """
+
+    reads: ClassVar[tuple[str, ...]]
+
+    def outputs(self, num_classes: int) -> int:
+        """Return how many numbers the last layer gives for an image (or a pixel) where the data names so many classes."""
+        ...
+
+    def check_data(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Raise UserError unless the ``labels`` of a data set, (N, …), are this task's; the error names the task that fits."""
+        ...
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the loss of each image, (B,): what training minimises and the plainest attack maximises."""
+        ...
+
+    def training_loss(self, outputs: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+        ...
+
+    def divergence(self, clean: Tensor, outputs: Tensor) -> Tensor:
+        """Return how far the ``outputs`` of each image are from its ``clean`` ones, (B,): what TRADES holds small."""
         ...
 
     def margin(self, outputs: Tensor, target: Tensor) -> Tensor:
@@ -25,6 +48,10 @@ class Task(Protocol):
 
     def correct(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return which images are right, (B,) bool. NaN or infinite outputs are wrong."""
+        ...
+
+    def score(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the part of each image that is right, (B,) float in [0, 1]: what training watches and validation chooses by."""
         ...
 
     def predict(self, outputs: Tensor) -> Tensor:
@@ -57,3 +84,13 @@ class Task(Protocol):
 
 
 TASKS: Registry[Any] = Registry("task", "clead.tasks")
+
+
+def task_name(task: Task) -> str:
+    """Return the name under which a task is registered; of a task that is not, such as a targeted attack's, its class's."""
+    return next((name for name, kind in TASKS.items() if type(task) is kind), type(task).__name__)
+
+
+def fitting_tasks(labels: Tensor) -> str:
+    """Return which tasks labels of this shape, (N, …), are for, as a remedy names them."""
+    return {1: "classification", 2: "multilabel", 3: "segmentation"}.get(labels.dim(), "none")

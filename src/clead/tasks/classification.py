@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clead.errors import UserError
 from clead.losses import margin as margins
+from clead.losses.divergence import kl_divergence
 from clead.settings import settings
-from clead.tasks import TASKS
+from clead.tasks import TASKS, fitting_tasks
 
 
 @TASKS.register("classification")
 @settings
 class Classification:
     """Outputs are logits (B, K), the target is a class (B,) int64 in [0, K)."""
+
+    reads: ClassVar[tuple[str, ...]] = ("classification", "binary")
+
+    def outputs(self, num_classes: int) -> int:
+        """Return K: a logit per class."""
+        return num_classes
+
+    def check_data(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Raise UserError unless ``labels`` are one class number per image, (N,)."""
+        if labels.dim() != 1:
+            raise UserError(
+                f"task.name: classification needs one class per image, got labels of shape {tuple(labels.shape)}; give --task "
+                f"{fitting_tasks(labels)}"
+            )
+
+    def training_loss(self, outputs: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean cross-entropy; ``target`` may be soft labels, (B, K) float with rows of sum 1."""
+        return F.cross_entropy(outputs.float(), target, label_smoothing=label_smoothing)
+
+    def divergence(self, clean: Tensor, outputs: Tensor) -> Tensor:
+        """KL(softmax(clean) ‖ softmax(outputs)) of each image, (B,)."""
+        return kl_divergence(clean, outputs)
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """−log softmax(outputs)_target of each image, (B,) float32."""
@@ -33,6 +58,10 @@ class Classification:
         tensor([ True, False, False])
         """
         return (outputs.argmax(1) == target) & torch.isfinite(outputs).all(1)
+
+    def score(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return 1 where the image is right and 0 elsewhere, (B,) float."""
+        return self.correct(outputs, target).float()
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the class of the largest logit, (B,) int64; of equal ones the first."""

@@ -84,7 +84,7 @@ class Step:
         threat = threat or config.threat
         attack = config.attack if threat.eps else _unmoved
         mode, state = config.train.attack_mode, self.method_state
-        context = StepContext(threat, attack, generator, progress, state, world, mode, self.teacher)
+        context = StepContext(threat, attack, generator, progress, state, world, mode, self.teacher, config.task)
         with record_function("views"), self.autocast:
             views = config.method.views(model, batch, context)
         if not alone:

@@ -555,6 +555,7 @@ class Trainer:
                 "margin",
                 seed=self.settings.seed,
                 device=self.device,
+                task=config.task,
             )
             if self.world.is_main
             else (0.0, 0.0)
