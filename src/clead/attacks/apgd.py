@@ -144,14 +144,15 @@ class APGD:
         task, y, aim = goal
         eps, origin, labels, aims = float(threat.eps), x[left], y[left], aim[left]
         if threat.norm != "l1":
-            path: _Path = _Smooth(left, origin, labels, aims, draws[left], threat.norm, eps)
+            start = (origin + eps * unit(draws[left], threat.norm)).clamp_(0, 1)
+            path: _Path = SmoothPath(left, origin, labels, aims, start, threat.norm, eps)
             path.task = task
             return self._climb(model, path, self.steps, x_adv)
         short = self.steps * 3 // 10
         phases = [(3 * eps, short), (2 * eps, short), (eps, self.steps - 2 * short)] if short else [(eps, self.steps)]
         point = origin + draws[left]
         for radius, steps in phases:
-            path = _Sparse(left, origin, labels, aims, point, L1(eps=min(radius, _LARGEST)))
+            path = SparsePath(left, origin, labels, aims, point, L1(eps=min(radius, _LARGEST)))
             path.task = task
             left = self._climb(model, path, steps, x_adv if radius == eps else None)
             point = path.best
@@ -236,6 +237,15 @@ def _spread(logits: Tensor) -> Tensor:
     return ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12
 
 
+def unit(direction: Tensor, norm: str) -> Tensor:
+    """Return ``direction``, (B, C, H, W), at length 1 in L∞ or L2, and 0 as it is."""
+    # In L2 scaled twice: the squares of tiny gradients would vanish.
+    scaled = direction / direction.abs().amax(_PIXELS, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
+    if norm == "linf":
+        return scaled
+    return scaled / torch.linalg.vector_norm(scaled, dim=_PIXELS, keepdim=True).clamp_min(1)
+
+
 class _Path(ABC):
     """Where each of n images is on its way, and the best point of its way so far. Tensors are (n, …): ``keep`` drops rows.
 
@@ -291,30 +301,22 @@ class _Path(ABC):
         """Adapt the steps after ``length`` more of them."""
 
 
-class _Smooth(_Path):
+class SmoothPath(_Path):
     """In L∞ and L2: steps of 2 eps at first, with momentum, halved where they no longer gain (arXiv:2003.01690, algorithm 1).
 
-    The start is random, on the ball's border (as in the authors' code); in L2 a point is scaled into the ball and then clipped.
+    ``start`` is random, on the ball's border (as in the authors' code); in L2 a point is scaled into the ball and then clipped.
     """
 
     def __init__(
-        self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, draws: Tensor, norm: str, eps: float
+        self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, start: Tensor, norm: str, eps: float
     ) -> None:
         self.norm, self.eps = norm, eps
-        super().__init__(left, origin, labels, aims, (origin + eps * self._unit(draws)).clamp_(0, 1))
+        super().__init__(left, origin, labels, aims, start)
         self.older = self.point
         self.step = torch.full_like(self.best_value, 2 * eps, dtype=origin.dtype)
         self.reduced = torch.ones_like(left, dtype=torch.bool)
         self.value = self.checked = self.best_value
         self.rises = torch.zeros_like(left)
-
-    def _unit(self, direction: Tensor) -> Tensor:
-        """Return ``direction`` at length 1 in this norm, and 0 as it is."""
-        # In L2 scaled twice: the squares of tiny gradients would vanish.
-        scaled = direction / direction.abs().amax(_PIXELS, keepdim=True).clamp_min(torch.finfo(direction.dtype).tiny)
-        if self.norm == "linf":
-            return scaled
-        return scaled / torch.linalg.vector_norm(scaled, dim=_PIXELS, keepdim=True).clamp_min(1)
 
     def _inside(self, point: Tensor) -> Tensor:
         delta = point - self.origin
@@ -326,7 +328,7 @@ class _Smooth(_Path):
 
     def move(self, *, first: bool) -> None:
         """Step along the gradient into the set, then a quarter of the way on in the direction of the step before."""
-        direction = sign(self.gradient) if self.norm == "linf" else self._unit(self.gradient)
+        direction = sign(self.gradient) if self.norm == "linf" else unit(self.gradient, self.norm)
         point = self._inside(direction.mul_(per_image(self.step, direction)).add_(self.point))
         if not first:
             # point + 0.75 (new − point) + 0.25 (point − older)
@@ -357,7 +359,7 @@ class _Smooth(_Path):
         self.reduced, self.checked, self.rises = stuck, self.best_value, torch.zeros_like(self.rises)
 
 
-class _Sparse(_Path):
+class SparsePath(_Path):
     """In L1: steps of eps at first, spread over the steepest pixels, as many as the best point suggests (arXiv:2103.01208)."""
 
     def __init__(self, left: Tensor, origin: Tensor, labels: Tensor, aims: Tensor, point: Tensor, threat: L1) -> None:
