@@ -281,7 +281,7 @@ class Returns(nn.Module):
         (user_net(4), None, "returns 4 logits per image but the data has 3 classes"),
         (Returns(lambda out: (out, out)), None, r"returns 0 \(2, 3\), 1 \(2, 3\), and several .* --model.output 0"),
         (Returns(lambda out: "none"), None, "must return logits, a tensor .B, K., got a str without any tensor"),
-        (Returns(lambda out: out[:, :, None, None].expand(2, 3, 4, 4)), None, r"got float32 \(2, 3, 4, 4\); average"),
+        (Returns(lambda out: out[:, :, None].expand(2, 3, 4)), None, r"got float32 \(2, 3, 4\); choose the token"),
         (
             Returns(lambda out: out.argmax(1)),
             None,

@@ -86,7 +86,7 @@ def image_gradient(model: nn.Module, x: Tensor) -> Tensor | None:
             return None
         projection = torch.arange(1, logits.shape[1] + 1, device=logits.device).sin()
         with backward_of(model):
-            return torch.autograd.grad((logits * projection).sum(), x, allow_unused=True)[0]
+            return torch.autograd.grad((logits.movedim(1, -1) * projection).sum(), x, allow_unused=True)[0]
 
 
 def run_attack(

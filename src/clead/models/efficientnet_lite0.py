@@ -61,6 +61,10 @@ class LiteEncoder(nn.Module):
         cells = self.net.extract_features(x)
         return self.dropout(functional.avg_pool2d(cells, cells.shape[-2:]).flatten(1))
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the last activation alone."""
+        return [self.net.extract_features(x)]
+
 
 @MODELS.register("efficientnet_lite0")
 @settings

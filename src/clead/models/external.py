@@ -38,11 +38,13 @@ class ModelIO:
 
     Attributes:
         notes: what was decided for the user, one sentence each; said once by the logger ``clead``, and part of records.
+        per_pixel: whether (B, K, h, w) can be logits, too, one row for each pixel of a mask.
     """
 
     def __init__(self, output: str | int | None = None) -> None:
         self.output = None if output is None else str(output)
         self.notes: list[str] = []
+        self.per_pixel = False
         self._casts: set[tuple[torch.dtype, torch.dtype]] = set()
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class ModelIO:
     def pick(self, module: nn.Module, output: Any, images: int) -> Tensor:
         """Return the one tensor of ``output`` that holds the logits of so many images; raises ModelError if there is none."""
         if isinstance(output, Tensor) and self.output is None:
-            return _fitting(module, output, images)
+            return self._fitting(module, output, images)
         kind, tensors = _kind(module), _tensors(output)
         if not tensors:
             raise ModelError(
@@ -109,9 +111,9 @@ class ModelIO:
                 raise ModelError(
                     f"model.output: {kind} returns no {self.output!r}, but {_listed(tensors)}; give one of these names"
                 )
-            return _fitting(module, tensors[self.output], images)
+            return self._fitting(module, tensors[self.output], images)
         plausible = [name for name, value in tensors.items() if _plausible(value, images)]
-        fitting = [name for name, value in tensors.items() if _shaped(value, images) is not None]
+        fitting = [name for name, value in tensors.items() if self._shaped(value, images) is not None]
         named = [name for name in _NAMES if name in fitting]
         plausible = plausible or fitting  # one logit (B,), or (B, K, 1, 1) of a convolution
         if named:
@@ -130,20 +132,50 @@ class ModelIO:
         self.note(
             f"{kind} returns {', '.join(tensors)}{mode}: {name!r} is taken for the logits; another one: --model.output NAME"
         )
-        return _fitting(module, tensors[name], images)
+        return self._fitting(module, tensors[name], images)
 
     def logits(self, module: nn.Module, picked: Tensor) -> Tensor:
         """Return ``picked`` as logits (B, K ≥ 2): one logit z per image becomes [0, z]."""
         if picked.dtype in _LOW and not torch.is_autocast_enabled(picked.device.type):
             self.note(f"{_kind(module)} gives logits in {_type(picked.dtype)}: everything after them is in float32")
             picked = picked.float()
-        if picked.dim() == 2 and picked.shape[1] > 1:
+        if picked.dim() == 4 or (picked.dim() == 2 and picked.shape[1] > 1):
             return picked
         self.note(
             f"{_kind(module)} gives one logit z per image: it is taken as the two logits [0, z], so that z > 0 means class 1"
         )
         z = picked.reshape(-1, 1)
         return torch.cat([torch.zeros_like(z), z], 1)
+
+    def _fitting(self, module: nn.Module, value: Tensor, images: int) -> Tensor:
+        """Return ``value`` as (B, K), (B, 1) or (B,); raises ModelError for any other shape or type."""
+        if value.is_quantized:
+            value = value.dequantize()
+        if value.layout != torch.strided:
+            value = value.to_dense()
+        fitting = self._shaped(value, images)
+        if fitting is not None:
+            return fitting
+        shape = f"{_type(value.dtype)} {tuple(value.shape)}"
+        raise ModelError(
+            f"{_kind(module)} must return logits (B, K) for {_count(images)}, floating point, got {shape}{_remedy(value, images)}"
+        )
+
+    def _shaped(self, value: Tensor, images: int) -> Tensor | None:
+        """Return ``value`` as (B, K), (B, 1) or (B,) if it can be the logits of so many images, else None."""
+        if not (value.is_floating_point() or value.is_quantized):
+            return None
+        if len(value.shape) == 2 and value.shape[0] == images and value.shape[1]:
+            return value
+        if value.dim() > 2 and value.shape[0] == images and value.shape[2:] == (1,) * (value.dim() - 2):
+            return value.flatten(1)  # (B, K, 1, 1), of a convolution
+        if self.per_pixel and value.dim() == 4 and value.shape[0] == images and value.shape[1] > 1:
+            return value
+        if value.dim() == 1 and value.shape[0] == images:
+            return value
+        if images == 1 and value.dim() < 2:
+            return value.reshape(1, -1)  # squeezed
+        return None
 
 
 class ExternalModel(nn.Module):
@@ -313,36 +345,6 @@ def _plausible(value: Tensor, images: int) -> bool:
 
 def _alike(values: list[Tensor]) -> bool:
     return len({value.shape for value in values}) == 1
-
-
-def _fitting(module: nn.Module, value: Tensor, images: int) -> Tensor:
-    """Return ``value`` as (B, K), (B, 1) or (B,); raises ModelError for any other shape or type."""
-    if value.is_quantized:
-        value = value.dequantize()
-    if value.layout != torch.strided:
-        value = value.to_dense()
-    fitting = _shaped(value, images)
-    if fitting is not None:
-        return fitting
-    shape = f"{_type(value.dtype)} {tuple(value.shape)}"
-    raise ModelError(
-        f"{_kind(module)} must return logits (B, K) for {_count(images)}, floating point, got {shape}{_remedy(value, images)}"
-    )
-
-
-def _shaped(value: Tensor, images: int) -> Tensor | None:
-    """Return ``value`` as (B, K), (B, 1) or (B,) if it can be the logits of so many images, else None."""
-    if not (value.is_floating_point() or value.is_quantized):
-        return None
-    if len(value.shape) == 2 and value.shape[0] == images and value.shape[1]:
-        return value
-    if value.dim() > 2 and value.shape[0] == images and value.shape[2:] == (1,) * (value.dim() - 2):
-        return value.flatten(1)  # (B, K, 1, 1), of a convolution
-    if value.dim() == 1 and value.shape[0] == images:
-        return value
-    if images == 1 and value.dim() < 2:
-        return value.reshape(1, -1)  # squeezed
-    return None
 
 
 def _count(images: int) -> str:

@@ -20,7 +20,8 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
     """Load what fits of ``given`` into ``module``, in place, and return what must be said of it.
 
     A tensor fits if its name and shape do. Position embeddings of another grid are resized (bicubic). A layer that differs in
-    nothing but the number of its outputs, and has ``num_classes`` here, is a head: it stays as it was drawn.
+    nothing but the number of its outputs, and has ``num_classes`` here, is a head: it stays as it was drawn. So do the parts that
+    the module's ``new_parts`` names, if ``given`` has none of them.
 
     Args:
         module: the network, whose other weights stay as they are.
@@ -37,10 +38,18 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
         {name.rpartition(".")[0] for name in other if _is_head(expected[name], given[name], num_classes)},
     )
     constant = ("num_batches_tracked", "normalize.mean", "normalize.std")
-    lacking = [name for name in expected if name not in given and not name.endswith(constant)]
+    parts = getattr(module, "new_parts", ())
+    new = tuple(f"{part}." for part in parts if not any(name.startswith(f"{part}.") for name in given))
+    lacking = [
+        name for name in expected if name not in given and not name.endswith(constant) and not name.startswith(new)
+    ]
     unused = [name for name in given if name not in expected]
     kind = type(getattr(module, "module", module)).__name__
-    body = {name for name, _ in module.named_parameters() if name.rpartition(".")[0] not in heads}
+    body = {
+        name
+        for name, _ in module.named_parameters()
+        if name.rpartition(".")[0] not in heads and not name.startswith(new)
+    }
     total = sum(expected[name].numel() for name in body)
     share = sum(expected[name].numel() for name in body & content.keys()) / max(1, total)
     other = [name for name in other if name.rpartition(".")[0] not in heads]
@@ -55,6 +64,7 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
     for head in heads:
         name = next(name for name in expected if name.rpartition(".")[0] == head and name in given)
         notes.append(f"the head {head} is new, drawn from the seed: {given[name].shape[0]} → {num_classes} classes")
+    notes += [f"the {part.removesuffix('.')} is new, drawn from the seed" for part in new]
     module.load_state_dict(content, strict=False)
     return [loaded, *notes, *details]
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from clead.models import MODELS
 from clead.models.build import ModelSettings, initialise
+from clead.models.feature_maps import by_resolution
 from clead.settings import setting, settings
 
 
@@ -63,6 +64,11 @@ class PreActEncoder(nn.Module):
         """Return the features, (B, D)."""
         cells = functional.relu(self.norm(self.blocks(self.stem(x))))
         return functional.avg_pool2d(cells, cells.shape[-2:]).flatten(1)  # as in resnet.py: keeps channels_last
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the output of each stage, finest first; the last one after batch-norm and ReLU."""
+        *finer, last = by_resolution(self.blocks, self.stem(x))
+        return [*finer, functional.relu(self.norm(last))]
 
 
 @MODELS.register("preact_resnet18")

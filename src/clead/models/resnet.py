@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from clead.models import MODELS
 from clead.models.build import ModelSettings, initialise
+from clead.models.feature_maps import by_resolution
 from clead.settings import setting, settings
 
 
@@ -90,6 +91,10 @@ class ResNetEncoder(nn.Module):
         # Not mean((2, 3)): the layout of its backward is undefined, and slows all that comes after it.
         cells = self.blocks(self.stem(x))
         return functional.avg_pool2d(cells, cells.shape[-2:]).flatten(1)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the output of each stage, finest first."""
+        return by_resolution(self.blocks, self.stem(x))
 
 
 @MODELS.register("resnet8")

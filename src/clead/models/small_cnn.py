@@ -8,6 +8,7 @@ from torch.nn import functional
 from clead.errors import UserError
 from clead.models import MODELS
 from clead.models.build import ModelSettings, initialise
+from clead.models.feature_maps import by_resolution
 from clead.settings import setting, settings
 
 
@@ -44,6 +45,10 @@ class SmallEncoder(nn.Module):
         stride = (rows // self.pool, columns // self.pool)
         window = (rows - (self.pool - 1) * stride[0], columns - (self.pool - 1) * stride[1])
         return functional.relu(self.linear(functional.avg_pool2d(cells, window, stride).flatten(1)))
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the last activation of each resolution, finest first."""
+        return by_resolution(self.convolutions, x)
 
 
 @MODELS.register("small_cnn")

@@ -18,6 +18,7 @@ from clead.errors import UserError, did_you_mean, out_of_memory
 from clead.models.external import ExternalModel, ModelError, ModelIO, failure, io_of, materialise, unwrapped
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
+from clead.tasks.segmentation import upsampled
 
 Observer = Callable[[Tensor, tuple[Tensor, Tensor]], None]
 Join = Callable[[Tensor], Tensor]
@@ -83,15 +84,15 @@ class SplitModel(nn.Module, ABC):
         """Return z = p(h) / ‖p(h)‖₂ (Chen et al. 2020, arXiv:2002.05709, sec. 2.1).
 
         features: (B, D) of any float type -> (B, d) of unit length, in the projection's own precision
-            (float32) even under autocast. Raises RuntimeError without a projection.
+            (float32) even under autocast; (B, D, h, w) -> (B, d, h, w). Raises RuntimeError without a projection.
         """
         if self.projection is None:
             raise RuntimeError(
                 "this model has no projection head; call model.add_projection(dim=128) before embedding()"
             )
         with torch.autocast(features.device.type, enabled=False):
-            projected = self.projection(features.to(next(self.projection.parameters()).dtype))
-            return functional.normalize(projected, dim=1)
+            features = features.to(next(self.projection.parameters()).dtype)
+            return functional.normalize(self.projection(features.movedim(1, -1)).movedim(-1, 1), dim=1)
 
     def add_projection(self, dim: int = 128, hidden: int | None = None, *, seed: int = 0) -> None:
         """Add, or replace, p(h) = W2 · relu(W1 · h), D -> ``hidden`` (None: D) -> ``dim``, drawn from ``seed``."""
@@ -154,7 +155,8 @@ class AdaptedModel(SplitModel):
     """Any user's module, kept intact: the input of the layer that makes its logits are the features.
 
     Args:
-        module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K), or what ``ModelIO`` can pick them out of.
+        module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K), or what ``ModelIO`` can pick them out of. Logits
+            of each pixel, (B, K, h, w), are upsampled to x; features are then (B, D, h', w'), what the last convolution sees.
         sample_shape: (C, H, W), for one dry run in evaluation mode.
         num_classes: K of the data; None: as many as the module has.
         classifier: the name of the layer inside ``module`` that maps features (B, D) to logits, such as ``"fc"``; None: the
@@ -186,6 +188,7 @@ class AdaptedModel(SplitModel):
     ) -> None:
         module = unwrapped(module)
         io = io_of(module, output)
+        io.per_pixel = True
         before = normalize or nn.Identity()
         name, feature_dim, logits = _find_classifier(module, io, before, sample_shape, classifier)
         origin = []
@@ -234,6 +237,8 @@ class AdaptedModel(SplitModel):
             if not nested:
                 _KEPT.wanted, _KEPT.features = False, None
         logits = self.io.logits(self.module, picked)
+        if logits.dim() == 4:
+            logits = upsampled(logits, x.shape[2:])
         if not self.has_features:
             return logits, logits
         if features is None:
@@ -304,22 +309,28 @@ def _find_classifier(
         if inputs and isinstance(inputs[0], Tensor):
             calls.append((names[layer], layer, inputs[0], output))
 
-    looked_at = [layer for name, layer in layers.items() if isinstance(layer, nn.Linear) or name == classifier]
-    handles = [layer.register_forward_hook(note) for layer in looked_at]
-    try:
-        with fork_rng(0), attack_mode(module), torch.no_grad():
-            picked = io.run(module, x)
-            logits = io.logits(module, picked)
-    finally:
-        for handle in handles:
-            handle.remove()
+    def run(kind: type[nn.Module]) -> tuple[Tensor, Tensor]:
+        calls.clear()
+        looked_at = [layer for name, layer in layers.items() if isinstance(layer, kind) or name == classifier]
+        handles = [layer.register_forward_hook(note) for layer in looked_at]
+        try:
+            with fork_rng(0), attack_mode(module), torch.no_grad():
+                picked = io.run(module, x)
+                return picked, io.logits(module, picked)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    picked, logits = run(nn.Linear)
+    if picked.dim() == 4:
+        picked, logits = run(nn.Conv2d)
     if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
         io.note(
             f"{kind} returns probabilities, as after a softmax, where logits belong: let it return the values before that"
         )
     if classifier is not None:
         seen = [(features, output) for _, layer, features, output in calls if layer is layers[classifier]]
-        if len(seen) == 1 and seen[0][0].dim() == 2 and getattr(seen[0][1], "shape", None) == picked.shape:
+        if len(seen) == 1 and seen[0][0].dim() == picked.dim() and _same_logits(seen[0][1], picked):
             return classifier, seen[0][0].shape[1], logits
         got = [f"{tuple(features.shape)} -> {tuple(getattr(output, 'shape', ()))}" for features, output in seen]
         raise UserError(
@@ -327,10 +338,18 @@ def _find_classifier(
             f"forward of 2 images, got {', '.join(got) or 'no call'}; {_candidates(module, io, normalize, sample_shape)}"
         )
     for name, _, features, output in reversed(calls):
+        if isinstance(output, Tensor) and picked.dim() == output.dim() == 4:
+            output = upsampled(output, picked.shape[2:])
         same = isinstance(output, Tensor) and output.shape == picked.shape and torch.equal(output, picked)
-        if same and features.dim() == 2:
+        if same and features.dim() == picked.dim():
             return name, features.shape[1], logits
     return None, logits.shape[1], logits
+
+
+def _same_logits(output: Any, picked: Tensor) -> bool:
+    """Say whether a layer's output can be the logits ``picked``, (B, K), or, at another resolution, (B, K, h, w)."""
+    shape = getattr(output, "shape", ())
+    return shape == picked.shape or (len(shape) == picked.dim() == 4 and shape[:2] == picked.shape[:2])
 
 
 def _sample(module: nn.Module, normalize: nn.Module, sample_shape: tuple[int, int, int]) -> Tensor:
