@@ -39,7 +39,7 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
     )
     constant = ("num_batches_tracked", "normalize.mean", "normalize.std")
     parts = getattr(module, "new_parts", ())
-    new = tuple(f"{part}." for part in parts if not any(name.startswith(f"{part}.") for name in given))
+    new = tuple(f"{piece}." for piece in parts if not any(name.startswith(f"{piece}.") for name in given))
     lacking = [
         name for name in expected if name not in given and not name.endswith(constant) and not name.startswith(new)
     ]
@@ -64,7 +64,7 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
     for head in heads:
         name = next(name for name in expected if name.rpartition(".")[0] == head and name in given)
         notes.append(f"the head {head} is new, drawn from the seed: {given[name].shape[0]} → {num_classes} classes")
-    notes += [f"the {part.removesuffix('.')} is new, drawn from the seed" for part in new]
+    notes += [f"the {piece.removesuffix('.')} is new, drawn from the seed" for piece in new]
     module.load_state_dict(content, strict=False)
     return [loaded, *notes, *details]
 
