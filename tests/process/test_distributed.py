@@ -58,6 +58,7 @@ CASES = {
 # What else sees the whole batch, or keeps something from step to step.
 CASES |= {
     "features": words("digits-clead", CLEAD + "--method.contrastive_level features"),
+    "neighbours": words("digits-clead", CLEAD + "--method.contrastive_loss neighbours --method.inner neighbours"),
     "inner": words("digits-clead", CLEAD + "--method.inner contrastive"),
     "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
     "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),

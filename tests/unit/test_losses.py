@@ -12,7 +12,7 @@ from scipy.special import rel_entr, softmax
 from torch.autograd import gradcheck
 
 from clead.errors import UserError
-from clead.losses.contrastive import directed_nt_xent, nt_xent, published, supcon
+from clead.losses.contrastive import directed_nt_xent, neighbours, nt_xent, published, supcon
 from clead.losses.divergence import cosine_distance, kl_divergence
 from clead.losses.margin import cross_entropy, dlr, margin
 
@@ -100,6 +100,7 @@ CONTRASTIVE = {
     "published": lambda *views: published(views, 0.3),
     "nt_xent": lambda *views: nt_xent(views, 0.3),
     "supcon": lambda *views: supcon(views, LABELS, 0.3),
+    "neighbours": lambda *views: neighbours(views, LABELS, 0.3),
 }
 
 
@@ -121,10 +122,23 @@ def test_contrastive_properties(name):
     torch.testing.assert_close(CONTRASTIVE[name](*[view[order] for view in views]), value[order])
     rotation, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(9)))
     torch.testing.assert_close(CONTRASTIVE[name](*[view @ rotation for view in views]), value)
-    if not name.startswith("published"):
+    if name not in ("published", "neighbours"):
         torch.testing.assert_close(CONTRASTIVE[name](*views[::-1]), value)
     # Views that agree cost less than views that do not.
     assert CONTRASTIVE[name](views[0], views[0], views[0]).mean() < value.mean()
+
+
+def test_neighbours_are_the_other_clean_images_written_out():
+    views, labels = unit(), LABELS
+    expected = []
+    for i in range(5):
+        same = [j for j in range(5) if j != i and labels[j] == labels[i]] or [i]
+        asked = [j for j in range(5) if j != i or same == [i]]
+        weights = [[math.exp(float(view[i] @ views[0][j]) / 0.3) for j in range(5)] for view in views]
+        losses = [-math.log(sum(w[j] for j in same) / sum(w[j] for j in asked)) for w in weights]
+        expected.append(sum(losses) / len(losses))
+    assert neighbours(views, labels, 0.3).tolist() == pytest.approx(expected)
+    assert sorted(labels.bincount().tolist())[:1] == [1], "an image whose label no other has is among them"
 
 
 def test_supcon_without_shared_labels_equals_each_positive_by_itself():

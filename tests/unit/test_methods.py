@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from clead.attacks.pgd import PGD
 from clead.errors import UserError
 from clead.interfaces import Batch
-from clead.losses.contrastive import nt_xent, published, supcon
+from clead.losses.contrastive import neighbours, nt_xent, published, supcon
 from clead.methods.clead import CLead
 from clead.methods.pgd_at import PGDAT
 from clead.methods.standard import Standard
@@ -141,7 +141,7 @@ def test_trades_equals_kl_div_as_its_authors_wrote_it():
 
 
 @pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon"])
+@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon", "neighbours"])
 @pytest.mark.parametrize("two_views", [True, False])
 def test_every_term_with_its_weight_equals_the_formula(separate, form, two_views):
     method = CLead(
@@ -166,7 +166,8 @@ def test_every_term_with_its_weight_equals_the_formula(separate, form, two_views
         outputs = list(zip(*(part.split(len(x)) for part in model.features_and_logits(torch.cat(views))), strict=True))
     (h, clean), (h_adv, adversarial) = outputs[:2]
     z = [model.embedding(part) for part in (h, *([outputs[2][0]] if two_views else []), h_adv)]
-    contrast = {"published": published(z, 0.2), "nt_xent": nt_xent(z, 0.2), "supcon": supcon(z, y, 0.2)}[form].mean()
+    forms = {"published": published(z, 0.2), "nt_xent": nt_xent(z, 0.2), "supcon": supcon(z, y, 0.2)}
+    contrast = (forms | {"neighbours": neighbours(z, y, 0.2)})[form].mean()
     terms = {
         "adversarial_cross_entropy": F.cross_entropy(adversarial, y),
         "clean_cross_entropy": F.cross_entropy(clean, y),
@@ -258,6 +259,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("contrastive_weight", 0.0),
     ("contrastive_loss", "published"),
     ("contrastive_loss", "nt_xent"),
+    ("contrastive_loss", "neighbours"),
     ("temperature", 0.5),
     ("augmented_view", False),
     ("embedding_dim", 7),
@@ -265,6 +267,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("inner", "embedding"),
     ("inner", "contrastive"),
     ("inner", "supcon"),
+    ("inner", "neighbours"),
     ("inner_contrastive_weight", 0.0),
     ("separate_forwards", True),
     ("label_smoothing", 0.2),
@@ -333,7 +336,7 @@ def test_the_seed_changes_the_result_and_repeats_it():
     assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon"])
+@pytest.mark.parametrize("form", ["published", "nt_xent", "supcon", "neighbours"])
 def test_the_contrastive_gradient_reaches_encoder_and_projection_only(form):
     only = {"adversarial_weight": 0, "clean_weight": 0, "kl_weight": 0, "contrastive_weight": 1}
     _, metrics, state = run(CLead(**only, contrastive_loss=form))
@@ -421,7 +424,7 @@ def test_under_bfloat16_autocast_the_loss_is_float32_and_close():
         ({"temperature": 0}, "method.temperature: input should be greater than 0, got 0"),
         (
             {"contrastive_loss": "sup_con"},
-            "method.contrastive_loss: input should be 'published', 'nt_xent' or 'supcon'",
+            "method.contrastive_loss: input should be 'published', 'nt_xent', 'supcon' or 'neighbours'",
         ),
         (
             {"clean_view": False, "contrastive_loss": "published"},
@@ -637,6 +640,7 @@ def test_no_label_that_must_not_be_seen_is_seen():
         {"inner": "cross_entropy"},
         {"inner": "contrastive", "contrastive_loss": "nt_xent"},
         {"inner": "supcon"},
+        {"inner": "neighbours", "contrastive_loss": "neighbours"},
     ):
         method = CLead(adversarial_weight=0.5, **changes)
         results = []

@@ -154,3 +154,15 @@ def test_supcon_objective_is_the_sum_over_positives_of_khosla():
         each.append(-np.mean([np.log(np.exp(z[i] @ z[p] / 0.3) / below) for p in positives]))
     expected = np.mean(np.array(each).reshape(2, -1), axis=0)
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-5)  # the embedding is float32
+
+
+def test_the_margin_among_neighbours_is_that_of_a_loop():
+    model, (x, other, _) = split(), images()
+    y = torch.arange(len(x)) % (len(x) - 1)  # the first and the last share a label, the others stand alone
+    values = OBJECTIVES.get("neighbours")(model, x, y)(other).detach()
+    z, keys = (nn.functional.normalize(model.features(each), dim=1).detach() for each in (other, x))
+    for i in range(len(x)):
+        wrong = max(float(z[i] @ keys[j]) for j in range(len(x)) if y[j] != y[i])
+        right = [float(z[i] @ keys[j]) for j in range(len(x)) if y[j] == y[i] and j != i] or [float(z[i] @ keys[i])]
+        assert float(values[i]) == pytest.approx(wrong - max(right), abs=1e-6)
+    assert torch.isfinite(OBJECTIVES.get("neighbours")(model, x, torch.zeros_like(y))(other)).all()

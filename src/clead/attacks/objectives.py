@@ -79,6 +79,30 @@ def supcon(model: nn.Module, x: Tensor, y: Tensor, temperature: float = 0.1) -> 
     return _between_views("supcon", model, x, lambda z: contrast.supcon(z, y, temperature))
 
 
+@OBJECTIVES.register("neighbours")
+def neighbours(model: nn.Module, x: Tensor, y: Tensor) -> Objective:
+    """max_{j: y_j≠y} cos(h(x_adv), h(x_j)) − max_{j: y_j=y} cos(h(x_adv), h(x_j)): the margin of retrieval among the clean images.
+
+    They stand for a gallery, in which the image itself is only where no other has its label. Features are compared, because a
+    gallery is made of them. Without an image of another class the second term alone is left.
+    """
+    split = _split(model, "neighbours")
+
+    def embed(images: Tensor) -> Tensor:
+        return nn.functional.normalize(at_least_float32(split.features(images)), dim=1)
+
+    with torch.no_grad():
+        keys = embed(x)
+    right, _ = contrast.answering(y)
+    other = y[:, None] != y
+
+    def value(x_adv: Tensor) -> Tensor:
+        similarity = embed(x_adv) @ keys.T
+        return similarity.masked_fill(~other, -1).amax(1) - similarity.masked_fill(~right, -1).amax(1)
+
+    return value
+
+
 def _between_views(name: str, model: nn.Module, x: Tensor, loss: Callable[[list[Tensor]], Tensor]) -> Objective:
     """Return ``loss`` of the embeddings of x, held fixed, and x_adv."""
     split = _split(model, name)
@@ -160,7 +184,7 @@ def task_option(objective: str, task: Task) -> dict[str, Task]:
     return {"task": task} if objective in OF_THE_TASK else {}
 
 
-NEED_FEATURES = ("embedding", "contrastive", "supcon", "embedding_logits", "prototype")
+NEED_FEATURES = ("embedding", "contrastive", "supcon", "neighbours", "embedding_logits", "prototype")
 """Objectives that look at the features; models that have none are attacked without them."""
 
 

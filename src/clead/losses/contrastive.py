@@ -97,6 +97,45 @@ def supcon(views: Sequence[Tensor], labels: Tensor, temperature: float) -> Tenso
         return loss.view(len(views), -1).mean(0)
 
 
+def neighbours(views: Sequence[Tensor], labels: Tensor, temperature: float) -> Tensor:
+    """−log Σ_{j: y_j=y_i} exp(z_i·k_j/τ) / Σ_j exp(z_i·k_j/τ): each view asks, the other clean images k answer.
+
+    Source: neighbourhood components (Goldberger et al. 2004), with the cosine; Movshovitz-Attias et al. 2017, arXiv:1703.07464,
+    eq. 2 is alike. It departs in who asks: adversarial and augmented images too, of clean images only, as in a retrieval whose
+    query is attacked. Unlike in SupCon one near image of the class is enough.
+
+    Args:
+        views: V ≥ 1 tensors (B, d) of unit length; the first is the clean one. An image answers itself only where no other of the
+            batch has its label.
+        labels: (B,) int64.
+        temperature: τ > 0.
+
+    Returns:
+        (B,) float32: the mean over an image's views.
+    """
+    _check(views, temperature, at_least=1)
+    with torch.autocast(views[0].device.type, enabled=False):
+        keys = at_least_float32(views[0])
+        right, answers = answering(labels)
+        each = []
+        for view in views:
+            similarity = (at_least_float32(view) @ keys.T / temperature).masked_fill(~answers, -torch.inf)
+            among_right = torch.logsumexp(similarity.masked_fill(~right, -torch.inf), 1)
+            each.append(torch.logsumexp(similarity, 1) - among_right)
+        return torch.stack(each).mean(0)
+
+
+def answering(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which images of a batch are right answers to each, and which are asked, (B, B) bool.
+
+    An image is no answer to itself, unless no other has its label.
+    """
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    same = labels[:, None] == labels
+    lonely = itself & (same.sum(1) == 1)
+    return (same & ~itself) | lonely, ~itself | lonely
+
+
 def _check(views: Sequence[Tensor], temperature: float, *, at_least: int = 2) -> None:
     if not temperature > 0:
         raise UserError(f"temperature must be above 0, got {temperature}; the paper uses 0.1")

@@ -16,7 +16,7 @@ from clead.attacks import OBJECTIVES
 from clead.attacks.objectives import task_option
 from clead.distributed import World
 from clead.interfaces import Batch, Objective, StepOutput
-from clead.losses.contrastive import nt_xent, published, supcon
+from clead.losses.contrastive import neighbours, nt_xent, published, supcon
 from clead.methods import METHODS
 from clead.methods.base import Method, StepContext, Views, over_whole_batch
 from clead.methods.free_adversary import PersistentDelta, replayed
@@ -28,9 +28,13 @@ from clead.models.split import SplitModel
 from clead.settings import setting, settings
 from clead.tasks import Task
 
-Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon"]
-INNER = "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent or SupCon at τ"
-_OF_A_BATCH = ("contrastive", "supcon")  # of these J an image's value depends on the other images
+Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon", "neighbours"]
+INNER = (
+    "J, what the inner attack maximises: cross-entropy, KL to the clean prediction, feature distance, NT-Xent or SupCon at τ, or "
+    "the margin of retrieval among the clean features of the batch"
+)
+_OF_A_BATCH = ("contrastive", "supcon", "neighbours")  # of these J an image's value depends on the other images
+_BY_LABEL = ("supcon", "neighbours")  # and of these on which images have its label
 
 
 @METHODS.register("clead")
@@ -50,8 +54,10 @@ class CLead(Method):
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(6.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
     contrastive_weight: float = setting(0.3, "λ: weight of the contrastive term", ge=0)
-    contrastive_loss: Literal["published", "nt_xent", "supcon"] = setting(
-        "supcon", "form of the contrastive term: clean anchors as published, symmetric NT-Xent, or label-aware SupCon"
+    contrastive_loss: Literal["published", "nt_xent", "supcon", "neighbours"] = setting(
+        "supcon",
+        "form of the contrastive term: clean anchors as published, symmetric NT-Xent, label-aware SupCon, or neighbours, in which "
+        "every view asks for its class among the other clean images, and the nearest of it counts most",
     )
     temperature: float = setting(0.5, "τ of the contrastive term; 0.1 as published", gt=0)
     clean_view: bool = setting(True, "contrast the clean image too")
@@ -92,8 +98,10 @@ class CLead(Method):
             )
 
     def _check_views(self) -> None:
-        if self.contrastive_loss == "published" and not self.clean_view:
-            raise ValueError("contrastive_loss published anchors on the clean image, got clean_view false; set it true")
+        if self.contrastive_loss in ("published", "neighbours") and not self.clean_view:
+            raise ValueError(
+                f"contrastive_loss {self.contrastive_loss} anchors on the clean image, got clean_view false; set it true"
+            )
         if self.contrastive_loss == "nt_xent" and not (self.clean_view or self.augmented_view):
             raise ValueError(
                 "contrastive_loss nt_xent needs a view beside x_adv, got clean_view false and augmented_view false; "
@@ -159,7 +167,7 @@ class CLead(Method):
             views["clean"] = x
         if self.uses_attack:
             targets = attacked if batch.soft_labels is None else batch.soft_labels
-            targets = classes(batch) if self.inner == "supcon" else targets
+            targets = classes(batch) if self.inner in _BY_LABEL else targets
             views["adversarial"] = replayed(x, step) if self.replays > 1 else self._attack(model, x, targets, step)
         if self.uses_second_view:
             assert batch.second_view is not None, "the loader was built without a second view"
@@ -232,8 +240,9 @@ class CLead(Method):
         make = OBJECTIVES.get(name)
         if name not in _OF_A_BATCH:
             return make(model, x, y, **task_option(name, step.task))
-        labels = distinct(step.world.all_gather(y)) if name == "supcon" else y
-        return over_whole_batch(lambda: make(model, x, labels, temperature=self.temperature), model, len(x), step.world)
+        labels = distinct(step.world.all_gather(y)) if name in _BY_LABEL else y
+        scale = {} if name == "neighbours" else {"temperature": self.temperature}
+        return over_whole_batch(lambda: make(model, x, labels, **scale), model, len(x), step.world)
 
     def _cross_entropy(self, logits: Tensor, batch: Batch, task: Task) -> Tensor:
         targets = batch.labels if batch.soft_labels is None else batch.soft_labels
@@ -250,5 +259,7 @@ class CLead(Method):
             # Adversaries alone: an image whose class nobody shares has no positive and is not counted.
             lonely = (labels[:, None] == labels).sum(1) == 1 if len(z) == 1 else None
             return mean_of(supcon(z, labels, self.temperature), None if lonely is None else ~lonely)
+        if self.contrastive_loss == "neighbours":
+            return neighbours(z, classes(batch), self.temperature).mean()
         form = published if self.contrastive_loss == "published" else nt_xent
         return form(z, self.temperature).mean()
