@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from clead.errors import UserError
-from clead.tasks.segmentation import SEGMENTATION, VOID, logits_in, upsampled
+from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.segmentation import SEGMENTATION, VOID, upsampled
 from support import generator
 
 LOGIT = st.one_of(st.floats(-5, 5, width=32), st.sampled_from([0.0, math.nan, math.inf, -math.inf]))
@@ -94,12 +95,29 @@ def test_logits_of_a_lower_resolution_are_upsampled_to_the_mask():
     SEGMENTATION.check(outputs, target)
 
 
-def test_logits_are_taken_out_of_what_networks_return():
-    z = torch.zeros(1, 2, 4, 4)
-    for outputs in (z, {"out": z, "aux": None}, {"logits": z}, SimpleNamespace(logits=z)):
-        assert logits_in(outputs) is z
-    with pytest.raises(UserError, match=r"got a dict of aux; return the tensor, or \{\"out\": tensor\}"):
-        logits_in({"aux": z})
+def test_training_terms_are_means_over_pixels():
+    outputs, target = random_case(4)
+    target[0] = VOID
+    known = target != VOID
+    rows = outputs.permute(0, 2, 3, 1)
+    expected = F.cross_entropy(rows[known], target[known], label_smoothing=0.1)
+    torch.testing.assert_close(SEGMENTATION.training_loss(outputs, target, 0.1), expected)
+    assert SEGMENTATION.training_loss(outputs, torch.full_like(target, VOID)) == 0
+    p, q = rows[1].softmax(-1), rows[2].softmax(-1)
+    divergence = (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(SEGMENTATION.divergence(outputs[1:2], outputs[2:]), divergence[None])
+    score = SEGMENTATION.score(outputs, target)
+    assert score[0] == 0 and score[1] == (rows[1].argmax(-1) == target[1])[known[1]].float().mean()
+
+
+def test_data_of_another_task_are_refused_with_the_task_that_fits():
+    SEGMENTATION.check_data(random_case()[1], ("a", "b", "c", "d"))
+    with pytest.raises(
+        UserError, match=r"needs a mask per image, got labels of shape \(3,\); give --task classification"
+    ):
+        SEGMENTATION.check_data(torch.zeros(3, dtype=torch.int64), ("a", "b"))
+    with pytest.raises(UserError, match=r"give --task segmentation"):
+        CLASSIFICATION.check_data(random_case()[1], ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +125,7 @@ def test_logits_are_taken_out_of_what_networks_return():
     [
         (
             torch.zeros(2, dtype=torch.long),
-            "one class number per image is what a classification model is measured with",
+            "one class number per image is a classifier's target; give masks",
         ),
         (torch.zeros(2, 1, 4, 4, dtype=torch.long), "give masks.squeeze(1)"),
         (torch.zeros(2, 3, 4, 4), "give masks.argmax(1)"),
@@ -128,7 +146,7 @@ def test_wrong_masks_are_refused_in_one_line_with_the_remedy(target, text):
 @pytest.mark.parametrize(
     "shape, text",
     [
-        ((2, 3), "these are a classifier's, one answer per image: measure it as classification"),
+        ((2, 3), "give --task classification"),
         ((2, 1, 4, 4), "must have 2 to 255 classes"),
         ((2, 3, 8, 8), "logits must be no larger than the mask, got (8, 8) for masks of (4, 4)"),
     ],

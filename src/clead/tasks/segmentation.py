@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clead.errors import UserError
+from clead.losses.divergence import kl_divergence
 from clead.losses.pixels import VOID, pixel_cross_entropy
 from clead.losses.precision import at_least_float32
 from clead.settings import settings
-from clead.tasks import TASKS
-
-
-def logits_in(outputs: Any) -> Tensor:
-    """Return the logits among what a segmentation network returns: a tensor, ``{"out": …}`` or ``{"logits": …}``, or ``.logits``.
-
-    >>> logits_in({"aux": torch.zeros(1, 2, 4, 4), "out": torch.ones(1, 2, 4, 4)}).mean()
-    tensor(1.)
-    """
-    if isinstance(outputs, Mapping):
-        outputs = next((outputs[name] for name in ("out", "logits") if name in outputs), outputs)
-    outputs = getattr(outputs, "logits", outputs)
-    if not isinstance(outputs, Tensor):
-        names = f" of {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else ""
-        raise UserError(
-            f"a segmentation model must return logits (B, K, H, W), got a {type(outputs).__name__}{names}; return the tensor, "
-            'or {"out": tensor}'
-        )
-    return outputs
+from clead.tasks import TASKS, fitting_tasks
 
 
 def upsampled(outputs: Tensor, size: Sequence[int]) -> Tensor:
@@ -67,6 +50,35 @@ class Segmentation:
     Logits of a lower resolution are upsampled to the mask. An image is never right or wrong as a whole: ``correct`` speaks of
     pixels, and ``accuracy`` is an image's part of right ones.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def outputs(self, num_classes: int) -> int:
+        """Return K: a logit per class."""
+        return num_classes
+
+    def check_data(self, labels: Tensor, classes: Sequence[str]) -> None:
+        """Raise UserError unless ``labels`` are a mask per image, (N, H, W)."""
+        if labels.dim() != 3:
+            raise UserError(
+                f"task.name: segmentation needs a mask per image, got labels of shape {tuple(labels.shape)}; give --task "
+                f"{fitting_tasks(labels)}, or data with masks: --data.name masks --data.path FOLDER"
+            )
+        self.check_target(labels, len(labels), len(classes))
+
+    def training_loss(self, outputs: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean cross-entropy of the pixels of a batch that are not void."""
+        logits = upsampled(outputs.float(), target.shape[1:])
+        total = F.cross_entropy(logits, target, ignore_index=VOID, reduction="sum", label_smoothing=label_smoothing)
+        return total / (target != VOID).sum().clamp_min(1)
+
+    def divergence(self, clean: Tensor, outputs: Tensor) -> Tensor:
+        """Mean over all pixels of KL(softmax(clean) ‖ softmax(outputs)) of each image, (B,): void is held, too."""
+        return kl_divergence(clean, outputs).mean((1, 2))
+
+    def score(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the part of each image's pixels that are right, (B,) float; 0 of an image that is all void."""
+        return self.accuracy(self.correct(outputs, target), target).nan_to_num(0).float()
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Mean of −log softmax(outputs)_target over the pixels of each image that are not void, (B,); 0 without any."""
@@ -139,7 +151,7 @@ class Segmentation:
         if target.dim() != 3 or len(target) != images or target.dtype not in (torch.int64, torch.uint8):
             hint = "give one mask per image"
             if target.shape == (images,):
-                hint = "one class number per image is what a classification model is measured with; give masks"
+                hint = "one class number per image is a classifier's target; give masks, or --task classification"
             elif target.dim() == 4 and len(target) == images:
                 hint = "give masks.squeeze(1)" if target.shape[1] == 1 else "give masks.argmax(1)"
             elif target.dim() == 3 and len(target) == images:
@@ -170,7 +182,7 @@ class Segmentation:
             got = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             hint = "return the logits of each pixel"
             if isinstance(outputs, Tensor) and outputs.dim() == 2:
-                hint = "these are a classifier's, one answer per image: measure it as classification"
+                hint = "these are a classifier's, one answer per image: give --task classification"
             raise UserError(f"a segmentation model must return float logits (B, K, H, W), got {got}; {hint}")
         if not 2 <= outputs.shape[1] <= VOID:
             raise UserError(
