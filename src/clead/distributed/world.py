@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -127,6 +127,10 @@ class SlicedThreat:
 
     def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Return a random point of the set around ``x``, (V·b, C, H, W)."""
+        return self.of_whole_batch(x, lambda whole: self._threat.random_start(whole, generator=generator))
+
+    def of_whole_batch(self, x: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rows that belong to ``x``, (V·b, …), of what ``draw`` makes of a whole batch of that kind, (V·B, …)."""
         views = len(x) // len(self._positions)
         first = self._batch_size * torch.arange(views, device=x.device)[:, None]
         rows = (first + self._positions.to(x.device)).flatten()
@@ -136,7 +140,7 @@ class SlicedThreat:
             memory_format=layout
         )
         whole[rows] = x
-        return self._threat.random_start(whole, generator=generator)[rows]
+        return draw(whole)[rows]
 
 
 def average_gradients(processes: World, parameters: Iterable[nn.Parameter], flags: Sequence[bool] = ()) -> list[bool]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks.objectives import NEED_FEATURES
-from clead.distributed import SINGLE_PROCESS, World
+from clead.distributed import SINGLE_PROCESS, SlicedThreat, World
 from clead.interfaces import Attack, Batch, Objective, StepOutput, Threat
 from clead.models.modes import AttackMode
 from clead.models.split import SplitModel
@@ -76,6 +76,14 @@ class StepContext(NamedTuple):
         """Return what the teacher said of the images of all processes, in the order of the batch's labels."""
         assert taught is not None
         return Taught(*map(self.world.all_gather, taught))
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """Return numbers uniform in [0, 1), of the shape of ``like``, (b, …), drawn for the images of all processes."""
+
+        def draw(whole: Tensor) -> Tensor:
+            return torch.empty_like(whole).uniform_(generator=self.generator)
+
+        return self.threat.of_whole_batch(like, draw) if isinstance(self.threat, SlicedThreat) else draw(like)
 
     @property
     def memory(self) -> nn.Module | None:
@@ -145,6 +153,10 @@ class Method(ABC):
     """
     needs_teacher = False
     """Whether it learns from another model, ``train.teacher``."""
+    changes_over_training = False
+    """Whether the loss depends on the part of the training that lies behind."""
+    remembers_images = False
+    """Whether ``state`` keeps something for every training image; then it has ``for_images(count)``, which is called once."""
     replays = 1
     """How many steps in a row are taken on the same batch, ≥ 1."""
 

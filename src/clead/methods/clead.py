@@ -168,7 +168,11 @@ class CLead(Method):
         if self.uses_attack:
             targets = attacked if batch.soft_labels is None else batch.soft_labels
             targets = classes(batch) if self.inner in _BY_LABEL else targets
-            views["adversarial"] = replayed(x, step) if self.replays > 1 else self._attack(model, x, targets, step)
+            views |= (
+                {"adversarial": replayed(x, step)}
+                if self.replays > 1
+                else self.adversaries(model, batch, targets, step)
+            )
         if self.uses_second_view:
             assert batch.second_view is not None, "the loader was built without a second view"
             views["augmented"] = batch.second_view
@@ -222,19 +226,21 @@ class CLead(Method):
         """Return what a method built on this one adds to the loss: name -> weight and value."""
         return {}
 
-    def _attack(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Tensor:
+    def adversaries(self, model: SplitModel, batch: Batch, y: Tensor, step: StepContext) -> dict[str, Tensor]:
+        """Return the adversarial images, and what else of views belongs to them; ``y`` is what the attack leads away from."""
+        x = batch.images
         with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
-            objective: Objective = self._objective(self.inner, model, x, y, step)
-            if self.inner_contrastive_weight:
-                base, contrast = objective, self._objective("contrastive", model, x, y, step)
-                # Two forwards per step: the price of keeping every objective a function of x_adv alone.
-                return step.attack(
-                    lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv),
-                    x,
-                    step.threat,
-                    generator=step.generator,
-                )
-            return step.attack(objective, x, step.threat, generator=step.generator)
+            objective = self.inner_objective(model, x, y, step)
+            return {"adversarial": step.attack(objective, x, step.threat, generator=step.generator)}
+
+    def inner_objective(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
+        """Return J, what the inner attack maximises; called under ``attack_mode``."""
+        base = self._objective(self.inner, model, x, y, step)
+        if not self.inner_contrastive_weight:
+            return base
+        contrast = self._objective("contrastive", model, x, y, step)
+        # Two forwards per step: the price of keeping every objective a function of x_adv alone.
+        return lambda x_adv: base(x_adv) + self.inner_contrastive_weight * contrast(x_adv)
 
     def _objective(self, name: str, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
         make = OBJECTIVES.get(name)

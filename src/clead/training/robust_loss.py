@@ -167,7 +167,10 @@ class RobustLoss(nn.Module):
             raise UserError(f"view: method {_name(config)} looks at no second view, got {view}; leave it out")
         self.view = validated(Augmentation, dict(view), "view") if isinstance(view, Mapping) else view
         if total_steps is None and (
-            config.train.eps_ramp[1] or getattr(config.method, "reweight", 0) or (self.view and self.view.anneal)
+            config.train.eps_ramp[1]
+            or getattr(config.method, "reweight", 0)
+            or config.method.changes_over_training
+            or (self.view and self.view.anneal)
         ):
             raise UserError(
                 "total_steps: is required where the radius, the weights of the terms or the views change; give it"
@@ -183,6 +186,11 @@ class RobustLoss(nn.Module):
             self.teacher.eval().requires_grad_(False)
         elif teacher is not None:
             raise UserError(f"teacher: method {_name(config)} has no use for one; leave it out")
+        if config.method.remembers_images:
+            raise UserError(
+                f"recipe: method {_name(config)} remembers something of every training image, and a step does not know which "
+                "images it sees; use clead train, or take another method: --method.name n_fgsm"
+            )
         self.state = config.method.state(self.model, shape)
 
     @property

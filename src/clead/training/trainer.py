@@ -206,6 +206,8 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.to(device=self.device, memory_format=self.layout)  # ty: ignore[no-matching-overload]
         self.cost = cost_per_image(config, self.model, sample, self.method_state, self.teacher)
+        if self.method_state is not None and config.method.remembers_images:
+            cast(Any, self.method_state).for_images(len(self.loader.labels))
         self._shard()
         self._plan_length()
         self._make_optimizer()
