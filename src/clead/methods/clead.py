@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clead.attacks import OBJECTIVES
+from clead.attacks.gradient import value_and_gradient
 from clead.attacks.objectives import task_option
 from clead.distributed import World
 from clead.interfaces import Batch, Objective, StepOutput
@@ -92,6 +93,8 @@ class CLead(Method):
             raise ValueError("at least one weight must be above 0, got all four 0; clean_weight = 1 is plain training")
         if self.contrastive_weight:
             self._check_views()
+        if self.replays > 1 and type(self).adversaries is not CLead.adversaries:
+            raise ValueError(f"replays go with no attack of one step, got replays {self.replays}; set it to 1")
         if self.replays > 1 and not self.uses_attack:
             raise ValueError(
                 f"replays move an adversarial image, and no term has one, got replays {self.replays}; set it to 1"
@@ -151,10 +154,14 @@ class CLead(Method):
 
     def gather_state(self, state: nn.Module, world: World) -> dict[str, Tensor]:
         """Return what a checkpoint keeps: all of δ, of which each process has what belongs to its own images."""
+        if not isinstance(state, PersistentDelta):
+            return super().gather_state(state, world)
         return {name: world.all_gather(values) for name, values in state.state_dict().items()}
 
     def shard_state(self, saved: dict[str, Tensor], world: World) -> dict[str, Tensor]:
         """Return this process's part of δ, that of its own images."""
+        if self.replays == 1:
+            return super().shard_state(saved, world)
         return {name: values[world.local_slice(len(values))] for name, values in saved.items()}
 
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
@@ -232,6 +239,12 @@ class CLead(Method):
         with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
             objective = self.inner_objective(model, x, y, step)
             return {"adversarial": step.attack(objective, x, step.threat, generator=step.generator)}
+
+    def inner_gradient(self, model: SplitModel, batch: Batch, y: Tensor, start: Tensor, step: StepContext) -> Tensor:
+        """Return the gradient of J at ``start``, (B, C, H, W)."""
+        x = batch.images
+        with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
+            return value_and_gradient(self.inner_objective(model, x, y, step), start)[1]
 
     def inner_objective(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
         """Return J, what the inner attack maximises; called under ``attack_mode``."""

@@ -74,14 +74,6 @@ class CLeadFinetune(CLead):
         """Return the prototypes, if they are used."""
         return Prototypes(model.num_classes, model.feature_dim) if self.prototype_weight else None
 
-    def gather_state(self, state: nn.Module, world: object) -> dict[str, Tensor]:
-        """Return the prototypes; all processes have the same."""
-        return state.state_dict()
-
-    def shard_state(self, saved: dict[str, Tensor], world: object) -> dict[str, Tensor]:
-        """Return the prototypes as they were saved."""
-        return saved
-
     def views(self, model: SplitModel, batch: Batch, step: StepContext) -> Views:
         """Return the views of ``clead``, and what the teacher says of the clean images."""
         taught = step.taught(batch.images)

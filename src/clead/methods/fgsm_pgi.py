@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from clead.interfaces import Batch
 from clead.methods import METHODS
 from clead.methods.base import StepContext, Views
-from clead.methods.one_step import OneStep, Turns
+from clead.methods.clead import INNER, CLead, Inner
+from clead.methods.one_step import Turns, noise
 from clead.methods.view_forward import Outputs
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
@@ -22,7 +23,7 @@ _SHORT = 1e-6  # of a reset: 0.8 / 0.4 is below 2
 
 @METHODS.register("fgsm_pgi")
 @settings
-class FGSMPGI(OneStep):
+class FGSMPGI(CLead):
     """E[CE(f(x_adv), y)] + λ·‖f(x_adv) − f(x + η)‖² / K, x_adv one step of eps from x + η, η that image's perturbation of before.
 
     Source: prior-guided FGSM with momentum of all previous epochs, FGSM-MEP (Jia et al. 2022, arXiv:2207.08859, eq. 6-9):
@@ -35,6 +36,11 @@ class FGSMPGI(OneStep):
     steps are the threat's own, so that they exist in every norm.
     """
 
+    adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)
+    clean_weight: float = setting(0.0, "β: weight of the cross-entropy of clean images", ge=0)
+    kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
+    contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
+    inner: Inner = setting("cross_entropy", INNER)
     smoothness_weight: float = setting(10.0, "λ: weight of the squared distance of the logits; 10 in the paper", ge=0)
     decay: float = setting(0.3, "μ: what remains of the momentum from epoch to epoch; 0.3 in the paper", ge=0, lt=1)
     reset: float = setting(
@@ -69,7 +75,7 @@ class FGSMPGI(OneStep):
         x, threat = batch.images, step.threat
         if not threat.eps:
             return {"adversarial": x, "start": x}
-        delta = threat.ascend(x, self.noise(x, step), threat.eps) - x
+        delta = threat.ascend(x, noise(x, step), threat.eps) - x
         momentum, memory = torch.zeros_like(x), None
         if isinstance(step.state, Perturbations) and batch.index is not None and len(step.state.seen):
             memory = step.state
@@ -78,7 +84,7 @@ class FGSMPGI(OneStep):
             delta = torch.where(seen, memory.delta[batch.index].to(x), delta)
             momentum = torch.where(seen, memory.momentum[batch.index].to(x), momentum)
         start = threat.project(x + delta, x)
-        gradient = self.gradient(model, x, y, start, step)
+        gradient = self.inner_gradient(model, batch, y, start, step)
         length = flat(gradient).abs().sum(1)
         momentum = self.decay * momentum + gradient / per_image(length.clamp_min(torch.finfo(x.dtype).tiny), x)
         if memory is not None and batch.index is not None:

@@ -14,7 +14,8 @@ from clead.interfaces import Batch
 from clead.losses.divergence import js_divergence
 from clead.methods import METHODS
 from clead.methods.base import StepContext, Views
-from clead.methods.one_step import OneStep, Turns
+from clead.methods.clead import INNER, CLead, Inner
+from clead.methods.one_step import Turns, noise
 from clead.methods.view_forward import Outputs
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
@@ -23,7 +24,7 @@ from clead.settings import setting, settings
 
 @METHODS.register("liet")
 @settings
-class LIET(OneStep):
+class LIET(CLead):
     """E[CE(f(x_adv), ỹ)] + λ(t)·JS(f(x_adv), f(x + η)), x_adv one step of eps from x + η, clipped to ball and box.
 
     Source: Pan et al. 2025, "Mitigating Catastrophic Overfitting in Fast Adversarial Training via Label Information Elimination",
@@ -35,6 +36,11 @@ class LIET(OneStep):
     forward in one batch. The paper's other form for eps above 8/255, wider noise and no projection, is not there.
     """
 
+    adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)
+    clean_weight: float = setting(0.0, "β: weight of the cross-entropy of clean images", ge=0)
+    kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
+    contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
+    inner: Inner = setting("cross_entropy", INNER)
     divergence_weight: float = setting(100.0, "λ at the end: weight of the Jensen-Shannon divergence", ge=0)
     random_smoothing: float = setting(0.6, "share of a label that other classes get at random", ge=0, lt=1)
     noise_share: tuple[float, float] = setting(
@@ -53,6 +59,7 @@ class LIET(OneStep):
                 f"noise_share must be two shares in [0, 1], the smaller first, got {[low, high]}; give [0.1, 0.5]"
             )
 
+    tasks = ()  # a direction belongs to a class
     changes_over_training = True
 
     def problems(self, data: Any, train: Any) -> list[str]:
@@ -94,9 +101,9 @@ class LIET(OneStep):
         low, high = self.noise_share
         share, sign = torch.rand(2, generator=step.generator, device=x.device)
         informed = threat.ascend(x, state.directions[y], threat.eps) - x
-        eta = torch.where(step.uniform(x) < low + (high - low) * share, self.noise(x, step), informed)
+        eta = torch.where(step.uniform(x) < low + (high - low) * share, noise(x, step), informed)
         start = (x + torch.where(sign < 0.5, -eta, eta)).clamp(0, 1)
-        gradient = self.gradient(model, x, y, start, step)
+        gradient = self.inner_gradient(model, batch, y, start, step)
         return {"adversarial": threat.project(threat.ascend(start, gradient, threat.eps), x), "start": start}
 
     def more_terms(

@@ -12,18 +12,19 @@ from clead.interfaces import Batch, Objective
 from clead.losses.precision import at_least_float32
 from clead.methods import METHODS
 from clead.methods.base import StepContext, Views, over_whole_batch
-from clead.methods.one_step import OneStep, Turns
+from clead.methods.clead import INNER, CLead, Inner
+from clead.methods.one_step import Turns
 from clead.methods.view_forward import Outputs
 from clead.models.fold_batch_norm import folded
 from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task
 
 
 @METHODS.register("nuat")
 @settings
-class NuAT(OneStep):
+class NuAT(CLead):
     """E[CE(f(x), y)] + λ(t)·‖f(X_adv) − f(X)‖_* / B, ‖·‖_* the nuclear norm of the B × K matrix of a batch's differences.
 
     Source: Sriramanan et al. 2021, "Towards Efficient and Effective Adversarial Training", NeurIPS, algorithm 1. X_adv is a step
@@ -36,8 +37,12 @@ class NuAT(OneStep):
 
     adversarial_weight: float = setting(0.0, "α: weight of the cross-entropy of adversarial images", ge=0)
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
+    kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
+    contrastive_weight: float = setting(0.0, "λ: weight of the contrastive term", ge=0)
+    inner: Inner = setting("cross_entropy", INNER)
     nuclear_weight: float = setting(4.0, "λ at the end: weight of the nuclear norm, per image; 4 for ResNet-18", gt=0)
 
+    tasks = ()  # the nuclear norm is that of a matrix
     changes_over_training = True
 
     @property
@@ -60,7 +65,7 @@ class NuAT(OneStep):
             if every_other and step.progress:
                 labels, weight = step.world.all_gather(y), self.nuclear_weight * step.progress
                 objective = over_whole_batch(
-                    lambda: cross_entropy_and_nuclear_norm(model, x, labels, weight), model, len(x), step.world
+                    lambda: loss_and_nuclear_norm(model, x, labels, weight, step.task), model, len(x), step.world
                 )
             else:
                 objective = self.inner_objective(model, x, y, step)
@@ -75,14 +80,14 @@ class NuAT(OneStep):
         return {"nuclear_norm": (self.nuclear_weight * step.progress, nuclear_norm(change) / len(change))}
 
 
-def cross_entropy_and_nuclear_norm(model: SplitModel, x: Tensor, y: Tensor, weight: float) -> Objective:
+def loss_and_nuclear_norm(model: SplitModel, x: Tensor, y: Tensor, weight: float, task: Task) -> Objective:
     """Return x_adv ↦ CE(f(x_adv), y) + weight·‖f(X_adv) − f(X)‖_* / B, one per image; called under ``attack_mode``."""
     with torch.no_grad():
         clean = model(x)
 
     def value(x_adv: Tensor) -> Tensor:
         logits = model(x_adv)
-        return CLASSIFICATION.loss(logits, y) + weight * nuclear_norm(logits - clean) / len(logits)
+        return task.loss(logits, y) + weight * nuclear_norm(logits - clean) / len(logits)
 
     return value
 

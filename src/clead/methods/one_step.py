@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.gradient import value_and_gradient
-from clead.methods.base import Method, StepContext
-from clead.methods.pgd_at import PGDAT
-from clead.models.fold_batch_norm import folded
-from clead.models.modes import attack_mode
-from clead.models.split import SplitModel
-from clead.settings import settings
+from clead.methods.base import StepContext
 
 
-@settings
-class OneStep(PGDAT):
-    """Adversarial training with one step of ascent; a subclass says where it starts. ``attack`` is not used."""
-
-    def __post_init__(self) -> None:
-        """Refuse replays, which have no attack."""
-        super().__post_init__()
-        if self.replays > 1:
-            raise ValueError(f"replays go with no attack of one step, got replays {self.replays}; set it to 1")
-
-    gather_state = Method.gather_state  # all processes have the same, and no δ of their own
-    shard_state = Method.shard_state
-
-    def noise(self, x: Tensor, step: StepContext) -> Tensor:
-        """Return η, uniform in the ball of radius eps around 0 and like ``x`` in shape; x + η may leave [0, 1]."""
-        if not step.threat.eps:
-            return torch.zeros_like(x)
-        grey = torch.full_like(x, 0.5)
-        return step.threat.random_start(grey, generator=step.generator) - grey
-
-    def gradient(self, model: SplitModel, x: Tensor, y: Tensor, start: Tensor, step: StepContext) -> Tensor:
-        """Return the gradient of J for ``x`` and ``y`` at ``start``, (B, C, H, W)."""
-        with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
-            return value_and_gradient(self.inner_objective(model, x, y, step), start)[1]
+def noise(x: Tensor, step: StepContext) -> Tensor:
+    """Return η, uniform in the ball of radius eps around 0 and like ``x`` in shape; x + η may leave [0, 1]."""
+    if not step.threat.eps:
+        return torch.zeros_like(x)
+    grey = torch.full_like(x, 0.5)
+    return step.threat.random_start(grey, generator=step.generator) - grey
 
 
 class Turns(nn.Module):
