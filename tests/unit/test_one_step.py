@@ -244,7 +244,8 @@ def test_what_a_step_costs(method, cost):
 def test_a_run_that_is_killed_goes_on_with_what_it_remembered(name, tmp_path, monkeypatch):
     def fit(out, **keys):
         tiny = "--data.limit_train 60 --data.batch_size 20 --train.device cpu --train.validate_steps 1 --train.epochs 4"
-        more = f"--method.name {name} --train.checkpoint_seconds 0 --train.validate_images 8 --train.validate_every 9 --model.width 8"
+        tiny += " --train.validate_every 9"
+        more = f"--method.name {name} --model.width 8 --train.checkpoint_seconds 0 --train.validate_images 8"
         return clead.train(load_recipe("digits-pgd-at", [*tiny.split(), *more.split()]), out=out, show=False, **keys)
 
     whole, save = fit(tmp_path / "whole"), Checkpoints.save
