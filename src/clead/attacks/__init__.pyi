@@ -13,6 +13,7 @@ from clead.attacks.functions import fmn as fmn
 from clead.attacks.functions import mi_fgsm as mi_fgsm
 from clead.attacks.functions import patch as patch
 from clead.attacks.functions import pgd as pgd
+from clead.attacks.functions import pgd_cd as pgd_cd
 from clead.attacks.functions import rays as rays
 from clead.attacks.functions import spatial as spatial
 from clead.attacks.functions import square as square

@@ -28,6 +28,8 @@ _LOSSES = {"cross_entropy": "loss", "margin": "margin"}
 """Losses that are the task's; DLR is one of logits."""
 _LARGEST = 255.0  # of an L1 threat
 _PIXELS = (1, 2, 3)
+_CANDIDATES = 100  # for a target: the most likely classes, as in the paper
+_DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 
 def checkpoints(steps: int) -> list[int]:
@@ -71,12 +73,24 @@ class APGD:
     targets: int = setting(
         0, "classes to aim at, the most likely wrong ones, at most K - 1; 0: away from the label", ge=0, unit="classes"
     )
+    target_order: Literal["confidence", "malt"] = setting(
+        "confidence",
+        "which classes are aimed at: the most likely ones, or those that a model which were linear around the image would reach "
+        "first (MALT, Melamed et al. 2024, arXiv:2407.02240), for which the gradients of up to 100 classes are taken; malt is no "
+        "part of AutoAttack",
+    )
     eot: int = setting(1, "draws of a randomised model per step, whose gradients are averaged", ge=1, unit="draws")
+
+    def __post_init__(self) -> None:
+        """Ask for targets where they are ordered."""
+        if self.target_order == "malt" and not self.targets:
+            raise ValueError("target_order malt chooses among targets, got targets 0; set targets to 9, for example")
 
     def label(self, objective: str) -> str:
         """Return the name that tables show."""
         loss, draws = SHORT.get(self.loss, self.loss), f" EoT-{self.eot}" if self.eot > 1 else ""
         targeted = "APGD-T" if self.loss == "dlr" else f"APGD-T {loss}"
+        targeted += " MALT" * (self.target_order == "malt")
         return f"{targeted if self.targets else f'APGD-{loss}'}{times(self.restarts)}{draws}"
 
     def perturb(
@@ -108,7 +122,10 @@ class APGD:
             left = (~wrong).nonzero()[:, 0]
             aims = [y]
             if chosen:
-                aims = logits.scatter(1, y[:, None], -torch.inf).topk(chosen, dim=1).indices.unbind(1)
+                aims = logits.scatter(1, y[:, None], -torch.inf).topk(chosen, dim=1).indices
+                if self.target_order == "malt":
+                    aims[left] = nearest_classes(model, x[left], y[left], chosen, threat.norm)
+                aims = aims.unbind(1)
             for aim in aims:
                 for _ in range(self.restarts):
                     if not len(left):
@@ -229,6 +246,26 @@ def targeted(loss: str, logits: Tensor, y: Tensor, aim: Tensor) -> Tensor:
     if loss == "margin":
         return lead
     return lead / _spread(logits)
+
+
+def nearest_classes(model: Model, x: Tensor, y: Tensor, count: int, norm: str) -> Tensor:
+    """Return the classes that a linear model would reach first: largest (z_k − z_y) / ‖∇(z_k − z_y)‖*, (B, ``count``).
+
+    Source: MALT (Melamed et al. 2024, arXiv:2407.02240), among the 100 most likely classes. ‖·‖* is the dual of ``norm``: then the
+    quotient is minus the distance to the boundary of class k, if the model were linear.
+    """
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        logits = at_least_float32(model(point))
+        likely = logits.detach().scatter(1, y[:, None], -torch.inf)
+        candidates = likely.topk(max(count, min(_CANDIDATES, logits.shape[1] - 1)), dim=1).indices
+        leads = logits.gather(1, candidates) - logits.gather(1, y[:, None])
+        scores = []
+        for lead in leads.unbind(1):
+            (gradient,) = torch.autograd.grad(lead.sum(), point, retain_graph=True)
+            slope = torch.linalg.vector_norm(gradient.flatten(1), _DUAL[norm], dim=1)
+            scores.append(lead.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+    return candidates.gather(1, torch.stack(scores, 1).topk(count, dim=1).indices)
 
 
 def _spread(logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ def apgd(
     restarts: int = 1,
     loss: Literal["cross_entropy", "margin", "dlr"] = "cross_entropy",
     targets: int = 0,
+    target_order: Literal["confidence", "malt"] = "confidence",
     eot: int = 1,
     target: int | Tensor | None = None,
     seed: int = 0,
@@ -41,6 +42,9 @@ def apgd(
         restarts: runs per target, each from another random point (runs).
         loss: what is maximised; dlr needs 3 classes, and 4 with targets.
         targets: classes to aim at, the most likely wrong ones, at most K - 1; 0: away from the label (classes).
+        target_order: which classes are aimed at: the most likely ones, or those that a model which were linear
+            around the image would reach first (MALT, Melamed et al. 2024, arXiv:2407.02240), for which the
+            gradients of up to 100 classes are taken; malt is no part of AutoAttack.
         eot: draws of a randomised model per step, whose gradients are averaged (draws).
         target: class to aim at, a number or (B,) int64; None: away from ``y``. Success is that the model predicts
             it. Images whose ``y`` is the target come back as they are, with a warning.
@@ -403,6 +407,51 @@ def pgd(
     Returns:
         x_adv, (B, C, H, W) in [0, 1]; misclassified where the attack succeeded. Raises UserError on pixels outside [0,
         1], NaN, wrong labels, or settings out of their range.
+    """
+
+def pgd_cd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    steps: int = 1000,
+    step_size: float | str = "1/4",
+    restarts: int = 1,
+    loss: Literal["cross_entropy", "margin"] = "cross_entropy",
+    detect: bool = True,
+    target: int | Tensor | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Signed steps of one size, clipped to ball and box, until an image is misclassified, its path repeats itself, or steps end.
+
+    Source: PGD with cycle detection (Doldo et al. 2025, arXiv:2503.19347). In L∞ a point decides the whole path after it, so a path
+    that comes back to a point, to the last bit, visits no other points from there on: it cannot break the image, and leaving out
+    the remaining steps changes no verdict. It holds for models that answer the same for the same image; for a randomised one set
+    ``detect`` to false. Rounding of a model may depend on how many images it is given at once, and so may the path.
+
+    Departure: the authors keep a hash of every point; here one point per image is remembered exactly, another one after a quarter
+    of the steps so far, so no two points are ever taken for one another, and a cycle is found a little later.
+
+    Args:
+        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        x: (B, C, H, W) float in [0, 1].
+        y: (B,) int64 in [0, K).
+        eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``; pixels for l0.
+        norm: linf, the only one.
+        steps: most gradient steps of each run (steps).
+        step_size: length of a step (multiples of eps).
+        restarts: runs, the first from the image itself, the others from random points (runs).
+        loss: what is maximised.
+        detect: leave an image where its path repeats itself; false: all steps, with the same verdicts.
+        target: class to aim at, a number or (B,) int64; None: away from ``y``. Success is that the model predicts
+            it. Images whose ``y`` is the target come back as they are, with a warning.
+        seed: of all randomness, a model's own draws included; the global generators are restored.
+
+    Returns:
+        x_adv, (B, C, H, W) in [0, 1]; x itself where nothing was found. Raises UserError on pixels outside [0, 1], NaN,
+        wrong labels, or settings out of their range.
     """
 
 def rays(
