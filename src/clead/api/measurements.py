@@ -14,6 +14,7 @@ from clead.interfaces import Splits
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import Measurement, MeasurementRecord, MeasurementTarget, measure_target
 from clead.renamed import warn_renamed
+from clead.runs.gallery import with_gallery
 from clead.runs.loading import open_run, results_folder
 from clead.settings import validated
 
@@ -57,7 +58,7 @@ def measure(
         raise UserError(f"give settings or an object that has them, got both: {', '.join(settings)}; leave them out")
     else:
         chosen = measurement
-    run = open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes)
+    run = with_gallery(open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes))
     options = run.config.eval
     if chosen.validation_images and options.split != "test":
         raise UserError(f"eval.split: the validation images {chosen.validation_images}, got {options.split}; use test")
