@@ -6,7 +6,7 @@ JOBS ?= 2
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick-test docs browser lint audit release clean
+.PHONY: help demo test quick-test long-test docs browser lint audit release clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s%s\n", $$1, $$2}' Makefile
@@ -18,7 +18,10 @@ test: $(VENV)/.dev lint browser  ## lint, types and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 quick-test: $(VENV)/.dev  ## the tests that take a moment each, in under three minutes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow and not long'
+
+long-test: $(VENV)/.dev browser  ## tests that go over what others do in further settings: four processes, PostgreSQL, more networks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m long
 
 docs: $(VENV)/.dev  ## build the documentation into site/; a broken link is an error
 	$(VENV)/bin/zensical build --clean --strict

@@ -85,6 +85,7 @@ NOT_RUN = {
     "pip install -c constraints.txt '.[demo]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
     "pip install 'clead[tune]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
     "clead tune digits-clead --storage postgresql://user@host/database --out runs/search": "test_tuning_processes.py does",
+    "clead demo --quick --out runs/demo": "tests/integration/test_demo.py runs the demo",
     "make demo": "needs a package registry; test_make_targets_that_pages_name_exist looks at it, test_demo.py runs the demo",
     "make test": "runs the tests, and so would not end",
     "python studies/study.py studies/study_headline/digits.yaml": "takes two hours",
@@ -257,7 +258,7 @@ class Reader:
         self.names: dict[str, object] = {"__name__": "__docs__"}
         self.servers: list[subprocess.Popen[str]] = []
         self.port = 0
-        self.count = "2"
+        self.count = 2
 
     def run(self, command: str) -> None:
         """Run a command as it stands, made quick; fails unless it succeeds."""
@@ -276,17 +277,16 @@ class Reader:
         elif words[0] == "python" and words[1].endswith(".py"):
             self.script(words[1:])
         elif words[0] == "torchrun":
-            # Several processes are tests/process/test_distributed.py's; here the first command of a page has two.
-            count, self.count = self.count, "1"
-            processes = [
-                count if before == "--nproc-per-node" else word for before, word in zip(words, words[1:], strict=False)
-            ]
-            processes = [word.replace("localhost:29400", f"localhost:{free_port()}") for word in processes]
+            # Several processes are test_distributed.py's; here the first command of a page has two, the others are one.
+            if self.count == 1:
+                return self.clead(words[words.index("clead") + 1 :])
+            self.count = 1
+            processes = [word.replace("localhost:29400", f"localhost:{free_port()}") for word in words]
             if "train" in processes:
                 at = processes.index("train") + 2
                 processes[at:at] = QUICK
             meeting = [] if "--rdzv-endpoint" in processes else ["--master-port", str(free_port())]
-            self.process([sys.executable, "-m", "torch.distributed.run", *meeting, *processes])
+            self.process([sys.executable, "-m", "torch.distributed.run", *meeting, *processes[1:]])
         elif words[0] == "curl":
             self.process([word.replace(":8000", f":{self.port}") for word in [*words, "--fail-with-body", "--silent"]])
         else:

@@ -72,7 +72,7 @@ def figures(line):
 
 
 def test_own_model_on_digits(example):
-    plain, hardened = (figures(line) for line in example("own_model.py", "--budget", "40"))
+    plain, hardened = (figures(line) for line in example("own_model.py", "--budget", "24"))
     assert plain[2] == hardened[2] == 200
     assert plain[0] > 80  # the network learns at all
     assert hardened[1] > plain[1]  # which is the point of it; by far, at this eps
@@ -87,7 +87,7 @@ def test_own_model_on_own_images(example, photos):
 
 
 def test_few_labels_on_digits(example):
-    *lines, last = example("few_labels.py", "--budget", "12")
+    *lines, last = example("few_labels.py", "--budget", "8")
     assert [line.split(":")[0] for line in lines] == ["trades", "clead"] and all(
         figures(line)[2] == 200 for line in lines
     )

@@ -62,6 +62,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 LARGE = ("torchvision:mobilenet_v3_small", "torchvision:resnet18")
 """Trained and evaluated; that what they share with the others is exported and resumed is seen on those."""
+LONG = ("timm:mobilenetv3_small_050", "timm:test_convnext")
 SLOW = ("timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "torchvision:resnet18")
 
 
@@ -117,7 +118,9 @@ def test_a_network_is_trained_loaded_and_evaluated(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in LARGE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in NETWORKS if n not in LARGE]
+)
 def test_a_network_is_exported_and_served(name):
     run = trained(name, NETWORKS[name])
     assert api.export_run(run, out="exported", show=False)["difference"] <= 1e-4
@@ -140,7 +143,7 @@ RESUMED = ("timm:test_resnet", "hf:vit")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in RESUMED else [pytest.mark.slow]) for n in NETWORKS if n not in LARGE]
+    "name", [pytest.param(n, marks=[] if n in RESUMED else [pytest.mark.long]) for n in NETWORKS if n not in LARGE]
 )
 def test_a_stopped_training_goes_on_with_the_same_bits(name):
     every = ("--train.epochs", "2", "--train.checkpoint_seconds", "0")

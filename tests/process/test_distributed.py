@@ -100,11 +100,21 @@ STRAIGHT = ["digits-trades", *TINY.split(), "--train.budget", "120"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[int, Path]:
-    """The runs of all cases by 1, 2 and 4 processes; one start of the processes for all cases."""
+    """The runs of all cases by 1 and 2 processes; one start of the processes for all cases."""
     folder = tmp_path_factory.mktemp("distributed")
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(np.uint8)
     np.savez(folder / "extra.npz", x_train=images, y_train=np.arange(30) % 10, x_test=images[:1], y_test=[0])
-    for count in (1, 2, 4):
+    return started(folder, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def trained_by_four(trained) -> dict[int, Path]:
+    return trained | started(trained[1].parent, 4)
+
+
+def started(folder: Path, *counts: int) -> dict[int, Path]:
+    """Run all cases by as many processes as ``counts`` say."""
+    for count in counts:
         cases = folder / f"cases-{count}.json"
         words = {
             name: [word.replace("EXTRA", str(folder / "extra.npz")) for word in CASES[name]]
@@ -118,7 +128,7 @@ def trained(tmp_path_factory) -> dict[int, Path]:
         else:
             done = torchrun(count, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
-    return {count: folder / str(count) for count in (1, 2, 4)}
+    return {count: folder / str(count) for count in counts}
 
 
 def test_processes_share_the_weights_out(tmp_path):
@@ -192,8 +202,18 @@ def test_every_method_is_a_case():
     assert set(METHODS.names()) - {"ard", "lbgat"} <= set(CASES)  # which are rslad with other defaults
 
 
-@pytest.mark.parametrize(("case", "count"), [(name, n) for n in (2, 4) for name in CASES if (name, n) not in LEFT_OUT])
-def test_several_processes_train_as_one_does(trained, case, count):
+@pytest.mark.long
+@pytest.mark.parametrize("case", [name for name in CASES if (name, 4) not in LEFT_OUT])
+def test_four_processes_train_as_one_does(trained_by_four, case):
+    same_training(trained_by_four, case, 4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(trained, case):
+    same_training(trained, case, 2)
+
+
+def same_training(trained: dict[int, Path], case: str, count: int) -> None:
     one, several = (load_weights(trained[n] / case / "last.safetensors")[0] for n in (1, count))
     assert one.keys() == several.keys()
     for name in one:
@@ -229,7 +249,7 @@ if os.environ.get("RANK") == "1" and "train" in sys.argv and not os.path.exists(
     return f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 
 
-@pytest.mark.parametrize("shard", ["false", "true"])
+@pytest.mark.parametrize("shard", [pytest.param("false", marks=pytest.mark.long), "true"])
 def test_a_run_that_lost_a_worker_goes_on_from_its_checkpoint_with_another_number_of_processes(shard, tmp_path):
     run = tmp_path / "run"
     words = [*TINY.split(), "--train.budget", "60", "--train.checkpoint_seconds", "0", "--train.shard", shard]
@@ -279,6 +299,7 @@ except UserError as error:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.long
 def test_torchrun_starts_a_lost_worker_again_and_the_run_goes_on(tmp_path):
     """torchrun --max-restarts, with the rendezvous that the page of docs names."""
     run = tmp_path / "run"

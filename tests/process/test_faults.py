@@ -79,6 +79,7 @@ def whole(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
+@pytest.mark.long
 def test_a_kill(tmp_path):
     """The long run is ``qa/kills.json``; test_evaluation_state.py kills evaluations, test_tuning_processes.py searches."""
     script, out = ROOT / "qa" / "kills.py", tmp_path / "kills.json"
@@ -97,6 +98,7 @@ def test_the_committed_record_shows_no_difference():
 
 
 # ------------------------------------------------------------------------------------------------ the disk
+DISKS = [pytest.param(errno.ENOSPC, id="full"), pytest.param(errno.EROFS, id="read-only", marks=pytest.mark.long)]
 
 
 class Written:
@@ -172,7 +174,7 @@ def one_line(error):
     return message
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+@pytest.mark.parametrize("number", DISKS)
 def test_a_disk_that_refuses_at_any_moment_of_a_training(number, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         disk = Disk(patch, None, number)
@@ -193,7 +195,7 @@ def test_a_disk_that_refuses_at_any_moment_of_a_training(number, whole, tmp_path
         assert content(path) == whole[1], f"after the {k}-th of {moments}"
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
+@pytest.mark.parametrize("number", DISKS)
 def test_a_disk_that_refuses_at_any_moment_of_an_evaluation(number, whole, tmp_path, monkeypatch):
     trained, _, evaluated = whole
     with monkeypatch.context() as patch:

@@ -59,7 +59,14 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("line, code", PLACES.values(), ids=PLACES)
+def some(cases, *short):
+    """Return the cases as parameters, those that are not named marked as long."""
+    return [
+        pytest.param(*case, id=name, marks=() if name in short else pytest.mark.long) for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize("line, code", some(PLACES, "all closed", "a reader of both that leaves"))
 def test_an_evaluation_writes_its_record_whatever_becomes_of_the_output(line, code, run):
     for file in (run / "results").glob("*"):
         file.unlink()
@@ -69,7 +76,14 @@ def test_an_evaluation_writes_its_record_whatever_becomes_of_the_output(line, co
     assert done.returncode in (0, code)
 
 
-@pytest.mark.parametrize("line", ['"$@" > /dev/full 2> /dev/full', '"$@" >&- 2>&-', '"$@" 2>&1 | true'])
+TRAINING = {
+    "both full": ['"$@" > /dev/full 2> /dev/full'],
+    "both closed": ['"$@" >&- 2>&-'],
+    "no reader": ['"$@" 2>&1 | true'],
+}
+
+
+@pytest.mark.parametrize("line", some(TRAINING, "both full"))
 def test_a_training_goes_on_to_its_end(line, tmp_path):
     done = shell(line, "train", "digits-standard", *TINY, "--out", tmp_path / "run")
     assert done.returncode in (0, 141) and "Traceback" not in done.stderr
@@ -100,7 +114,7 @@ ENVIRONMENTS = {
 }
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+@pytest.mark.parametrize("environment", some({name: [each] for name, each in ENVIRONMENTS.items()}, "C with warnings"))
 def test_an_environment_changes_no_result(environment, run):
     done = shell('"$@"', "evaluate", run, *EVALUATE, "--fresh", **environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr

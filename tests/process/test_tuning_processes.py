@@ -147,6 +147,7 @@ def postgresql():
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.long
 def test_three_workers_on_postgresql(tmp_path, postgresql):
     three_workers(tmp_path, postgresql)
     storage, _ = open_storage(tmp_path / "study", postgresql, "digits-clead", 4.0)
@@ -155,6 +156,7 @@ def test_three_workers_on_postgresql(tmp_path, postgresql):
         assert connection.execute(sql.text("select count(*) from trials")).scalar_one() == 14
 
 
+@pytest.mark.long
 def test_a_killed_worker_continues_from_its_checkpoint(tmp_path):
     """A real process, killed by SIGKILL while it trains its second trial; what the study finds is what it would have found."""
     given, killed = [*SPACE, *TINY], tmp_path / "killed"

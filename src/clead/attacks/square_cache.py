@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils import flop_counter
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
 from clead.interfaces import Model
 
@@ -75,7 +75,8 @@ class WindowedModel:
             return
         self.side, self._asked, self._memory = side, 0, None
         if not self._work:
-            with FlopCounterMode(display=False) as counter:
+            _spare_compiler()
+            with flop_counter.FlopCounterMode(display=False) as counter:
                 self.model(images[:1])
             self._work = counter.get_total_flops() / 2
         memory = _Memory()
@@ -132,6 +133,17 @@ class WindowedModel:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Let compiled parts of a model run as they were written, if there can be any: tracing such a tensor would fail, at length."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _spare_compiler() -> None:
+    """Let the counter of operations run without loading PyTorch's compiler, which takes two seconds of a start.
+
+    Its function is decorated by ``torch._disable_dynamo``. A PyTorch that does this in another way loads it.
+    """
+    counter = getattr(flop_counter, "_FlopCounterMode", None)
+    plain = getattr(getattr(counter, "__torch_dispatch__", None), "__wrapped__", None)
+    if plain is not None and "torch._dynamo" not in sys.modules:
+        setattr(plain, "__dynamo_disable", plain)  # noqa: B010 - where the decorator looks for what it is to call
 
 
 class _OtherWay(Exception):
