@@ -1,7 +1,8 @@
 """AutoAttack ``standard`` and ``rand`` against the reference implementation: the same images of a trained model broken.
 
 The reference takes seconds an image, so its figures are kept: ``qa/autoattack_reference.py`` made
-``tests/data/autoattack_reference.json``, and makes it again. The same comparison on CIFAR-10's ResNet-8 and on more images is ``benchmarks/autoattack.py``.
+``tests/data/autoattack_reference.json``, and makes it again.
+The same comparison on CIFAR-10's ResNet-8 and on more images is ``benchmarks/autoattack.py``.
 """
 
 from __future__ import annotations
