@@ -30,10 +30,12 @@ from clead.errors import UserError
 from clead.evaluation.suites import SUITE_TITLES, suite
 from clead.methods import METHODS
 from clead.models import MODELS
+from clead.tasks import TASKS
 from clead.threats import THREATS
 
 CHOSEN = {
     "data": (DATASETS, "name"),
+    "task": (TASKS, "name"),
     "model": (MODELS, "name"),
     "threat": (THREATS, "norm"),
     "attack": (ATTACKS, "name"),

@@ -27,11 +27,11 @@ from clead.models.external import prepare
 from clead.models.model_input import ModelInput
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
+from clead.models.threshold import judged
 from clead.results.record import Record
 from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.runs.external import open_external_model, with_input
-from clead.runs.gallery import with_gallery
 from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
 from clead.tasks import TASKS, Task
@@ -173,14 +173,16 @@ def evaluate_run(
     parsed_shard = Shard.parse(shard) if shard else None
     folder = results_folder(RunDir.open(Path(path)), out)
     output = OutputOptions(folder, result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
-    opened = with_gallery(open_run(path, config, model, data))
+    opened = open_run(path, config, model, data)
     sources = _sources(transfer_from, opened)
     stored = None
     if attacks is None and opened.config.eval.split == "test":
         stored = stored_test(opened.run.path / "stored", opened.splits.fingerprint)
     tried = None
     if stored is not None:
-        tried = transferred(opened.model, opened.images, stored, opened.config.threat, opened.device)
+        tried = transferred(
+            judged(opened.model, opened.config.task), opened.images, stored, opened.config.threat, opened.device
+        )
     if target is not None:
         opened, attacks = _towards(opened, attacks or (), target)
     return evaluate_into_folder(opened, output, attacks=attacks, more=sources, transferred=tried)
@@ -230,10 +232,8 @@ def evaluate_external(
     """
     parsed_shard = Shard.parse(shard) if shard else None
     output_options = OutputOptions(Path(out), result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
-    opened = with_gallery(
-        open_external_model(
-            model, config, weights=weights, output=output, input=input, classifier=classifier, args=args
-        )
+    opened = open_external_model(
+        model, config, weights=weights, output=output, input=input, classifier=classifier, args=args
     )
     return evaluate_into_folder(opened, output_options, attacks=attacks, more=_sources(transfer_from, opened))
 

@@ -20,6 +20,8 @@ from clead.models.split import weights as model_weights
 from clead.results.provenance import environment
 from clead.results.record import Record
 from clead.runs.loading import OpenedRun, data_name, open_run
+from clead.tasks import task_name
+from clead.tasks.classification import Classification
 from clead.weights.files import fingerprint, load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -75,6 +77,12 @@ def export_run(
     if weights is not None and weights != opened.config.eval.weights:
         chosen = dataclasses.replace(opened.config, eval=dataclasses.replace(opened.config.eval, weights=weights))
         opened = open_run(path, chosen, model, data)
+    task = opened.config.task
+    if precision != "float32" and not isinstance(task, Classification):
+        raise UserError(
+            f"--precision {precision}: what rounding costs is measured of one class per image, and {path} is of the task "
+            f"{task_name(task)}; give --precision float32"
+        )
     export = _Export(opened, format, precision, images, given=model is not None)
     staged = out.with_name(f".clead-export.{os.getpid()}.tmp")
     try:
@@ -123,6 +131,7 @@ class _Export:
         about = {"clead": metadata["clead"], "run": self.opened.run.name}
         about |= {key: metadata[key] for key in ("classes", "shape")}
         about |= {"fingerprint": self.fingerprint, "precision": self.precision, "range": [0, 1]}
+        about |= {"task": self.config.to_dict()["task"]}
         content = to_onnx(self.model, metadata["shape"], metadata=about)
         self.difference = difference(content, self.model, x)
         with torch.inference_mode():
@@ -200,6 +209,8 @@ class _Export:
             "shape": list(self.metadata["shape"]),
             "threat": {"norm": self.config.threat.norm, "text": tree["threat"]["eps"]},
             "method": tree["method"]["name"],
+            "task": tree["task"]["name"],
+            "right": self.config.task.describe(),
             "config": text,
             "parameters": f"{sum(p.numel() for p in self.model.parameters()):,}",
             "fingerprint": self.fingerprint,

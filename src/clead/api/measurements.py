@@ -13,10 +13,12 @@ from clead.errors import UserError
 from clead.interfaces import Splits
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import Measurement, MeasurementRecord, MeasurementTarget, measure_target
+from clead.models.threshold import judged
 from clead.renamed import warn_renamed
-from clead.runs.gallery import with_gallery
 from clead.runs.loading import open_run, results_folder
 from clead.settings import validated
+from clead.tasks import task_name
+from clead.tasks.classification import Classification
 
 
 def measure(
@@ -58,12 +60,16 @@ def measure(
         raise UserError(f"give settings or an object that has them, got both: {', '.join(settings)}; leave them out")
     else:
         chosen = measurement
-    run = with_gallery(open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes))
-    options = run.config.eval
+    run = open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes)
+    options, task = run.config.eval, run.config.task
+    if not isinstance(task, Classification) and (name := task_name(task)) not in chosen.tasks:
+        raise UserError(
+            f"{path} is of the task {name}, and {chosen.kind} measures one class per image; use clead evaluate"
+        )
     if chosen.validation_images and options.split != "test":
         raise UserError(f"eval.split: the validation images {chosen.validation_images}, got {options.split}; use test")
     target = MeasurementTarget(
-        model=run.model,
+        model=judged(run.model, task),
         images=run.images,
         splits=run.splits,
         threat=run.config.threat,

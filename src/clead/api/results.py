@@ -61,7 +61,8 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
     """Return ``{"rows": …, "pairs": …}`` of several runs or records, as plain data.
 
     ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, balanced_clean and
-    balanced_robust (means of the classes; ``unbalanced``: whether they must be stated), each attack's accuracy, that on images
+    balanced_robust (means of the classes; ``unbalanced``: whether they must be stated), the task and its own figures, each
+    attack's accuracy, that on images
     that the training stored, and training cost. ``pairs``: McNemar's exact test for every two records of the same images under the
     same threat and attacks.
     """
@@ -82,6 +83,8 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             "balanced_robust": mean.robust.accuracy if mean else None,
             "unbalanced": unbalanced(record) is not None,
             "attacks": {attack.name: attack.robust.accuracy for attack in record.attacks},
+            "task": record.task,
+            "metrics": {metric.name: (metric.clean, metric.robust) for metric in record.metrics},
             "transferred": record.transferred.robust.accuracy if record.transferred else None,
             "forward_equivalents": record.training.forward_equivalents if record.training else None,
         }
@@ -97,6 +100,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
                 r.threat.norm,
                 r.threat.eps,
                 r.suite,
+                r.task,
                 [(attack.name, attack.settings) for attack in r.attacks],
             )
             for r in (a, b)

@@ -16,6 +16,7 @@ from clead.attacks import ATTACKS
 from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import image_gradient
 from clead.config import RunConfig
+from clead.config.schema import chosen_name
 from clead.data.base import say_skipped
 from clead.data.classes import match_names
 from clead.data.extra import with_extra
@@ -23,6 +24,7 @@ from clead.devices import device_of
 from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
+from clead.methods import METHODS
 from clead.models.external import backward_of
 from clead.models.library import RANDOM, Library
 from clead.models.modes import attack_mode
@@ -32,6 +34,8 @@ from clead.output import tell
 from clead.results.provenance import environment
 from clead.runs.directory import NOTES, RunDir
 from clead.runs.loading import build, evaluated_images, image_shape, load_model
+from clead.tasks import task_name
+from clead.tasks.classification import Classification
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, unlabelled_sets, with_pseudo_labels
@@ -211,7 +215,13 @@ def _check_starts(config: RunConfig) -> None:
 
 
 def _check_start(config: RunConfig) -> None:
-    """Raise UserError if the inner attack has no objective, or starts where it is flat and would climb rounding errors."""
+    """Raise UserError if the method does not know the task, or if the inner attack has no objective or starts where it is flat."""
+    task, method = config.task, config.method
+    if not isinstance(task, Classification) and (name := task_name(task)) not in method.tasks:
+        able = [other for other, kind in METHODS.items() if name in kind.tasks]
+        raise UserError(
+            f"method.name: {chosen_name('method', method)['name']} knows no {name}; give {' or '.join(able) or 'another task'}"
+        )
     if config.method.uses_attack and capabilities(config.attack).searches:
         usable = ", ".join(name for name, kind in ATTACKS.items() if not capabilities(kind).searches)
         raise UserError(

@@ -13,11 +13,14 @@ from clead.errors import UserError
 from clead.evaluation import adversarial_dataset
 from clead.evaluation.correctness import correct_mask, exact_float32, to_float
 from clead.models.split import weights
+from clead.models.threshold import judged
 from clead.renamed import RenamedFields
 from clead.results.target import digest
 from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
 from clead.settings import validated
+from clead.tasks.binary import Binary
+from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 from clead.threats.geometry import contains
 from clead.weights.files import fingerprint
@@ -41,7 +44,7 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
     run = RunDir.open(Path(path))
     trained = run.config()
     config = config or trained
-    model = load_model(run, config, config.eval.weights, None)
+    model = judged(load_model(run, config, config.eval.weights, None), config.task)
     x_adv, as_bytes, about = adversarial_dataset.load(Path(file))
     changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, images=len(x_adv)))
     images, _ = evaluated_images(run, changed, trained, None)
@@ -51,10 +54,16 @@ def verify(path: str | Path, file: str | Path, *, config: RunConfig | None = Non
         )
     threat = validated(THREATS.get(about["threat"]["norm"]), {"eps": about["threat"]["eps_text"]})
     x, labels = to_float(images.images), images.labels
+    task = CLASSIFICATION if isinstance(config.task, Binary) else config.task
     with exact_float32():
-        right = torch.cat([correct_mask(model, a, y) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)])
+        right = torch.cat(
+            [correct_mask(model, a, y, task=task) for a, y in zip(x_adv.split(256), labels.split(256), strict=True)]
+        )
         as_file = torch.cat(
-            [correct_mask(model, to_float(a), y) for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)]
+            [
+                correct_mask(model, to_float(a), y, task=task)
+                for a, y in zip(as_bytes.split(256), labels.split(256), strict=True)
+            ]
         )
     result = {
         "run": run.name,

@@ -29,12 +29,27 @@ def print_record(record: Any) -> None:
         table.add_row("mean over classes (clean)", *_shown(mean.clean), "")
         table.add_row("mean over classes (worst case)", *_shown(mean.robust), "")
     console().print(table)
+    if record.metrics:
+        console().print(_metrics(record))
     print(about(record))
     for note in record.notes:
         print(f"note: {note}")
     for check in record.checks:
         if not check.passed:
             print(f"check {check.name} failed: {check.explanation}")
+
+
+def _metrics(record: Any) -> Any:
+    """Return the table of a task's own figures."""
+    from rich.table import Table
+
+    table = Table(title=f"{record.task}: its own figures")
+    for column in ("figure", "clean", "worst case", "cases"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for metric in record.metrics:
+        shown = ("–" if value is None else f"{value:.2%}" for value in (metric.clean, metric.robust))
+        table.add_row(metric.name, *shown, str(metric.n))
+    return table
 
 
 def about(record: Any) -> str:
@@ -65,6 +80,12 @@ def verdict(record: Any) -> str:
             f"\nThe {stored.robust.accuracy:.1%} on stored images is not robustness: those were made for another model, which "
             f"{stored.fooled:.1%} of them fool, before this one was trained; an attacker makes them for this one."
         )
+    pairs = [metric for metric in record.metrics if None not in (metric.clean, metric.robust)]
+    if pairs:
+        text += f"\n{record.task}, clean and in the worst case: " + ", ".join(
+            f"{metric.name} {metric.clean:.1%} and {metric.robust:.1%}" for metric in pairs[:6]
+        )
+        text += f", and {len(pairs) - 6} more." if len(pairs) > 6 else "."
     if sentence := balanced_sentence(record):
         text += f"\n{sentence[:1].upper()}{sentence[1:]}."
     if record.data.caveat:
@@ -83,6 +104,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     from rich.table import Table
 
     from clead.output import console
+
+    def shown(value: float | None) -> str:
+        return "not known" if value is None else f"{value:.1%}"
 
     rows = comparison["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
@@ -106,6 +130,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         names = ", ".join(row["run"] for row in rows if row["images"] == which)
         print(f"{names}: {which}")
     for row in rows:
+        for name, (clean, robust) in row["metrics"].items():
+            print(f"{row['run']}, {row['task']}: {name} {shown(clean)} clean, {shown(robust)} in the worst case")
         if row["unbalanced"]:
             clean, robust = (f"{row[key]:.1%}" for key in ("balanced_clean", "balanced_robust"))
             print(

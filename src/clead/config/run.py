@@ -57,9 +57,7 @@ class RunConfig:
             strange = [
                 f"{group}: {mistake}" for group, value in groups.items() if (mistake := type_problem(group, value))
             ]
-            problems += [
-                f"stages.{stage.name}.{mistake}" for mistake in strange or joint_problems({**groups, "task": self.task})
-            ]
+            problems += [f"stages.{stage.name}.{mistake}" for mistake in strange or joint_problems(groups)]
         problems += self._teacher_problems()
         if problems or (not self.stages and (problems := joint_problems(parts))):
             raise UserError(*problems)

@@ -9,9 +9,6 @@ from typing import Any
 
 from clead.config.schema import DEFAULT_NAME, GROUPS, LENGTHS, REGISTRY_GROUPS, Optim, Train, build, chosen_name, plain
 from clead.errors import UserError, did_you_mean
-from clead.methods import METHODS
-from clead.tasks import task_name
-from clead.tasks.classification import CLASSIFICATION, Classification
 
 STAGE_GROUPS = ("data", "threat", "attack", "method", "optim", "train")
 STAGE_DATA = (
@@ -69,7 +66,7 @@ def stages_of(tree: dict[str, Any], common: Mapping[str, Any]) -> tuple[tuple[St
                 groups[group] = build(group, _inherited(group, values if isinstance(values, dict) else {}, changes))
             except UserError as error:
                 mistakes += error.problems
-        mistakes += joint_problems({**groups, "task": common.get("task")})
+        mistakes += joint_problems(groups)
         problems += [f"stages.{name}.{mistake}" for mistake in mistakes]
         parts.append(groups)
     if not problems:
@@ -109,12 +106,6 @@ def joint_problems(groups: Mapping[str, Any]) -> list[str]:
     method, data = groups.get("method"), groups.get("data")
     if method is None or data is None:
         return []
-    task = groups.get("task", CLASSIFICATION)
-    if not isinstance(task, Classification) and (name := task_name(task)) not in method.tasks:
-        able = [other for other, kind in METHODS.items() if name in kind.tasks]
-        return [
-            f"method.name: {chosen_name('method', method)['name']} knows no {name}; give {' or '.join(able) or 'another task'}"
-        ]
     return data.problems() or method.problems(data, groups.get("train"))
 
 

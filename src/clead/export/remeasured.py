@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -11,10 +13,13 @@ from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.plan import EvaluationOptions
 from clead.export.onnx import StraightThrough
 from clead.interfaces import ImageSet
+from clead.models.threshold import judged
 from clead.results.record import Estimate, RecordModel
 from clead.results.statistics import estimate
 from clead.results.target import EvaluationTarget
 from clead.settings import validated
+from clead.tasks.binary import Binary
+from clead.tasks.classification import CLASSIFICATION
 
 QUERY_STEPS = 20
 """Fifty queries each: Square gets a thousand, a fifth of what it has in AutoAttack."""
@@ -65,6 +70,9 @@ def remeasure(
         show: show progress on stderr.
     """
     options = {"check_images": 0, "curve_points": 0, "gallery": 0, "seed": config.eval.seed}
+    original, converted = (judged(model, target.task) for model in (original, converted))
+    if isinstance(target.task, Binary):
+        target = dataclasses.replace(target, task=CLASSIFICATION)
     quick = validated(Eval, {**options, "suite": "quick"})
     queries = validated(Eval, {**options, "suite": "black_box", "steps": QUERY_STEPS})
     attacked = converted if gradients else StraightThrough(original, converted)

@@ -33,6 +33,7 @@ from clead.progress import progress
 from clead.results.record import Estimate
 from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
+from clead.tasks import Task
 from clead.weights.files import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class ServedModel:
         run: its directory.
         config: its configuration, with the overrides.
         trained: the configuration that it was trained with.
+        task: what its answers mean.
         classes: K names, in the order of probabilities.
         shape: (C, H, W) of the images that it was trained on.
         fit: how image files come to that shape: as the training's did.
@@ -158,6 +160,7 @@ class ServedModel:
         self.run = RunDir.open(Path(path))
         self.trained = self.run.config()
         self.config = load_recipe(str(self.run.path / "config.yaml"), overrides)
+        self.task: Task = self.config.task
         self.device = device_of(self.config.train.device)
         which = self.config.eval.weights
         self.model = load_model(self.run, self.config, which, None).to(self.device).requires_grad_(False)
@@ -234,7 +237,7 @@ class ServedModel:
                     f"features {tuple(features.shape)}"
                 )
             scores = None if self.detector is None else self.detector.score(self.network, x, (features, logits))
-            probabilities = logits.float().softmax(1)
+            probabilities = self.task.probabilities(logits)
         suspicion = None if scores is None else scores.cpu().numpy()
         return Outputs(probabilities.cpu().numpy(), features.cpu().numpy(), suspicion)
 

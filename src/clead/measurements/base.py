@@ -137,6 +137,8 @@ class Measurement(abc.ABC):
 
     result: ClassVar[type[Result]]
     """What ``run`` returns, and what the JSON file is read as."""
+    tasks: ClassVar[tuple[str, ...]] = ()
+    """The tasks that it knows beside classification and its kinds, by name."""
     keys: ClassVar[tuple[str, ...]] = ("eval.batch_size",)
     """Groups and keys of the configuration that matter, besides those of data, images, weights, seed and device."""
     images: ClassVar[int | None] = None

@@ -121,17 +121,21 @@ class SplitModel(nn.Module, ABC):
 
 
 class Classifier(SplitModel):
-    """A model of this package: normalisation, an encoder that ends in (B, D), and a linear classifier."""
+    """A model of this package: normalisation, an encoder that ends in (B, D), and a linear classifier.
+
+    One with a single output z is of two classes, of logits [0, z].
+    """
 
     def __init__(self, normalize: nn.Module, encoder: nn.Module, classifier: nn.Linear) -> None:
-        super().__init__(classifier.out_features, classifier.in_features)
+        super().__init__(max(2, classifier.out_features), classifier.in_features)
         self.normalize = normalize
         self.encoder = encoder
         self.classifier = classifier
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder(self.normalize(x))
-        return features, self.classifier(features)
+        logits = self.classifier(features)
+        return features, functional.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
 
 
 class _Kept(threading.local):
@@ -158,7 +162,7 @@ class AdaptedModel(SplitModel):
         module: takes x, (B, C, H, W) float in [0, 1], and returns logits, (B, K), or what ``ModelIO`` can pick them out of. Logits
             of each pixel, (B, K, h, w), are upsampled to x; features are then (B, D, h', w'), what the last convolution sees.
         sample_shape: (C, H, W), for one dry run in evaluation mode.
-        num_classes: K of the data; None: as many as the module has.
+        num_classes: K of the data; 1: one logit z, or the two logits [0, z]; None: as many as the module has.
         classifier: the name of the layer inside ``module`` that maps features (B, D) to logits, such as ``"fc"``; None: the
             ``nn.Linear`` whose output the logits are. If there is none, the model has no features (``has_features``).
         output: which of the module's outputs are the logits, see ``ModelIO``.
@@ -192,10 +196,11 @@ class AdaptedModel(SplitModel):
         before = normalize or nn.Identity()
         name, feature_dim, logits = _find_classifier(module, io, before, sample_shape, classifier)
         origin = []
-        if new_head and num_classes is not None and logits.shape[1] != num_classes:
+        wanted = 2 if num_classes == 1 else num_classes  # ``ModelIO`` makes two logits of one
+        if new_head and num_classes is not None and logits.shape[1] != wanted:
             origin = replace_head(module, name, _sample(module, before, sample_shape), logits.shape[1], num_classes)
             name, feature_dim, logits = _find_classifier(module, io, before, sample_shape, classifier)
-        if num_classes is not None and logits.shape[1] != num_classes:
+        if wanted is not None and logits.shape[1] != wanted:
             final = f"its final layer {name!r}" if name else "it"
             raise UserError(
                 f"{type(module).__name__} returns {logits.shape[1]} logits per image but the data has "

@@ -109,7 +109,7 @@ class Custom(ForeignModel):
             )
         module = make_module(self.factory, num_classes, self.args)
         if isinstance(module, SplitModel):
-            if module.num_classes != num_classes:
+            if module.num_classes != max(2, num_classes):
                 raise UserError(
                     f"{self.factory} has {module.num_classes} classes but the data has {num_classes}; "
                     f"return a model with {num_classes} outputs (the factory may take num_classes)"

@@ -10,7 +10,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -30,6 +30,7 @@ from clead.inference.request_parsing import count_pixels
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements.distances import distances
 from clead.models.split import SplitModel, copied
+from clead.models.threshold import AtThreshold, judged
 from clead.playground.choices import (
     ATTACK_SECONDS,
     MAX_FILE,
@@ -45,7 +46,8 @@ from clead.results.record import Estimate, Record
 from clead.results.statistics import estimate
 from clead.runs.loading import evaluated_images
 from clead.settings import Ratio
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import task_name
+from clead.tasks.classification import CLASSIFICATION, Classification
 from clead.threats import THREATS
 
 Report = Callable[[float, str], None]
@@ -86,7 +88,8 @@ class PlaygroundModel:
                 scores = self.detector.score(self.model, x, (features, logits)).tolist()
         if not torch.isfinite(logits).all():
             raise UserError(f"{self.name} answers NaN or infinity to this image; choose another one")
-        rows, answers = logits.softmax(1).tolist(), CLASSIFICATION.predict(logits).tolist()
+        plain = self.model.unshifted(logits) if isinstance(self.model, AtThreshold) else logits
+        rows, answers = plain.softmax(1).tolist(), CLASSIFICATION.predict(logits).tolist()
         return [Prediction(*values) for values in zip(rows, answers, scores, strict=True)]
 
 
@@ -183,7 +186,12 @@ def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
         if read[key][1] != next(iter(read.values()))[1]:
             text = f"{each.name} has other test images than {first.name}"
             raise UserError(f"{text}; give runs of the same data and split")
-        model = copied(each.model).requires_grad_(False).eval()
+        if not isinstance(each.task, Classification):
+            raise UserError(
+                f"{each.name} is of the task {task_name(each.task)}, and the playground shows one class per image; attack it with "
+                f"clead attack {each.run.path}"
+            )
+        model = cast(SplitModel, judged(copied(each.model), each.task)).requires_grad_(False).eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         record = read_record(each.run.path) if (each.run.path / "results" / "evaluation.json").exists() else None
         method = each.trained.to_dict()["method"]["name"]

@@ -21,6 +21,7 @@ from clead.report.sections.epsilon import epsilon
 from clead.report.sections.measurements import measurements
 from clead.report.sections.pictures import galleries, maps
 from clead.report.sections.stages import stages
+from clead.report.sections.task import task_figures
 from clead.report.sections.training import training
 from clead.results import format as formats
 from clead.results.figure import PALETTE, PALETTE_DARK, Drawing, style
@@ -129,7 +130,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         else:
             groups.append([i])
     by_name = {run.name: run.record for run in runs}
-    measured = measurements(runs)
+    measured = [*task_figures(runs), *measurements(runs)]
     context = {
         "runs": [_run(i, run) for i, run in enumerate(runs)],
         "groups": groups,

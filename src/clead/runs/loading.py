@@ -27,7 +27,6 @@ from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.runs.zoo import results_of_zoo
 from clead.tasks import Task, task_name
-from clead.tasks.retrieval import Retrieval
 from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
@@ -124,10 +123,9 @@ def evaluated_images(
 ) -> tuple[ImageSet, Splits]:
     """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
     # The run's own seed: another one would move training images into the validation split.
-    needs_training = not isinstance(config.task, Retrieval)
-    splits = data if data is not None else config.data.load(trained.train.seed, training=needs_training)
+    splits = data if data is not None else config.data.load(trained.train.seed)
     _, metadata = load_weights(run.weights(config.eval.weights))
-    if same_classes and not isinstance(config.task, Retrieval):
+    if same_classes:
         splits, notes = align_classes(splits, metadata["classes"], source=str(run.path), names_must_agree=True)
         splits = dataclasses.replace(splits, notes=(*splits.notes, *notes))
     if tuple(metadata["shape"]) != image_shape(splits):

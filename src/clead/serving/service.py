@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
+import torch
 from fastapi import FastAPI, Query, Request, Response
 from pydantic_core import to_json
 
@@ -20,7 +21,6 @@ from clead.inference.settings import ServeSettings
 from clead.serving.batching import Batcher
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from clead.serving.schemas import ExplainQuery, Health, PredictQuery
-from clead.tasks.classification import CLASSIFICATION
 
 _MAX_SHOWN = 640  # training images in one answer; with 32×32 pixels some 2 MB
 _DEAD = 10  # a worker counts as dead when a batch takes so many times as long as a request may
@@ -161,7 +161,7 @@ class Service:
 
     def _predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
         """Return one ``Prediction`` per image, as plain data."""
-        best = CLASSIFICATION.predict(outputs.probabilities).tolist()
+        best = model.task.decide(torch.from_numpy(outputs.probabilities)).tolist()
         rows = outputs.probabilities.astype("float64").round(6).tolist()
         predictions: list[dict[str, Any]] = [
             {"label": model.classes[k], "probability": row[k], "probabilities": row, "suspicion": None}

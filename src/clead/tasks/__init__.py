@@ -54,6 +54,14 @@ class Task(Protocol):
         """Return the part of each image that is right, (B,) float in [0, 1]: what training watches and validation chooses by."""
         ...
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return what a served answer states of each class, in [0, 1], of the shape of ``outputs``."""
+        ...
+
+    def decide(self, probabilities: Tensor) -> Tensor:
+        """Return the answer that ``probabilities`` mean, in the form of ``target``; of a model's own, that of ``predict``."""
+        ...
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return what the outputs say, in the form of ``target``."""
         ...

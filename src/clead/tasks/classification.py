@@ -21,7 +21,7 @@ from clead.tasks import TASKS, fitting_tasks
 class Classification:
     """Outputs are logits (B, K), the target is a class (B,) int64 in [0, K)."""
 
-    reads: ClassVar[tuple[str, ...]] = ("classification", "binary", "retrieval")
+    reads: ClassVar[tuple[str, ...]] = ("classification", "binary")
 
     def outputs(self, num_classes: int) -> int:
         """Return K: a logit per class."""
@@ -62,6 +62,14 @@ class Classification:
     def score(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return 1 where the image is right and 0 elsewhere, (B,) float."""
         return self.correct(outputs, target).float()
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """softmax(outputs), (B, K) float32."""
+        return outputs.float().softmax(1)
+
+    def decide(self, probabilities: Tensor) -> Tensor:
+        """Return the class of the largest probability, (B,) int64; of equal ones the first."""
+        return probabilities.argmax(1)
 
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the class of the largest logit, (B,) int64; of equal ones the first."""
