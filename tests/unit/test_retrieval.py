@@ -17,11 +17,12 @@ from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
 from clead.data.base import RawSplit, RawSplits, with_classes
 from clead.errors import UserError
-from clead.evaluation.retrieval import GalleryAttack, cut_gallery, measure_gallery
 from clead.evaluation.state import ResumableResults
+from clead.evaluation.tasks.retrieval import GalleryAttack, measure_gallery, metrics
 from clead.interfaces import ImageSet
 from clead.models.nearest import TEMPERATURE, NearestItem
 from clead.models.split import SplitModel
+from clead.runs.gallery import cut_gallery
 from clead.tasks.classification import TOWARDS_CLASS
 from clead.tasks.retrieval import Retrieval, average_precision, check_gallery, class_similarity, verification_roc
 from clead.threats.linf import Linf
@@ -54,7 +55,7 @@ def scene(items, classes, seed, queries=24):
     with torch.no_grad():
         gallery = nn.functional.normalize(encoder.features(images), dim=1)
     x = 0.5 + 0.8 * (torch.rand(queries, 1, 2, 2, generator=draw) - 0.5)
-    return NearestItem(encoder, gallery, labels, classes), ImageSet(images, labels), x
+    return NearestItem(encoder, gallery, labels, range(classes), images), ImageSet(images, labels), x
 
 
 def most(model, x, winners, losers):
@@ -167,18 +168,14 @@ def test_figures_of_a_gallery_agree_with_brute_force(tmp_path):
     images, labels = images.view(30, 1, 2, 2), (angles * 3 / math.pi).long() % 3
     items, queries = cut_gallery(ImageSet(images, labels), 3)
     with torch.no_grad():
-        model = NearestItem(encoder, nn.functional.normalize(encoder.features(items.images), dim=1), items.labels, 3)
-    attack = GalleryAttack(model, items, Linf(eps=EPS))
-    about = ("drawn", ["a"])
-    results = [
-        measure_gallery(
-            *(attack, queries, queries.images), about=about, state=ResumableResults(path, {}), seed=0, batch_size=8
-        )
-        for path in (None, tmp_path / "state", tmp_path / "state")  # the third time nothing is computed
-    ]
-    assert results[0].model_dump(exclude={"seconds"}) == results[1].model_dump(exclude={"seconds"})
-    assert results[1] == results[2]
-    result = results[0]
+        gallery = nn.functional.normalize(encoder.features(items.images), dim=1)
+    model = NearestItem(encoder, gallery, items.labels, "abc", items.images)
+    attack = GalleryAttack(model, Linf(eps=EPS))
+    first, second = (
+        measure_gallery(attack, queries, queries.images, ResumableResults(path, {}), 0)
+        for path in (tmp_path / "state",) * 2
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)  # the second time nothing is computed
     steps = torch.linspace(-EPS, EPS, 41)
     grid = torch.cartesian_prod(steps, steps, torch.zeros(1), torch.zeros(1)).view(-1, 1, 2, 2)
     holds = []
@@ -188,10 +185,19 @@ def test_figures_of_a_gallery_agree_with_brute_force(tmp_path):
         right, wrong = cosines[items.labels == y].max(), cosines.where(items.labels != y, -2.0)
         around = model.features(items.images[wrong.argmax()] + grid).detach() @ z
         holds.append(bool(wrong.max() < right) and bool(around.max() < right))
-    assert result.gallery_item.accuracy == sum(holds) / len(holds) and 0 < sum(holds) < len(holds)
-    assert result.robust_verification.area < result.verification.area
-    assert result.robust_precision == pytest.approx(result.precision)  # the queries were given as they are
-    assert result.items == 9 and result.seen == ["a"] and result.attack == "PGD-50 similarity"
+    assert first["holds"].tolist() == holds and 0 < sum(holds) < len(holds)
+    assert torch.equal(first["precision"], first["robust_precision"])  # the queries were given as they are
+    for clean, worst, sign in (("same", "robust_same", 1), ("different", "robust_different", -1)):
+        around = [model.features(x + grid).detach() for x in queries.images]
+        assert (sign * (first[clean] - first[worst]) >= 0).all() and not torch.equal(first[clean], first[worst])
+        bounds = [(sign * (z @ gallery.T)).amin(0) for z in around]  # of each item, of which one was drawn
+        nearest = torch.stack(
+            [(sign * value - bound).abs().min() for value, bound in zip(first[worst], bounds, strict=True)]
+        )
+        assert (nearest < 0.01).double().mean() > 0.9  # opposite an item there are two ways, and a search takes one
+    shown = {metric.name: metric for metric in metrics(first, 0.9)}
+    assert shown["verification: area under the ROC"].robust < shown["verification: area under the ROC"].clean
+    assert shown["recall@1 with an attacked item"].robust == sum(holds) / len(holds)
 
 
 def test_a_gallery_that_answers_nothing_is_refused():

@@ -32,6 +32,7 @@ from clead.results.record import Record
 from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.runs.external import open_external_model, with_input
+from clead.runs.gallery import with_gallery
 from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
 from clead.tasks import TASKS, Task
@@ -173,7 +174,7 @@ def evaluate_run(
     parsed_shard = Shard.parse(shard) if shard else None
     folder = results_folder(RunDir.open(Path(path)), out)
     output = OutputOptions(folder, result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
-    opened = open_run(path, config, model, data)
+    opened = with_gallery(open_run(path, config, model, data))
     sources = _sources(transfer_from, opened)
     stored = None
     if attacks is None and opened.config.eval.split == "test":
@@ -232,8 +233,10 @@ def evaluate_external(
     """
     parsed_shard = Shard.parse(shard) if shard else None
     output_options = OutputOptions(Path(out), result, fresh, parsed_shard, merge, trust_state, save_adversarial, show)
-    opened = open_external_model(
-        model, config, weights=weights, output=output, input=input, classifier=classifier, args=args
+    opened = with_gallery(
+        open_external_model(
+            model, config, weights=weights, output=output, input=input, classifier=classifier, args=args
+        )
     )
     return evaluate_into_folder(opened, output_options, attacks=attacks, more=_sources(transfer_from, opened))
 

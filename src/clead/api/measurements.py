@@ -15,6 +15,7 @@ from clead.measurements import MEASUREMENTS
 from clead.measurements.base import Measurement, MeasurementRecord, MeasurementTarget, measure_target
 from clead.models.threshold import judged
 from clead.renamed import warn_renamed
+from clead.runs.gallery import with_gallery
 from clead.runs.loading import open_run, results_folder
 from clead.settings import validated
 from clead.tasks import task_name
@@ -60,7 +61,7 @@ def measure(
         raise UserError(f"give settings or an object that has them, got both: {', '.join(settings)}; leave them out")
     else:
         chosen = measurement
-    run = open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes)
+    run = with_gallery(open_run(path, config, model, data, images=chosen.images, same_classes=not chosen.other_classes))
     options, task = run.config.eval, run.config.task
     if not isinstance(task, Classification) and (name := task_name(task)) not in chosen.tasks:
         raise UserError(

@@ -61,7 +61,7 @@ def measure_runs(
     from clead.config import documented_keys, parse_overrides
     from clead.output import console
 
-    used = ("data", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *measurement.keys)
+    used = ("data", "task", "train.device", "eval.images", "eval.split", "eval.weights", "eval.seed", *measurement.keys)
     # A key that nobody knows is told so by the configuration.
     known = {f"{group}.{key}" for group, _, key, *_ in documented_keys()} | {"threat.norm", "attack.name"}
     given = [".".join(path) for path, _ in parse_overrides(overrides)]

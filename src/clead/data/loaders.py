@@ -311,3 +311,9 @@ def _window(size: int, side: int, centre: int) -> slice:
 
 def _as_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is, and what is streamed is read."""
+    images = images[:]
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float().clone()

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from clead.attacks.runner import finite_images, run_attack
-from clead.data.loaders import make_generator
+from clead.data.loaders import make_generator, to_float
 from clead.errors import out_of_memory
 from clead.interfaces import Attack, ImageSet, Threat
+from clead.losses.precision import exact_float32 as exact_float32
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
 
 _CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that go together on a CPU
-
-
-@contextmanager
-def exact_float32() -> Generator[None, None, None]:
-    """Compute in float32 proper: no autocast of the caller's, and none of CUDA's TF32, which rounds inputs to 10 bits."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
 
 
 def correct_mask(model: nn.Module, x: Tensor, y: Tensor, draws: int = 1, task: Task = CLASSIFICATION) -> Tensor:
@@ -127,9 +111,3 @@ def batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)
         yield to_float(images.images[rows].to(device)), images.labels[rows].to(device)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """Return float images in [0, 1]; uint8 is divided by 255, float is taken as it is, and what is streamed is read."""
-    images = images[:]
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float().clone()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,15 +26,19 @@ class NearestItem(SplitModel):
         encoder: whose features are compared; kept as it is.
         gallery: (G, d) embeddings of unit length, on the encoder's device.
         labels: (G,) int64 in [0, K).
-        num_classes: K.
+        classes: K names.
+        items: the images of the gallery, (G, C, H, W), for attacks on them.
 
     Raises UserError if the gallery is empty, of one class, or of another embedding size.
     """
 
-    def __init__(self, encoder: SplitModel, gallery: Tensor, labels: Tensor, num_classes: int) -> None:
-        super().__init__(num_classes, encoder.feature_dim)
-        check_gallery(gallery, labels, encoder.feature_dim)
+    def __init__(
+        self, encoder: SplitModel, gallery: Tensor, labels: Tensor, classes: Sequence[str], items: Any
+    ) -> None:
+        super().__init__(len(classes), encoder.feature_dim)
+        check_gallery(gallery, labels, encoder.feature_dim, classes)
         self.encoder = encoder
+        self.items = items
         self.gallery: Tensor
         self.labels: Tensor
         self.register_buffer("gallery", gallery)

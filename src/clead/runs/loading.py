@@ -27,6 +27,7 @@ from clead.results.target import EvaluationTarget
 from clead.runs.directory import RunDir
 from clead.runs.zoo import results_of_zoo
 from clead.tasks import Task, task_name
+from clead.tasks.retrieval import Retrieval
 from clead.weights.files import check_weights, load_weights
 
 _log = logging.getLogger("clead")
@@ -123,9 +124,10 @@ def evaluated_images(
 ) -> tuple[ImageSet, Splits]:
     """Return the images that ``config.eval`` chooses; raises UserError unless they suit the trained model."""
     # The run's own seed: another one would move training images into the validation split.
-    splits = data if data is not None else config.data.load(trained.train.seed)
+    needs_training = not isinstance(config.task, Retrieval)
+    splits = data if data is not None else config.data.load(trained.train.seed, training=needs_training)
     _, metadata = load_weights(run.weights(config.eval.weights))
-    if same_classes:
+    if same_classes and not isinstance(config.task, Retrieval):
         splits, notes = align_classes(splits, metadata["classes"], source=str(run.path), names_must_agree=True)
         splits = dataclasses.replace(splits, notes=(*splits.notes, *notes))
     if tuple(metadata["shape"]) != image_shape(splits):

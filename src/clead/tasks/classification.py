@@ -21,7 +21,7 @@ from clead.tasks import TASKS, fitting_tasks
 class Classification:
     """Outputs are logits (B, K), the target is a class (B,) int64 in [0, K)."""
 
-    reads: ClassVar[tuple[str, ...]] = ("classification", "binary")
+    reads: ClassVar[tuple[str, ...]] = ("classification", "binary", "retrieval")
 
     def outputs(self, num_classes: int) -> int:
         """Return K: a logit per class."""

@@ -8,19 +8,38 @@ every attack and suite for classifiers attacks it: the margin is the similarity 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clead.errors import UserError
-from clead.settings import settings
+from clead.settings import setting, settings
+from clead.tasks import TASKS
 from clead.tasks.classification import Classification
 
 
+@TASKS.register("retrieval")
 @settings
 class Retrieval(Classification):
-    """Outputs are similarities to the nearest item of each class, (B, K), at any positive scale; the target is a class (B,)."""
+    """Outputs are similarities to the nearest item of each class, (B, K), at any positive scale; the target is a class (B,).
+
+    What is trained is a classifier of the training's classes, as in classification; its features are what a gallery is made of.
+    """
+
+    items: int = setting(
+        5,
+        "Images of each class, drawn from the evaluated ones, that are the gallery; the others are the queries.",
+        unit="images",
+        ge=1,
+    )
+    gallery: Path | None = setting(
+        None,
+        "A folder or file of images that are the gallery instead; those of a class bear its name, as --data.path has them.",
+    )
+
+    reads: ClassVar[tuple[str, ...]] = ("classification", "retrieval")
 
     def describe(self) -> str:
         """Return in one line what is right."""

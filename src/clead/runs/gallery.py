@@ -1,0 +1,152 @@
+"""What a model is asked in the task retrieval: a gallery of items, and queries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from clead.data.base import shuffle_if_sorted
+from clead.data.classes import match_names
+from clead.data.datasets.auto import Auto
+from clead.data.loaders import make_generator, to_float
+from clead.errors import UserError
+from clead.interfaces import ImageSet
+from clead.losses.precision import exact_float32
+from clead.models.modes import attack_mode
+from clead.models.nearest import NearestItem, unit_features
+from clead.models.split import SplitModel, has_features
+from clead.runs.loading import OpenedModel, OpenedRun
+from clead.tasks.retrieval import Retrieval
+from clead.weights.files import load_weights
+
+_ORDER = 0  # of the images of a class; which are items does not depend on the seed
+_CHUNK = 256  # images at once
+_NAMED = 3  # classes that a note names
+Opened = TypeVar("Opened", bound=OpenedModel)
+
+
+class Gallery(NamedTuple):
+    """Items, the queries that they answer, labels of both counting the same K classes, and what must be said of them."""
+
+    items: ImageSet
+    queries: ImageSet
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def with_gallery(opened: Opened) -> Opened:
+    """Return what answers by its gallery if the task is retrieval, else ``opened`` as it is.
+
+    The images are the queries then, the classes those of the gallery, and its items stand for the training images.
+    """
+    task = opened.config.task
+    if not isinstance(task, Retrieval):
+        return opened
+    options, splits = opened.config.eval, opened.splits
+    images = shuffle_if_sorted(splits.test if options.split == "test" else splits.val)
+    gallery = make_gallery(task, images, splits.classes)
+    queries = gallery.queries
+    if options.images is not None:
+        queries = queries.subset(torch.arange(min(options.images, len(queries))))
+    model = nearest_item(opened.model, gallery.items, gallery.classes, opened.device)
+    splits = dataclasses.replace(
+        splits, train=gallery.items, val=queries.subset(torch.arange(0)), test=queries, classes=gallery.classes
+    )
+    target = dataclasses.replace(opened.target, classes=gallery.classes, total=len(gallery.queries))
+    notes = (*opened.notes, *gallery.notes, *_seen(opened, gallery.classes))
+    return dataclasses.replace(opened, model=model, images=queries, splits=splits, target=target, notes=notes)
+
+
+def make_gallery(task: Retrieval, images: ImageSet, classes: Sequence[str]) -> Gallery:
+    """Return the gallery that ``task`` names, or that is cut from ``images``; raises UserError if there is no query left."""
+    if task.gallery is None:
+        items, queries = cut_gallery(images, task.items)
+        note = f"the gallery is {len(items)} of the images, {task.items} of each class; the other {len(queries)} are the queries"
+        return Gallery(items, queries, tuple(classes), (note,))
+    items, names = read_gallery(task.gallery, tuple(images.images.shape[1:]))
+    numbers, _ = match_names(classes, [(name,) for name in names])
+    known = torch.tensor([numbers.get(name, -1) for name in classes])[images.labels]
+    queries = dataclasses.replace(images, labels=known).subset((known >= 0).nonzero()[:, 0])
+    if not len(queries):
+        raise UserError(
+            f"task.gallery: no image of the data is of a class of the gallery, {', '.join(names[:_NAMED])} …, got "
+            f"{', '.join(classes[:_NAMED])} …; name the classes alike, or leave --task.gallery out"
+        )
+    notes = [f"the gallery is {len(items)} images of {len(names)} classes in {task.gallery}"]
+    if len(queries) < len(images):
+        notes.append(f"{len(images) - len(queries)} images of classes that the gallery has no item of are left out")
+    return Gallery(items, queries, names, tuple(notes))
+
+
+def cut_gallery(images: ImageSet, per_class: int) -> tuple[ImageSet, ImageSet]:
+    """Return ``per_class`` images of each class, drawn at random, as gallery, and the others as queries, in their order.
+
+    Raises UserError if no query is left.
+    """
+    order = torch.randperm(len(images), generator=make_generator(torch.device("cpu"), _ORDER))
+    item = torch.zeros(len(images), dtype=torch.bool)
+    for label in images.labels.unique().tolist():
+        item[order[images.labels[order] == label][:per_class]] = True
+    if item.all():
+        raise UserError(
+            f"no image is left to ask with: no class has more than {per_class} images, got {len(images)} images in all; "
+            "put fewer into the gallery: --task.items 1"
+        )
+    return images.subset(item.nonzero()[:, 0]), images.subset((~item).nonzero()[:, 0])
+
+
+def read_gallery(path: Path, shape: Sequence[int]) -> tuple[ImageSet, tuple[str, ...]]:
+    """Return all images at a path, of any layout, as (C, H, W) ``shape``, and the names of their classes.
+
+    Raises UserError if there is none, or if they cannot be made to have that shape.
+    """
+    size = {"image_size": shape[1]} if shape[1] == shape[2] else {}
+    splits = Auto(path=path, channels=shape[0], **size).load(0, training=False)
+    filled = [split for split in (splits.train, splits.val, splits.test) if len(split)]
+    if tuple(filled[0].images.shape[1:]) != tuple(shape):
+        raise UserError(
+            f"task.gallery: images must be of shape {tuple(shape)}, as those of the model, got "
+            f"{tuple(filled[0].images.shape[1:])}; resize them"
+        )
+    images, labels = (torch.cat([getattr(split, key) for split in filled]) for key in ("images", "labels"))
+    return ImageSet(images, labels), splits.classes
+
+
+def nearest_item(model: nn.Module, items: ImageSet, classes: Sequence[str], device: torch.device) -> NearestItem:
+    """Return what answers by the nearest of ``items``; raises UserError if the features are unknown, or for a bad gallery."""
+    if not isinstance(model, SplitModel) or not has_features(model):
+        raise UserError(
+            "task.name: retrieval compares features, and no layer of the model is known that makes logits of features (B, D); "
+            "name it: --model.classifier NAME"
+        )
+    gallery = embed(model.to(device), items, device)
+    return NearestItem(model, gallery, items.labels, classes, items.images)
+
+
+def embed(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:
+    """Return the unit features of all images, (N, d), on the device; the model is left as it is."""
+    if not len(images):
+        return torch.zeros(0, model.feature_dim, device=device)
+    with attack_mode(model), torch.no_grad(), exact_float32():
+        chunks = (to_float(images.images[start : start + _CHUNK]) for start in range(0, len(images), _CHUNK))
+        return torch.cat([unit_features(model, chunk.to(device)) for chunk in chunks])
+
+
+def _seen(opened: OpenedModel, classes: Sequence[str]) -> list[str]:
+    """Return a note on how many classes of the gallery the training saw, by name, as far as it is known."""
+    if not isinstance(opened, OpenedRun):
+        return []
+    _, metadata = load_weights(opened.run.weights(opened.config.eval.weights))
+    seen = [name for name in classes if name in metadata["classes"]]
+    if not seen:
+        return [f"the training saw none of the {len(classes)} classes"]
+    more = ", …" if len(seen) > _NAMED else ""
+    return [
+        f"the training saw {len(seen)} of the {len(classes)} classes ({', '.join(seen[:_NAMED])}{more}), so the figures are not of "
+        "unseen classes alone; --data.keep_classes leaves them out"
+    ]
