@@ -49,6 +49,8 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
     config = clead.load_recipe(recipe, [*overrides, "--train.seed", str(seed)])
     trained = clead.train(config, out=path, resume=True, show=False)
     row = {"forward_equivalents": trained.outcome.forward_equivalents, "training_seconds": trained.outcome.seconds}
+    if trained.outcome.cpu_seconds is not None:
+        row["cpu_seconds"] = trained.outcome.cpu_seconds
     for suite in suites:
         chosen = config if suite is None else replace(config, eval=replace(config.eval, suite=suite))
         record = clead.evaluate_run(path, config=chosen, result=suite or "evaluation", show=False).record

@@ -23,6 +23,7 @@ from clead.models.compute_cost import CostMeter
 from clead.models.small_cnn import SmallCNN
 from clead.runs.resume import Checkpoints
 from clead.threats.linf import Linf
+from clead.training.step import cost_per_image
 from support import Killed, generator, same, saved_weights
 
 EPS = 0.1
@@ -238,6 +239,13 @@ def test_what_a_step_costs(method, cost):
     with CostMeter(model := make_model()) as meter:
         run(method, model, state=method.state(model, (1, 8, 8)))
     assert meter.forward_equivalents == pytest.approx(6 * cost)
+
+
+@pytest.mark.parametrize(("name", "cost"), [("fgsm_rs", 5), ("n_fgsm", 5), ("nuat", 8.5), ("fgsm_pgi", 8), ("liet", 8)])
+def test_what_a_training_counts(name, cost):
+    config = load_recipe("digits-fgsm-rs", ["--method.name", name])
+    model = make_model()
+    assert cost_per_image(config, model, make_batch(2), config.method.state(model, (1, 8, 8))) == cost
 
 
 @pytest.mark.parametrize("name", ["fgsm_pgi", "liet"])

@@ -155,6 +155,8 @@ class Method(ABC):
     """Whether it learns from another model, ``train.teacher``."""
     changes_over_training = False
     """Whether the loss depends on the part of the training that lies behind."""
+    typical_steps: ClassVar[tuple[int, int]] = (0, 1)
+    """The first step, from 0, that is typical of what steps cost, and the one after the last: their mean cost is that of all."""
     remembers_images = False
     """Whether ``state`` keeps something for every training image; then it has ``for_images(count)``, which is called once."""
     replays = 1

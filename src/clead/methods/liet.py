@@ -61,6 +61,7 @@ class LIET(CLead):
 
     tasks = ()  # a direction belongs to a class
     changes_over_training = True
+    typical_steps = (1, 2)  # the directions of the classes, every 20 steps, are a hundredth of the cost
 
     def problems(self, data: Any, train: Any) -> list[str]:
         """Return what of the settings of data and training does not go with this method, one line each."""

@@ -44,6 +44,7 @@ class NuAT(CLead):
 
     tasks = ()  # the nuclear norm is that of a matrix
     changes_over_training = True
+    typical_steps = (0, 2)
 
     @property
     def uses_attack(self) -> bool:
@@ -62,7 +63,7 @@ class NuAT(CLead):
         start = threat.ascend(x, step.uniform(x) - 0.5, threat.eps / 2).clamp(0, 1)
         every_other = isinstance(step.state, Turns) and step.state.next() % 2 == 1
         with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
-            if every_other and step.progress:
+            if every_other:
                 labels, weight = step.world.all_gather(y), self.nuclear_weight * step.progress
                 objective = over_whole_batch(
                     lambda: loss_and_nuclear_norm(model, x, labels, weight, step.task), model, len(x), step.world

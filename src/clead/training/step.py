@@ -122,15 +122,19 @@ def cost_per_image(
     probe = copied(model)
     state = None if method_state is None else copied(method_state)
     taught = nullcontext() if teacher is None else CostMeter(teacher)
-    with torch.random.fork_rng(devices=[]), CostMeter(probe) as meter, taught as teaching:
-        generator = torch.Generator(batch.images.device).manual_seed(0)
-        scaler = torch.amp.GradScaler(enabled=False)
-        step = Step(config, probe, state, nullcontext(), scaler, teacher=teacher)
-        step.forward_backward(batch, 0.0, generator)
+    generator = torch.Generator(batch.images.device).manual_seed(0)
+    step = Step(config, probe, state, nullcontext(), torch.amp.GradScaler(enabled=False), teacher=teacher)
+    begin, end = config.method.typical_steps
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(begin):
+            step.forward_backward(batch, 0.0, generator)
+        with CostMeter(probe) as meter, taught as teaching:
+            for _ in range(begin, end):
+                step.forward_backward(batch, 0.0, generator)
     spent = float(meter.forward_equivalents)
     if teacher is not None and teaching is not None:
         spent += teaching.forwards * _multiplications(teacher, batch.images) / _multiplications(probe, batch.images)
-    return spent / len(batch.labels)
+    return spent / (len(batch.labels) * (end - begin))
 
 
 def _multiplications(model: SplitModel, x: Tensor) -> int:
