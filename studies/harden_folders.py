@@ -1,10 +1,10 @@
-"""``clead harden`` on four kinds of folders that people have: are the minutes kept, is the plan sensible, does the verdict say the truth?
+"""``clead harden`` on four kinds of folders that people have: are the minutes kept, and what do plan and verdict say?
 
 python studies/harden_folders.py --minutes 3      (a quiet machine: each run has all its cores)
 
-The images are generated (stripes whose direction, frequency and colour say the class, with noise): 40 unbalanced classes of 30 to 60
-pixels, 200 images in 3 classes, images of one channel, and 5,000 images of mixed sizes. Rows that studies/harden_folders.json has are
-not run again. A row has the plan, the seconds taken beside those asked for, and the verdict.
+The images are generated (stripes whose direction, frequency and colour say the class, with noise): 40 unbalanced classes of 30
+to 60 pixels, 200 images in 3 classes, images of one channel, and 5,000 images of mixed sizes. Rows that studies/harden_folders.json
+has are not run again. A row has the plan, the seconds taken beside those asked for, and the verdict.
 """
 
 import argparse
