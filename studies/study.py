@@ -10,6 +10,7 @@ has one thread, so that two share a machine of two cores without changing each o
 where a training or an evaluation that was stopped (Ctrl-C, SIGTERM) goes on. A run that fails is reported, and the others go on;
 where its process is killed, all stop.
 Variables of the environment in overrides, such as $CLEAD_DATA, are filled in when a run starts.
+``evaluate``, of the study or a variant, are overrides of the evaluation alone, such as other classes for retrieval.
 A variant that ``needs`` another one is run after it; NEEDED in its overrides is the other's run directory of the same seed, and
 its compute counts, too.
 """
@@ -38,7 +39,9 @@ def fingerprint(recipe: str, overrides: list[str]) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], path: Path) -> dict:
+def run(
+    recipe: str, overrides: list[str], evaluation: list[str], seed: int, suites: list[str | None], path: Path
+) -> dict:
     """Train one variant and return its clean and worst-case accuracies on the evaluation split."""
     import torch
 
@@ -48,6 +51,7 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
     start = time.time()
     config = clead.load_recipe(recipe, [*overrides, "--train.seed", str(seed)])
     trained = clead.train(config, out=path, resume=True, show=False)
+    config = clead.load_recipe(recipe, [*overrides, *evaluation, "--train.seed", str(seed)])
     row = {"forward_equivalents": trained.outcome.forward_equivalents, "training_seconds": trained.outcome.seconds}
     if trained.outcome.cpu_seconds is not None:
         row["cpu_seconds"] = trained.outcome.cpu_seconds
@@ -62,6 +66,8 @@ def run(recipe: str, overrides: list[str], seed: int, suites: list[str | None], 
                 "n": record.data.n,
                 "robust_flags": "".join("01"[flag] for flag in record.robust),  # one for each image
             }
+            if record.metrics:
+                row["metrics"] = {each.name: [each.clean, each.robust] for each in record.metrics}
         if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
             row["transferred_accuracy"] = record.transferred.robust.accuracy
             row["transferred_fooled"] = record.transferred.fooled  # the model that they were made for
@@ -104,7 +110,10 @@ def main() -> None:
     def given(name):
         return [*study.get("common", "").split(), *study["variants"][name].get("set", "").split()]
 
-    prints = {name: fingerprint(study["variants"][name]["recipe"], given(name)) for name in study["variants"]}
+    def asked(name):
+        return study["variants"][name].get("evaluate", study.get("evaluate", "")).split()
+
+    prints = {name: fingerprint(each["recipe"], given(name) + asked(name)) for name, each in study["variants"].items()}
     changed = [row for row in rows if row["variant"] in prints and row.get("fingerprint") != prints[row["variant"]]]
     if changed:
         said = ", ".join(f"{row['variant']} seed {row['seed']}" for row in changed)
@@ -125,10 +134,14 @@ def main() -> None:
     def start(pool, name, seed):
         variant = study["variants"][name]
         needed = str(folder(work, variant["needs"], seed)) if "needs" in variant else ""
-        overrides = [os.path.expandvars(value.replace("NEEDED", needed)) for value in given(name)]
+        overrides, evaluation = (
+            [os.path.expandvars(value.replace("NEEDED", needed)) for value in values]
+            for values in (given(name), asked(name))
+        )
         suites = variant.get("suites", study.get("suites", [None]))
         about = {"variant": name, "seed": seed, "recipe": variant["recipe"], "overrides": given(name)}
-        job = pool.submit(run, variant["recipe"], overrides, seed, suites, folder(work, name, seed))
+        job = pool.submit(run, variant["recipe"], overrides, evaluation, seed, suites, folder(work, name, seed))
+        about |= {"evaluation": asked(name)} if asked(name) else {}
         return job, about | {"fingerprint": prints[name]}
 
     def keep(job, about):

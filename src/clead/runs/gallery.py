@@ -48,7 +48,12 @@ def with_gallery(opened: Opened) -> Opened:
     if not isinstance(task, Retrieval):
         return opened
     options, splits = opened.config.eval, opened.splits
-    images = shuffle_if_sorted(splits.test if options.split == "test" else splits.val)
+    seen = _seen(opened)
+    sets, notes = [splits.test if options.split == "test" else splits.val], []
+    if options.split == "test" and splits.origin == "train" and seen is not None and not seen:
+        sets = [splits.train, splits.val, splits.test]
+        notes = ["the training saw none of the classes, so the images that would be training images are evaluated, too"]
+    images = shuffle_if_sorted(joined(sets))
     gallery = make_gallery(task, images, splits.classes)
     queries = gallery.queries
     if options.images is not None:
@@ -58,8 +63,8 @@ def with_gallery(opened: Opened) -> Opened:
         splits, train=gallery.items, val=queries.subset(torch.arange(0)), test=queries, classes=gallery.classes
     )
     target = dataclasses.replace(opened.target, classes=gallery.classes, total=len(gallery.queries))
-    notes = (*opened.notes, *gallery.notes, *_seen(opened, gallery.classes))
-    return dataclasses.replace(opened, model=model, images=queries, splits=splits, target=target, notes=notes)
+    all_notes = (*opened.notes, *notes, *gallery.notes, *_seen_note(seen, splits.classes))
+    return dataclasses.replace(opened, model=model, images=queries, splits=splits, target=target, notes=all_notes)
 
 
 def make_gallery(task: Retrieval, images: ImageSet, classes: Sequence[str]) -> Gallery:
@@ -107,14 +112,13 @@ def read_gallery(path: Path, shape: Sequence[int]) -> tuple[ImageSet, tuple[str,
     """
     size = {"image_size": shape[1]} if shape[1] == shape[2] else {}
     splits = Auto(path=path, channels=shape[0], **size).load(0, training=False)
-    filled = [split for split in (splits.train, splits.val, splits.test) if len(split)]
-    if tuple(filled[0].images.shape[1:]) != tuple(shape):
+    images = joined([splits.train, splits.val, splits.test])
+    if tuple(images.images.shape[1:]) != tuple(shape):
         raise UserError(
             f"task.gallery: images must be of shape {tuple(shape)}, as those of the model, got "
-            f"{tuple(filled[0].images.shape[1:])}; resize them"
+            f"{tuple(images.images.shape[1:])}; resize them"
         )
-    images, labels = (torch.cat([getattr(split, key) for split in filled]) for key in ("images", "labels"))
-    return ImageSet(images, labels), splits.classes
+    return images, splits.classes
 
 
 def nearest_item(model: nn.Module, items: ImageSet, classes: Sequence[str], device: torch.device) -> NearestItem:
@@ -137,12 +141,27 @@ def embed(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:
         return torch.cat([unit_features(model, chunk.to(device)) for chunk in chunks])
 
 
-def _seen(opened: OpenedModel, classes: Sequence[str]) -> list[str]:
-    """Return a note on how many classes of the gallery the training saw, by name, as far as it is known."""
+def joined(sets: Sequence[ImageSet]) -> ImageSet:
+    """Return the images of all sets, one after the other; of one alone as they are, streamed ones too."""
+    filled = [each for each in sets if len(each)] or sets[:1]
+    if len(filled) == 1:
+        return filled[0]
+    images, labels = (torch.cat([getattr(each, key) for each in filled]) for key in ("images", "labels"))
+    return ImageSet(images, labels)
+
+
+def _seen(opened: OpenedModel) -> list[str] | None:
+    """Return the classes of the data that the training saw, by name; None if it is not known what it saw."""
     if not isinstance(opened, OpenedRun):
-        return []
+        return None
     _, metadata = load_weights(opened.run.weights(opened.config.eval.weights))
-    seen = [name for name in classes if name in metadata["classes"]]
+    return [name for name in opened.splits.classes if name in metadata["classes"]]
+
+
+def _seen_note(seen: Sequence[str] | None, classes: Sequence[str]) -> list[str]:
+    """Return what must be said of classes that the training saw."""
+    if seen is None:
+        return []
     if not seen:
         return [f"the training saw none of the {len(classes)} classes"]
     more = ", …" if len(seen) > _NAMED else ""
