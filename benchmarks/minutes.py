@@ -32,10 +32,11 @@ OURS = {
     "n_fgsm": f"{ONE_STEP} --method.name n_fgsm",
     "nuat": f"{ONE_STEP} --method.name nuat",
     "fgsm_pgi": f"{ONE_STEP} --method.name fgsm_pgi",
+    "fgsm_rs_cs": f"{ONE_STEP} --method.name fgsm_rs_cs",
     "liet": "cifar10-small-fgsm-rs --method.fold_batch_norm true --train.ema 0.9995 --method.name liet",
     "pgd_at": "cifar10-small-pgd-at --train.ema 0.9995 --method.label_smoothing 0.4",
 }
-FASTAT = ("fgsm_rs", "n_fgsm", "nu_at", "fgsm_pgi", "liet", "pgd_at_wa")
+FASTAT = ("fgsm_rs", "n_fgsm", "nu_at", "fgsm_pgi", "fgsm_rs_cs", "liet", "pgd_at_wa")
 TRIAL, EPOCHS = 8, 10  # steps of a trial epoch; least epochs that a peer is told of
 
 

@@ -49,6 +49,7 @@ CASES = {
     "n_fgsm": words("digits-pgd-at", "--method.name n_fgsm"),
     "nuat": words("digits-pgd-at", "--method.name nuat --train.epochs 1"),
     "fgsm_pgi": words("digits-pgd-at", "--method.name fgsm_pgi --train.epochs 1.4"),
+    "fgsm_rs_cs": words("digits-pgd-at", "--method.name fgsm_rs_cs --train.epochs 2.6"),
     "liet": words("digits-pgd-at", "--method.name liet --method.every 2"),
     "clead": words("digits-clead", CLEAD + "--method.augmented_view true --data.view.flip true"),
     "clead_published": words("digits-clead-published", "--stages.contrast.method.stored_attack.steps 2"),

@@ -1,4 +1,4 @@
-"""N-FGSM, NuAT, FGSM-PGI and LIET against slow forms of their papers, and what they remember from step to step."""
+"""N-FGSM, NuAT, FGSM-PGI, FGSM-RS-CS and LIET against slow forms of their papers, and what they remember from step to step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from clead.interfaces import Batch
 from clead.losses.divergence import js_divergence
 from clead.methods.base import StepContext
 from clead.methods.fgsm_pgi import FGSMPGI, Perturbations
+from clead.methods.fgsm_rs_cs import FGSMRSCS
 from clead.methods.liet import LIET
 from clead.methods.n_fgsm import NFGSM
 from clead.methods.nuat import NuAT, nuclear_norm
@@ -182,6 +183,40 @@ def test_without_a_memory_it_starts_at_random_signs():
     agrees(found, model, slow_pgi(model, x, y, EPS * uniform(x, generator(5)).sign(), torch.zeros_like(x))[0])
 
 
+# ---------------------------------------------------------------------------------------------- FGSM-RS-CS
+
+
+def test_fgsm_rs_cs_holds_the_loss_where_it_was():
+    method, model, reference = FGSMRSCS(stride=0.01, smoothness_weight=0.7), make_model(), make_model()
+    state = method.state(model, (1, 8, 8))
+    state.for_images(12)
+    epochs, signs = [[]], []
+    for step in range(10):  # two batches an epoch
+        if step == 7:  # a checkpoint in the middle of an epoch
+            saved, state = state.state_dict(), method.state(model, (1, 8, 8))
+            state.for_images(12)
+            state.load_state_dict(saved)
+        batch = make_batch(start=6 * (step % 2))
+        x, y = batch.images, batch.labels
+        found = run(method, model, batch, seed=step, state=state)
+        start = (x + uniform(x, generator(step))).clamp(0, 1)
+        with torch.no_grad():
+            now = F.cross_entropy(copy.deepcopy(reference).eval()(start), y).item()
+        x_adv = (start + EPS * slope(reference, start, entropy(y)).sign()).clamp(0, 1)
+        before = sum(epochs[-2]) / 2 if len(epochs) > 2 else now
+        signs.append((now > before + 0.01) - (now < before - 0.01))
+        after, held = reference(torch.cat([x_adv, start])).chunk(2)
+        agrees(found, reference, F.cross_entropy(after, y) + 0.7 * signs[-1] * F.cross_entropy(held, y))
+        epochs[-1].append(now)
+        if len(epochs[-1]) == 2:
+            epochs.append([])
+        with torch.no_grad():  # learn something
+            for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+                theirs.sub_(0.1 * theirs.grad)
+                ours.copy_(theirs)
+    assert signs[:4] == [0] * 4 and {-1, 1} <= set(signs[4:])
+
+
 # ---------------------------------------------------------------------------------------------------- LIET
 
 
@@ -241,7 +276,9 @@ def test_what_a_step_costs(method, cost):
     assert meter.forward_equivalents == pytest.approx(6 * cost)
 
 
-@pytest.mark.parametrize(("name", "cost"), [("fgsm_rs", 5), ("n_fgsm", 5), ("nuat", 8.5), ("fgsm_pgi", 8), ("liet", 8)])
+@pytest.mark.parametrize(
+    ("name", "cost"), [("fgsm_rs", 5), ("n_fgsm", 5), ("nuat", 8.5), ("fgsm_pgi", 8), ("liet", 8), ("fgsm_rs_cs", 8)]
+)
 def test_what_a_training_counts(name, cost):
     config = load_recipe("digits-fgsm-rs", ["--method.name", name])
     model = make_model()
@@ -285,7 +322,7 @@ def test_what_does_not_go_together_is_refused(given, rule):
 
 
 def test_a_loop_of_ones_own_has_no_memory_of_images():
-    with pytest.raises(UserError, match="method fgsm_pgi remembers something of every training image"):
+    with pytest.raises(UserError, match="method fgsm_pgi has to know the training images"):
         clead.RobustLoss(make_model(), (1, 8, 8), "fgsm_pgi", eps=0.1)
     with pytest.raises(UserError, match="total_steps: is required"):
         clead.RobustLoss(make_model(), (1, 8, 8), "nuat", eps=0.1)

@@ -158,7 +158,7 @@ class Method(ABC):
     typical_steps: ClassVar[tuple[int, int]] = (0, 1)
     """The first step, from 0, that is typical of what steps cost, and the one after the last: their mean cost is that of all."""
     remembers_images = False
-    """Whether ``state`` keeps something for every training image; then it has ``for_images(count)``, which is called once."""
+    """Whether ``state`` has to know the number of training images; then it has ``for_images(count)``, which is called once."""
     replays = 1
     """How many steps in a row are taken on the same batch, ≥ 1."""
 

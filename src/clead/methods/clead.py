@@ -240,11 +240,13 @@ class CLead(Method):
             objective = self.inner_objective(model, x, y, step)
             return {"adversarial": step.attack(objective, x, step.threat, generator=step.generator)}
 
-    def inner_gradient(self, model: SplitModel, batch: Batch, y: Tensor, start: Tensor, step: StepContext) -> Tensor:
-        """Return the gradient of J at ``start``, (B, C, H, W)."""
+    def inner_gradient(
+        self, model: SplitModel, batch: Batch, y: Tensor, start: Tensor, step: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        """Return J at ``start``, (B,), and its gradient, (B, C, H, W)."""
         x = batch.images
         with attack_mode(model, step.attack_mode), folded(model, x) if self.fold_batch_norm else nullcontext():
-            return value_and_gradient(self.inner_objective(model, x, y, step), start)[1]
+            return value_and_gradient(self.inner_objective(model, x, y, step), start)
 
     def inner_objective(self, model: SplitModel, x: Tensor, y: Tensor, step: StepContext) -> Objective:
         """Return J, what the inner attack maximises; called under ``attack_mode``."""

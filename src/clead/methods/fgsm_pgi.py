@@ -84,7 +84,7 @@ class FGSMPGI(CLead):
             delta = torch.where(seen, memory.delta[batch.index].to(x), delta)
             momentum = torch.where(seen, memory.momentum[batch.index].to(x), momentum)
         start = threat.project(x + delta, x)
-        gradient = self.inner_gradient(model, batch, y, start, step)
+        _, gradient = self.inner_gradient(model, batch, y, start, step)
         length = flat(gradient).abs().sum(1)
         momentum = self.decay * momentum + gradient / per_image(length.clamp_min(torch.finfo(x.dtype).tiny), x)
         if memory is not None and batch.index is not None:

@@ -104,7 +104,7 @@ class LIET(CLead):
         informed = threat.ascend(x, state.directions[y], threat.eps) - x
         eta = torch.where(step.uniform(x) < low + (high - low) * share, noise(x, step), informed)
         start = (x + torch.where(sign < 0.5, -eta, eta)).clamp(0, 1)
-        gradient = self.inner_gradient(model, batch, y, start, step)
+        _, gradient = self.inner_gradient(model, batch, y, start, step)
         return {"adversarial": threat.project(threat.ascend(start, gradient, threat.eps), x), "start": start}
 
     def more_terms(

@@ -35,5 +35,5 @@ class NFGSM(CLead):
         """Return the adversarial images, up to (k + α)·eps away."""
         x = batch.images
         start = (x + self.noise_radius * noise(x, step)).clamp(0, 1)
-        gradient = self.inner_gradient(model, batch, y, start, step)
+        _, gradient = self.inner_gradient(model, batch, y, start, step)
         return {"adversarial": step.threat.ascend(start, gradient, self.step_size * step.threat.eps).clamp(0, 1)}

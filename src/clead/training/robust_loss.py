@@ -188,8 +188,8 @@ class RobustLoss(nn.Module):
             raise UserError(f"teacher: method {_name(config)} has no use for one; leave it out")
         if config.method.remembers_images:
             raise UserError(
-                f"recipe: method {_name(config)} remembers something of every training image, and a step does not know which "
-                "images it sees; use clead train, or take another method: --method.name n_fgsm"
+                f"recipe: method {_name(config)} has to know the training images, and a step sees a batch; "
+                "use clead train, or take another method: --method.name n_fgsm"
             )
         self.state = config.method.state(self.model, shape)
 
