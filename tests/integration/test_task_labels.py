@@ -108,3 +108,81 @@ def test_what_a_binary_run_is_not_is_said_with_the_task_that_fits(binary):
     recipe = ["--task", "binary", "--data.limit_train", "100", "--train.epochs", "1"]
     with pytest.raises(UserError, match="binary needs two classes.*got 10"):
         clead.train(clead.load_recipe("digits-pgd-at", recipe), show=False)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A run on two digits beside each other, composed here, labelled by which of 0, 1 and 2 are there, some unknown."""
+    folder = tmp_path_factory.mktemp("labelled")
+    splits = clead.load_recipe("digits-standard").data.load(0)
+    images, labels = splits.train.images[:, 0].numpy(), splits.train.labels.numpy()
+    images, labels = images[labels < 3], labels[labels < 3]
+    random = np.random.RandomState(0)
+    rows = ["path,split,zero,one,two"]
+    for k in range(240):
+        pair = random.randint(0, len(images), 2)
+        Image.fromarray(np.concatenate(images[pair], axis=1)).save(folder / f"{k}.png")
+        cells = ["" if k % 7 == digit else str(int(digit in labels[pair])) for digit in range(3)]
+        rows.append(f"{k}.png,{'train' if k % 4 else 'test'},{','.join(cells)}")
+    (folder / "table.csv").write_text("\n".join(rows))
+    data = ["--data.name", "multilabel", "--data.path", str(folder / "table.csv")]
+    run = str(folder / "run")
+    command(["train", "digits-trades", "--task", "multilabel", *data, "--out", run, *SHORT, "--train.epochs", "20"])
+    command(["evaluate", run, *QUICK, "--eval.steps", "10"])
+    return folder / "run"
+
+
+def test_a_multi_label_run_is_trained_evaluated_and_reported_label_by_label(labelled, capsys):
+    model, record = clead.load(labelled), read_record(labelled)
+    assert model.classifier.out_features == 3 and record.data.classes == ["zero", "one", "two"]
+    assert record.task == "multilabel" and [each.name for each in record.per_class] == ["zero", "one", "two"]
+    alone, one, precision = record.metrics
+    assert alone.n == sum(each.n for each in record.per_class) < 3 * 40
+    assert alone.clean > 0.75 and 0.2 < alone.robust <= one.robust <= one.clean and precision.robust <= precision.clean
+    assert record.worst.accuracy <= min(each.robust.accuracy for each in record.attacks)
+    assert "mean average precision" in (labelled / "report.html").read_text()
+    command(["compare", str(labelled), str(labelled)])
+    command(
+        [
+            "attack",
+            str(labelled),
+            "--attack.name",
+            "fgsm",
+            "--target",
+            "one",
+            "--threat.eps",
+            "0.5",
+            "--eval.images",
+            "30",
+        ]
+    )
+    assert "multilabel: mean average precision" in capsys.readouterr().out
+    hidden = read_record(labelled / "results" / "attack-fgsm-towards-one.json")
+    assert hidden.attacks[0].name.endswith("hides one") and hidden.data.classes == ["no one", "one"]
+    assert hidden.data.n < 30 and hidden.worst.accuracy < hidden.clean.accuracy
+    command(["corruptions", str(labelled), "--eval.images", "6", "--severities", "3", "--names", "brightness"])
+    with pytest.raises(UserError, match="multilabel, and distances measures one class per image; use clead evaluate"):
+        clead.measure(labelled, "distances", show=False)
+
+
+def test_a_multi_label_model_is_exported_and_served(labelled, tmp_path):
+    command(["export", str(labelled), "--out", str(tmp_path / "onnx")])
+    x = np.zeros((3, 1, 8, 16), dtype=np.uint8)
+    x[1:, :, :, :8] = digits()[0][:2][:, None]
+    buffer = io.BytesIO()
+    np.save(buffer, x)
+    with TestClient(create_app([labelled], ServeSettings(threads=1))) as client:
+        answer = client.post(
+            "/v1/predict", content=buffer.getvalue(), headers={"content-type": "application/octet-stream"}
+        ).json()
+    z = clead.load(labelled)(torch.from_numpy(x).float() / 255).detach()
+    for prediction, row in zip(answer["predictions"], z, strict=True):
+        assert prediction["probabilities"] == pytest.approx(row.sigmoid().tolist(), abs=2e-6)
+        assert prediction["label"] is None
+        assert prediction["labels"] == [
+            name for name, value in zip(("zero", "one", "two"), row, strict=True) if value > 0
+        ]
+    with pytest.raises(UserError, match="multilabel, and the playground shows one class per image; attack it with"):
+        open_comparison(open_models([labelled], ServeSettings(threads=1, detector=None)))
+    with pytest.raises(UserError, match="of the task multilabel; give --precision float32"):
+        clead.export_run(labelled, out=tmp_path / "int8", precision="int8")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from clead.api.batches import images_and_labels
@@ -25,6 +26,7 @@ from clead.evaluation.transfer import stored_test, transfer, transferred
 from clead.interfaces import ImageSet, Splits
 from clead.models.external import prepare
 from clead.models.model_input import ModelInput
+from clead.models.one_label import OneLabel
 from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.models.threshold import judged
@@ -36,6 +38,8 @@ from clead.runs.gallery import with_gallery
 from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
 from clead.tasks import TASKS, Task
+from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.multilabel import MultiLabel
 from clead.threats import THREATS
 
 
@@ -244,10 +248,14 @@ def evaluate_external(
 def _towards(
     opened: OpenedRun, attacks: Sequence[NamedAttack], target: str | int
 ) -> tuple[OpenedRun, list[NamedAttack]]:
-    """Return the run with the images of other classes, and the attacks aimed at the class ``target``."""
+    """Return the run with the images of other classes, and the attacks aimed at the class ``target``; of labels see ``_hiding``."""
     images, classes = opened.images, opened.splits.classes
     number = class_number(target, classes)
     name = classes[number]
+    if isinstance(opened.config.task, MultiLabel):
+        return _hiding(opened, number), [
+            dataclasses.replace(each, name=f"{each.name} hides {name}") for each in attacks
+        ]
     other = (images.labels != number).nonzero()[:, 0]
     if not len(other):
         raise UserError(
@@ -258,6 +266,22 @@ def _towards(
     about = dataclasses.replace(opened.target, total=None)  # they are not the first images of the split any more
     notes = (*opened.notes, left_out)
     return dataclasses.replace(opened, images=images.subset(other), target=about, notes=notes), aimed
+
+
+def _hiding(opened: OpenedRun, number: int) -> OpenedRun:
+    """Return the run as one of two classes, without and with label ``number``, and the images that have it."""
+    images, name = opened.images, opened.splits.classes[number]
+    rows = (images.labels[:, number] == 1).nonzero()[:, 0]
+    if not len(rows):
+        raise UserError(
+            f"--target {name}: none of the {len(images)} images has that label; name another, or give more images"
+        )
+    chosen = dataclasses.replace(images.subset(rows), labels=torch.ones(len(rows), dtype=torch.int64))
+    about = dataclasses.replace(opened.target, classes=(f"no {name}", name), task=CLASSIFICATION, total=None)
+    note = f"the label {name} alone is attacked, to be hidden, on the {len(rows)} of {len(images)} images that have it"
+    return dataclasses.replace(
+        opened, model=OneLabel(opened.model, number), images=chosen, target=about, notes=(*opened.notes, note)
+    )
 
 
 def class_number(target: str | int, classes: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from clead.runs.gallery import with_gallery
 from clead.runs.loading import open_run, results_folder
 from clead.settings import validated
 from clead.tasks import task_name
-from clead.tasks.classification import Classification
+from clead.tasks.binary import Binary
+from clead.tasks.classification import CLASSIFICATION, Classification
 
 
 def measure(
@@ -78,7 +80,7 @@ def measure(
         device=run.device,
         batch_size=options.batch_size or chosen.batch_size,
         steps=options.steps or chosen.steps,
-        about=run.target,
+        about=dataclasses.replace(run.target, task=CLASSIFICATION) if isinstance(task, Binary) else run.target,
         labels={"labelled": run.config.data.labelled, "label_noise": run.config.data.label_noise},
         notes=run.notes,
         show=show,

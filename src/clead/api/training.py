@@ -16,7 +16,6 @@ from clead.attacks import ATTACKS
 from clead.attacks.capabilities import capabilities
 from clead.attacks.runner import image_gradient
 from clead.config import RunConfig
-from clead.config.schema import chosen_name
 from clead.data.base import say_skipped
 from clead.data.classes import match_names
 from clead.data.extra import with_extra
@@ -217,11 +216,16 @@ def _check_starts(config: RunConfig) -> None:
 def _check_start(config: RunConfig) -> None:
     """Raise UserError if the method does not know the task, or if the inner attack has no objective or starts where it is flat."""
     task, method = config.task, config.method
-    if not isinstance(task, Classification) and (name := task_name(task)) not in method.tasks:
-        able = [other for other, kind in METHODS.items() if name in kind.tasks]
-        raise UserError(
-            f"method.name: {chosen_name('method', method)['name']} knows no {name}; give {' or '.join(able) or 'another task'}"
-        )
+    if problem := method.task_problem(task):
+        able = [other for other, kind in METHODS.items() if task_name(task) in kind.tasks]
+        raise UserError(f"{problem}; give {' or '.join(['--method.contrastive_weight 0', *able])}")
+    if not isinstance(task, Classification):
+        data = config.data
+        given = {"cutmix": data.cutmix, "extra": data.extra, "sampling": data.sampling == "balanced"}
+        if classes_only := [f"data.{key}" for key, value in given.items() if value]:
+            raise UserError(
+                f"{', '.join(classes_only)}: is for one class per image, got task {task_name(task)}; leave it out"
+            )
     if config.method.uses_attack and capabilities(config.attack).searches:
         usable = ", ".join(name for name, kind in ATTACKS.items() if not capabilities(kind).searches)
         raise UserError(

@@ -30,7 +30,8 @@ def attack(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Aim at this class, by name or number: success is that it is predicted; its own images are left out."
+            help="Aim at this class, by name or number: success is that it is predicted; its own images are left out. Of a run of "
+            "several labels: hide this label on the images that have it."
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
@@ -132,13 +133,13 @@ def _attack_run(
     from clead.attacks.capabilities import attack_name, capabilities
     from clead.attacks.runner import check_applicable
     from clead.evaluation.suites import NamedAttack
-    from clead.tasks.classification import TOWARDS_CLASS
+    from clead.tasks.classification import TOWARDS_CLASS, Classification
 
     if objective is not None and capabilities(attack).searches:
         raise UserError(
             f"--objective: {attack_name(attack)} searches by itself and maximises none, got {objective}; leave it out"
         )
-    if target is not None:
+    if target is not None and isinstance(config.task, Classification):
         check_applicable(attack, config.threat, TOWARDS_CLASS, objective or "cross_entropy")
     name = attack_name(attack, objective or "cross_entropy")
     aim = "" if target is None else f"-towards-{target}"

@@ -469,6 +469,10 @@ def cut(
 def renumber(raw: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
     """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
     labels = torch.cat([split.labels for split in raw.parts.values()])
+    if labels.dim() > 1:
+        raise UserError(
+            "data.classes: names the classes of data with one class per image; leave it out, these have names"
+        )
     counts = torch.bincount(labels, minlength=len(raw.classes)).tolist()
     return renumbering(raw.classes, counts, names)
 

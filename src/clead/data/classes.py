@@ -374,6 +374,8 @@ def align_classes(
     names = None if model_classes is None else tuple(map(class_text, model_classes))
     if names is None or names == splits.classes or (not names_must_agree and _says_nothing(names, splits.classes)):
         return splits, ()
+    if splits.test.labels.dim() > 1:
+        return _columns_in_order(splits, names, source)
     counts = _counts(splits)
     filled = [name for name, count in zip(splits.classes, counts, strict=True) if count]
     known = [(name,) for name in names]
@@ -405,6 +407,28 @@ def align_classes(
     sets = [new.of(images) for images in (splits.train, splits.val, splits.test)]
     changed = dataclasses.replace(splits, train=sets[0], val=sets[1], test=sets[2], classes=names)
     return changed, tuple(notes)
+
+
+def _columns_in_order(splits: Splits, names: tuple[str, ...], source: str) -> tuple[Splits, tuple[str, ...]]:
+    """Return data of several labels with its columns as the model has them; a label that the data lacks is unknown."""
+    if splits.test.labels.dim() != 2:
+        raise UserError(
+            f"{source} has the classes {_listed(names)}, the data {_listed(splits.classes)}; give data of the model's classes"
+        )
+    if lacking := [name for name in splits.classes if name not in names]:
+        raise UserError(
+            f"{source} knows the labels {_listed(names)}, not {lacking[0]!r} of the data; {did_you_mean(lacking[0], names)}"
+        )
+    place = {name: k for k, name in enumerate(splits.classes)}
+
+    def ordered(images: ImageSet) -> ImageSet:
+        unknown = torch.full((len(images),), -1)
+        columns = [images.labels[:, place[name]] if name in place else unknown for name in names]
+        return dataclasses.replace(images, labels=torch.stack(columns, 1))
+
+    train, val, test = map(ordered, (splits.train, splits.val, splits.test))
+    note = f"the labels are in the order of {source}; those that the data lacks are unknown"
+    return dataclasses.replace(splits, train=train, val=val, test=test, classes=names), (note,)
 
 
 def _counts(splits: Splits) -> list[int]:

@@ -34,6 +34,7 @@ from clead.results.record import Estimate
 from clead.runs.directory import RunDir
 from clead.runs.loading import evaluated_images, load_model
 from clead.tasks import Task
+from clead.tasks.classification import Classification
 from clead.weights.files import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,9 @@ class ServedModel:
             self.network, self.device = OnnxNetwork(self.model, self.shape), torch.device("cpu")
         self.reference: Reference | None = None
         self.detector: FittedDetector | None = None
-        if settings.detector is not None:
+        if settings.detector is not None and not isinstance(self.task, Classification):
+            log.warning("%s: the detector %s goes by one class per image: none is served", name, settings.detector)
+        elif settings.detector is not None:
             self._fit_detector(settings)
 
     def _fit_detector(self, settings: ServeSettings) -> None:

@@ -16,8 +16,8 @@ from clead.models.modes import AttackMode
 from clead.models.split import SplitModel
 from clead.renamed import old_names, warn_renamed
 from clead.settings import settings
-from clead.tasks import Task
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task, task_name
+from clead.tasks.classification import CLASSIFICATION, Classification
 
 
 class Taught(NamedTuple):
@@ -225,6 +225,15 @@ class Method(ABC):
                 f"{data.augment.gaussian:g}; set it to 0, or take a method without an attack (method.name standard)"
             ]
         return []
+
+    def task_problem(self, task: Task) -> str | None:
+        """Return why this method cannot train for ``task``, if it cannot."""
+        name = task_name(task)
+        return (
+            None
+            if isinstance(task, Classification) or name in self.tasks
+            else f"method.name: this method knows no {name}"
+        )
 
     def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return what is kept from step to step, or None.

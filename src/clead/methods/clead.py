@@ -6,7 +6,7 @@ Plain training, PGD-AT and TRADES are settings of it (``standard.py``, ``pgd_at.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from clead.models.modes import attack_mode
 from clead.models.split import SplitModel
 from clead.settings import setting, settings
 from clead.tasks import Task
+from clead.tasks.multilabel import MultiLabel
 
 Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon", "neighbours"]
 INNER = (
@@ -51,6 +52,7 @@ class CLead(Method):
     of its own, and the inner cross-entropy leads away from the model's own prediction.
     """
 
+    tasks: ClassVar[tuple[str, ...]] = ("multilabel",)
     adversarial_weight: float = setting(0.0, "α: weight of the cross-entropy of adversarial images", ge=0)
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(6.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
@@ -147,6 +149,13 @@ class CLead(Method):
     def uses_attack(self) -> bool:
         """Whether adversarial images are made at all."""
         return self.adversarial_weight > 0 or self.kl_weight > 0 or self.contrastive_weight > 0
+
+    def task_problem(self, task: Task) -> str | None:
+        """Return why this method cannot train for ``task``: with several labels there is no class to contrast by."""
+        by_label = self.contrastive_weight > 0 and self.contrastive_loss in _BY_LABEL
+        if isinstance(task, MultiLabel) and (by_label or self.inner in _BY_LABEL):
+            return "method.contrastive_loss: supcon and neighbours go by one class per image, which multilabel has not"
+        return super().task_problem(task)
 
     def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return the δ that goes on from step to step, or None."""

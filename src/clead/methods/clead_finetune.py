@@ -42,6 +42,8 @@ class CLeadFinetune(CLead):
     the rest is PGD-AT.
     """
 
+    tasks = ()  # classes alone
+
     adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)
     clean_weight: float = setting(0.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(0.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)

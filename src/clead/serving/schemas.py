@@ -39,6 +39,9 @@ class Prediction(BaseModel):
     """One image: the most probable class (null if rejected, where that was asked for), and all probabilities."""
 
     label: str | None
+    labels: list[str] | None = Field(
+        None, description="Of a model of several labels: those that are present; ``label`` is null then."
+    )
     probability: float = Field(ge=0, le=1, description="Of the most probable class.")
     probabilities: list[float] = Field(description="In the order of ``classes``, rounded to 6 decimals.")
     suspicion: Suspicion | None = Field(description="null: the server has no detector.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
@@ -161,11 +161,11 @@ class Service:
 
     def _predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
         """Return one ``Prediction`` per image, as plain data."""
-        best = model.task.decide(torch.from_numpy(outputs.probabilities)).tolist()
+        answers = model.task.decide(torch.from_numpy(outputs.probabilities)).tolist()
         rows = outputs.probabilities.astype("float64").round(6).tolist()
         predictions: list[dict[str, Any]] = [
-            {"label": model.classes[k], "probability": row[k], "probabilities": row, "suspicion": None}
-            for k, row in zip(best, rows, strict=True)
+            {**_named(answer, model.classes, row), "probabilities": row, "suspicion": None}
+            for answer, row in zip(answers, rows, strict=True)
         ]
         if model.detector is None or outputs.suspicion is None:
             return predictions
@@ -178,6 +178,14 @@ class Service:
                 prediction["label"] = None
         self.metrics.rejected.labels(model.name).inc(count)
         return predictions
+
+
+def _named(answer: int | list[int], classes: Sequence[str], probabilities: list[float]) -> dict[str, Any]:
+    """Return what a prediction names: the class, or of several labels (0 or 1 each) those that are present."""
+    if isinstance(answer, int):
+        return {"label": classes[answer], "probability": probabilities[answer]}
+    present = [name for name, is_present in zip(classes, answer, strict=True) if is_present]
+    return {"label": None, "labels": present, "probability": max(probabilities)}
 
 
 def _about(detector: FittedDetector) -> dict[str, Any]:

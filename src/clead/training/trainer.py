@@ -43,6 +43,7 @@ from clead.models.split import SplitModel, copied, weights
 from clead.progress import progress
 from clead.runs.directory import PROJECTION, RunDir
 from clead.runs.resume import Checkpoints
+from clead.tasks.classification import Classification
 from clead.training.batch_statistics import measure_statistics
 from clead.training.finite import REMEDY, NonFiniteLoss, check_loss, last_good, non_finite_gradient, non_finite_weights
 from clead.training.freezing import depths, train_classifier_only, unfreeze
@@ -587,7 +588,9 @@ class Trainer:
         if not lost and state.partings & (state.partings - 1):  # measured at the 1st, 2nd, 4th, 8th … time
             return None
         cause = Cause("", "the model is spread over processes, so the cause was not measured", {})
-        if self.world.world_size == 1 and not self.settings.shard:
+        if not isinstance(self.config.task, Classification):
+            cause = Cause("", "the cause is measured where an image has one class", {})
+        elif self.world.world_size == 1 and not self.settings.shard:
             cause = cause_of(self.model, eval_model, self.splits.train, self.config, self.device, training, robust)
         if cause.kind in state.warned and not lost:
             return None

@@ -178,7 +178,7 @@ def _read_split(root: Path, shards: Sequence[Path], role: Role) -> _Split:
         image, note = choose_column(shard, IMAGE)
         label, other = choose_column(shard, LABEL)
         split.notes.extend(filter(None, (note, other)))
-        blobs, paths = _images_of(shard, image, root, split.beside)
+        blobs, paths = images_in(shard, image, root, split.beside)
         split.images.extend(blobs)
         split.where.extend(f"{shard} row {row}" for row in range(len(blobs)))
         labels.append(label_column(shard, label))
@@ -195,7 +195,7 @@ def _read_split(root: Path, shards: Sequence[Path], role: Role) -> _Split:
     return split._replace(labels=np.concatenate(labels), names=names[0], columns=whole)
 
 
-def _images_of(shard: Path, column: str, root: Path, beside: list[Path]) -> tuple[list[bytes], list[str]]:
+def images_in(shard: Path, column: str, root: Path, beside: list[Path]) -> tuple[list[bytes], list[str]]:
     """Return a file's images and the paths that it tells of them; what lies beside it is read, and added to ``beside``."""
     values = _column(shard, column).to_pylist()
     blobs: list[bytes] = []
@@ -288,6 +288,11 @@ def _other_columns(shard: Path, image: str, label: str) -> dict[str, list[str]]:
     return {
         name: ["" if value is None else str(value) for value in _column(shard, name).to_pylist()] for name in wanted
     }
+
+
+def read_columns(shard: Path) -> dict[str, list[Any]]:
+    """Return every column of a file as a list of Python values."""
+    return {name: _column(shard, name).to_pylist() for name in _schema(shard).names}
 
 
 def _column(shard: Path, column: str) -> Any:

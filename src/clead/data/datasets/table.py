@@ -140,7 +140,7 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
     _refuse_pixels(file)
     table = read_table(file)
     path_column, label_column = _needed(table, file)
-    split_column, notes = _split_column(table, file)
+    split_column, notes = find_split_column(table, file)
     labels = [row[label_column] for row in table.rows]
     numbers = all(label.lower() in _NO_LABEL or _NUMBER.fullmatch(label) for label in labels)
     missing = _NO_LABEL if numbers else ("",)  # "nan" is a name among names
@@ -157,7 +157,7 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
             "each image; keep one label"
         )
     names = [row[path_column] for row in table.rows]
-    files = _resolved(names, file)
+    files = resolved(names, file)
     candidates = [k for k in range(len(table.columns)) if k not in (path_column, label_column, split_column)]
     listed = [
         Listed(
@@ -214,6 +214,14 @@ def _needed(table: Table, file: Path) -> tuple[int, int]:
     return path_column, label_column
 
 
+def find_path_column(table: Table, file: Path) -> int:
+    """Return the number of the column of paths; UserError if there is none."""
+    if (column := _column(table, _PATHS)) is None:
+        first = ", ".join(table.columns)[:200]
+        raise UserError(f"{file}: must have a column of paths (such as path), got {first}; rename a column")
+    return column
+
+
 def _is_one_hot(table: Table) -> bool:
     """Say whether every row has a 1 in one of its columns and 0 in others."""
     return len(table.columns) > 2 and all(
@@ -227,7 +235,7 @@ def _column(table: Table, wanted: Sequence[str]) -> int | None:
     return next((names.index(each) for each in wanted if each in names), None)
 
 
-def _split_column(table: Table, file: Path) -> tuple[int | None, list[str]]:
+def find_split_column(table: Table, file: Path) -> tuple[int | None, list[str]]:
     """Return the number of the column that names splits, and a note if a column called so does not."""
     column = _column(table, _SPLITS)
     if column is None:
@@ -245,7 +253,7 @@ def _split_column(table: Table, file: Path) -> tuple[int | None, list[str]]:
     return column, []
 
 
-def _resolved(names: Sequence[str], table: Path) -> list[str]:
+def resolved(names: Sequence[str], table: Path) -> list[str]:
     """Return the files that a table means; UserError if a name leads out of its folder, or to no file."""
     root = table.parent
     outside = [name for name in names if _leaves(name)]

@@ -44,8 +44,8 @@ def evaluate(
         return None
     record, given = evaluation.record, options.get("options")
     device = (given and given.device) or next((p.device for p in model.parameters()), torch.device("cpu"))
-    clean, worst = worst_scores(model, images, threat, settings, task, device)
-    worst = _at_least_broken(worst, record, images.labels, task)
+    clean, worst = worst_scores(model, images, threat, settings, device)
+    worst = broken_scores(worst, record, images.labels, task)
     area = _area(clean, worst, images.labels)
     notes = [*record.notes]
     if task.threshold != 0.5:
@@ -63,7 +63,7 @@ def evaluate(
 
 
 def worst_scores(
-    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, task: Binary, device: torch.device
+    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return z of each image, (N,), clean, and the worst found in its set: lowest of positives, highest of negatives.
 
@@ -92,7 +92,7 @@ def worst_scores(
     return torch.cat(clean), torch.cat(worst)
 
 
-def _at_least_broken(worst: Tensor, record: Record, labels: Tensor, task: Binary) -> Tensor:
+def broken_scores(worst: Tensor, record: Record, labels: Tensor, task: Binary) -> Tensor:
     """Return the worst scores, on the wrong side of the threshold wherever the suite broke an image."""
     broken = ~torch.tensor(record.robust_flags)
     shift = torch.tensor(task.shift, dtype=worst.dtype)

@@ -43,7 +43,8 @@ from clead.results.record import Estimate, RecordModel
 from clead.results.section import Details, Plot, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION, Classification
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
@@ -145,6 +146,7 @@ class CommonCorruptions(Measurement):
     """
 
     result: ClassVar = CorruptionResult
+    tasks: ClassVar[tuple[str, ...]] = ("multilabel",)
 
     severities: tuple[int, ...] = setting(SEVERITIES, "Which of 1 to 5, with commas.")
     names: tuple[str, ...] | None = setting(None, "Which corruptions, with commas; all 15 if not given.")
@@ -157,6 +159,7 @@ class CommonCorruptions(Measurement):
             target.computation(state),
             severities=self.severities,
             names=self.names,
+            task=target.about.task,
         )
 
 
@@ -167,6 +170,7 @@ def evaluate_corruptions(
     *,
     severities: Sequence[int] = SEVERITIES,
     names: Sequence[str] | None = None,
+    task: Task = CLASSIFICATION,
 ) -> CorruptionResult:
     """Measure accuracy under common corruptions (Hendrycks & Dietterich 2019, arXiv:1903.12261).
 
@@ -178,6 +182,7 @@ def evaluate_corruptions(
         how: batch size, seed of noise, directions and textures, device; its state has finished pairs of corruption and severity.
         severities: which of 1 to 5.
         names: which of ``CORRUPTIONS``; all 15 if None.
+        task: what is right; of several labels an image counts if all are.
 
     Raises UserError on unknown names or severities, images of another kind, or a model that returns no logits (B, K).
     """
@@ -191,7 +196,7 @@ def evaluate_corruptions(
         )
     model = wrapped(model)
     device = how.device_of(model)
-    _check_images(model, images, device)
+    _check_images(model, images, device, task)
     arrays = np.ascontiguousarray(images.images.permute(0, 2, 3, 1).cpu().numpy())
     total = len(arrays) * (1 + len(names) * len(severities))
     cells = []
@@ -202,7 +207,7 @@ def evaluate_corruptions(
                 tick(len(arrays))
             else:
                 begun = time.monotonic()
-                flags = _flags(model, corrupted, images.labels.to(device), how.batch_size, tick)
+                flags = _flags(model, task, corrupted, images.labels.to(device), how.batch_size, tick)
                 state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
             return estimate(state.parts[key][0]["flags"].tolist())
 
@@ -228,7 +233,7 @@ def evaluate_corruptions(
     )
 
 
-def _check_images(model: nn.Module, images: ImageSet, device: torch.device) -> None:
+def _check_images(model: nn.Module, images: ImageSet, device: torch.device, task: Task) -> None:
     """Raise UserError on images that cannot be corrupted, labels that are not the model's, or logits that are not (B, K)."""
     pixels, labels = images.images, images.labels
     if (
@@ -243,7 +248,9 @@ def _check_images(model: nn.Module, images: ImageSet, device: torch.device) -> N
             f"got {pixels.dtype} {tuple(pixels.shape)}; give (255 * images).round().to(torch.uint8)"
         )
     first = pixels[:1].to(device).float() / 255
-    check_inputs(first, labels[:1].to(device))
+    check_inputs(first, labels[:1].to(device), task=task)
+    if not isinstance(task, Classification):
+        return task.check(logits_of(model, first), labels.to(device))
     classes = logits_of(model, first).shape[1]
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise UserError(
@@ -253,7 +260,7 @@ def _check_images(model: nn.Module, images: ImageSet, device: torch.device) -> N
 
 
 def _flags(
-    model: nn.Module, corrupted: Callable[[int], Pixels], labels: torch.Tensor, batch_size: int, tick: Tick
+    model: nn.Module, task: Task, corrupted: Callable[[int], Pixels], labels: torch.Tensor, batch_size: int, tick: Tick
 ) -> list[bool]:
     """Return which images, corrupted, are classified right; ``labels`` are on the device."""
     flags: list[bool] = []
@@ -262,7 +269,7 @@ def _flags(
         batch = np.stack([corrupted(index) for index in range(start, start + len(y))])
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(y.device).float() / 255
         with attack_mode(model), torch.no_grad():
-            flags += CLASSIFICATION.correct(model(x), y).tolist()  # synchronises the device
+            flags += task.correct(model(x), y).tolist()  # synchronises the device
         tick(len(batch))
     return flags
 
