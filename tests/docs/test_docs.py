@@ -637,7 +637,7 @@ def test_evaluation_page_names_every_suite_and_check():
     from clead.evaluation.masking import CHECKS
 
     text = (ROOT / "docs" / "evaluation.md").read_text()
-    rows = re.findall(r"^\| ([\w` ]+) \|", text, flags=re.M)
+    rows = re.findall(r"^\| ([\w` -]+) \|", text, flags=re.M)
     checks = [row for row in rows if row in CHECKS]
     assert tuple(checks) == tuple(CHECKS)
     assert [name for name in get_args(SuiteName) if f"`{name}`" not in rows] == []

@@ -316,11 +316,15 @@ def test_the_verdict_names_the_suite(tmp_path, suite):
         "black_box": "attacks by queries only, not AutoAttack,",
         "pgd": "FGSM CE, PGD-50 CE and PGD-50 margin, not AutoAttack,",
         "attacks": "APGD-CE, APGD-T, FAB-T and Square, not AutoAttack,",
+        "sea-quick": "the quick suite, which is not SEA,",
         "none": "no attack,",
     }.get(suite, SUITE_TITLES.get(suite, "") + ",")
     assert sentence.startswith(f"under {words} a still classifies 54")
-    full = suite in ("standard", "plus", "rand", "adaptive")
-    assert full == ("settings are those of AutoAttack" in verdict) == ("was not run as its protocol" not in verdict)
+    full, yardstick = (
+        suite in ("standard", "plus", "rand", "adaptive", "sea"),
+        "SEA" if "sea" in suite else "AutoAttack",
+    )
+    assert full == (f"settings are those of {yardstick}" in verdict) == ("was not run as its protocol" not in verdict)
     assert care == (suite == "none")
 
 

@@ -23,7 +23,7 @@ from clead.config import (
     parse_yaml,
     recipe_names,
 )
-from clead.config.schema import SuiteName
+from clead.config.schema import TASK_SUITES, SuiteName
 from clead.data.datasets import DATASETS
 from clead.data.datasets.digits import Digits
 from clead.errors import UserError
@@ -410,8 +410,15 @@ def test_shared_keys_are_printed_once():
 @pytest.mark.parametrize("name", get_args(SuiteName))
 def test_every_suite_can_be_named_and_made(name):
     assert RunConfig.from_dict(tree(eval={"suite": name})).eval.suite == name
-    attacks, _ = suite(name, "linf", 10, steps=1)
+    task = next((task for task, names in TASK_SUITES.items() if name in names), "classification")
+    attacks, _ = suite(name, "linf", 10, steps=1, task=task)
     assert attacks and SUITE_TITLES[name]
+
+
+def test_a_task_with_suites_of_its_own_has_the_first_by_default():
+    task = {"name": "segmentation"}
+    assert RunConfig.from_dict(tree(task=task)).eval.suite == "sea"
+    assert RunConfig.from_dict(tree(task=task, eval={"suite": "sea-quick"})).eval.suite == "sea-quick"
 
 
 def test_suites_are_those_of_the_evaluation():

@@ -13,9 +13,11 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from clead.results.masks import (
     Counts,
+    bootstrap,
     class_iou,
     compare_masks,
-    estimate_masks,
+    counts_of,
+    counts_text,
     lowest_accuracy,
     lowest_mean_iou,
     mean_iou,
@@ -103,15 +105,16 @@ def test_nothing_counted_is_nothing_wrong():
 def test_intervals_are_those_of_a_bootstrap_over_images():
     _, _, counts = answers(40, 1, 4, 1)
     counts = counts.chosen(np.zeros(40, np.int64))
-    result = estimate_masks(counts, counts, seed=3)
+    result = bootstrap(counts, "mean_iou", seed=3)
     g, values = np.random.default_rng(7), []
     for _ in range(2000):  # a bootstrap of its own draws
         rows = g.integers(40, size=40)
         values.append(mean_iou(Counts(*(each[rows] for each in counts)).total()))
-    assert result.mean_iou == pytest.approx(mean_iou(counts.total()))
-    assert result.mean_iou_interval == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.01)
-    assert result.pixel_accuracy_interval[0] < result.pixel_accuracy < result.pixel_accuracy_interval[1]
-    assert estimate_masks(counts, counts, seed=3) == result
+    assert result.value == pytest.approx(mean_iou(counts.total()))
+    assert result[1:] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.01)
+    assert bootstrap(counts, "mean_iou", seed=3) == result != bootstrap(counts, "mean_iou", seed=4)
+    accuracy = bootstrap(counts, "pixel_accuracy")
+    assert accuracy.low < accuracy.value < accuracy.high
 
 
 def test_two_models_are_compared_on_the_same_draws():
@@ -123,3 +126,14 @@ def test_two_models_are_compared_on_the_same_draws():
     same = compare_masks(a, a, "pixel_accuracy")
     assert same == (0, 0, 0, 1)
     assert compare_masks(worse, a, "mean_iou").difference == pytest.approx(-difference.difference)
+
+
+def test_counts_are_read_as_they_were_written():
+    _, _, counts = answers(5, 1, 4, 3)
+    counts = counts.chosen(np.zeros(5, np.int64))
+    again = counts_of(counts_text(counts), 4)
+    assert all(np.array_equal(a, b) for a, b in zip(counts, again, strict=True))
+    assert counts_text(Counts(*np.zeros((3, 1, 4), np.int64))) == [""] and not counts_of([""], 4).true.any()
+    for wrong in ("4 1 1 1", "0 1 1", "x"):
+        with pytest.raises(ValueError):
+            counts_of([wrong], 4)

@@ -13,6 +13,7 @@ from torch import nn
 from clead.api.batches import images_and_labels
 from clead.attacks.runner import check_inputs, logits_of
 from clead.config import Eval, RunConfig
+from clead.config.schema import TASK_SUITES
 from clead.errors import UserError, did_you_mean
 from clead.evaluation.correctness import to_float
 from clead.evaluation.plan import EvaluationOptions
@@ -37,9 +38,10 @@ from clead.runs.external import open_external_model, with_input
 from clead.runs.gallery import with_gallery
 from clead.runs.loading import OpenedModel, OpenedRun, load, open_run, results_folder
 from clead.settings import validated
-from clead.tasks import TASKS, Task
+from clead.tasks import TASKS, Task, task_name
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.multilabel import MultiLabel
+from clead.tasks.segmentation import SEGMENTATION
 from clead.threats import THREATS
 
 
@@ -48,7 +50,7 @@ def evaluate(
     images: Any,
     labels: Any = None,
     *,
-    suite: str = "standard",
+    suite: str | None = None,
     norm: str = "linf",
     eps: float | str = "8/255",
     task: str | Task = "classification",
@@ -67,7 +69,7 @@ def evaluate(
         model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
         images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
         labels: (N,) integers in [0, K).
-        suite: standard (AutoAttack), plus, rand, quick, adaptive, black_box or pgd.
+        suite: standard (AutoAttack), plus, rand, quick, adaptive, black_box or pgd; of masks sea or sea-quick. None: the first.
         norm: linf, l2 or l1 (l0 with suite pgd).
         eps: radius in pixel units of [0, 1]; text such as ``"8/255"`` is kept in the record.
         task: what is right: a name of ``clead list``, or the settings of a task, such as ``Binary(threshold=0.3)``.
@@ -91,16 +93,18 @@ def evaluate(
     True
     """
     threat = validated(THREATS.get(norm), {"eps": eps})
-    options = validated(Eval, {"suite": suite, "seed": seed, **settings})
     judge: Task = TASKS.get(task)() if isinstance(task, str) else task
+    suite = suite or TASK_SUITES.get(task_name(judge), ("standard",))[0]
+    options = validated(Eval, {"suite": suite, "seed": seed, **settings})
     chosen = _checked_images(images, labels, options.images, judge)
     first, kind, notes = to_float(chosen.images[:2]), type(model).__name__, []
     with fork_rng(options.seed):
-        if input is None:
+        if input is None and judge != SEGMENTATION:
             model = wrapped(model, output)
         else:
             c, h, w = first.shape[1:]
-            model, notes = with_input(model, ModelInput.parse(input), (c, h, w), output=output)
+            given = None if input is None else ModelInput.parse(input)
+            model, notes = with_input(model, given, (c, h, w), output=output)
         prepare(model, first)
     if classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
@@ -250,6 +254,8 @@ def _towards(
 ) -> tuple[OpenedRun, list[NamedAttack]]:
     """Return the run with the images of other classes, and the attacks aimed at the class ``target``; of labels see ``_hiding``."""
     images, classes = opened.images, opened.splits.classes
+    if opened.config.task == SEGMENTATION:
+        raise UserError(f"--target {target}: attacks on {task_name(opened.config.task)} aim at no class; leave it out")
     number = class_number(target, classes)
     name = classes[number]
     if isinstance(opened.config.task, MultiLabel):

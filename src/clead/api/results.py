@@ -14,6 +14,7 @@ from clead.errors import UserError
 from clead.measurements import MEASUREMENTS
 from clead.measurements.base import MeasurementRecord
 from clead.report import html
+from clead.results.masks import compare_masks, counts_of
 from clead.results.record import Record
 from clead.results.statistics import balanced, mcnemar, unbalanced
 from clead.runs.directory import RunDir
@@ -58,13 +59,13 @@ def _read(kind: type[Read], path: Path, what: str) -> Read:
 
 
 def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
-    """Return ``{"rows": …, "pairs": …}`` of several runs or records, as plain data.
+    """Return ``{"rows": …, "pairs": …, "masks": …}`` of several runs or records, as plain data.
 
     ``rows``: method, run, n, threat, clean_accuracy, robust_accuracy with its interval, balanced_clean and
     balanced_robust (means of the classes; ``unbalanced``: whether they must be stated), the task and its own figures, each
     attack's accuracy, that on images
     that the training stored, and training cost. ``pairs``: McNemar's exact test for every two records of the same images under the
-    same threat and attacks.
+    same threat and attacks; of masks ``masks`` has the differences instead, with their bootstrap intervals over images.
     """
     records = _records(sources)
     rows = [
@@ -91,7 +92,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
         for record in records
         for mean in [record.balanced or balanced(record.per_class)]
     ]
-    pairs = []
+    pairs, regions = [], []
     for a, b in combinations(records, 2):
         # Not by how eps was written: 8/255 and 0.03137… are one threat.
         same = [
@@ -105,10 +106,21 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
             )
             for r in (a, b)
         ]
-        if same[0] == same[1]:
+        if same[0] == same[1] and a.masks is not None and b.masks is not None:
+            regions += [{"a": a.run, "b": b.run, **each} for each in _compared(a, b)]
+        elif same[0] == same[1]:
             result = mcnemar(a.robust_flags, b.robust_flags)
             pairs.append({"a": a.run, "b": b.run, **result._asdict()})
-    return {"rows": rows, "pairs": pairs}
+    return {"rows": rows, "pairs": pairs, "masks": regions}
+
+
+def _compared(a: Record, b: Record) -> list[dict[str, Any]]:
+    """Return the differences of two models on the same masks, in the worst case, from the same bootstrap draws of images."""
+    k, results = len(a.data.classes), []
+    for metric, key in (("pixel_accuracy", "lowest_accuracy"), ("mean_iou", "lowest_miou")):
+        first, second = (counts_of(getattr(record.masks, key), k) for record in (a, b))
+        results.append({"metric": metric, **compare_masks(first, second, metric)._asdict()})
+    return results
 
 
 def write_report(

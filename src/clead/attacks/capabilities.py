@@ -22,6 +22,7 @@ class Capabilities:
         returns_clean: whether it returns the image itself where it failed.
         searches: whether it looks for a mistake by itself (has ``perturb``) instead of climbing an objective.
         passes_per_step: forward and backward passes of a step, for the progress bar.
+        per_pixel: whether it is for masks, of which no image is wrong as a whole; what climbs an objective can always be.
         unrestricted: whether it has a set of allowed images of its own instead of a norm ball (has ``worst`` and ``allows``).
     """
 
@@ -32,6 +33,7 @@ class Capabilities:
     deterministic: bool = False
     returns_clean: bool = False
     searches: bool = False
+    per_pixel: bool = False
     unrestricted: bool = False
     passes_per_step: int = 2
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from clead.attacks.apgd import SmoothPath, SparsePath, unit
+from clead.errors import UserError
 from clead.interfaces import Model, Threat
 from clead.losses.pixels import PIXEL_LOSSES
 from clead.losses.precision import at_least_float32
 from clead.models.seeding import fork_rng
 from clead.settings import setting, settings
+from clead.tasks import Task, task_name
 from clead.tasks.segmentation import SEGMENTATION, upsampled
 from clead.threats import THREATS
 from clead.threats.geometry import per_image
@@ -38,6 +40,8 @@ class MaskAPGD:
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
+    targeted: ClassVar[bool] = True
+    per_pixel: ClassVar[bool] = True
     loss: Literal["cross_entropy", "masked_cross_entropy", "balanced_masked_cross_entropy", "js_divergence"] = setting(
         "masked_cross_entropy", "what is maximised"
     )
@@ -51,12 +55,23 @@ class MaskAPGD:
         return f"APGD {_SHORT[self.loss]}"
 
     def perturb(
-        self, model: Model, x: Tensor, y: Tensor, threat: Threat, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        *,
+        task: Task = SEGMENTATION,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return images of the threat set, (B, C, H, W); NaN where the gradient is not finite.
 
-        ``model`` returns logits (B, K, h, w), ``y`` are masks (B, H, W) int64, 255 where void.
+        ``model`` returns logits (B, K, h, w), ``y`` are masks (B, H, W) int64, 255 where void; ``task`` is segmentation.
         """
+        if task != SEGMENTATION:
+            raise UserError(
+                f"MaskAPGD attacks the masks of the task segmentation, got {task_name(task)}; use pgd or apgd"
+            )
         best = _Lowest(x.clone(), torch.full((len(x),), torch.inf, device=x.device, dtype=torch.float64))
         if not threat.eps:
             return best.images

@@ -68,10 +68,10 @@ def verdict(record: Any) -> str:
     from clead.evaluation.suites import in_words
     from clead.results.format import balanced_sentence
 
-    worst, threat = record.worst, record.threat
+    worst, threat, pixels = record.worst, record.threat, "" if record.masks is None else "the pixels of "
     failed = [check.name for check in record.checks if not check.passed]
     text = (
-        f"{record.run}: {worst.accuracy:.1%} of {worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
+        f"{record.run}: {worst.accuracy:.1%} of {pixels}{worst.n} {record.data.split} images (95 % interval {worst.low:.1%} – "
         f"{worst.high:.1%}) withstand {threat.norm} {threat.eps_text} under {in_words(record)}; "
         f"{record.clean.accuracy:.1%} are right when clean."
     )
@@ -140,7 +140,12 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     print(
         "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
     )
-    if len(rows) > 1 and not comparison["pairs"]:
+    for pair in comparison["masks"]:
+        print(
+            f"{pair['a']} less {pair['b']}, worst case, {pair['metric'].replace('_', ' ')}: {100 * pair['difference']:+.1f} points "
+            f"(95 % interval {100 * pair['low']:+.1f} – {100 * pair['high']:+.1f}, over images; p = {pair['p_value']:.2g})"
+        )
+    if len(rows) > 1 and not comparison["pairs"] and not comparison["masks"]:
         print("not tested against each other: these are not records of the same images, threat and attacks")
     for pair in comparison["pairs"]:
         print(

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from clead.attacks.pgd import PGD
-from clead.config.schema import GROUPS, TUNE, Eval, Optim, Train, build, chosen_name, plain, type_problem
+from clead.config.schema import GROUPS, TASK_SUITES, TUNE, Eval, Optim, Train, build, chosen_name, plain, type_problem
 from clead.config.stages import (
     OF_THE_RUN,
     STAGE_DATA,
@@ -22,6 +22,7 @@ from clead.config.yaml_io import dump_yaml
 from clead.errors import UserError, did_you_mean
 from clead.methods import METHODS
 from clead.models import MODELS
+from clead.tasks import task_name
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats import THREATS
 
@@ -123,6 +124,9 @@ class RunConfig:
                 problems.append(f"{group}: unknown group; {did_you_mean(str(group), GROUPS)}")
         for group in GROUPS:
             values = {} if tree.get(group) is None else tree[group]
+            suites = TASK_SUITES.get(task_name(parts["task"])) if group == "eval" and "task" in parts else None
+            if suites and isinstance(values, dict):
+                values = {"suite": suites[0], **values}
             try:
                 if not isinstance(values, dict):
                     raise UserError(

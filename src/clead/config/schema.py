@@ -195,7 +195,9 @@ class Train:
             raise ValueError(f"give exactly one of {', '.join(LENGTHS)}, got {', '.join(lengths) or 'none'}")
 
 
-SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "black_box", "pgd"]
+SuiteName = Literal["standard", "plus", "rand", "quick", "adaptive", "black_box", "pgd", "sea", "sea-quick"]
+TASK_SUITES = {"segmentation": ("sea", "sea-quick")}
+"""The suites of tasks that have their own, the usual one first."""
 
 
 @settings
@@ -206,7 +208,8 @@ class Eval:
         "standard",
         "standard: AutoAttack (APGD-CE, APGD-T, FAB-T, Square); plus: its longer version; rand: for randomised models; quick: "
         "two APGD of 50 steps; adaptive: standard, then the embedding; black_box: without gradients (Square, in "
-        "linf also RayS, from labels alone); pgd: FGSM and two PGD-50, each on all images",
+        "linf also RayS, from labels alone); pgd: FGSM and two PGD-50, each on all images. For segmentation, sea: APGD of 300 "
+        "steps on each of three losses of pixels, its default; sea-quick: of 60",
     )
     split: Literal["test", "val"] = setting("test", "which images")
     images: int | None = setting(None, "evaluate only the first so many; none: all", ge=1)

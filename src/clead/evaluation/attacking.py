@@ -61,7 +61,7 @@ def attack_batches(plan: EvaluationPlan, store: ResumableResults, shard: Shard, 
                 store.drop(_from(plan, store, batch, stage))
             if key not in store.parts:
                 seed = make_generator("cpu", plan.settings.seed, stage, batch).initial_seed()
-                with fork_rng(seed), _naming(plan, batch, named.name):
+                with fork_rng(seed), naming(plan, batch, named.name):
                     attacked = _attack(plan, batch, stage, chosen)
                 store.save(key, *attacked)
             survivors &= store.parts[key][0]["flags"]
@@ -86,7 +86,7 @@ def _clean_batches(plan: EvaluationPlan, store: ResumableResults, batches: Seque
     results = {}
     for batch, key in keys.items():
         if key not in store.parts:
-            with _naming(plan, batch):
+            with naming(plan, batch):
                 results[key] = _clean(plan, batch)
     broken = [index for _, ids in results.values() for index in ids]
     if broken and len(broken) == sum(len(tensors["flags"]) for tensors, _ in results.values()):
@@ -104,7 +104,7 @@ def _from(plan: EvaluationPlan, store: ResumableResults, batch: int, stage: int)
 
 
 @contextmanager
-def _naming(plan: EvaluationPlan, batch: int, attack: str = "") -> Generator[None, None, None]:
+def naming(plan: EvaluationPlan, batch: int, attack: str = "") -> Generator[None, None, None]:
     """Say in an error of the user's model which images it was given."""
     try:
         yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -63,14 +64,39 @@ def evaluate_model(
         The evaluation; None if ``options`` ask for one shard only. Raises UserError if the model's logits are not (B, K), not
         finite, or the images are not valid, or the state is of another evaluation.
     """
-    start = time.monotonic()
     options = options or EvaluationOptions()
     plan, notes = make_plan(model, images, threat, settings, target, attacks=attacks, more=more, options=options)
+    return carry_out(plan, notes, options, Procedure(check_plan, attack_batches, _curve_and_checks, make_evaluation))
+
+
+class Procedure(NamedTuple):
+    """What is done with a plan. What is to be noted in the record is returned last.
+
+    Attributes:
+        check: raises what can be wrong before there is a state; says whether a gradient reaches the images.
+        attack: computes what is missing of a shard's parts.
+        examine: returns a curve and the checks of gradient masking, from the parts of all shards.
+        record: makes the evaluation.
+    """
+
+    check: Callable[[EvaluationPlan], tuple[bool, list[str]]]
+    attack: Callable[[EvaluationPlan, ResumableResults, Shard, Tick], list[str]]
+    examine: Callable[
+        [EvaluationPlan, ResumableResults, bool, Sequence[Tick]], tuple[list[CurvePoint], list[Check], list[str]]
+    ]
+    record: Callable[..., Evaluation]
+
+
+def carry_out(
+    plan: EvaluationPlan, notes: list[str], options: EvaluationOptions, procedure: Procedure
+) -> Evaluation | None:
+    """Do what ``procedure`` says with ``plan``, keeping what is finished and sharing it out; ``notes`` are for the record."""
+    start, settings = time.monotonic(), plan.settings
     if plan.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(plan.device)
     # A caller's inference mode would refuse any gradient.
     with torch.inference_mode(False), exact_float32(), fork_rng(settings.seed):
-        has_gradient, gradient_notes = check_plan(plan)  # all that can be wrong is said before there is a state
+        has_gradient, gradient_notes = procedure.check(plan)
         notes += gradient_notes
         if settings.precision != "float32":
             notes.append(f"{LOWER_PRECISION} {settings.precision} and may find less; verdicts are in float32")
@@ -86,7 +112,7 @@ def evaluate_model(
         with store.opened():
             store.parts.update(merged)
             with _progress(plan, shard, curve=has_gradient and options.shard is None, show=options.show) as ticks:
-                notes += attack_batches(plan, store, shard, ticks[0])
+                notes += procedure.attack(plan, store, shard, ticks[0])
                 notes += store.notes
                 if options.shard is not None:
                     return None
@@ -95,8 +121,8 @@ def evaluate_model(
                     if parts is None:  # rank 0 draws what is drawn once
                         return group.broadcast(None)
                     store.parts.update(parts)
-                curve, checks, more_notes = _curve_and_checks(plan, store, has_gradient, ticks)
-            evaluation = make_evaluation(plan, store, curve, checks, [*notes, *more_notes], start)
+                curve, checks, more_notes = procedure.examine(plan, store, has_gradient, ticks)
+            evaluation = procedure.record(plan, store, curve, checks, [*notes, *more_notes], start)
     return group.broadcast(evaluation) if group else evaluation
 
 

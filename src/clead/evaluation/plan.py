@@ -26,7 +26,7 @@ from clead.interfaces import ImageSet, Threat
 from clead.models.split import has_features, weights, wrapped
 from clead.results.target import EvaluationTarget, digest
 from clead.settings import Ratio
-from clead.tasks import Task
+from clead.tasks import Task, task_name
 from clead.tasks.classification import CLASSIFICATION
 from clead.threats.geometry import contains
 from clead.weights.files import fingerprint
@@ -161,7 +161,7 @@ class EvaluationPlan:
             **({} if self.task == CLASSIFICATION else {"task": repr(self.task)}),
             # What neither weights nor structure tell: another constant in the model's code gives other answers.
             "answers": [
-                f"{value:.2g}" for value in logits_of(self.model, self.inputs(slice(0, 1))[0])[0, :10].tolist()
+                f"{value:.2g}" for value in logits_of(self.model, self.inputs(slice(0, 1))[0]).flatten()[:10].tolist()
             ],
         }
 
@@ -186,7 +186,9 @@ def make_plan(
     suite_name, survivors_only = "attacks", False
     if attacks is None:
         suite_name, survivors_only = settings.suite, settings.suite != "pgd"
-        attacks, notes = suite(settings.suite, threat.norm, len(target.classes), steps=settings.steps)
+        attacks, notes = suite(
+            settings.suite, threat.norm, len(target.classes), steps=settings.steps, task=task_name(target.task)
+        )
         attacks, left_out = _possible(attacks, model)
         notes += left_out
     notes += [warning for named in attacks if (warning := weakness_warning(named.attack, threat))]

@@ -29,7 +29,8 @@ def check_plan(plan: EvaluationPlan) -> tuple[bool, list[str]]:
     x, y = plan.inputs(slice(0, 1))
     if x.dim() != 4:
         check_inputs(x, y, task=plan.task)
-    logits_of(plan.model, x)
+    if (logits := logits_of(plan.model, x)).dim() != 2:
+        plan.task.check(logits, y)
     for named in plan.attacks:
         task, aim = named.goal(plan.task, y)
         check_applicable(named.attack, plan.threat, task, named.objective)

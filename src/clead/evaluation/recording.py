@@ -6,6 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,22 +64,9 @@ def make_evaluation(
             *notes,
             f"clean accuracy is no better than guessing among {plan.num_classes} classes: are weights and pixels right?",
         ]
-    eps, per_class = Ratio(plan.threat.eps), _per_class(plan, clean, robust)
+    per_class = _per_class(plan, clean, robust)
     record = Record(
-        run=plan.target.name,
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        command=command(),
-        seed=plan.settings.seed,
-        suite=plan.suite,
-        notes=[*notes, *getattr(plan.model, "notes", ()), *_not_finite(plan, store), *targeted_notes],
-        model=EvaluatedModel(
-            name=plan.target.model,
-            parameters=sum(p.numel() for key, p in plan.model.named_parameters() if not key.startswith("projection.")),
-            weights=plan.target.weights,
-            fingerprint=fingerprint(weights(plan.model)),
-        ),
-        data=plan.target.evaluated_data(plan.images),
-        threat=ThreatModel(norm=plan.threat.norm, eps=float(eps), eps_text=eps.text),
+        **about(plan, store, notes, [*not_finite(plan, store), *targeted_notes], start),
         clean=estimate(clean.tolist()),
         clean_flags=clean.tolist(),
         worst=estimate(robust.tolist()),
@@ -88,16 +76,39 @@ def make_evaluation(
         checks=checks,
         per_class=per_class,
         balanced=balanced(per_class),
-        training=plan.target.training,
         predictions=_predictions(plan, store),
-        memory=_memory(plan.device),
-        task=task_name(plan.task),
-        versions=environment(),
-        # Of an evaluation that was resumed or shared out: the work of all its parts.
-        seconds=max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),
     )
     artifacts = _artifacts(plan, adversarial[: plan.num_pictures])
     return Evaluation(record, artifacts, adversarial if plan.keep_adversarial else None)
+
+
+def about(
+    plan: EvaluationPlan, store: ResumableResults, notes: list[str], more_notes: list[str], start: float
+) -> dict[str, Any]:
+    """Return what a record says of model, images, threat and work, whatever the task: its fields but for the figures."""
+    eps = Ratio(plan.threat.eps)
+    return {
+        "run": plan.target.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": command(),
+        "seed": plan.settings.seed,
+        "suite": plan.suite,
+        "notes": [*notes, *getattr(plan.model, "notes", ()), *more_notes],
+        "model": EvaluatedModel(
+            name=plan.target.model,
+            parameters=sum(p.numel() for key, p in plan.model.named_parameters() if not key.startswith("projection.")),
+            weights=plan.target.weights,
+            fingerprint=fingerprint(weights(plan.model)),
+        ),
+        "data": plan.target.evaluated_data(plan.images),
+        "threat": ThreatModel(norm=plan.threat.norm, eps=float(eps), eps_text=eps.text),
+        "training": plan.target.training,
+        "memory": _memory(plan.device),
+        "task": task_name(plan.task),
+        "versions": environment(),
+        # Of an evaluation that was resumed or shared out: the work of all its parts.
+        "seconds": max(time.monotonic() - start, sum(data.get("seconds", 0.0) for _, data in store.parts.values())),
+    }
 
 
 def _attacks(
@@ -129,7 +140,7 @@ def _attacks(
                 forwards=sum(data["forwards"] for _, data in parts) / len(flags),
                 backwards=sum(data["backwards"] for _, data in parts) / len(flags),
                 max_distance=max(data["largest"] for _, data in parts),
-                lost=_lost(parts),
+                lost=lost_images(parts),
             )
         )
         robust = robust & flags
@@ -161,12 +172,12 @@ def _targeted_note(name: str, named: NamedAttack, taken: Tensor) -> str:
     )
 
 
-def _lost(parts: list[Part]) -> list[int]:
+def lost_images(parts: list[Part]) -> list[int]:
     """Return the images at which the gradient of an attack is not finite."""
     return sorted(index for _, data in parts for index in data.get("lost", ()))
 
 
-def _not_finite(plan: EvaluationPlan, store: ResumableResults) -> list[str]:
+def not_finite(plan: EvaluationPlan, store: ResumableResults) -> list[str]:
     """Return notes on the images whose logits, or gradient under an attack, are not finite."""
     notes = []
     if broken := [index for _, data in plan.parts(store, -1) for index in data.get("broken", ())]:
@@ -174,7 +185,7 @@ def _not_finite(plan: EvaluationPlan, store: ResumableResults) -> list[str]:
             f"logits must be finite, got NaN or infinity for images {some(broken)}, which count as wrong; {OVERFLOW}"
         )
     for stage, named in enumerate(plan.attacks):
-        if lost := _lost(plan.parts(store, stage)):
+        if lost := lost_images(plan.parts(store, stage)):
             notes.append(
                 f"the gradient of {named.name} is NaN or infinite at images {some(lost)}, which count as not robust; "
                 "look for sqrt, log or division at 0 in the model"

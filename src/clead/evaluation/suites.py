@@ -14,9 +14,11 @@ from clead.attacks.apgd import APGD
 from clead.attacks.capabilities import attack_name, capabilities
 from clead.attacks.fab import FAB
 from clead.attacks.fgsm import FGSM
+from clead.attacks.masks import MaskAPGD
 from clead.attacks.pgd import PGD
 from clead.attacks.rays import RayS
 from clead.attacks.square import Square
+from clead.config.schema import TASK_SUITES
 from clead.errors import UserError
 from clead.interfaces import Attack, Search
 from clead.renamed import current_value
@@ -33,12 +35,16 @@ SUITE_TITLES: dict[str, str] = {
     "adaptive": "AutoAttack standard and attacks on the embedding",
     "black_box": "attacks by queries only",
     "pgd": "FGSM and PGD, not AutoAttack",
+    "sea": "SEA",
+    "sea-quick": "quick suite, not SEA",
     "attacks": "the attacks listed, not AutoAttack",
 }
 NOT_AUTOATTACK = ", not AutoAttack"
+_NOT_SEA = ", not SEA"
 _AUTOATTACK = ("standard", "plus", "adaptive", "rand")
 _OWN_STEPS = " instead of the suite's own"
 _NAMED_ATTACKS = 4
+_WITHOUT_DLR = ("black_box", "pgd", *TASK_SUITES["segmentation"])
 _QUICK_GAP = (
     "the quick suite left 0.0 to 0.5 points more than AutoAttack standard on this project's five committed models"
 )
@@ -83,23 +89,28 @@ def describe(named: NamedAttack) -> dict[str, Any]:
     return {**objective, **{key: value.text if isinstance(value, Ratio) else value for key, value in values.items()}}
 
 
-def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -> tuple[list[NamedAttack], list[str]]:
+def suite(
+    name: str, norm: str, num_classes: int, *, steps: int | None = None, task: str = "classification"
+) -> tuple[list[NamedAttack], list[str]]:
     """Return the attacks of a suite, in order, and notes on what the number of classes made of the protocol.
 
     ``standard`` is AutoAttack (Croce & Hein 2020, arXiv:2003.01690, section 6; L1: Croce & Hein 2021, arXiv:2103.01208):
     APGD-CE, APGD-T, FAB-T, Square. ``plus`` and ``rand`` are its longer and its randomised version. ``quick`` has half the
     steps of APGD-CE and APGD-T, three targets, and neither FAB nor Square. ``black_box`` is Square, and in L∞ RayS after it, which
-    uses labels only (Chen & Gu 2020, arXiv:2006.12792), with as many queries.
+    uses labels only (Chen & Gu 2020, arXiv:2006.12792), with as many queries. ``sea`` is for masks (Croce, Singh & Hein 2023,
+    arXiv:2306.12941): Auto-PGD of 300 steps on three losses of pixels, each on all images.
 
     Args:
         name: a ``SuiteName``.
         norm: linf, l2 or l1; ``pgd`` also takes l0.
         num_classes: K ≥ 2. There is no targeted DLR below 4 classes, and no DLR at all for 2: the margin stands in.
         steps: instead of every attack's own; Square and RayS get 50 queries for each.
+        task: whose suite it must be.
 
-    Raises UserError if the suite is not defined for the norm.
+    Raises UserError if the suite is not defined for the norm, or is another task's.
     """
     name = current_value("eval.suite", name)
+    _check_task(name, task)
     if norm not in ("linf", "l2", "l1") and name != "pgd":
         raise UserError(f"suite {name} is defined for linf, l2 and l1, got {norm}; use --eval.suite pgd")
     targets = min(5 if norm == "l1" else 9, num_classes - 1)
@@ -107,9 +118,9 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     notes = []
     if targets < (5 if norm == "l1" else 9) and name in ("standard", "plus", "adaptive"):
         notes.append(f"{num_classes} classes: {targets} target{'s' if targets > 1 else ''} instead of the protocol's")
-    if num_classes == 3 and name not in ("black_box", "pgd"):
+    if num_classes == 3 and name not in _WITHOUT_DLR:
         notes.append("3 classes: the targeted DLR loss is not defined, APGD-T maximises the targeted margin")
-    if num_classes == 2 and name not in ("black_box", "pgd"):
+    if num_classes == 2 and name not in _WITHOUT_DLR:
         notes.append("2 classes: the DLR loss is not defined, the margin stands in for it")
     ce = APGD(restarts=restarts)
     dlr = APGD(loss="dlr" if num_classes > 2 else "margin")
@@ -133,6 +144,8 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
         "quick": [APGD(steps=50), replace(targeted, steps=50, targets=min(3, targets))],
         "black_box": [square, *labels_only],
         "pgd": [FGSM()],
+        "sea": _sea(300),
+        "sea-quick": _sea(60),
     }[name]
     pgd = PGD(steps=50, keep="best")
     pairs: list[tuple[Attack | Search, str]] = [(attack, "cross_entropy") for attack in attacks]
@@ -157,6 +170,25 @@ def suite(name: str, norm: str, num_classes: int, *, steps: int | None = None) -
     return named, notes
 
 
+def _check_task(name: str, task: str) -> None:
+    """Raise UserError unless suite ``name`` is one of the task's."""
+    of_another = next((other for other, names in TASK_SUITES.items() if name in names and other != task), None)
+    if of_another or (task in TASK_SUITES and name not in TASK_SUITES[task]):
+        raise UserError(
+            f"suite {name} is for the task {of_another or 'classification'}, and this is {task}; "
+            f"use --eval.suite {TASK_SUITES.get(task, ('standard',))[0]}"
+        )
+
+
+def _sea(steps: int) -> list[Attack | Search]:
+    """Return Auto-PGD on the losses of SEA; what weighs classes alike looks for a low mIoU."""
+    return [
+        MaskAPGD(steps=steps),
+        MaskAPGD(steps=steps, loss="balanced_masked_cross_entropy", keep="mean_iou"),
+        MaskAPGD(steps=steps, loss="js_divergence"),
+    ]
+
+
 def _cost(attack: Attack | Search) -> float:
     values = vars(attack)
     if "queries" in values:
@@ -171,9 +203,9 @@ def other_steps(record: Record) -> str:
 
 
 def is_autoattack(record: Record) -> bool:
-    """Say whether it was AutoAttack, with its own steps, searched in float32."""
+    """Say whether it was the usual yardstick, AutoAttack or of masks SEA, with its own steps, searched in float32."""
     lower = any(note.startswith(LOWER_PRECISION) for note in record.notes)
-    return record.suite in _AUTOATTACK and not other_steps(record) and not lower
+    return record.suite in (*_AUTOATTACK, "sea") and not other_steps(record) and not lower
 
 
 def in_words(record: Record) -> str:
@@ -188,7 +220,14 @@ def in_words(record: Record) -> str:
         text = f"suite {record.suite} with {steps} instead of its own"
     else:
         text = SUITE_TITLES.get(record.suite, f"suite {record.suite}").removesuffix(NOT_AUTOATTACK)
-    return text if is_autoattack(record) else text + NOT_AUTOATTACK
+    other = f", not {yardstick(record)}"
+    return text if is_autoattack(record) or text.endswith(other) else text + other
+
+
+def yardstick(record: Record) -> str:
+    """Return the name of the usual protocol for what was evaluated."""
+    masks = record.task in TASK_SUITES or any(record.suite in names for names in TASK_SUITES.values())
+    return "SEA" if masks else "AutoAttack"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -204,7 +243,8 @@ def suite_label(record: Record) -> str:
 def under_suite(record: Record) -> str:
     """Return the suite as a clause after ``under``, with its commas."""
     text = in_words(record)
-    head = text.removesuffix(NOT_AUTOATTACK)
-    if head == text:
-        return f"{text},"
-    return f"the {head}, which is not AutoAttack," if re.search(r"\bsuite\b", head) else f"{text},"
+    for end in (NOT_AUTOATTACK, _NOT_SEA):
+        head = text.removesuffix(end)
+        if head != text and re.search(r"\bsuite\b", head):
+            return f"the {head}, which is{end[1:]},"
+    return f"{text},"

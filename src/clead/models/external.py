@@ -123,10 +123,13 @@ class ModelIO:
         elif module.training and _alike([tensors[name] for name in plausible]):
             name = plausible[0]  # auxiliary outputs follow the main one
         else:
+            masks = "; for a class per pixel give --task segmentation" * any(
+                each.dim() == 4 for each in tensors.values()
+            )
             raise ModelError(
                 f"{kind} returns {_listed(tensors)}, and {'several' if plausible else 'none'} of them can be the logits "
                 f"(B, K) of {_count(images)}; name the one: --model.output {next(iter(plausible or tensors))} "
-                "(in Python: clead.adapt(model, sample_shape=(C, H, W), output=...))"
+                f"(in Python: clead.adapt(model, sample_shape=(C, H, W), output=...)){masks}"
             )
         mode = " in train mode" if module.training else ""
         self.note(
@@ -355,7 +358,7 @@ def _remedy(value: Tensor, images: int) -> str:
     if not value.is_floating_point():
         return "; return the values before argmax or rounding"
     if value.dim() == 4 and value.shape[0] == images:
-        return "; average over the pixels: z.mean((2, 3))"
+        return "; average over the pixels, z.mean((2, 3)), or, where each pixel has a class, give --task segmentation"
     if value.dim() == 3 and value.shape[0] == images:
         return "; choose the token that classifies (z[:, 0]) or average: z.mean(1)"
     return "; return one row of K logits per image"

@@ -28,7 +28,7 @@ def protocol(record: Record) -> tuple[str, ...]:
 
 def on_survivors(record: Record) -> bool:
     """Whether each attack met what those before it left, so that its accuracy is that after all of them."""
-    return record.suite not in ("pgd", "attacks", "none")
+    return record.suite not in ("pgd", "attacks", "none", "sea", "sea-quick")
 
 
 def caveats(run: RunResult, *, many: bool) -> list[str]:

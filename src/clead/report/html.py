@@ -12,12 +12,13 @@ from typing import Any
 from clead.atomic_io import open_regular, write_output
 from clead.config import dump_yaml
 from clead.errors import UserError, did_you_mean, needs_extra
-from clead.evaluation.suites import in_words, suite_label, under_suite
+from clead.evaluation.suites import in_words, suite_label, under_suite, yardstick
 from clead.report.comparison import caveats, caveats_together, comparable, on_survivors, same_images
 from clead.report.figures import write_figures
 from clead.report.run import RunResult
 from clead.report.sections.classes import classes, confusion
 from clead.report.sections.epsilon import epsilon
+from clead.report.sections.masks import masks
 from clead.report.sections.measurements import measurements
 from clead.report.sections.pictures import galleries, maps
 from clead.report.sections.stages import stages
@@ -130,7 +131,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         else:
             groups.append([i])
     by_name = {run.name: run.record for run in runs}
-    measured = [*task_figures(runs), *measurements(runs)]
+    measured = [*task_figures(runs), *masks(runs), *measurements(runs)]
     context = {
         "runs": [_run(i, run) for i, run in enumerate(runs)],
         "groups": groups,
@@ -141,6 +142,7 @@ def _context(runs: Sequence[RunResult], pairs: Sequence[Mapping[str, Any]]) -> d
         "overview": len(runs) > 1 or not on_survivors(records[0]),
         "suites": list(dict.fromkeys(in_words(record) for record in records)),
         "others": list(dict.fromkeys(label for record in records if (label := suite_label(record)))),
+        "yardstick": " or ".join(dict.fromkeys(map(yardstick, records))),
         "stages": stages(runs),
         "pairs": [
             {**pair, "label": suite_label(by_name[pair["a"]])}

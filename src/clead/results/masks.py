@@ -5,11 +5,10 @@ Void pixels are in no count. Of N images with C candidate answers each, one per 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from clead.results.record import RecordModel
 
 _SWEEPS = 100
 RESAMPLES = 1000
@@ -95,30 +94,26 @@ def _descend(counts: Counts, choice: np.ndarray) -> np.ndarray:
     return choice
 
 
-class MaskEstimate(RecordModel):
-    """Pixel accuracy and mIoU of n images, fractions in [0, 1], with 95 % bootstrap intervals over images."""
+class Interval(NamedTuple):
+    """A figure of all images, and its 95 % bootstrap interval over images."""
 
-    pixel_accuracy: float
-    pixel_accuracy_interval: tuple[float, float]
-    mean_iou: float
-    mean_iou_interval: tuple[float, float]
-    n: int
+    value: float
+    low: float
+    high: float
 
 
-def estimate_masks(by_accuracy: Counts, by_iou: Counts, seed: int = 0) -> MaskEstimate:
-    """Return pixel accuracy of the counts ``by_accuracy`` and mIoU of ``by_iou``, (N, K) each, with their intervals.
+METRICS: dict[str, Callable[[Counts], np.ndarray]] = {"pixel_accuracy": pixel_accuracy, "mean_iou": mean_iou}
+
+
+def bootstrap(counts: Counts, metric: str, seed: int = 0) -> Interval:
+    """Return a metric of ``METRICS`` of the counts (N, K) with its interval.
 
     The images are drawn again with replacement ``RESAMPLES`` times, the same for equal N and ``seed``; the interval goes from the
     2.5th to the 97.5th percentile. The choice of attacks is not made anew.
     """
-    accuracy, iou = _resampled(by_accuracy, seed)[0], _resampled(by_iou, seed)[1]
-    return MaskEstimate(
-        pixel_accuracy=float(pixel_accuracy(by_accuracy.total())),
-        pixel_accuracy_interval=_interval(accuracy),
-        mean_iou=float(mean_iou(by_iou.total())),
-        mean_iou_interval=_interval(iou),
-        n=len(by_iou.hit),
-    )
+    value = float(METRICS[metric](counts.total()))
+    low, high = _percentiles(_resampled(counts, metric, seed))
+    return Interval(value, min(low, value), max(high, value))
 
 
 class MaskDifference(NamedTuple):
@@ -131,26 +126,46 @@ class MaskDifference(NamedTuple):
 
 
 def compare_masks(a: Counts, b: Counts, metric: str, seed: int = 0) -> MaskDifference:
-    """Compare two models by ``metric``, pixel_accuracy or mean_iou, of their counts (N, K) on the same N images, in order.
+    """Compare two models by a metric of ``METRICS`` of their counts (N, K) on the same N images, in the same order.
 
     Both are computed from the same draws of images; p is twice the smaller share of draws on one side of 0, at least 1 / draws.
     """
-    index = {"pixel_accuracy": 0, "mean_iou": 1}[metric]
-    draws = _resampled(a, seed)[index] - _resampled(b, seed)[index]
-    value = (pixel_accuracy, mean_iou)[index]
-    low, high = _interval(draws)
+    draws = _resampled(a, metric, seed) - _resampled(b, metric, seed)
+    value = METRICS[metric]
     tail = min(float((draws <= 0).mean()), float((draws >= 0).mean()))
-    return MaskDifference(float(value(a.total()) - value(b.total())), low, high, min(1.0, max(2 * tail, 1 / RESAMPLES)))
+    p_value = min(1.0, max(2 * tail, 1 / RESAMPLES))
+    return MaskDifference(float(value(a.total()) - value(b.total())), *_percentiles(draws), p_value)
 
 
-def _resampled(counts: Counts, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return pixel accuracy and mIoU of each resample, (R,)."""
+def _resampled(counts: Counts, metric: str, seed: int) -> np.ndarray:
+    """Return the metric of each resample, (R,)."""
     n = len(counts.hit)
     times = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    totals = Counts(*(times @ values for values in counts))
-    return pixel_accuracy(totals), mean_iou(totals)
+    return METRICS[metric](Counts(*(times @ values for values in counts)))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
+
+
+def counts_text(counts: Counts) -> list[str]:
+    """Return counts (N, K) as a text for each image, as ``clead.results.record.MaskResult`` has them.
+
+    >>> counts_text(Counts(np.array([[3, 0]]), np.array([[4, 0]]), np.array([[3, 0]])))
+    ['0 3 4 3']
+    """
+    values = np.stack(counts, -1)
+    return [", ".join(f"{k} {' '.join(map(str, row[k]))}" for k in np.flatnonzero(row.any(-1))) for row in values]
+
+
+def counts_of(texts: Sequence[str], num_classes: int) -> Counts:
+    """Return the counts (N, K) that ``counts_text`` wrote; raises ValueError if they are none of so many classes."""
+    values = np.zeros((len(texts), num_classes, 3), np.int64)
+    for image, text in enumerate(texts):
+        for each in filter(None, text.split(", ")):
+            k, *row = map(int, each.split(" "))
+            if not 0 <= k < num_classes or len(row) != 3:
+                raise ValueError(f"counts must be of a class in [0, {num_classes}), got {each!r}")
+            values[image, k] = row
+    return Counts(*np.moveaxis(values, -1, 0))

@@ -68,7 +68,7 @@ class RecordModel(BaseModel):
 
 
 class Estimate(RecordModel):
-    """A fraction of n images with its Wilson 95 % interval."""
+    """A fraction of n images with its Wilson 95 % interval; of masks a fraction of their pixels with one by bootstrap."""
 
     accuracy: float = Field(ge=0, le=1)
     low: float = Field(ge=0, le=1)
@@ -235,6 +235,38 @@ class Metric(RecordModel):
     robust_interval: tuple[float, float] | None = None
 
 
+class ClassIou(RecordModel):
+    """IoU of one class over all images, clean and in the worst case; None of a class that is in no mask and no answer."""
+
+    name: str
+    pixels: int
+    clean: float | None
+    robust: float | None
+
+
+class MaskResult(RecordModel):
+    """What masks have beside the share of right pixels, which is the record's accuracy; ``metrics`` has the mIoU.
+
+    Attributes:
+        size: height and width of the masks.
+        void: pixels that count for nothing.
+        attack_miou: mIoU under each attack alone, in their order.
+        classes: IoU per class.
+        clean: the pixels of each image: of each class that is there or predicted its number, right, predicted, true pixels, as text
+            such as ``0 12 15 14, 3 8 9 8``.
+        lowest_accuracy: the same after the attack that left the fewest right pixels of the image.
+        lowest_miou: the same after the attack that was chosen for the image to lower the mIoU of all.
+    """
+
+    size: tuple[int, int]
+    void: int
+    attack_miou: list[float]
+    classes: list[ClassIou]
+    clean: list[str]
+    lowest_accuracy: list[str]
+    lowest_miou: list[str]
+
+
 class Training(RecordModel):
     """What the training cost: ``forward_equivalents`` per training image (forward 1, backward to inputs 1, full backward 2)."""
 
@@ -249,7 +281,8 @@ class Training(RecordModel):
 class Record(RecordModel):
     """One model, one set of images, one threat: clean accuracy, each attack, and the worst case per image over all.
 
-    ``task`` says what is right, and ``metrics`` are further figures of it.
+    ``task`` says what is right, and ``metrics`` are further figures of it. Of masks accuracies are shares of pixels with bootstrap
+    intervals over images, there are no flags, and ``masks`` holds the rest.
     """
 
     schema_version: Literal[2, 3] = SCHEMA_VERSION
@@ -277,6 +310,7 @@ class Record(RecordModel):
     memory: Memory | None = None
     task: str = "classification"
     metrics: list[Metric] = Field(default_factory=list)
+    masks: MaskResult | None = None
     versions: dict[str, str]
     seconds: float
 

@@ -49,11 +49,12 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image: PNG as base64, its text alternative, and what stands below it."""
+    """An image: PNG as base64, its text alternative, and what stands below it; ``wide`` pictures have a line for themselves."""
 
     png: str
     alt: str
     caption: str = ""
+    wide: bool = False
 
 
 @dataclass(frozen=True)

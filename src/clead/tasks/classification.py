@@ -94,9 +94,8 @@ class Classification:
         if (value.dim() == 2 and value.shape[1] == 1) or (value.dim() == 0 and images == 1):
             value = value.reshape(-1)
         if value.dim() != 1:
-            raise UserError(
-                f"labels must be class numbers of shape ({images},), got {value.dtype} {shape}; give labels.flatten()"
-            )
+            remedy = 'for masks give task="segmentation"' if value.dim() > 2 else "give labels.flatten()"
+            raise UserError(f"labels must be class numbers of shape ({images},), got {value.dtype} {shape}; {remedy}")
         return value.long()
 
     def check_target(self, target: Tensor, images: int, num_classes: int | None = None) -> None:
@@ -125,10 +124,9 @@ class Classification:
     def check(self, outputs: Tensor, target: Tensor) -> None:
         """Raise UserError unless ``outputs`` are logits (B, K) and ``target`` is a class in [0, K) per image."""
         if outputs.dim() != 2 or not outputs.is_floating_point():
-            raise UserError(
-                f"logits must be float (B, K), got {outputs.dtype} {tuple(outputs.shape)}; "
-                "name the output that holds them: --model.output NAME"
-            )
+            hint = "name the output that holds them: --model.output NAME"
+            hint = "for a class per pixel give --task segmentation" if outputs.dim() == 4 else hint
+            raise UserError(f"logits must be float (B, K), got {outputs.dtype} {tuple(outputs.shape)}; {hint}")
         self.check_target(target, len(target), outputs.shape[1])
 
     def metrics(self, correct: Tensor, target: Tensor, num_classes: int) -> dict[str, Any]:
