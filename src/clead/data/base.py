@@ -299,7 +299,7 @@ class InMemoryDataset(ABC):
         raw = raw._replace(classes=tuple(map(printable, raw.classes)))
         raw, origin = assign_splits(self.grouped(self.selected(raw)), training)
         self._check(raw, training)
-        order = None if self.classes is None else renumber(raw, self.classes)
+        order = None if self.classes is None or raw.train.labels.dim() == 3 else renumber(raw, self.classes)
         fit, unreadable = ResizeSpec(self.image_size, self.resize, self.channels, self.background), ()
         remarks: Counter[str] = Counter()
         try:

@@ -56,15 +56,21 @@ REMARKS = {
 
 
 class ResizeSpec(NamedTuple):
-    """How images come to one shape: side in pixels or None, "squash" or "crop", channels 1, 3 or None.
+    """How images come to one shape: side in pixels, (height, width), or None, "squash" or "crop", channels 1, 3 or None.
 
     ``background``, "white" or "black", is what transparent pixels are composed on; None: transparency is dropped.
     """
 
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     resize: str = "squash"
     channels: int | None = None
     background: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Height and width, or None where they stay."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
 
 
 def decode(
@@ -148,7 +154,7 @@ def _check_memory(first: bytes, count: int, fit: ResizeSpec) -> None:
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         with Image.open(io.BytesIO(first), formats=FORMATS) as image:
-            width, height = (fit.image_size, fit.image_size) if fit.image_size else image.size
+            height, width = fit.shape or (image.height, image.width)
     except Exception:  # not known here, or not readable, which decoding says better
         return
     if (needed := count * width * height * (fit.channels or 3)) > memory:
@@ -177,7 +183,7 @@ def readable(blobs: Sequence[bytes], names: Sequence[str], fit: ResizeSpec) -> l
 def fit_arrays(images: Tensor, fit: ResizeSpec) -> Tensor:
     """Bring decoded images (N, C, H, W) uint8, C 1 or 3, to what ``fit`` asks; themselves if they agree."""
     _, channels, height, width = images.shape
-    size_agrees = fit.image_size is None or height == width == fit.image_size
+    size_agrees = fit.shape in (None, (height, width))
     if size_agrees and fit.channels in (None, channels):
         return images
     arrays = images.permute(0, 2, 3, 1).numpy()
@@ -276,7 +282,10 @@ def _fit_one(image: Image.Image, fit: ResizeSpec) -> np.ndarray:
     if fit.channels is not None:
         image = image.convert("L" if fit.channels == 1 else "RGB")
     size = fit.image_size
-    if size is not None and image.size != (size, size):
+    if isinstance(size, tuple):
+        if image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    elif size is not None and image.size != (size, size):
         if fit.resize == "crop":
             image = _resize_and_crop(image, size)
         else:

@@ -162,7 +162,8 @@ class Loader:
             whole = plain.new_zeros(len(chosen), *plain.shape[1:])
             whole[local] = plain
             plain = whole
-        first = self._draw(self.views.first, plain, progress, epoch, index, _FIRST_VIEW)
+        labels = self.labels[chosen].long()
+        first, labels = self._first_view(plain, labels, progress, epoch, index)
         second = (
             None
             if self.views.second is None
@@ -173,21 +174,26 @@ class Loader:
             assert self.views.num_classes is not None
             # Drawn on the CPU, so that every device sees the same boxes.
             generator = make_generator("cpu", self.seed, epoch, index, _CUTMIX)
-            first, soft = cutmix(
-                first, self.labels[chosen], self.views.num_classes, self.views.cutmix, generator=generator
-            )
+            first, soft = cutmix(first, labels, self.views.num_classes, self.views.cutmix, generator=generator)
         if local is not None:
-            chosen, first = chosen[local], first[local]
+            chosen, first, labels = chosen[local], first[local], labels[local]
             second, soft = (None if each is None else each[local] for each in (second, soft))
         stored = None if self.stored is None else self.stored[chosen].float()
         labelled = None if self.labelled is None else self.labelled[chosen]
-        labels = self.labels[chosen]
         return Batch(first, labels, second, index=chosen, soft_labels=soft, labelled=labelled, stored=stored)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from batch ``start`` on."""
         for index in range(start, self.steps_per_epoch):
             yield self.batch(epoch, index)
+
+    def _first_view(self, plain: Tensor, labels: Tensor, progress: float, *key: int) -> tuple[Tensor, Tensor]:
+        """Return the first view of the images and their labels; masks (B, H, W) are moved as the images are."""
+        augment = self.views.first
+        if augment is None or labels.dim() != 3:
+            return self._draw(augment, plain, progress, *key, _FIRST_VIEW), labels
+        generator = make_generator(self.device, self.seed, *key, _FIRST_VIEW)
+        return augment.with_masks(plain, labels, generator=generator, strength=augment.strength(progress))
 
     def _draw(self, augment: Augmentation | None, plain: Tensor, progress: float, *key: int) -> Tensor:
         if augment is None:

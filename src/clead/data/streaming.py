@@ -153,10 +153,10 @@ class StreamedImages:
     device = torch.device("cpu")
 
     def __init__(self, shards: Shards, rows: Tensor, fit: ResizeSpec, *, buffer: int, workers: int) -> None:
-        assert fit.image_size is not None and fit.channels is not None
+        assert fit.shape is not None and fit.channels is not None
         self.shards, self.rows, self.fit = shards, rows, fit
         self.buffer, self.workers = buffer, workers
-        self.shape = torch.Size((len(rows), fit.channels, fit.image_size, fit.image_size))
+        self.shape = torch.Size((len(rows), fit.channels, *fit.shape))
         Image.init()  # once, before the threads
         self._pool = ThreadPoolExecutor(workers, "clead-decode")
         self._ahead = ThreadPoolExecutor(1, "clead-ahead")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import field_validator, model_validator
 from torch import Tensor
 
+from clead.losses.pixels import VOID
 from clead.settings import Probability, setting, settings
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
@@ -127,6 +128,25 @@ class Augmentation:
         Raises:
             ValueError: the images are not a floating batch (B, C, H, W).
         """
+        return self._views(images, None, generator, strength)[0]
+
+    def with_masks(
+        self, images: Tensor, masks: Tensor, *, generator: torch.Generator, strength: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same views of the images, and their masks, (B, H, W) int64, moved alike; what nothing is known of is void.
+
+        Boxes are enlarged by the nearest pixel in masks. Cut-out squares are void. Arguments otherwise as of a call.
+        """
+        # Void is 0 in between: what comes in and what is cut out is 0 in images, too.
+        shifted = ((masks + 1) % (VOID + 1))[:, None].to(images.dtype)
+        images, moved = self._views(images, shifted, generator, strength)
+        assert moved is not None
+        return images, (moved[:, 0].long() - 1) % (VOID + 1)
+
+    def _views(
+        self, images: Tensor, masks: Tensor | None, generator: torch.Generator, strength: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the views, and ``masks``, (B, 1, H, W) with 0 for void, moved as they are."""
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"views need a float batch (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
         count, channels, height, width = images.shape
@@ -139,16 +159,22 @@ class Augmentation:
             return torch.randint(low, high, (count,), generator=generator, device=images.device)
 
         if self.crop:
-            images = shift(images, integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1), self.crop)
+            down, right = integer(-self.crop, self.crop + 1), integer(-self.crop, self.crop + 1)
+            images = shift(images, down, right, self.crop)
+            masks = None if masks is None else shift(masks, down, right, self.crop)
         if self.random_resized_crop:
             # Not 1 − s·(1 − area), which rounds where s = 1: views of published runs must not change.
             smallest, largest = (strength * area + (1 - strength) for area in self.random_resized_crop)
             area, ratio = uniform(smallest, largest), uniform(-strength * _ASPECT, strength * _ASPECT).exp()
             # A box that would stick out is cut to the image, where torchvision draws again: no loop.
             box_h, box_w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-            images = zoom(images, uniform() * (1 - box_h), uniform() * (1 - box_w), box_h, box_w)
+            top, left = uniform() * (1 - box_h), uniform() * (1 - box_w)
+            images = zoom(images, top, left, box_h, box_w)
+            masks = None if masks is None else zoom(masks, top, left, box_h, box_w, mode="nearest")
         if self.flip:
-            images = mirror(images, uniform() < 0.5)
+            mirrored = uniform() < 0.5
+            images = mirror(images, mirrored)
+            masks = None if masks is None else mirror(masks, mirrored)
         if self.color_jitter:
             jittering = strength * self.color_jitter
             spread = 0.8 * jittering
@@ -158,12 +184,14 @@ class Augmentation:
         if self.greyscale and channels == 3:
             images = torch.where(_each(uniform() < strength * self.greyscale), grey(images), images)
         if self.cutout:
-            images = cut(images, integer(0, height), integer(0, width), self.cutout)
+            row, column = integer(0, height), integer(0, width)
+            images = cut(images, row, column, self.cutout)
+            masks = None if masks is None else cut(masks, row, column, self.cutout)
         if self.gaussian:
             # Not clipped: certification does not clip either (Cohen et al. 2019, arXiv:1902.02918, sections 3.2 and 3.3).
             noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
             images = images + self.gaussian * noise
-        return images
+        return images, masks
 
 
 def shift(images: Tensor, down: Tensor, right: Tensor, most: int) -> Tensor:
@@ -178,15 +206,15 @@ def mirror(images: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(_each(chosen), images.flip(3), images)
 
 
-def zoom(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Enlarge each image's box, (B,) float as fractions of the image, to the whole, bilinearly."""
+def zoom(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, *, mode: str = "bilinear") -> Tensor:
+    """Enlarge each image's box, (B,) float as fractions of the image, to the whole; ``mode`` nearest leaves values as they are."""
     zero = torch.zeros_like(top)
     theta = torch.stack(
         [torch.stack([width, zero, 2 * left + width - 1], 1), torch.stack([zero, height, 2 * top + height - 1], 1)], 1
     )
     grid = F.affine_grid(theta.to(images.dtype), list(images.shape), align_corners=False)
-    zoomed = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return zoomed.clamp_(0, 1)  # rounding may exceed 1 by an ulp
+    zoomed = F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
+    return zoomed.clamp_(0, 1) if mode == "bilinear" else zoomed  # rounding may exceed 1 by an ulp
 
 
 def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:

@@ -74,6 +74,8 @@ def read_folder(root: Path) -> RawSplits:
     )
     if set(splits) == {"train"}:
         _refuse_unnamed_split(splits["train"], names)
+    for role, some in folders.items():
+        _refuse_masks(splits[role], some)
     owners = {folder: (role, folder.name) for role, some in folders.items() for folder in some}
     parts, skipped = _read_files(root, owners, names, splits)
     notes = [
@@ -120,12 +122,23 @@ def _read_unsplit(root: Path, base: Path) -> RawSplits:
             f"{root}: the images in {' and '.join(folder.name for folder in folders)} lie in no class folder, so that their "
             f"classes are unknown; put those of each class into {folders[0] / 'CLASS'}"
         )
+    _refuse_masks(base, folders)
     _refuse_one_class(base, folders)
     _refuse_split_lists(root, base)
     notes = _refuse_inner_splits(base, folders)
     names = class_order(folder.name for folder in folders)
     parts, skipped = _read_files(root, {folder: ("train", folder.name) for folder in folders}, names, {})
     return RawSplits(parts["train"], classes=tuple(names), skipped=skipped, notes=notes, unsplit=True)
+
+
+def _refuse_masks(base: Path, folders: Sequence[Path]) -> None:
+    """Raise UserError if the folders hold images and their masks: they are no classes."""
+    names = {folder.name.lower() for folder in folders}
+    if len(names) == 2 and names & {"images", "image", "imgs", "img"} and names & {"masks", "mask", "annotations"}:
+        raise UserError(
+            f"{base}: {_some(folders)} look like images and their masks, not like classes; give --data.name masks and --task "
+            "segmentation, or rename the folders"
+        )
 
 
 def _refuse_one_class(base: Path, folders: Sequence[Path]) -> None:

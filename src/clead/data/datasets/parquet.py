@@ -195,7 +195,9 @@ def _read_split(root: Path, shards: Sequence[Path], role: Role) -> _Split:
     return split._replace(labels=np.concatenate(labels), names=names[0], columns=whole)
 
 
-def images_in(shard: Path, column: str, root: Path, beside: list[Path]) -> tuple[list[bytes], list[str]]:
+def images_in(
+    shard: Path, column: str, root: Path, beside: list[Path], what: str = "image"
+) -> tuple[list[bytes], list[str]]:
     """Return a file's images and the paths that it tells of them; what lies beside it is read, and added to ``beside``."""
     values = _column(shard, column).to_pylist()
     blobs: list[bytes] = []
@@ -212,7 +214,7 @@ def images_in(shard: Path, column: str, root: Path, beside: list[Path]) -> tuple
         if blob is None:
             hint = f"; {path} does not lie beside it" if path else ""
             raise UserError(
-                f"{shard} row {row}: the image has no bytes{hint}; write the file with the images embedded, or remove the row"
+                f"{shard} row {row}: the {what} has no bytes{hint}; write the file with the {what}s embedded, or remove the row"
             )
         blobs.append(blob)
         paths.append(str(path or ""))
@@ -229,17 +231,21 @@ def _beside(path: str, folders: Sequence[Path]) -> Path | None:
 
 
 def choose_column(shard: Path, wanted: tuple[str, ...]) -> tuple[str, str | None]:
-    """Return which of the ``wanted`` columns, ``IMAGE`` or ``LABEL``, a file has, and a note if there are several.
+    """Return which of the ``wanted`` columns a file has, and a note if there are several: ``LABEL``, ``IMAGE``, or those of masks.
 
     Raises:
         UserError: there is none, or it is of a type that is not read.
     """
     schema = _schema(shard)
-    what = "image" if wanted is IMAGE else "label"
+    what = {IMAGE: "image", LABEL: "label"}.get(wanted, "mask")
     candidates = [name for name in wanted if name in schema.names]
     candidates += [each for each in schema.names if each.lower() in wanted and each not in candidates]
     if not candidates:
         example = f'table.rename_columns({{"NAME": "{what}"}})'
+        if wanted is LABEL and "mask" in schema.names:
+            raise UserError(
+                f"{shard}: has a column of masks and none of labels; give --data.name masks and --task segmentation"
+            )
         raise UserError(
             f"{shard}: needs a column {', '.join(map(repr, wanted[:2]))} or such with the {what}s, got {', '.join(schema.names)}; "
             f"rename one, with pyarrow: {example}"
@@ -248,8 +254,8 @@ def choose_column(shard: Path, wanted: tuple[str, ...]) -> tuple[str, str | None
     kind = str(schema.field(name).type)
     is_image = (kind.startswith("struct<") and "bytes: " in kind) or re.fullmatch(_BYTES, kind)
     is_label = re.fullmatch(f"{_INTEGER}|{_TEXT}|{_BYTES}", kind)
-    if not (is_image if wanted is IMAGE else is_label):
-        rule = "a struct of bytes and path, or bytes of image files" if wanted is IMAGE else "integers or text"
+    if not (is_label if wanted is LABEL else is_image):
+        rule = "integers or text" if wanted is LABEL else "a struct of bytes and path, or bytes of image files"
         remedy = "rewrite the file in Hugging Face's layout"
         if wanted is LABEL and kind in ("float", "double", "halffloat"):
             remedy = "convert it, with pandas: d = pandas.read_parquet(FILE); "
