@@ -1149,3 +1149,31 @@ def test_every_setting_of_a_server_is_an_option(monkeypatch):
     monkeypatch.delenv("CLEAD_API_KEY")
     app(["serve", "runs/x"], standalone_mode=False)
     assert given[1] == ServeSettings()
+
+
+def test_search_answers_with_the_nearest_items_of_a_gallery_of_other_classes(run, splits, tmp_path):
+    for row, name in enumerate(("cat", "cat", "dog")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{row}.png").write_bytes(encoded(splits.test.images[row][0].numpy()))
+    app = create_app([run], ServeSettings(threads=1, detector=None, gallery=tmp_path))
+    with TestClient(app) as client:
+        x = splits.test.images[:3].numpy()
+        answer = client.post("/v1/search?items=2", content=npy(x), headers=NPY).json()
+        assert answer["classes"] == ["cat", "dog"]
+        assert [result["items"][0]["index"] for result in answer["results"]] == [0, 1, 2]
+        assert [result["items"][0]["label"] for result in answer["results"]] == ["cat", "cat", "dog"]
+        for result in answer["results"]:
+            assert result["items"][0]["similarity"] == pytest.approx(1, abs=1e-5) and len(result["items"]) == 2
+            assert result["items"][1]["similarity"] <= result["items"][0]["similarity"] and result["suspicion"] is None
+        dogs = client.post("/v1/search?of=dog", content=npy(x[:1]), headers=NPY).json()["results"][0]["items"]
+        assert [item["label"] for item in dogs] == ["dog"]
+        refused = client.post("/v1/search?of=dgo", content=npy(x[:1]), headers=NPY)
+        assert refused.status_code == 422 and "did you mean 'dog'" in refused.json()["detail"]
+    (tmp_path / "one" / "test" / "dog").mkdir(parents=True)
+    (tmp_path / "dog" / "2.png").rename(tmp_path / "one" / "test" / "dog" / "2.png")
+    with pytest.raises(UserError, match="got only 'dog', which would answer every query"):
+        create_app([run], ServeSettings(threads=1, detector=None, gallery=tmp_path / "one"))
+
+
+def test_without_a_gallery_there_is_no_search(client):
+    assert client.post("/v1/search", content=b"", headers=NPY).status_code == 404

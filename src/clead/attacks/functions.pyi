@@ -335,6 +335,7 @@ def patch(
     step_size: float | str = 0.05,
     stride: int = 2,
     restarts: int = 5,
+    place: Literal["anywhere", "corner"] = "anywhere",
     seed: int = 0,
 ) -> Tensor:
     """Maximise the margin over the content and the place of one square patch per image.
@@ -356,6 +357,7 @@ def patch(
         step_size: length of a step (pixels in [0, 1]).
         stride: how far the patch moves at once; 0: it stays where it started (pixels).
         restarts: independent random places and contents (starts).
+        place: where it may be: anywhere, or in one of the four corners, where it stays.
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:

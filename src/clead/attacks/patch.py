@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class Patch:
     step_size: Ratio = setting(Ratio("0.05"), "length of a step", unit="pixels in [0, 1]", gt=0)
     stride: int = setting(2, "how far the patch moves at once; 0: it stays where it started", unit="pixels", ge=0)
     restarts: int = setting(5, "independent random places and contents", unit="starts", ge=1)
+    place: Literal["anywhere", "corner"] = setting(
+        "anywhere", "where it may be: anywhere, or in one of the four corners, where it stays"
+    )
 
     def side(self, height: int, width: int) -> int:
         """Return the patch's side in pixels, at least 1; raises UserError if it does not fit into the image."""
@@ -75,6 +79,8 @@ class Patch:
         content = torch.rand((len(rows), x.shape[1], side, side), generator=generator, device=x.device, dtype=x.dtype)
         room = torch.tensor([x.shape[2] - side, x.shape[3] - side], device=x.device)
         place = (torch.rand((len(rows), 2), generator=generator, device=x.device) * (room + 1)).long().clamp_max(room)
+        if self.place == "corner":
+            place = torch.where(2 * place > room, room, 0)
         for step in range(self.steps + 1):
             x_adv = paste(x[rows], content, place)
             with torch.enable_grad():
@@ -91,7 +97,7 @@ class Patch:
                 break
             slope = cut(gradient[~fell], place, side)
             moved = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
-            if self.stride:
+            if self.stride and self.place == "anywhere":
                 heading = torch.randint(4, (len(rows),), generator=generator, device=x.device)
                 ways = self.stride * torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]], device=x.device)
                 there = torch.minimum((place + ways[heading]).clamp_min(0), room)
@@ -113,7 +119,17 @@ class Patch:
             last = torch.where(lines, number, -1).amax(1)
             first = torch.where(lines, number, lines.shape[1]).amin(1)
             extent.append(last - first + 1)  # negative if nothing has changed
-        return (extent[0] <= side) & (extent[1] <= side)
+        within = (extent[0] <= side) & (extent[1] <= side)
+        if self.place == "anywhere":
+            return within
+        height, width = x.shape[2:]
+        in_corner = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for rows in (slice(0, side), slice(height - side, height)):
+            for columns in (slice(0, side), slice(width - side, width)):
+                outside = changed.clone()
+                outside[:, rows, columns] = False
+                in_corner |= ~outside.flatten(1).any(1)
+        return in_corner
 
 
 def _window(place: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:

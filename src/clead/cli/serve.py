@@ -38,7 +38,7 @@ def serve(
 ) -> None:
     """Serve runs over HTTP: clead serve RUN ... [--engine onnx] [--data.path PLACE] [--train.device cpu].
 
-    POST /v1/predict and /v1/explain; /docs describes them.
+    POST /v1/predict and /v1/explain, and /v1/search with --gallery FOLDER; /docs describes them.
     """
     from clead.cli.arguments import only, runs_and_overrides
     from clead.inference.settings import ServeSettings

@@ -32,9 +32,11 @@ from clead.models.split import SplitModel, weights
 from clead.progress import progress
 from clead.results.record import Estimate
 from clead.runs.directory import RunDir
+from clead.runs.gallery import read_gallery
 from clead.runs.loading import evaluated_images, load_model
 from clead.tasks import Task
 from clead.tasks.classification import Classification
+from clead.tasks.retrieval import check_gallery
 from clead.weights.files import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ class FittedDetector:
 
 @dataclass(frozen=True)
 class Reference:
-    """Training images (N, C, H, W) uint8, labels (N,), places in the training set (N,), and directions of features (N, D)."""
+    """Images (N, C, H, W) uint8, labels (N,), places in the training set or gallery (N,), and directions of features (N, D)."""
 
     images: Tensor
     labels: Tensor
@@ -118,7 +120,7 @@ class Reference:
     thumbnails: bool
 
     def nearest(self, features: np.ndarray, k: int, label: int | None = None) -> list[list[dict[str, Any]]]:
-        """Return for each row of features (n, D) the ``k`` training images of most similar direction, of one class if given."""
+        """Return for each row of features (n, D) the ``k`` images of most similar direction, of one class if given."""
         among = torch.arange(len(self.labels)) if label is None else (self.labels == label).nonzero()[:, 0]
         directions = self.directions if label is None else self.directions[among]
         cosines = functional.normalize(torch.from_numpy(features), dim=1) @ directions.T
@@ -154,6 +156,7 @@ class ServedModel:
         network: what computes: ``model``, or the same exported to onnxruntime.
         detector: the fitted detector, or None.
         reference: training images, or None.
+        gallery: the images of ``settings.gallery``, or None.
     """
 
     def __init__(self, name: str, path: str | Path, settings: ServeSettings, overrides: Sequence[str] = ()) -> None:
@@ -180,6 +183,15 @@ class ServedModel:
             log.warning("%s: the detector %s goes by one class per image: none is served", name, settings.detector)
         elif settings.detector is not None:
             self._fit_detector(settings)
+        self.gallery: Reference | None = None
+        if settings.gallery is not None:
+            items, names = read_gallery(settings.gallery, self.shape)
+            with progress(f"{self.name}: reading the gallery", len(items), show=len(items) > 2000) as tick:
+                features = self._each(items.images, self.network.features, "the features of a gallery image are", tick)
+            directions = functional.normalize(features, dim=1).cpu()
+            check_gallery(directions, items.labels, classes=names)
+            index = torch.arange(len(items))
+            self.gallery = Reference(items.images, items.labels, index, directions, names, settings.thumbnails)
 
     def _fit_detector(self, settings: ServeSettings) -> None:
         """Fit the detector on training images and set its threshold on validation images, both clean."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 from pydantic import SecretStr, model_validator
@@ -42,8 +43,12 @@ class ServeSettings:
         "Training images, evenly by class, on which the detector is fitted and among which neighbours are sought.",
         ge=20,
     )
+    gallery: Path | None = setting(
+        None,
+        "Images of any layout and any classes, among which /v1/search seeks the nearest to a query; none: there is no such path.",
+    )
     thumbnails: bool = setting(
-        True, "Whether /v1/explain shows the neighbouring training images; not if these are private."
+        True, "Whether /v1/explain and /v1/search show the images that they name; not if these are private."
     )
     api_key: SecretStr | None = setting(
         None,

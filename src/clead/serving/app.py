@@ -18,7 +18,7 @@ from clead.serving import openapi
 from clead.serving.auth_limits import Gate
 from clead.serving.error_handlers import HANDLERS
 from clead.serving.metrics import Metrics
-from clead.serving.schemas import ExplainAnswer, Health, PredictAnswer
+from clead.serving.schemas import ExplainAnswer, Health, PredictAnswer, SearchAnswer
 from clead.serving.service import Service
 
 _ABOUT = """
@@ -88,6 +88,10 @@ def _add_paths(app: FastAPI, service: Service, settings: ServeSettings) -> None:
     if settings.detector is not None:
         about = "Classify images, and show their nearest training images and how suspicious they are"
         app.add_api_route("/v1/explain", service.explain, summary=about, response_model=ExplainAnswer, **images)
+
+    if settings.gallery is not None:
+        about = "Find the items of the gallery that are nearest to images"
+        app.add_api_route("/v1/search", service.search, summary=about, response_model=SearchAnswer, **images)
 
     def unwell(meaning: str) -> dict[Any, dict[str, Any]]:
         return openapi.refusals((*openapi.ANY_PATH, 503), locked=locked, unavailable=meaning)

@@ -20,7 +20,7 @@ HEALTH = frozenset({"/healthz", "/readyz"})
 OPEN = frozenset({*HEALTH, "/openapi.json", "/docs", "/redoc"})
 """Paths that need no API key, with what /docs and /redoc load; they say nothing about a model but its classes."""
 ASSETS = "/static-offline-docs/"
-_NAMED = frozenset({*OPEN, "/metrics", "/v1/predict", "/v1/explain"})
+_NAMED = frozenset({*OPEN, "/metrics", "/v1/predict", "/v1/explain", "/v1/search"})
 _MAX_LOGGED = 300  # characters of a path
 
 

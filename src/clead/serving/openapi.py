@@ -73,11 +73,13 @@ def body(models: Iterable[ServedModel], settings: ServeSettings) -> dict[str, An
 def complete(document: dict[str, Any], models: Mapping[str, ServedModel]) -> None:
     """Write the names of models and classes into the document, and that refusals are problem details."""
     classes = list(dict.fromkeys(name for model in models.values() for name in model.classes))
-    for operation in (operation for path in document["paths"].values() for operation in path.values()):
+    galleries = dict.fromkeys(name for model in models.values() if model.gallery for name in model.gallery.classes)
+    for where, operation in ((where, each) for where, path in document["paths"].items() for each in path.values()):
+        known = list(galleries) if where == "/v1/search" else classes
         if "requestBody" not in operation:
             operation["responses"].pop("422", None)
         for parameter in operation.get("parameters", []):
-            if names := {"model": list(models), "of": classes}.get(parameter["name"]):
+            if names := {"model": list(models), "of": known}.get(parameter["name"]):
                 parameter["schema"] = {"type": "string", "enum": names}
         for status, response in operation["responses"].items():
             if status != "200" and (schema := response.get("content", {}).pop("application/json", None)):

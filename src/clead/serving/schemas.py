@@ -27,6 +27,16 @@ class ExplainQuery(PredictQuery):
     of: str | None = Field(None, description="Only neighbours of this class: what speaks for it.")
 
 
+class SearchQuery(BaseModel):
+    """Which model answers, how many items are shown, and of which class."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="Name of the run; the first one by default.")
+    items: int = Field(5, ge=1, le=50, description="Items of the gallery shown for each image.")
+    of: str | None = Field(None, description="Only items of this class of the gallery.")
+
+
 class Suspicion(BaseModel):
     """The detector's score; larger is more suspicious. ``threshold`` null: no image is rejected."""
 
@@ -91,6 +101,27 @@ class ExplainAnswer(BaseModel):
     classes: list[str]
     explanations: list[Explanation]
     detector: DetectorAnswer
+
+
+class ItemAnswer(NeighbourAnswer):
+    """An item of the gallery whose features point in a similar direction."""
+
+    index: int = Field(description="Its place in the gallery, as the images are read.")
+
+
+class SearchResult(BaseModel):
+    """The items nearest to one image, the nearest first, and the detector's score of the image."""
+
+    items: list[ItemAnswer]
+    suspicion: Suspicion | None = Field(description="null: the server has no detector.")
+
+
+class SearchAnswer(BaseModel):
+    """Results in the order of the images; ``classes`` are the gallery's."""
+
+    model: str
+    classes: list[str]
+    results: list[SearchResult]
 
 
 class Health(BaseModel):

@@ -20,7 +20,7 @@ from clead.inference.request_parsing import Buffers, body_kind, read_body, read_
 from clead.inference.settings import ServeSettings
 from clead.serving.batching import Batcher
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
-from clead.serving.schemas import ExplainQuery, Health, PredictQuery
+from clead.serving.schemas import ExplainQuery, Health, PredictQuery, SearchQuery
 
 _MAX_SHOWN = 640  # training images in one answer; with 32×32 pixels some 2 MB
 _DEAD = 10  # a worker counts as dead when a batch takes so many times as long as a request may
@@ -67,7 +67,7 @@ class Service:
     async def explain(self, request: Request, query: Annotated[ExplainQuery, Query()]) -> Response:
         """Answer with predictions, the nearest training images, and what the detector is worth."""
         model = self._model(query)
-        label = _class_index(model, query.of)
+        label = _class_index(model.name, model.classes, query.of)
 
         def explained(outputs: Outputs) -> dict[str, Any]:
             count = len(outputs.probabilities)
@@ -85,6 +85,25 @@ class Service:
             return answer | {"detector": _about(model.detector)}
 
         return await self._answer(request, model, explained, in_thread=True)
+
+    async def search(self, request: Request, query: Annotated[SearchQuery, Query()]) -> Response:
+        """Answer with the nearest items of the gallery."""
+        model = self._model(query)
+        gallery = model.gallery
+        assert gallery is not None  # there is no such path without a gallery
+        label = _class_index(f"the gallery of {model.name}", gallery.classes, query.of)
+
+        def sought(outputs: Outputs) -> dict[str, Any]:
+            count = len(outputs.features)
+            if (shown := count * query.items) > _MAX_SHOWN:
+                text = f"items: at most {_MAX_SHOWN} items are shown in one answer, got {count} images times"
+                raise Problem(422, f"{text} {query.items} items, {shown}; ask for fewer")
+            nearest = gallery.nearest(outputs.features, query.items, label)
+            scores = self._suspicions(model, outputs)
+            results = [{"items": each, "suspicion": score} for each, score in zip(nearest, scores, strict=True)]
+            return {"model": model.name, "classes": gallery.classes, "results": results}
+
+        return await self._answer(request, model, sought, in_thread=True)
 
     async def healthz(self) -> Health:
         """Say that the server lives, or which worker will give no answers any more."""
@@ -110,7 +129,7 @@ class Service:
     def _health(self, status: Literal["ok", "ready"]) -> Health:
         return Health(status=status, version=__version__, models=list(self.models))
 
-    def _model(self, query: PredictQuery) -> ServedModel:
+    def _model(self, query: PredictQuery | SearchQuery) -> ServedModel:
         """Return the model that a request names, the first one by default."""
         name = next(iter(self.models)) if query.model is None else query.model
         if name not in self.models:
@@ -167,17 +186,23 @@ class Service:
             {**_named(answer, model.classes, row), "probabilities": row, "suspicion": None}
             for answer, row in zip(answers, rows, strict=True)
         ]
-        if model.detector is None or outputs.suspicion is None:
-            return predictions
-        threshold, count = model.detector.threshold, 0
-        for prediction, score in zip(predictions, outputs.suspicion.tolist(), strict=True):
-            rejected = threshold is not None and score > threshold
-            prediction["suspicion"] = {"score": score, "threshold": threshold, "rejected": rejected}
-            count += rejected
-            if rejected and query.reject == "true":
+        for prediction, suspicion in zip(predictions, self._suspicions(model, outputs), strict=True):
+            prediction["suspicion"] = suspicion
+            if suspicion is not None and suspicion["rejected"] and query.reject == "true":
                 prediction["label"] = None
-        self.metrics.rejected.labels(model.name).inc(count)
         return predictions
+
+    def _suspicions(self, model: ServedModel, outputs: Outputs) -> list[dict[str, Any] | None]:
+        """Return one ``Suspicion`` per image, as plain data, and count those that the detector rejects."""
+        if model.detector is None or outputs.suspicion is None:
+            return [None] * len(outputs.features)
+        threshold = model.detector.threshold
+        suspicions: list[dict[str, Any] | None] = []
+        for score in outputs.suspicion.tolist():
+            rejected = threshold is not None and score > threshold
+            suspicions.append({"score": score, "threshold": threshold, "rejected": rejected})
+            self.metrics.rejected.labels(model.name).inc(rejected)
+        return suspicions
 
 
 def _named(answer: int | list[int], classes: Sequence[str], probabilities: list[float]) -> dict[str, Any]:
@@ -194,10 +219,10 @@ def _about(detector: FittedDetector) -> dict[str, Any]:
     return facts | {"warning": _WARNING if detector.measured else _WARNING + _UNMEASURED}
 
 
-def _class_index(model: ServedModel, name: str | None) -> int | None:
+def _class_index(owner: str, classes: tuple[str, ...], name: str | None) -> int | None:
     if name is None:
         return None
-    if name not in model.classes:
-        known = did_you_mean(name[:60], model.classes)
-        raise Problem(422, f"of: {model.name} has no such class, got {name[:60]!r}; {known}")
-    return model.classes.index(name)
+    if name not in classes:
+        known = did_you_mean(name[:60], classes)
+        raise Problem(422, f"of: {owner} has no such class, got {name[:60]!r}; {known}")
+    return classes.index(name)

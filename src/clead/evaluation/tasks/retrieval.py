@@ -87,9 +87,20 @@ def evaluate(
         clean = sum(evaluation.record.clean_flags) / len(images)
         figures = measure_gallery(attack, images, evaluation.adversarial, state, settings.seed, show=options.show)
         update |= {"metrics": metrics(figures, clean), "seconds": evaluation.record.seconds + state_seconds(state)}
+        evaluation.artifacts.update(_scores(figures))
         if path is not None:
             discard(path)
     return dataclasses.replace(evaluation, record=evaluation.record.model_copy(update=update))
+
+
+def _scores(figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the report draws the ROC of verification from: pairs of one class first."""
+    labels = torch.cat([torch.ones(len(figures["same"])), torch.zeros(len(figures["different"]))])
+    return {
+        "score_clean": torch.cat([figures["same"], figures["different"]]),
+        "score_worst": torch.cat([figures["robust_same"], figures["robust_different"]]),
+        "score_labels": labels,
+    }
 
 
 def state_seconds(state: ResumableResults) -> float:
