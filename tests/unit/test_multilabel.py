@@ -118,6 +118,8 @@ def test_parquet_files_have_lists_of_labels(tmp_path):
         images = [{"bytes": noise_png(8, 8, seed=k), "path": None} for k in range(len(lists))]
         unknown = [["owl"] if each == ["dog"] else [] for each in lists]
         pq.write_table(pa.table({"image": images, "labels": lists, "unknown": unknown}), tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="--task multilabel --data.name multilabel"):
+        load_recipe("digits-pgd-at", ["--data.path", str(tmp_path)]).data.load(0)
     splits = MultiLabelImages(path=tmp_path, val_fraction=0.2).load(0)
     assert splits.classes == ("cat", "dog", "owl") and splits.test.labels.tolist() == [[0, 0, 1], [1, 0, 0]]
     assert sorted(torch.cat([splits.train.labels, splits.val.labels]).tolist())[1:3] == [[0, 0, 0], [0, 0, 1]]

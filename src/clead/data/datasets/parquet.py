@@ -260,6 +260,8 @@ def choose_column(shard: Path, wanted: tuple[str, ...]) -> tuple[str, str | None
         if wanted is LABEL and kind in ("float", "double", "halffloat"):
             remedy = "convert it, with pandas: d = pandas.read_parquet(FILE); "
             remedy += f"d[{name!r}] = d[{name!r}].astype(int); d.to_parquet(FILE)"
+        if wanted is LABEL and "list<" in kind:
+            remedy = "several labels per image are read with --task multilabel --data.name multilabel"
         raise UserError(f"{shard}: the column {name!r} must be {rule}, got {kind[:60]}; {remedy}")
     further = candidates[1:]
     note = f"the column {name!r} holds the {what}s, not {' or '.join(map(repr, further))}" if further else None

@@ -154,7 +154,7 @@ def _listed(file: Path) -> tuple[list[Listed], list[str], list[str]]:
     ]:
         raise UserError(
             f"{file} line {several[0]}: a list of labels makes it a multi-label set, and a classifier here tells one class for "
-            "each image; keep one label"
+            "each image; keep one label, or write a CSV with a column for each label: --task multilabel --data.name multilabel"
         )
     names = [row[path_column] for row in table.rows]
     files = resolved(names, file)
