@@ -105,16 +105,16 @@ def test_a_training_in_evaluation_mode_keeps_the_statistics_and_draws_nothing(tm
 
 def test_the_attack_is_made_in_the_mode_that_is_asked_for(tmp_path, monkeypatch):
     seen = []
-    original = PGDAT._attack
+    original = PGDAT.adversaries
 
-    def spy(self, model, x, y, step):
+    def spy(self, model, batch, y, step):
         def attack(objective, images, threat, *, generator=None):
             seen.append((model.module[1].training, model.module[5].training))
             return images
 
-        return original(self, model, x, y, step._replace(attack=attack))
+        return original(self, model, batch, y, step._replace(attack=attack))
 
-    monkeypatch.setattr(PGDAT, "_attack", spy)
+    monkeypatch.setattr(PGDAT, "adversaries", spy)
     fit(tmp_path / "eval")
     assert set(seen) == {(False, False)}
     seen.clear()

@@ -190,7 +190,9 @@ class Clock:
 
         self.now = 0.0
         for module in (trainer, command):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=self, strftime=lambda _: "now"))
+            monkeypatch.setattr(
+                module, "time", SimpleNamespace(monotonic=self, process_time=self, strftime=lambda _: "now")
+            )
 
     def __call__(self):
         self.now += 0.1

@@ -350,7 +350,7 @@ def test_the_state_of_another_measurement_is_refused(name, change, says, run, co
         (("distances", "--attacks", ""), "at least one image and one attack"),
         (("attack", "--attack.name", "spatail"), "unknown attack 'spatail'; did you mean 'spatial'"),
         (("attack", "--attack.name", "zzzzzz"), "known: apgd, cw, deepfool"),
-        (("attack", "--attack.name", "zzzzzz"), "patch, pgd, rays, spatial, square"),
+        (("attack", "--attack.name", "zzzzzz"), "patch, pgd, pgd_cd, rays, spatial, square"),
         (("attack", "--attack.name", "spatial", "--attack.degree", "3"), "attack.degree: unknown key; did you mean"),
         (("attack", "--attack.name", "spatial", "--attack.degrees", "999"), "attack.degrees: "),
         (("attack", "--attack.name", "spatial", "--threat.eps", "0.1"), "--threat.eps: changes nothing here"),

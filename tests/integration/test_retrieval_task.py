@@ -15,6 +15,8 @@ from clead.cli.app import app
 from clead.errors import UserError
 from clead.tasks.retrieval import Retrieval
 
+pytestmark = pytest.mark.slow
+
 SMALL = "--eval.images 20 --eval.check_images 0 --eval.curve_points 0 --eval.steps 3 --data.keep_classes 7,8,9"
 SMALL = SMALL.split()
 

@@ -1143,7 +1143,14 @@ def test_every_setting_of_a_server_is_an_option(monkeypatch):
     monkeypatch.setenv("CLEAD_API_KEY", KEY)
     app([*arguments, "--engine", "onnx"], standalone_mode=False)
     fields = ServeSettings.__pydantic_fields__
-    expected = {**numbers, "engine": "onnx", "detector": None, "thumbnails": False, "allowed_hosts": ("a.org", "b.org")}
+    expected = {
+        **numbers,
+        "engine": "onnx",
+        "detector": None,
+        "gallery": None,
+        "thumbnails": False,
+        "allowed_hosts": ("a.org", "b.org"),
+    }
     assert {**expected, "api_key": given[0].api_key} == {key: getattr(given[0], key) for key in fields}
     assert given[0].api_key.get_secret_value() == KEY
     monkeypatch.delenv("CLEAD_API_KEY")

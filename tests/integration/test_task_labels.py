@@ -22,6 +22,8 @@ from clead.playground.comparison import attack_image, open_comparison
 from clead.serving import create_app
 from clead.settings import Ratio
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     *("--train.epochs", "6", "--train.validate_every", "3", "--train.validate_images", "40", "--model.width", "8"),
     *("--attack.steps", "2", "--data.batch_size", "64", "--threat.eps", "0.1", "--train.device", "cpu"),

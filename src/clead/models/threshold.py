@@ -16,6 +16,7 @@ class AtThreshold(SplitModel):
 
     State, names of the parameters and features are those of ``model``.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     >>> (AtThreshold(net, 3.0)(torch.zeros(1, 1, 1, 1)) - net(torch.zeros(1, 1, 1, 1))).round().tolist()
     [[3.0, 0.0]]
