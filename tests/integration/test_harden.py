@@ -117,15 +117,17 @@ def timed(name, passes, pretrained=False):
 
 
 @pytest.mark.parametrize(
-    ("passes", "chosen"),
+    ("passes", "images", "chosen"),
     [
-        ({"small": 90, "medium": 30, "large": 10}, "medium"),
-        ({"small": 9, "medium": 3, "large": 1}, "small"),
-        ({"small": 90, "medium": 30, "large": 25}, "large"),
+        ({"small": 90, "medium": 30, "large": 10}, 50_000, "medium"),
+        ({"small": 9, "medium": 3, "large": 1}, 50_000, "small"),
+        ({"small": 90, "medium": 30, "large": 25}, 50_000, "large"),
+        ({"small": 90, "medium": 30, "large": 25}, 1318, "small"),  # 3,000 steps of 32 images are 73 passes
+        ({"small": 300, "medium": 80, "large": 25}, 1318, "medium"),
     ],
 )
-def test_the_network_goes_by_the_time(passes, chosen):
-    assert plan.choose([timed(name, count) for name, count in passes.items()]).candidate.name == chosen
+def test_the_network_goes_by_the_time(passes, images, chosen):
+    assert plan.choose([timed(name, count) for name, count in passes.items()], images).candidate.name == chosen
 
 
 @pytest.mark.parametrize(

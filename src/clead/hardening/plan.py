@@ -30,6 +30,8 @@ PASSES = 20
 BALANCED = 3
 """Classes are drawn equally often where the largest has more than so many times the images of the smallest."""
 BATCH, PRETRAINED_BATCH, STEPS = 128, 64, 1000
+SMALL_BATCH, ENOUGH_STEPS = 32, 3000
+"""A network from scratch has to take so many steps, of so small a batch if need be (docs/harden.md has the trial)."""
 """The usual batches, from scratch and pre-trained, and the steps below which a smaller one is taken."""
 _VALIDATION = 0.05  # of the training time
 _SMALLEST = 32  # pixels a side, below which images are not made smaller to save time
@@ -121,9 +123,9 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         data["augment"]["crop"] = max(1, data["image_size"] // 8)
         reasons["data.image_size"] = "larger images leave too few passes in the time: more --minutes, or --image-size"
     for tree, each in zip(trees[1:], choices[1:], strict=True):
-        if timed[-1].passes >= PASSES:  # a larger network is not taken otherwise
+        if timed[-1].passes >= passes_needed(len(splits.train)):  # a larger network is not taken otherwise
             timed.append(_timed(tree, each, splits, options, limit))
-    chosen = choose(timed)
+    chosen = choose(timed, len(splits.train))
     tree = trees[choices.index(chosen.candidate)]
     step = chosen.step
     fast = {"precision": step.precision, "channels_last": step.channels_last, "compile": step.compile}
@@ -168,12 +170,17 @@ def _seconds(minutes: float, evaluation: float) -> dict[str, float]:
     return {"baseline": BASELINE * whole, "robust": robust, "evaluation": evaluation, "rest": REST * whole}
 
 
-def choose(timed: Sequence[_Timed]) -> _Timed:
+def passes_needed(images: int) -> float:
+    """Return how often a network from scratch has to pass over so many images to learn enough."""
+    return max(PASSES, ENOUGH_STEPS * SMALL_BATCH / images)
+
+
+def choose(timed: Sequence[_Timed], images: int) -> _Timed:
     """Return the network to train.
 
-    The largest that passes over the images ``PASSES`` times, or else the smallest.
+    The largest that passes over the images often enough, or else the smallest.
     """
-    enough = [each for each in timed if each.passes >= PASSES]
+    enough = [each for each in timed if each.passes >= passes_needed(images)]
     return enough[-1] if enough else timed[0]
 
 
@@ -286,7 +293,7 @@ def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOp
     if options.model is not None:
         why = "you named it"
     else:
-        why = f"the largest that passes {PASSES} times over {images:,} images, or else the smallest"
+        why = f"the largest that passes {passes_needed(images):.0f} times over {images:,} images, or else the smallest"
     layout = "channels_last" if step.channels_last else "contiguous"
     reasons = {
         "model": f"{why}; about {chosen.passes:.0f} passes in the time",
