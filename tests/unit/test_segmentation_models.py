@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from clead.api.training import train
 from clead.attacks.runner import image_gradient
+from clead.config.recipes import load_recipe
 from clead.config.schema import build
 from clead.errors import UserError
 from clead.models import MODELS
@@ -134,3 +136,11 @@ def test_the_last_convolution_of_a_users_module_is_replaced_for_other_classes():
 
     model = AdaptedModel(Net("torchvision"), sample_shape=SHAPE, num_classes=4, new_head=True)
     assert model(torch.rand(1, *SHAPE)).shape == (1, 4, *SHAPE[1:]) and "5 → 4 classes" in model.origin[0]
+
+
+@pytest.mark.parametrize("network", ["unet", "deeplab"])
+def test_a_network_for_masks_is_refused_where_images_have_one_class(network, tmp_path):
+    config = load_recipe("digits-standard", ["--model.name", network, "--train.device", "cpu", "--train.epochs", "1"])
+    with pytest.raises(UserError, match=f"{network} answers per pixel.*task classification.*--model.name small_cnn"):
+        train(config, out=tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()

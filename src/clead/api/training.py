@@ -33,8 +33,9 @@ from clead.output import tell
 from clead.results.provenance import environment
 from clead.runs.directory import NOTES, RunDir
 from clead.runs.loading import build, evaluated_images, image_shape, load_model
-from clead.tasks import task_name
+from clead.tasks import Task, task_name
 from clead.tasks.classification import Classification
+from clead.tasks.segmentation import Segmentation
 from clead.training.freezing import start_from, unfrozen_afterwards
 from clead.training.profile import profile_training
 from clead.training.pseudo_labels import PSEUDO_LABELS, pseudo_labels, unlabelled_sets, with_pseudo_labels
@@ -331,6 +332,16 @@ def _check_labels_hidden(config: RunConfig, teacher: RunConfig, source: str) -> 
         )
 
 
+def _check_answers(logits: Tensor, task: Task, name: str) -> None:
+    """Raise UserError unless ``logits`` are per image or per pixel, as ``task`` needs them."""
+    per_pixel = logits.dim() == 4
+    if per_pixel != isinstance(task, Segmentation):
+        given = "pixel, which is for segmentation" if per_pixel else "image"
+        network = "small_cnn" if per_pixel else "unet"
+        remedy = f"give --model.name {network}" + ", or --task segmentation and data with masks" * per_pixel
+        raise UserError(f"model {name} answers per {given}, got task {task_name(task)}; {remedy}")
+
+
 def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: int) -> None:
     """Raise UserError, before anything is written, if a training of ``config`` cannot go on with this model.
 
@@ -352,7 +363,8 @@ def _check_model(model: SplitModel, config: RunConfig, splits: Splits, piece: in
     try:
         with fork_rng(0):
             with attack_mode(model), torch.no_grad():
-                model(torch.zeros(2, *shape, device=device))
+                logits = model(torch.zeros(2, *shape, device=device))
+            _check_answers(logits, config.task, name)
             if not isinstance(model, AdaptedModel):
                 return
             methods = [training.method for training in config.trainings()]
