@@ -22,7 +22,7 @@ from clead.evaluation.tasks.retrieval import GalleryAttack, measure_gallery, met
 from clead.interfaces import ImageSet
 from clead.models.nearest import TEMPERATURE, NearestItem
 from clead.models.split import SplitModel
-from clead.runs.gallery import cut_gallery
+from clead.runs.gallery import cut_gallery, make_gallery
 from clead.tasks.classification import TOWARDS_CLASS
 from clead.tasks.retrieval import Retrieval, average_precision, check_gallery, class_similarity, verification_roc
 from clead.threats.linf import Linf
@@ -243,3 +243,21 @@ def test_classes_that_are_not_kept_are_not_there_and_the_others_are_numbered_ane
     assert "only images of 3 of 4 classes are read" in raw.notes[0]
     with pytest.raises(UserError, match=r"data.keep_classes must name classes that are there, got 'dgo'; did you mean"):
         with_classes(raw, "dgo")
+
+
+def test_an_image_is_never_asked_for_where_it_is_an_item_itself(tmp_path):
+    from PIL import Image
+
+    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for number in range(4):  # two items of each class
+        folder = tmp_path / "cats and dogs" / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number, 0].numpy()).save(folder / f"{number}.png")
+    task = Retrieval(gallery=tmp_path / "cats and dogs")
+    data = ImageSet(images, torch.arange(6) % 2)
+    made = make_gallery(task, data, ("cat", "dog"))
+    assert (
+        torch.equal(made.queries.images, images[4:]) and "4 images that are items of the gallery, too" in made.notes[1]
+    )
+    with pytest.raises(UserError, match="all 4 images to ask with are items of .*would find themselves"):
+        make_gallery(task, data.subset(torch.arange(4)), ("cat", "dog"))

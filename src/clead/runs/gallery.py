@@ -77,14 +77,27 @@ def make_gallery(task: Retrieval, images: ImageSet, classes: Sequence[str]) -> G
     numbers, _ = match_names(classes, [(name,) for name in names])
     known = torch.tensor([numbers.get(name, -1) for name in classes])[images.labels]
     queries = dataclasses.replace(images, labels=known).subset((known >= 0).nonzero()[:, 0])
+    content = {image.numpy().tobytes() for image in items.images}
+    asked = torch.tensor([image.numpy().tobytes() not in content for image in queries.images], dtype=torch.bool)
+    same = int((~asked).sum())
+    if same and same == len(queries):
+        raise UserError(
+            f"task.gallery: all {same} images to ask with are items of {task.gallery}, and would find themselves; give one of "
+            "other images, or leave --task.gallery out"
+        )
+    queries = queries.subset(asked.nonzero()[:, 0])
     if not len(queries):
         raise UserError(
             f"task.gallery: no image of the data is of a class of the gallery, {', '.join(names[:_NAMED])} …, got "
             f"{', '.join(classes[:_NAMED])} …; name the classes alike, or leave --task.gallery out"
         )
     notes = [f"the gallery is {len(items)} images of {len(names)} classes in {task.gallery}"]
-    if len(queries) < len(images):
-        notes.append(f"{len(images) - len(queries)} images of classes that the gallery has no item of are left out")
+    if same:
+        notes.append(f"{same} images that are items of the gallery, too, are left out: they would find themselves")
+    if len(queries) + same < len(images):
+        notes.append(
+            f"{len(images) - len(queries) - same} images of classes that the gallery has no item of are left out"
+        )
     return Gallery(items, queries, names, tuple(notes))
 
 
