@@ -98,3 +98,20 @@ def test_data_and_outputs_of_other_tasks_are_refused_with_the_one_that_fits():
         task.check(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(UserError, match="threshold"):
         clead.load_recipe("digits-pgd-at", ["--task", "binary", "--task.threshold", "1"])
+
+
+def test_a_score_that_is_not_a_number_counts_as_wrong_as_can_be():
+    class Broken(nn.Module):
+        def forward(self, x):
+            z = linear()(x)
+            return torch.where(x[:, :1, 0, 0] < 0.45, torch.nan, z)
+
+    x, y = images()
+    lost = x[:, 0, 0, 0] < 0.45
+    assert lost.any() and y[lost].any() and not y[lost].all()
+    record = clead.evaluate(Broken().eval(), x, y, task="binary", suite="pgd", eps=0.01, steps=2, **PLAIN)
+    area = next(metric for metric in record.metrics if "ROC" in metric.name)
+    z = linear()(x)[:, 0].detach()
+    z = torch.where(lost, torch.where(y == 1, -torch.inf, torch.inf), z)
+    pairs = (z[y == 1][:, None] > z[y == 0]).float().mean().item()
+    assert area.clean == pytest.approx(pairs) and area.robust <= area.clean

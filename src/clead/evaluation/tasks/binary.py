@@ -86,6 +86,7 @@ def worst_scores(
             x_adv = run_microbatched(attacked, x, y, limit) if threat.eps else x
             before, after = (run_microbatched(score, each, y, limit) for each in (x, x_adv))
             sign = 1 - 2 * y
+            before = torch.where(torch.isfinite(before), before, sign * torch.inf)  # as wrong as can be
             after = torch.where(finite_images(x_adv) & torch.isfinite(after), after, sign * torch.inf)
             clean.append(before.cpu())
             worst.append((sign * torch.maximum(sign * before, sign * after)).cpu())
