@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
+import clead
 from clead.errors import UserError
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.segmentation import SEGMENTATION, VOID, upsampled
@@ -131,7 +132,6 @@ def test_data_of_another_task_are_refused_with_the_task_that_fits():
         (torch.zeros(2, 3, 4, 4), "give masks.argmax(1)"),
         (torch.zeros(2, 4, 4), "give masks.long()"),
         (torch.zeros(1, 4, 4, dtype=torch.long), "give one mask per image"),
-        (torch.full((2, 4, 4), VOID), "got 2 of void (255) alone"),
         (torch.tensor([1, 3]).view(2, 1, 1).expand(2, 4, 4), "give masks - 1"),
         (torch.full((2, 4, 4), 7), "masks must be in [0, 3), or 255 for void, got 7"),
         (torch.full((2, 4, 4), -1), "got -1; give 255 where a pixel has no class"),
@@ -165,3 +165,33 @@ def test_as_target_takes_what_is_clear_and_refuses_the_rest():
         with pytest.raises(UserError) as caught:
             SEGMENTATION.as_target(value, 2)
         assert text in str(caught.value)
+
+
+def test_data_of_void_alone_is_refused_and_single_masks_of_it_are_not():
+    void = torch.full((2, 4, 4), VOID)
+    with pytest.raises(UserError, match=r"got 2 of void \(255\) alone"):
+        SEGMENTATION.check_data(void, ("a", "b"))
+    void[0, 0, 0] = 1
+    SEGMENTATION.check_data(void, ("a", "b"))
+    SEGMENTATION.check_target(void[1:], 1, 2)
+
+
+def test_an_evaluation_goes_on_over_masks_of_void_alone():
+    images, net = (
+        torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.nn.Conv2d(3, 2, 3, padding=1),
+    )
+    masks = net(images).argmax(1)
+    options = {
+        "task": "segmentation",
+        "suite": "sea-quick",
+        "eps": "4/255",
+        "steps": 3,
+        "check_images": 0,
+        "curve_points": 0,
+    }
+    whole = clead.evaluate(net, images[1:], masks[1:], **options)
+    masks[0] = VOID  # the first, in a batch of its own
+    record = clead.evaluate(net, images, masks, batch_size=1, **options)
+    assert record.clean.accuracy == whole.clean.accuracy == 1 and record.masks.clean[0] == ""
+    assert "2 classes clean" in record.metrics[0].about

@@ -120,9 +120,11 @@ def _attacks(plan: EvaluationPlan, store: ResumableResults, counts: Counts) -> l
 
 def _miou(clean: Counts, robust: Counts, seed: int) -> Metric:
     values = [bootstrap(counts, "mean_iou", seed) for counts in (clean, robust)]
+    classes = [int((~np.isnan(class_iou(counts.total()))).sum()) for counts in (clean, robust)]
     return Metric(
         name=MIOU,
-        about="mean over the classes of the intersection over union; attacks are chosen per image so that it is low",
+        about=f"mean of the intersection over union of the classes in a mask or an answer, {classes[0]} classes clean and "
+        f"{classes[1]} attacked; attacks are chosen per image so that it is low",
         n=len(clean.hit),
         clean=values[0].value,
         robust=values[1].value,

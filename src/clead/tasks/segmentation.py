@@ -65,6 +65,10 @@ class Segmentation:
                 f"{fitting_tasks(labels)}, or data with masks: --data.name masks --data.path FOLDER"
             )
         self.check_target(labels, len(labels), len(classes))
+        if len(labels) and bool((labels == VOID).all()):
+            raise UserError(
+                f"masks must have a pixel with a class, got {len(labels)} of void ({VOID}) alone; give masks with classes from 0 on"
+            )
 
     def training_loss(self, outputs: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy of the pixels of a batch that are not void."""
@@ -160,11 +164,9 @@ class Segmentation:
                 f"masks must be int64 of shape ({images}, H, W), got {target.dtype} {tuple(target.shape)}; {hint}"
             )
         labelled = target[target != VOID]
-        if not len(labelled):  # synchronises the device
-            if images:
-                raise UserError(
-                    f"masks must have a pixel with a class, got {images} of void ({VOID}) alone; give masks with classes from 0 on"
-                )
+        if not len(
+            labelled
+        ):  # synchronises the device; some images of a data set may be all void, which check_data looks at
             return
         least, most = int(labelled.min()), int(labelled.max())
         if least < 0 or most >= (num_classes or VOID):
