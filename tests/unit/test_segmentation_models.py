@@ -144,3 +144,13 @@ def test_a_network_for_masks_is_refused_where_images_have_one_class(network, tmp
     with pytest.raises(UserError, match=f"{network} answers per pixel.*task classification.*--model.name small_cnn"):
         train(config, out=tmp_path / "run", show=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["digits-clead", "digits-standard"])
+def test_that_no_method_takes_masks_is_said_with_what_can_be_done(recipe, tmp_path):
+    words = ["--data.name", "digit_scenes", "--task", "segmentation", "--train.device", "cpu"]
+    with pytest.raises(
+        UserError, match=r"knows no segmentation, and no method does: .*clead.evaluate\(.*; leave --task out"
+    ):
+        train(load_recipe(recipe, words), out=tmp_path / "run", show=False)
+    assert not (tmp_path / "run").exists()
