@@ -47,7 +47,7 @@ def _scores(run: RunResult) -> list[np.ndarray] | None:
 def roc(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the shares of negatives and of positives with a score above each threshold, both rising from 0 to 1.
 
-    >>> [part.tolist() for part in roc(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))]
+    >>> [shares.tolist() for shares in roc(np.array([3.0, 2.0, 1.0]), np.array([1, 0, 1]))]
     [[0.0, 0.0, 1.0, 1.0], [0.0, 0.5, 0.5, 1.0]]
     """
     thresholds = np.append(np.unique(scores)[::-1], -np.inf)
