@@ -11,10 +11,10 @@ RUN := $(VENV)/bin/python
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s%s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.demo  ## train four methods on handwritten digits, attack them, write a report (two minutes on two cores)
+demo: $(VENV)/.demo  ## train four methods on handwritten digits, attack them, write a report (two to four minutes on two cores)
 	$(RUN) -m clead demo
 
-test: $(VENV)/.dev lint browser  ## lint, types and all tests
+test: $(VENV)/.dev lint browser  ## lint, types and tests; make long-test has more
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 quick-test: $(VENV)/.dev  ## the tests that take a moment each, in under three minutes

@@ -15,7 +15,7 @@ from clead.cli.printing import print_comparison
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Output directory; runs/demo-TIME by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Under 40 seconds: the workings, not a result.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: the workings, not a result.")] = False,
 ) -> None:
     """Train standard, PGD-AT, TRADES and C-LEAD on digits at equal compute, attack them, and draw the report."""
     from clead.demo import run_demo
