@@ -29,6 +29,7 @@ from clead.models.split import SplitModel
 from clead.settings import setting, settings
 from clead.tasks import Task
 from clead.tasks.multilabel import MultiLabel
+from clead.tasks.segmentation import Segmentation
 
 Inner = Literal["cross_entropy", "kl", "embedding", "contrastive", "supcon", "neighbours"]
 INNER = (
@@ -37,6 +38,7 @@ INNER = (
 )
 _OF_A_BATCH = ("contrastive", "supcon", "neighbours")  # of these J an image's value depends on the other images
 _BY_LABEL = ("supcon", "neighbours")  # and of these on which images have its label
+PER_PIXEL = ("cross_entropy", "kl")  # these have a value for every pixel
 
 
 @METHODS.register("clead")
@@ -52,7 +54,7 @@ class CLead(Method):
     of its own, and the inner cross-entropy leads away from the model's own prediction.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("multilabel",)
+    tasks: ClassVar[tuple[str, ...]] = ("multilabel", "segmentation")
     adversarial_weight: float = setting(0.0, "α: weight of the cross-entropy of adversarial images", ge=0)
     clean_weight: float = setting(1.0, "β: weight of the cross-entropy of clean images", ge=0)
     kl_weight: float = setting(6.0, "κ: weight of KL(clean ‖ adversarial), TRADES's 1/λ", ge=0)
@@ -151,10 +153,12 @@ class CLead(Method):
         return self.adversarial_weight > 0 or self.kl_weight > 0 or self.contrastive_weight > 0
 
     def task_problem(self, task: Task) -> str | None:
-        """Return why this method cannot train for ``task``: with several labels there is no class to contrast by."""
+        """Return why this method cannot train for ``task``: with several labels, or a mask, there is no class to contrast by."""
         by_label = self.contrastive_weight > 0 and self.contrastive_loss in _BY_LABEL
         if isinstance(task, MultiLabel) and (by_label or self.inner in _BY_LABEL):
             return "method.contrastive_loss: supcon and neighbours go by one class per image, which multilabel has not"
+        if isinstance(task, Segmentation) and (self.contrasts or self.inner not in PER_PIXEL):
+            return "method.contrastive_weight: images are contrasted as wholes, and a mask has a class for each pixel"
         return super().task_problem(task)
 
     def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
@@ -228,7 +232,7 @@ class CLead(Method):
         if self.contrastive_weight:
             wanted = [name for name in ("clean", "augmented", "adversarial") if name != "clean" or self.clean_view]
             z = [unit_vectors(model, outputs[name], self.contrastive_level) for name in wanted if name in outputs]
-            add("contrastive", self.contrastive_weight, self._contrast(z, batch))
+            add("contrastive", self.contrastive_weight, self.contrast(z, batch, step))
         for name, (weight, value) in self.more_terms(outputs, views, step).items():
             add(name, weight, value)
         for name, key in (("clean", "clean_accuracy"), ("adversarial", "robust_accuracy")):
@@ -283,7 +287,8 @@ class CLead(Method):
         losses = F.cross_entropy(logits.float(), targets, label_smoothing=self.label_smoothing, reduction="none")
         return mean_of(losses, known)
 
-    def _contrast(self, z: list[Tensor], batch: Batch) -> Tensor:
+    def contrast(self, z: list[Tensor], batch: Batch, step: StepContext) -> Tensor:
+        """Return the contrastive term, (), of views (B, d) of unit length."""
         if self.contrastive_loss == "supcon":
             labels = classes(batch)
             # Adversaries alone: an image whose class nobody shares has no positive and is not counted.

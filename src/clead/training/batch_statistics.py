@@ -13,13 +13,22 @@ from clead.evaluation.correctness import to_float
 from clead.interfaces import ImageSet, Threat
 from clead.models.modes import attack_mode, batch_norms
 from clead.models.seeding import fork_rng
+from clead.tasks import Task
+from clead.tasks.classification import CLASSIFICATION
 
 _ATTACK = PGD(steps=3)
 _STREAM = 11  # of random starts, apart from those of training
 
 
 def measure_statistics(
-    model: nn.Module, images: ImageSet, threat: Threat, *, batch_size: int, seed: int, device: torch.device
+    model: nn.Module,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    task: Task = CLASSIFICATION,
 ) -> None:
     """Replace the running statistics of ``model`` by the means over batches, each of clean images and their adversarial images.
 
@@ -33,6 +42,7 @@ def measure_statistics(
         batch_size: images of a batch.
         seed: of the random starts.
         device: where to compute.
+        task: whose cross-entropy that is.
     """
     norms = batch_norms(model)
     batch_size = min(batch_size, len(images))
@@ -44,7 +54,7 @@ def measure_statistics(
             batch = images.subset(torch.arange(start, start + batch_size))
             x, y = to_float(batch.images).to(device), batch.labels.to(device)
             generator = make_generator(device, seed, start, _STREAM)
-            batches.append((x, run_attack(_ATTACK, model, x, y, threat, generator=generator, checked=True)))
+            batches.append((x, run_attack(_ATTACK, model, x, y, threat, task=task, generator=generator, checked=True)))
         with attack_mode(model), unsynchronised(model), torch.no_grad():
             momenta = [norm.momentum for norm in norms]
             try:

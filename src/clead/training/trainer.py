@@ -517,8 +517,15 @@ class Trainer:
         if settings.batch_norm_images:
             images = shuffle_if_sorted(self.splits.train.labelled_subset())
             images = images.subset(torch.arange(min(settings.batch_norm_images, len(images))))
-            shared = {"batch_size": self.batch_images, "seed": settings.seed, "device": self.device}
-            measure_statistics(eval_model, images, self.config.threat, **shared)
+            measure_statistics(
+                eval_model,
+                images,
+                self.config.threat,
+                batch_size=self.batch_images,
+                seed=settings.seed,
+                device=self.device,
+                task=self.config.task,
+            )
         if self.config.method.uses_classifier:
             clean, robust = self._accuracies(eval_model)
             shown = {"validation_robust": robust, "validation_clean": clean}
