@@ -13,9 +13,10 @@ from typing import Any
 from clead.api import evaluate_run, export_run, read_record, train, write_report
 from clead.atomic_io import read_json, write_atomically
 from clead.config import RunConfig, load_recipe
+from clead.config.overrides import parse_overrides
 from clead.errors import UserError
 from clead.hardening.plan import HardenOptions, Plan, allow, make_plan, recipe_yaml
-from clead.hardening.timing import StepTime
+from clead.hardening.timing import StepTime, clock_of
 from clead.hardening.verdict import Verdict, verdict
 from clead.output import tell
 from clead.results.record import Record
@@ -52,12 +53,14 @@ class _Stages:
 
     def __init__(self, folder: Path, options: HardenOptions, *, show: bool) -> None:
         self.folder, self.options, self.show = folder, options, show
-        self.spent, self.start = 0.0, time.monotonic()
+        given = {".".join(keys): value for keys, value in parse_overrides(options.overrides)}
+        self.clock = clock_of(given.get("train.clock", "wall"))
+        self.spent, self.start = 0.0, self.clock()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, those before an interruption included."""
-        return self.spent + time.monotonic() - self.start
+        """Seconds of the clock since the start, those before an interruption included."""
+        return self.spent + self.clock() - self.start
 
     def save(self) -> None:
         """Keep plan and time, so that the next call goes on."""
@@ -116,7 +119,8 @@ def harden(
         flip: whether training mirrors images; None: unless that looks unsafe.
         image_size: pixels a side; None: chosen.
         seed: of everything that is drawn.
-        overrides: ``--group.key VALUE`` for both trainings.
+        overrides: ``--group.key VALUE`` for both trainings. With ``--train.clock cpu`` all minutes are those of CPU time, of all
+            threads together, so that a machine that does other things as well changes nothing.
         out: a new or empty folder; ``runs/harden-NAME-TIME`` if None.
         resume: go on with what is in ``out``.
         show: show progress on stderr.

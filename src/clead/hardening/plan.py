@@ -106,7 +106,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         raise UserError(f"--minutes must be at least 1, got {options.minutes:g}; give such as --minutes 30")
     allow(options)
     data = {"name": "auto", "path": str(Path(options.path).absolute())}
-    described = survey(_config({"data": data, "train": {"epochs": 1}}, options).data)
+    described = survey(_config({"data": data, "train": {"minutes": 1}}, options).data)
     data, reasons = _data_group(data, described, options)
     given = {key: value for (*_, key), value in parse_overrides(options.overrides)}
     has_weights = options.weights is not None or given.get("pretrained") is True
