@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,6 +197,7 @@ class Clock:
             monkeypatch.setattr(
                 module, "time", SimpleNamespace(monotonic=self, process_time=self, strftime=lambda _: "now")
             )
+        monkeypatch.setattr(command, "clock_of", lambda kind: self)
 
     def __call__(self):
         self.now += 0.1
@@ -202,6 +205,13 @@ class Clock:
 
 
 TINY = ("--model.width", "4", "--model.features", "8")
+
+
+def test_minutes_are_of_the_clock_that_training_has():
+    cpu = command._Stages(Path(), HardenOptions(".", overrides=("--train.clock", "cpu")), show=False)
+    wall = command._Stages(Path(), HardenOptions("."), show=False)
+    time.sleep(0.3)
+    assert wall.elapsed >= 0.3 > 0.2 > cpu.elapsed
 
 
 @pytest.mark.slow

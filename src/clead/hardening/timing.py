@@ -117,7 +117,7 @@ def attack_seconds(config: RunConfig, splits: Splits, model: SplitModel) -> floa
 
 def clock_of(kind: str) -> Callable[[], float]:
     """Return the clock that ``train.clock`` names, in seconds: wall, or the CPU time of all threads of this process (cpu)."""
-    return time.process_time if kind == "cpu" else time.perf_counter
+    return time.process_time if kind == "cpu" else time.monotonic
 
 
 def _wait(device: torch.device) -> None:
