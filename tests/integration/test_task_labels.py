@@ -162,6 +162,15 @@ def test_a_multi_label_run_is_trained_evaluated_and_reported_label_by_label(labe
     hidden = read_record(labelled / "results" / "attack-fgsm-towards-one.json")
     assert hidden.attacks[0].name.endswith("hides one") and hidden.data.classes == ["no one", "one"]
     assert hidden.data.n < 30 and hidden.worst.accuracy < hidden.clean.accuracy
+    for option in (
+        ["--shard", "1/2"],
+        ["--merge"],
+        ["--save-adversarial", "x.parquet"],
+        ["--transfer-from", str(labelled)],
+    ):
+        with pytest.raises(UserError, match="multilabel is evaluated in one piece.*leave out --shard"):
+            command(["evaluate", str(labelled), *QUICK, *option])
+    assert read_record(labelled) == record and any(note.startswith("no pictures") for note in record.notes)
     command(["corruptions", str(labelled), "--eval.images", "6", "--severities", "3", "--names", "brightness"])
     with pytest.raises(UserError, match="multilabel, and distances measures one class per image; use clead evaluate"):
         clead.measure(labelled, "distances", show=False)

@@ -18,7 +18,7 @@ from clead.attacks.runner import logits_of
 from clead.config import Eval
 from clead.errors import UserError
 from clead.evaluation.correctness import MicrobatchLimit, to_float
-from clead.evaluation.processes import Shard
+from clead.evaluation.processes import Shard, folders, rank
 from clead.evaluation.state import Part, ResumableResults
 from clead.evaluation.suites import DRAWS, NamedAttack, describe, suite
 from clead.evaluation.transfer import Transfer
@@ -164,6 +164,33 @@ class EvaluationPlan:
                 f"{value:.2g}" for value in logits_of(self.model, self.inputs(slice(0, 1))[0]).flatten()[:10].tolist()
             ],
         }
+
+
+def further_state(
+    name: str,
+    model: nn.Module,
+    images: ImageSet,
+    threat: Threat,
+    settings: Eval,
+    options: EvaluationOptions,
+    **decides: Any,
+) -> ResumableResults:
+    """Return the state of what a task measures beside the suite: a folder ``name`` inside this process's state.
+
+    It goes with that when the record is written; ``decides`` is what the result depends on besides the arguments.
+    """
+    header = {
+        "model": fingerprint(weights(model)) + hashlib.sha256(repr(model).encode()).hexdigest()[:8],
+        "images": digest(images),
+        "threat": f"{threat.norm} {Ratio(threat.eps).text}",
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "clead": __version__,
+        **decides,
+    }
+    path = None if options.state is None else folders(options.state)[rank()] / name
+    return ResumableResults(path, header, trust=options.trust_state)
 
 
 def make_plan(

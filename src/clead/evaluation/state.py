@@ -25,6 +25,8 @@ from clead.weights.files import fingerprint, load_weights, save_weights
 
 _log = logging.getLogger("clead")
 VERSION = 1
+CONTINUED = "continued from a state"
+"""How the note of a state that was taken up begins."""
 _SIGNATURE = "signature"
 Part = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -122,13 +124,18 @@ class ResumableResults:
                 "wrong or forged; start anew with --fresh, or, if you trust who made them, continue with --trust-state"
             )
         self.resumed = frozenset(self.parts)
-        self.notes.append(f"continued from a state with {count}")
+        self.notes.append(f"{CONTINUED} with {count}")
         if foreign:
             self.notes.append(
                 f"{len(foreign)} of these parts were made by another user or on another machine and taken on trust (--trust-state)"
             )
         again = f"; {damaged} damaged ones are computed again" if damaged else ""
         _log.warning("%s: %s%s", folder, "; ".join(self.notes), again)
+
+    @property
+    def seconds(self) -> float:
+        """What the finished parts took."""
+        return sum(data["seconds"] for _, data in self.parts.values())
 
     def save(self, key: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Keep a finished part; raises UserError if the disk refuses, what was kept before stays."""

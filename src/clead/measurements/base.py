@@ -105,7 +105,7 @@ class Computation:
     @property
     def seconds(self) -> float:
         """What the finished parts took."""
-        return sum(data["seconds"] for _, data in self.state.parts.values())
+        return self.state.seconds
 
 
 class Result(RecordModel, abc.ABC):
@@ -301,7 +301,7 @@ def measure_target(
         result=result,
         notes=[*target.notes, *state.notes],
         versions=environment(),
-        seconds=sum(figures["seconds"] for _, figures in state.parts.values()),
+        seconds=state.seconds,
     )
     write_atomically(path, record.model_dump_json(indent=1).encode())
     discard(path.with_suffix(".state"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from clead.config import Eval
 from clead.data.loaders import make_generator
 from clead.evaluation.correctness import MicrobatchLimit, batches, exact_float32, run_microbatched
 from clead.evaluation.evaluator import evaluate_model
+from clead.evaluation.plan import EvaluationOptions, further_state
 from clead.evaluation.recording import Evaluation
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.tasks import EVALUATORS
 from clead.interfaces import ImageSet, Threat
 from clead.models.split import wrapped
@@ -42,12 +45,13 @@ def evaluate(
     evaluation = evaluate_model(judged(model, task), images, threat, settings, plain, **options)
     if evaluation is None:
         return None
-    record, given = evaluation.record, options.get("options")
-    device = (given and given.device) or next((p.device for p in model.parameters()), torch.device("cpu"))
-    clean, worst = worst_scores(model, images, threat, settings, device)
+    record, given = evaluation.record, options.get("options") or EvaluationOptions()
+    device = given.device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    state = further_state("scores", model, images, threat, settings, given)
+    clean, worst = worst_scores(model, images, threat, settings, device, state)
     worst = broken_scores(worst, record, images.labels, task)
     area = _area(clean, worst, images.labels)
-    notes = [*record.notes]
+    notes = [*record.notes, *state.notes[1:]]
     if task.threshold != 0.5:
         notes.append(
             f"an image counts as {target.classes[1]} where its probability is above {task.threshold:g}; probabilities under "
@@ -63,22 +67,26 @@ def evaluate(
 
 
 def worst_scores(
-    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, device: torch.device
+    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, device: torch.device, state: ResumableResults
 ) -> tuple[Tensor, Tensor]:
     """Return z of each image, (N,), clean, and the worst found in its set: lowest of positives, highest of negatives.
 
-    PGD of 50 steps climbs z or descends it for every image, broken or not: at another threshold others break.
+    PGD of 50 steps climbs z or descends it for every image, broken or not: at another threshold others break. Batches
+    that ``state`` has are not computed again.
     """
-    attack, clean, worst = PGD(steps=settings.steps or _STEPS, keep="best"), [], []
+    attack, scores = PGD(steps=settings.steps or _STEPS, keep="best"), []
 
     def score(x: Tensor, y: Tensor) -> Tensor:
         logits = logits_of(model, x)
         return logits[:, 1] - logits[:, 0]
 
     limit, size = MicrobatchLimit(), settings.batch_size or 256
-    with exact_float32(), torch.inference_mode(False):
+    with exact_float32(), torch.inference_mode(False), state.opened():
         for number, (x, y) in enumerate(batches(images, size, device)):
-            generator = make_generator(device, settings.seed, -2, number)
+            if (key := f"{number:06d}") in state.parts:
+                scores.append(state.parts[key][0])
+                continue
+            began, generator = time.monotonic(), make_generator(device, settings.seed, -2, number)
 
             def attacked(x: Tensor, y: Tensor, generator: torch.Generator = generator) -> Tensor:
                 return run_attack(attack, model, x, y, threat, objective="margin", generator=generator, checked=True)
@@ -88,9 +96,10 @@ def worst_scores(
             sign = 1 - 2 * y
             before = torch.where(torch.isfinite(before), before, sign * torch.inf)  # as wrong as can be
             after = torch.where(finite_images(x_adv) & torch.isfinite(after), after, sign * torch.inf)
-            clean.append(before.cpu())
-            worst.append((sign * torch.maximum(sign * before, sign * after)).cpu())
-    return torch.cat(clean), torch.cat(worst)
+            worst = sign * torch.maximum(sign * before, sign * after)
+            state.save(key, {"clean": before, "worst": worst}, {"seconds": time.monotonic() - began})
+            scores.append(state.parts[key][0])
+    return torch.cat([each["clean"] for each in scores]), torch.cat([each["worst"] for each in scores])
 
 
 def broken_scores(worst: Tensor, record: Record, labels: Tensor, task: Binary) -> Tensor:

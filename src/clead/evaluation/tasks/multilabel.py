@@ -16,8 +16,9 @@ from clead.data.loaders import make_generator
 from clead.errors import UserError
 from clead.evaluation.correctness import MicrobatchLimit, batches, exact_float32, run_microbatched
 from clead.evaluation.evaluator import evaluate_model
-from clead.evaluation.plan import EvaluationOptions
+from clead.evaluation.plan import EvaluationOptions, further_state
 from clead.evaluation.recording import Evaluation
+from clead.evaluation.state import CONTINUED, Part, ResumableResults
 from clead.evaluation.suites import NamedAttack, describe
 from clead.evaluation.tasks import EVALUATORS
 from clead.evaluation.tasks.binary import broken_scores, worst_scores
@@ -74,9 +75,10 @@ def evaluate(
     model = wrapped(model)
     device = options.device or next((p.device for p in model.parameters()), torch.device("cpu"))
     labels, number = images.labels, len(images.labels)
+    state = further_state("joint", model, images, threat, settings, options)
     joint = (
-        {} if attacks is not None else _all_at_once(model, images, threat, settings, device)
-    )  # refuses a wrong model first
+        {} if attacks is not None else _all_at_once(model, images, threat, settings, device, state)
+    )  # refuses a wrong model
     measured = _each_label(model, images, threat, settings, target, attacks=attacks, options=options)
     known = labels != UNKNOWN
     clean, robust = ~known, ~known  # (N, L): what is unknown breaks nothing
@@ -91,7 +93,13 @@ def evaluate(
         point.model_copy(update={"attack": f"{point.attack}, {_first(measured, target)}"}) for point in first.curve
     ]
     checks = [check.model_copy(update={"name": f"{check.name} ({_first(measured, target)})"}) for check in first.checks]
-    notes = [*first.notes, f"each of {len(measured)} labels is attacked by itself; {target.task.describe()}"]
+    more_notes = dict.fromkeys(note for each in measured.values() for note in (*each.record.notes, *state.notes))
+    notes = [*first.notes, *(note for note in more_notes if note not in first.notes and not note.startswith(CONTINUED))]
+    notes += [f"each of {len(measured)} labels is attacked by itself; {target.task.describe()}"]
+    if settings.gallery:
+        notes.append(
+            "no pictures: an image has an adversarial one for each label (the report of one: clead attack --target LABEL)"
+        )
     if curve or checks:
         notes.append(f"the curve and the checks of gradient masking are of the label {_first(measured, target)} alone")
     record = first.model_copy(
@@ -111,7 +119,9 @@ def evaluate(
             "notes": notes,
             "balanced": None,
             "predictions": None,
-            "seconds": max(time.monotonic() - start, sum(each.record.seconds for each in measured.values())),
+            "seconds": max(
+                time.monotonic() - start, sum(each.record.seconds for each in measured.values()) + state.seconds
+            ),
         }
     )
     return Evaluation(record, {})
@@ -156,18 +166,64 @@ def _each_label(
             options=dataclasses.replace(options, state=state),
         )
         assert evaluation is not None, "there are no shards"
-        clean, worst = worst_scores(judged, of_label, threat, settings, device)
+        scores = further_state("scores", judged, of_label, threat, settings, dataclasses.replace(options, state=state))
+        clean, worst = worst_scores(judged, of_label, threat, settings, device, scores)
         worst = broken_scores(worst, evaluation.record, of_label.labels, Binary())
         measured[k] = _Label(evaluation.record, rows, of_label.labels == 1, clean, worst)
     return measured
 
 
 def _all_at_once(
-    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, device: torch.device
+    model: nn.Module, images: ImageSet, threat: Threat, settings: Eval, device: torch.device, state: ResumableResults
 ) -> dict[str, tuple[Tensor, AttackResult]]:
-    """Return for each attack on all labels which labels are right after it, (N, L), and what the record says of it."""
-    task, limit, results = MultiLabel(), MicrobatchLimit(), {}
-    attack = PGD(steps=settings.steps or _STEPS, keep="best")
+    """Return for each attack on all labels which labels are right after it, (N, L), and what the record says of it.
+
+    Batches that ``state`` has are not computed again.
+    """
+    attack, limit = PGD(steps=settings.steps or _STEPS, keep="best"), MicrobatchLimit()
+    size, results = settings.batch_size or 256, {}
+    with exact_float32(), torch.inference_mode(False), state.opened():
+        for stage, (name, objective) in enumerate(JOINT):
+            parts = []
+            for number, (x, y) in enumerate(batches(images, size, device)):
+                if (key := f"{number:06d}-{stage}") not in state.parts:
+                    generator = make_generator(device, settings.seed, -3 - stage, number)
+                    state.save(
+                        key,
+                        *_one_perturbation(NamedAttack(name, attack, objective), model, x, y, threat, limit, generator),
+                    )
+                parts.append(state.parts[key])
+            exact = torch.cat([tensors["exact"] for tensors, _ in parts])
+            results[name] = (
+                torch.cat([tensors["right"] for tensors, _ in parts]),
+                AttackResult(
+                    name=name,
+                    settings=describe(NamedAttack(name, attack, objective)),
+                    attacked=len(images.labels),
+                    num_successes=int((~exact).sum()),
+                    robust=estimate(exact.tolist()),
+                    flags=exact.tolist(),
+                    seconds=sum(data["seconds"] for _, data in parts),
+                    forwards=float(attack.steps),
+                    backwards=float(attack.steps),
+                    max_distance=max(data["largest"] for _, data in parts),
+                    lost=[number * size + k for number, (_, data) in enumerate(parts) for k in data["lost"]],
+                ),
+            )
+    return results
+
+
+def _one_perturbation(
+    named: NamedAttack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    limit: MicrobatchLimit,
+    generator: torch.Generator,
+) -> Part:
+    """Return which labels of a batch are right after an attack on all of them, (B, L), and which images have all right, (B,)."""
+    task, began = MultiLabel(), time.monotonic()
 
     def right(x: Tensor, y: Tensor) -> Tensor:
         with attack_mode(model), torch.no_grad():
@@ -175,47 +231,21 @@ def _all_at_once(
         task.check(logits, y)
         return task.right(logits, y) & finite_images(x)[:, None]
 
-    for stage, (name, objective) in enumerate(JOINT):
-        began, flags, exact, largest, lost = time.monotonic(), [], [], 0.0, []
-        with exact_float32(), torch.inference_mode(False):
-            for number, (x, y) in enumerate(batches(images, settings.batch_size or 256, device)):
-                generator = make_generator(device, settings.seed, -3 - stage, number)
-                clean = run_microbatched(right, x, y, limit)
+    def attacked(x: Tensor, y: Tensor) -> Tensor:
+        how = {"objective": named.objective, "task": task, "generator": generator, "checked": True}
+        return run_attack(named.attack, model, x, y, threat, **how)
 
-                def attacked(
-                    x: Tensor, y: Tensor, objective: str = objective, g: torch.Generator = generator
-                ) -> Tensor:
-                    return run_attack(
-                        attack, model, x, y, threat, objective=objective, task=task, generator=g, checked=True
-                    )
-
-                x_adv = verified(run_microbatched(attacked, x, y, limit), x, threat, name)
-                finite = finite_images(x_adv)
-                lost += [number * (settings.batch_size or 256) + k for k in (~finite).nonzero()[:, 0].tolist()]
-                largest = max(largest, threat.distance((x_adv - x)[finite]).max().item() if finite.any() else 0.0)
-                after = clean & run_microbatched(right, x_adv, y, limit)
-                # Where one of the labels is wrong before, the perturbation may mend it: it counts as it was.
-                flags.append(after.cpu())
-                exact.append((after | (y == UNKNOWN)).all(1).cpu())
-        clean_exact = torch.cat(exact)
-        named = NamedAttack(name, attack, objective)
-        results[name] = (
-            torch.cat(flags),
-            AttackResult(
-                name=name,
-                settings=describe(named),
-                attacked=len(images.labels),
-                num_successes=int((~clean_exact).sum()),
-                robust=estimate(clean_exact.tolist()),
-                flags=clean_exact.tolist(),
-                seconds=time.monotonic() - began,
-                forwards=float(attack.steps),
-                backwards=float(attack.steps),
-                max_distance=largest,
-                lost=lost,
-            ),
-        )
-    return results
+    clean = run_microbatched(right, x, y, limit)
+    x_adv = verified(run_microbatched(attacked, x, y, limit), x, threat, named.name)
+    finite = finite_images(x_adv)
+    after = clean & run_microbatched(
+        right, x_adv, y, limit
+    )  # a label that is wrong before counts as it was, mended or not
+    return {"right": after, "exact": (after | (y == UNKNOWN)).all(1)}, {
+        "seconds": time.monotonic() - began,
+        "largest": threat.distance((x_adv - x)[finite]).max().item() if finite.any() else 0.0,
+        "lost": (~finite).nonzero()[:, 0].tolist(),
+    }
 
 
 def _attacks(measured: dict[int, _Label], number: int) -> list[AttackResult]:

@@ -15,17 +15,17 @@ from clead.attacks.runner import finite_images, verified
 from clead.config import Eval
 from clead.data.loaders import make_generator, to_float
 from clead.evaluation.evaluator import evaluate_model
-from clead.evaluation.plan import EvaluationOptions
+from clead.evaluation.plan import EvaluationOptions, further_state
 from clead.evaluation.processes import rank
 from clead.evaluation.recording import Evaluation
-from clead.evaluation.state import ResumableResults, discard
+from clead.evaluation.state import ResumableResults
 from clead.evaluation.suites import NamedAttack
 from clead.evaluation.tasks import EVALUATORS
 from clead.interfaces import ImageSet, Objective, Threat
 from clead.losses.precision import exact_float32
 from clead.models.modes import attack_mode
 from clead.models.nearest import NearestItem
-from clead.models.split import weights, wrapped
+from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.record import Metric
 from clead.results.statistics import estimate
@@ -33,7 +33,6 @@ from clead.results.target import EvaluationTarget, digest
 from clead.runs.gallery import make_gallery, nearest_item
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.retrieval import Retrieval, average_precision, verification_roc
-from clead.weights.files import fingerprint
 
 _STEPS = 50
 _BATCH = 256
@@ -74,22 +73,13 @@ def evaluate(
     if attacks is None and rank() == 0:
         assert evaluation.adversarial is not None
         attack = GalleryAttack(model, threat, PGD(steps=settings.steps or _STEPS, keep="best"))
-        path = None if options.state is None else options.state.with_name(f"{options.state.stem}-gallery.state")
-        header = {
-            "model": fingerprint(weights(model)),
-            "images": digest(images),
-            "adversarial": digest(ImageSet(evaluation.adversarial, images.labels)),
-            "threat": f"{threat.norm} {threat.eps}",
-            "steps": attack.attack.steps,
-            "seed": settings.seed,
-        }
-        state = ResumableResults(path, header, trust=options.trust_state)
+        made = digest(ImageSet(evaluation.adversarial, images.labels))
+        state = further_state("gallery", model, images, threat, settings, options, adversarial=made)
         clean = sum(evaluation.record.clean_flags) / len(images)
         figures = measure_gallery(attack, images, evaluation.adversarial, state, settings.seed, show=options.show)
-        update |= {"metrics": metrics(figures, clean), "seconds": evaluation.record.seconds + state_seconds(state)}
+        update |= {"metrics": metrics(figures, clean), "seconds": evaluation.record.seconds + state.seconds}
+        update["notes"] += state.notes[1:]
         evaluation.artifacts.update(_scores(figures))
-        if path is not None:
-            discard(path)
     return dataclasses.replace(evaluation, record=evaluation.record.model_copy(update=update))
 
 
@@ -101,11 +91,6 @@ def _scores(figures: dict[str, Tensor]) -> dict[str, Tensor]:
         "score_worst": torch.cat([figures["robust_same"], figures["robust_different"]]),
         "score_labels": labels,
     }
-
-
-def state_seconds(state: ResumableResults) -> float:
-    """Return what the finished parts took."""
-    return sum(data["seconds"] for _, data in state.parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
