@@ -170,6 +170,8 @@ def test_a_multi_label_run_is_trained_evaluated_and_reported_label_by_label(labe
     ):
         with pytest.raises(UserError, match="multilabel is evaluated in one piece.*leave out --shard"):
             command(["evaluate", str(labelled), *QUICK, *option])
+    with pytest.raises(UserError, match="name one with --target LABEL"):
+        command(["attack", str(labelled), "--save", "x.npz"])
     assert read_record(labelled) == record and any(note.startswith("no pictures") for note in record.notes)
     command(["corruptions", str(labelled), "--eval.images", "6", "--severities", "3", "--names", "brightness"])
     with pytest.raises(UserError, match="multilabel, and distances measures one class per image; use clead evaluate"):

@@ -49,6 +49,7 @@ def attack(
     from clead.config import parse_overrides
     from clead.measurements.unrestricted import UnrestrictedAttack
     from clead.settings import validated
+    from clead.tasks import task_name
 
     if objective is not None:
         OBJECTIVES.get(objective)
@@ -96,6 +97,10 @@ def attack(
         overrides = [*_STRONG_PGD, *overrides]
     one_folder(out, runs)
     configs = [changed(run, [*overrides, *fixed]) for run in runs]
+    if save and target is None and any(task_name(config.task) == "multilabel" for config in configs):
+        raise UserError(
+            "--save: an image has an adversarial one for each label; name one with --target LABEL, or leave it out"
+        )
     contents = []
     for run, config in zip(runs, configs, strict=True):
         evaluation = _attack_run(run, config, foreign or config.attack, objective, target, results)

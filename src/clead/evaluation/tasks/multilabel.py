@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def evaluate(
     notes += [f"each of {len(measured)} labels is attacked by itself; {target.task.describe()}"]
     if settings.gallery:
         notes.append(
-            "no pictures: an image has an adversarial one for each label (the report of one: clead attack --target LABEL)"
+            "no pictures: an image has an adversarial one for each label (clead attack RUN --target LABEL makes those of one)"
         )
     if curve or checks:
         notes.append(f"the curve and the checks of gradient masking are of the label {_first(measured, target)} alone")
@@ -232,7 +233,7 @@ def _one_perturbation(
         return task.right(logits, y) & finite_images(x)[:, None]
 
     def attacked(x: Tensor, y: Tensor) -> Tensor:
-        how = {"objective": named.objective, "task": task, "generator": generator, "checked": True}
+        how: dict[str, Any] = {"objective": named.objective, "task": task, "generator": generator, "checked": True}
         return run_attack(named.attack, model, x, y, threat, **how)
 
     clean = run_microbatched(right, x, y, limit)
