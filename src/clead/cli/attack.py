@@ -65,15 +65,7 @@ def attack(
     name = str(given.get("name", "pgd"))
     results: dict[str, Any] = {"fresh": fresh, "trust_state": trust_state, "out": out}
     if name in UNRESTRICTED.names():
-        for option in ("--objective", "--save"):
-            if options[option] is not None:
-                raise UserError(
-                    f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out"
-                )
-        if target is not None:
-            raise UserError(
-                f"--target: the {name} attack cannot aim at a class; leave it out, or give --attack.name pgd"
-            )
+        _check_unrestricted(name, options)
         del given["name"]
         measurement = UnrestrictedAttack(attack=validated(UNRESTRICTED.get(name), given, "attack"))
         measure_runs(measurement, runs, overrides, json_file=json_file, **results)
@@ -109,6 +101,15 @@ def attack(
             _save_images(save, evaluation)
     if json_file:
         write_json(json_file, contents[0] if len(contents) == 1 else contents)
+
+
+def _check_unrestricted(name: str, options: dict[str, Any]) -> None:
+    """Raise UserError for an option that does not go with an attack outside all norm balls."""
+    if options["--target"] is not None:
+        raise UserError(f"--target: the {name} attack cannot aim at a class; leave it out, or give --attack.name pgd")
+    for option, value in options.items():
+        if value is not None:
+            raise UserError(f"{option}: changes nothing for the {name} attack, which is in no norm ball; leave it out")
 
 
 def _verify(runs: list[str], overrides: list[str], file: Path, useless: list[str], json_file: Path | None) -> None:
