@@ -59,6 +59,24 @@ def test_a_linear_model_in_closed_form():
     assert Validation(eps=0.05, images=20).measure(net, loader())["clean_accuracy"] == (margin[:20] > 0).double().mean()
 
 
+def test_masks_are_measured_pixel_by_pixel():
+    """Of a model that looks at each pixel alone: one is robust iff its margin is above eps times the weights' L1 norm."""
+    x, side = loader().dataset.tensors[0], torch.rand(64, 2, 2, generator=torch.Generator().manual_seed(1)) < 0.7
+    net = nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([-2.0, 2.0])[:, None, None, None])
+        net.bias.copy_(torch.tensor([1.0, -1.0]))
+    y = torch.where(side, x[:, 0] > 0.5, x[:, 0] < 0.5).long()
+    margin = (2 * y - 1) * (x[:, 0] - 0.5)
+    measured = Validation(eps=0.05, task="segmentation").measure(net, [(x, y)])
+    assert measured["clean_accuracy"] == pytest.approx((margin > 0).double().mean().item())
+    assert measured["robust_accuracy"] == pytest.approx((margin > 0.05).double().mean().item())
+    with pytest.raises(UserError, match='for masks give task="segmentation"'):
+        Validation(eps=0.05).measure(net, [(x, y)])
+    with pytest.raises(UserError, match="each pixel has a class, give --task segmentation"):
+        Validation(eps=0.05).measure(net, loader())
+
+
 def test_the_best_weights_are_kept_and_of_equals_the_later(tmp_path):
     validation, net = Validation(eps="8/255", best="runs/best.safetensors"), linear(WEIGHT)
     accuracies = validation.measure(net, loader())

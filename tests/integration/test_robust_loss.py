@@ -308,3 +308,58 @@ def test_under_data_parallelism_the_step_is_wrapped(images, tmp_path):
     finally:
         torch.distributed.destroy_process_group()
     assert losses[0] == losses[1]
+
+
+def pixel_net():
+    """Logits −w·x and w·x of each pixel by itself around 0.5, a class more that is never the answer, as a dictionary."""
+    net = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        net.weight[:, :, 0, 0] = torch.tensor([[-1.0, 2.0, -0.5], [1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
+        net.bias.copy_(torch.tensor([-0.25, 0.25, -9.0]))
+
+    class Masks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return {"out": self.net(x)}
+
+    return Masks()
+
+
+def test_a_step_on_masks_is_the_loss_at_the_known_worst_perturbation():
+    """The worst of L∞ eps moves each pixel against its own class's weights; void pixels count for nothing."""
+    x = 0.3 + 0.4 * torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(2, (4, 5, 5), generator=torch.Generator().manual_seed(1))
+    y[0, :2] = 255
+    net, w = pixel_net(), torch.tensor([1.0, -2.0, 0.5])
+    step = clead.RobustLoss(net, (3, 5, 5), "pgd_at", eps=0.05, attack="fgsm", task="segmentation")
+    side = (1 - 2 * y.clamp_max(1)).float()[:, None]
+    logits = net(x + 0.05 * side * w.sign()[:, None, None])["out"]
+    expected = F.cross_entropy(logits, y, ignore_index=255)
+    for loss, _ in (step(x, y), clead.robust_loss(net, x, y, "pgd_at", eps=0.05, attack="fgsm", task="segmentation")):
+        torch.testing.assert_close(loss, expected)
+    loss = clead.RobustLoss(net, (3, 5, 5), "clead_pixels", eps=0.05, steps=1, task="segmentation")(x, y).loss
+    assert torch.isfinite(loss) and loss.requires_grad
+    several = nn.Sequential(nn.Flatten(), nn.Linear(75, 3))
+    wanted = torch.tensor([[1, 0, -1], [0, 1, 1], [1, 1, 0], [0, -1, 0]])
+    known = wanted >= 0
+    loss, _ = clead.robust_loss(several, x, wanted, "standard", task="multilabel")
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(several(x)[known], wanted[known].float()))
+
+
+def test_what_does_not_go_with_masks_is_one_line():
+    x, y = torch.rand(4, 3, 5, 5), torch.zeros(4, dtype=torch.int64)
+    masks, more = torch.zeros(4, 5, 5, dtype=torch.int64), {"eps": 0.05, "task": "segmentation"}
+    for model, target, method, options, line in (
+        (pixel_net().net, y, "pgd_at", {"eps": 0.05}, "for a class per pixel give --task segmentation"),
+        (pixel_net(), y, "pgd_at", more, "masks must be class numbers.*got torch.int64"),
+        (pixel_net(), masks + 3, "pgd_at", more, r"masks must be in \[0, 3\)"),
+        (pixel_net(), masks, "mart", more, 'knows no segmentation; give such as method="pgd_at"'),
+        (nn.Sequential(nn.Flatten(), nn.Linear(75, 3)), masks, "pgd_at", more, "give --task classification"),
+    ):
+        with pytest.raises(UserError, match=line):
+            clead.RobustLoss(model, (3, 5, 5), method, **options)(x, target)
+        with pytest.raises(UserError):
+            clead.robust_loss(model, x, target, method, **options)

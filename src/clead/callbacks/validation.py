@@ -11,12 +11,15 @@ from torch import nn
 
 from clead.api.batches import images_and_labels
 from clead.attacks.pgd import PGD
-from clead.attacks.runner import check_inputs
+from clead.attacks.runner import check_inputs, logits_of
 from clead.evaluation.correctness import accuracy_under_attack, exact_float32, to_float
 from clead.interfaces import ImageSet
-from clead.models.external import unwrapped
+from clead.models.external import ExternalModel, unwrapped
+from clead.models.seeding import fork_rng
 from clead.models.split import wrapped
 from clead.settings import validated
+from clead.tasks import TASKS, Task
+from clead.tasks.segmentation import SEGMENTATION
 from clead.threats import THREATS
 from clead.weights.files import save_weights
 
@@ -33,6 +36,8 @@ class Validation:
         images: so many validation images at most, the first.
         seed: of the random starts.
         best: a safetensors file for the weights of the best robust accuracy, which ``clead evaluate --model … --weights`` takes.
+        task: what is right: a name of ``clead list`` or a task's settings object. Of masks and several labels an accuracy is the
+            mean part of each image that is right.
     """
 
     def __init__(
@@ -44,7 +49,9 @@ class Validation:
         images: int = 512,
         seed: int = 0,
         best: str | Path = "best.safetensors",
+        task: Any = "classification",
     ) -> None:
+        self.task: Task = TASKS.get(task)() if isinstance(task, str) else task
         self.threat = validated(THREATS.get(norm), {"eps": eps})
         self.attack = validated(PGD, {"steps": steps, "step_schedule": "linear"}, "PGD")
         self.images, self.seed, self.path = images, seed, Path(best)
@@ -62,9 +69,15 @@ class Validation:
             if self._set is None:
                 self._set = self._read(data)
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            model = wrapped(model)
+            if isinstance(model, ExternalModel):
+                model.io.per_pixel = self.task == SEGMENTATION
+            with fork_rng(self.seed):
+                self.task.check(logits_of(model, self._set.images[:1].to(device)), self._set.labels)
             with exact_float32():
                 clean, robust = accuracy_under_attack(
-                    wrapped(model), self._set, self.threat, self.attack, "margin", seed=self.seed, device=device
+                    *(model, self._set, self.threat, self.attack, "margin"),
+                    **{"seed": self.seed, "device": device, "task": self.task},
                 )
         return {"clean_accuracy": clean, "robust_accuracy": robust}
 
@@ -89,10 +102,10 @@ class Validation:
 
     def _read(self, data: Any) -> ImageSet:
         """Return the first images of ``data`` on the CPU; raises UserError if they are not pixels in [0, 1] with labels."""
-        x, y = (values.clone() for values in images_and_labels(data, limit=self.images))
+        x, y = (values.clone() for values in images_and_labels(data, limit=self.images, task=self.task))
         x, y = to_float(x[: self.images]).cpu(), y[: self.images].cpu()
-        check_inputs(x, y)
-        if len(y) > 20 and len(y) >= self.images and (y.diff() >= 0).all():
+        check_inputs(x, y, task=self.task)
+        if y.dim() == 1 and len(y) > 20 and len(y) >= self.images and (y.diff() >= 0).all():
             _log.warning(
                 "the validation images come class by class, and the first %d hold the classes %d to %d; give a shuffled loader",
                 *(len(y), int(y[0]), int(y[-1])),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clead.attacks.runner import check_inputs
+from clead.attacks.runner import check_inputs, logits_of
 from clead.config import RunConfig
 from clead.config.schema import REGISTRY_GROUPS, chosen_name, plain, type_problem
 from clead.data.loaders import _SECOND_VIEW, make_generator
@@ -19,9 +19,11 @@ from clead.interfaces import Batch, StepOutput
 from clead.methods import METHODS
 from clead.models.external import io_of
 from clead.models.modes import set_forward_mode
+from clead.models.seeding import fork_rng
 from clead.models.split import SplitModel, adapt, copied, require_features
 from clead.settings import validated
-from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.classification import CLASSIFICATION, Classification
+from clead.tasks.segmentation import SEGMENTATION
 from clead.training.step import Step, threat_at
 from clead.training.teacher import START
 from clead.training.trainer import _PERTURBATION
@@ -42,6 +44,7 @@ def robust_loss(
     step_size: float | str | None = None,
     second_view: Tensor | None = None,
     generator: torch.Generator | int | None = None,
+    task: Any = "classification",
     **settings: Any,
 ) -> StepOutput:
     """Attack a batch and return the loss to call ``backward`` on, and detached metrics: one training step of ``clead train``.
@@ -50,9 +53,11 @@ def robust_loss(
     processes wrap that.
 
     Args:
-        model: takes pixels in [0, 1], returns logits (B, K); learns in the mode that it is in, and is attacked in evaluation mode.
+        model: takes pixels in [0, 1], returns logits (B, K), of masks (B, K, H, W); learns in the mode that it is in, and is
+            attacked in evaluation mode.
         x: (B, C, H, W) float in [0, 1].
-        y: (B,) int64 in [0, K); or soft labels, (B, K) float with rows of sum 1.
+        y: (B,) int64 in [0, K); or soft labels, (B, K) float with rows of sum 1; of another task its targets, such as masks
+            (B, H, W) of classes, 255 for void.
         method: a name of ``clead list``, such as trades, pgd_at, mart or standard; or its settings object.
         eps: radius in pixel units of [0, 1], a number or text such as ``"8/255"``; needed unless the method makes no attack.
         norm: linf, l2, l1 or l0.
@@ -61,6 +66,7 @@ def robust_loss(
         step_size: of the attack, if it has that setting.
         second_view: another augmentation of the same images, for methods that contrast it; None: these, shifted at random.
         generator: of the random starts, on the device of ``x``, or its seed; None: seeded by PyTorch's global one.
+        task: what is right: multilabel, segmentation, or another name of ``clead list``, or its settings object.
         **settings: of the method, such as ``kl_weight=3``.
 
     Raises UserError on wrong settings, pixels outside [0, 1] or wrong labels.
@@ -72,9 +78,9 @@ def robust_loss(
     >>> sorted(metrics)
     ['clean_accuracy', 'clean_cross_entropy', 'kl', 'robust_accuracy']
     """
-    config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, steps=steps, step_size=step_size)
+    config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, task, steps=steps, step_size=step_size)
     _check_bare(model)
-    split = model if isinstance(model, SplitModel) else _LogitsOnly(model)
+    split = model if isinstance(model, SplitModel) else _LogitsOnly(model, config.task == SEGMENTATION)
     if lacking := _lacking(config, split, x):
         raise UserError(
             f"method {_name(config)} {lacking}: make step = clead.RobustLoss(model, {tuple(x.shape[1:])}, "
@@ -85,6 +91,8 @@ def robust_loss(
     if isinstance(generator, int):
         generator = torch.Generator(x.device).manual_seed(generator)
     batch = make_batch(config, x, y, second_view, generator)
+    if not isinstance(config.task, Classification):
+        _check_outputs(config, split, batch)
     return _step(config, split, None).forward(batch, 0.0, generator)
 
 
@@ -95,7 +103,7 @@ class RobustLoss(nn.Module):
     resumed training needs of it. The model is not copied: when training is done, use it as it is, without this.
 
     Args:
-        model: takes pixels in [0, 1], returns logits (B, K).
+        model: takes pixels in [0, 1], returns logits (B, K), of masks (B, K, H, W).
         shape: (C, H, W) of the images.
         method: as of ``robust_loss``, as the five that follow.
         eps: radius.
@@ -108,8 +116,9 @@ class RobustLoss(nn.Module):
         teacher: a classifier that methods such as rslad learn from; None: the model as it is now. ``state_dict`` has it, too.
         seed: of the head, the random starts and the second views; with it each step's randomness is fixed.
         config: a run's configuration, as ``clead.load_recipe`` makes it, instead of all these: method, attack, threat with its
-            eps_ramp, second view, attack_mode, forward_mode and seed are its own.
+            eps_ramp, second view, attack_mode, forward_mode, task and seed are its own.
         total_steps: so many calls make the training, for methods that change in the course of it.
+        task: what is right, as of ``robust_loss``.
         **settings: of the method.
 
     Attributes:
@@ -143,17 +152,20 @@ class RobustLoss(nn.Module):
         seed: int = 0,
         config: RunConfig | None = None,
         total_steps: int | None = None,
+        task: Any = "classification",
         **settings: Any,
     ) -> None:
         super().__init__()
-        given = (eps, norm, attack, steps, step_size, view, seed, settings)
-        if (method is None) == (config is None) or (config and given != (None, "linf", "pgd", None, None, None, 0, {})):
+        given = (eps, norm, attack, steps, step_size, view, seed, task, settings)
+        defaults = (None, "linf", "pgd", None, None, None, 0, "classification", {})
+        if (method is None) == (config is None) or (config and given != defaults):
             raise UserError(
                 "what a step does must be said once; give either a method with its options, such as "
                 '"trades", eps="8/255", or config=... alone'
             )
         if config is None:
-            config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, steps=steps, step_size=step_size)
+            inner = {"steps": steps, "step_size": step_size}
+            config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, task, **inner)
         else:
             _check_one_step(config)
             view, seed = config.data.view, config.train.seed
@@ -203,7 +215,8 @@ class RobustLoss(nn.Module):
 
         Args:
             x: (B, C, H, W) float in [0, 1].
-            y: (B,) int64 in [0, K), or soft labels, (B, K) float; None for methods that look at no label (acl).
+            y: (B,) int64 in [0, K), or soft labels, (B, K) float; of another task its targets; None for methods that look at no
+                label (acl).
             second_view: another augmentation of the same images; None: made of ``x`` as ``view`` says.
         """
         if y is None and self.config.method.uses_classifier:
@@ -217,6 +230,8 @@ class RobustLoss(nn.Module):
             second_view = self.view(x, generator=drawn, strength=self.view.strength(progress))
         generator = make_generator(x.device, self.seed, self.steps, _PERTURBATION)
         batch = make_batch(config, x, y, second_view, generator)
+        if not self.steps and config.method.uses_classifier:
+            _check_outputs(config, self.model, batch)
         step = _step(config, self.model, self.state, self.teacher)
         output = step.forward(batch, progress, generator, threat_at(config, progress))
         self.steps += 1
@@ -236,16 +251,24 @@ class _LogitsOnly(SplitModel):
 
     has_features = False
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, per_pixel: bool) -> None:
         super().__init__(0, 0)
         self.module, self.io = module, io_of(module)
+        self.io.per_pixel = per_pixel
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.io(self.module, x)
         return logits, logits
 
 
-def step_config(method: Any, threat: dict[str, Any], attack: Any, settings: dict[str, Any], **inner: Any) -> RunConfig:
+def step_config(
+    method: Any,
+    threat: dict[str, Any],
+    attack: Any,
+    settings: dict[str, Any],
+    task: Any = "classification",
+    **inner: Any,
+) -> RunConfig:
     """Return the configuration that a step goes by; raises UserError that lists every problem.
 
     Args:
@@ -253,6 +276,7 @@ def step_config(method: Any, threat: dict[str, Any], attack: Any, settings: dict
         threat: norm and eps.
         attack: a name, settings object or dictionary.
         settings: of the method.
+        task: a name or settings object.
         **inner: settings of the attack; those that are None are left out.
     """
     tree = {
@@ -261,8 +285,11 @@ def step_config(method: Any, threat: dict[str, Any], attack: Any, settings: dict
         "threat": {key: value for key, value in threat.items() if value is not None},
         "attack": _tree("attack", attack) | {key: value for key, value in inner.items() if value is not None},
         "method": _tree("method", method) | settings,
+        "task": _tree("task", task),
     }
     config = RunConfig.from_dict(tree)
+    if problem := config.method.task_problem(config.task):
+        raise UserError(f'{problem}; give such as method="pgd_at" or "trades"')
     if threat["eps"] is None and config.method.uses_attack:
         raise UserError('eps: is required, in pixel units of [0, 1]; give such as eps="8/255"')
     return config
@@ -279,9 +306,12 @@ def make_batch(
 
     A second view that is not given is the image, shifted at random.
     """
-    soft = y if isinstance(y, Tensor) and y.dim() == 2 and y.is_floating_point() else None
+    one_class = isinstance(config.task, Classification)
+    soft = y if one_class and isinstance(y, Tensor) and y.dim() == 2 and y.is_floating_point() else None
     labels = y if soft is None else CLASSIFICATION.predict(soft)
-    check_inputs(x, labels)
+    if not one_class and isinstance(y, Tensor):
+        labels = config.task.as_target(y, len(x))
+    check_inputs(x, labels, task=config.task)
     if soft is not None and not torch.allclose(soft.sum(1), soft.new_ones(()), atol=1e-3):
         raise UserError("soft labels must have rows of sum 1; give y.softmax(1), or class numbers of shape (B,)")
     if not config.method.uses_second_view:
@@ -294,6 +324,12 @@ def make_batch(
             f"second_view must have the shape of x, {tuple(x.shape)}, got {tuple(second_view.shape)}; give one of each image"
         )
     return Batch(x, labels, second_view, soft_labels=soft)
+
+
+def _check_outputs(config: RunConfig, model: SplitModel, batch: Batch) -> None:
+    """Raise UserError unless what the model returns and the targets belong together, by a forward of one image."""
+    with fork_rng(0):
+        config.task.check(logits_of(model, batch.images[:1]), batch.labels)
 
 
 def _step(config: RunConfig, model: SplitModel, state: nn.Module | None, teacher: SplitModel | None = None) -> Step:
