@@ -64,8 +64,11 @@ def run(
                 "robust_accuracy": record.robust_accuracy,
                 "split": record.data.split,
                 "n": record.data.n,
-                "robust_flags": "".join("01"[flag] for flag in record.robust),  # one for each image
             }
+            if record.masks is None:
+                row["robust_flags"] = "".join("01"[flag] for flag in record.robust)  # one for each image
+            else:  # pixels of each image and class, from which all figures follow
+                row |= {key: getattr(record.masks, key) for key in ("clean", "lowest_accuracy", "lowest_miou")}
             if record.metrics:
                 row["metrics"] = {each.name: [each.clean, each.robust] for each in record.metrics}
         if record.transferred is not None:  # of images stored by C-LEAD as published: right, but no robustness
@@ -74,7 +77,7 @@ def run(
         if suite is not None:
             row.setdefault("suites", {})[suite] = {
                 "robust_accuracy": record.robust_accuracy,
-                "after": {part.name: sum(part.flags) / record.data.n for part in record.attacks},
+                "after": {part.name: part.robust.accuracy for part in record.attacks},
                 "notes": record.notes,
             }
     return {**row, "seconds": time.time() - start}
