@@ -34,7 +34,9 @@ def attack(
             "several labels: hide this label on the images that have it."
         ),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Write x, x_adv, labels and flags to this .npz file.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write x, x_adv, labels and flags (of masks: answers) to this .npz file.")
+    ] = None,
     verify: Annotated[
         Path | None, typer.Option(help="No attack: score the images that clead evaluate --save-adversarial wrote.")
     ] = None,
@@ -179,14 +181,15 @@ def _save_images(path: Path, evaluation: Any) -> None:
 
     from clead.atomic_io import write_output
 
-    parts = evaluation.artifacts
+    parts = {key: value.numpy() for key, value in evaluation.artifacts.items()}
+    keys = ["x", "x_adv", "labels"]
+    if evaluation.record.masks is not None:  # worst image first, and no flag for each: the answers instead
+        parts = {key: value[parts["index"].argsort()] for key, value in parts.items()}
+        keys += ["predicted", "predicted_adv"]
+    else:
+        parts["robust"] = np.array(evaluation.record.robust_flags)
+        keys.append("robust")
     buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        x=parts["x"].numpy(),
-        x_adv=parts["x_adv"].numpy(),
-        labels=parts["labels"].numpy(),
-        robust=np.array(evaluation.record.robust_flags),
-    )
+    np.savez_compressed(buffer, **{key: parts[key] for key in keys})
     write_output(path, buffer.getvalue())
     echo(f"images: {path}")

@@ -63,7 +63,8 @@ def _lines(report: DataReport, options: str) -> list[str]:
             f"  {_SPLITS[name]}: {count}" + (f" ({_ORIGIN[report.origin]})" if name == "test" and report.origin else "")
         )
     lines.append(f"sizes: {_sizes(report.sizes)}; {', '.join(f'{n} {name}' for name, n in report.channels.items())}")
-    lines.append("classes (number, name, images: " + ", ".join(_SPLITS[name] for name in report.splits) + ")")
+    counted = {"segmentation": "images with it", "multilabel": "images that have it"}.get(report.task, "images")
+    lines.append(f"classes (number, name, {counted}: {', '.join(_SPLITS[name] for name in report.splits)})")
     for k, (name, counts) in enumerate(list(report.classes.items())[:_CLASSES]):
         lines.append(f"  {k}  {name}  {'  '.join(map(str, counts.values()))}")
     if len(report.classes) > _CLASSES:
@@ -77,8 +78,11 @@ def _lines(report: DataReport, options: str) -> list[str]:
     add = " ".join(["", *report.options])
     if report.survey is not None and not report.survey.flips.safe:
         add += " --data.augment.flip false"
+    if report.task != "classification":
+        add += f" --task {report.task}" + (" --model.name unet" if report.task == "segmentation" else "")
+    name = "" if "--data.name" in options else "--data.name auto "
     if report.splits.get("train"):
-        lines.append(f"next: clead train cifar10-small-pgd-at --data.name auto {options}{add}".replace("  ", " "))
+        lines.append(f"next: clead train cifar10-small-pgd-at {name}{options}{add}".replace("  ", " "))
     else:
         lines.append(f"next: clead evaluate --model net.py:Net {options}{add}")
     return lines

@@ -21,7 +21,8 @@ from clead.errors import MissingExtra, UserError, did_you_mean
 def evaluate(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Option(help="standard | plus | rand | quick | adaptive | black_box | pgd.")
+        str | None,
+        typer.Option(help="standard | plus | rand | quick | adaptive | black_box | pgd; of masks sea | sea-quick."),
     ] = None,
     model: Annotated[
         str | None,

@@ -111,9 +111,8 @@ def print_comparison(comparison: dict[str, Any]) -> None:
     rows = comparison["rows"]
     names = list(dict.fromkeys(name for row in rows for name in row["attacks"]))
     threats = sorted({row["threat"] for row in rows})
-    table = Table(
-        title=f"Accuracy on {', '.join(sorted({str(row['n']) for row in rows}))} images, {', '.join(threats)}"
-    )
+    what = "Right pixels" if {row["task"] for row in rows} == {"segmentation"} else "Accuracy"
+    table = Table(title=f"{what} on {', '.join(sorted({str(row['n']) for row in rows}))} images, {', '.join(threats)}")
     stored = ["stored (transferred)"] if any(row["transferred"] is not None for row in rows) else []
     for column in ("run", "clean", *names, *stored, "worst case", "95 % interval", "compute"):
         table.add_column(column, justify="left" if column == "run" else "right")
@@ -141,8 +140,9 @@ def print_comparison(comparison: dict[str, Any]) -> None:
         "compute: forward-equivalents per training image. Robust accuracy is an upper bound: a stronger attack can only lower it."
     )
     for pair in comparison["masks"]:
+        metric = {"pixel_accuracy": "right pixels", "mean_iou": "mIoU"}[pair["metric"]]
         print(
-            f"{pair['a']} less {pair['b']}, worst case, {pair['metric'].replace('_', ' ')}: {100 * pair['difference']:+.1f} points "
+            f"{pair['a']} less {pair['b']}, worst case, {metric}: {100 * pair['difference']:+.1f} points "
             f"(95 % interval {100 * pair['low']:+.1f} – {100 * pair['high']:+.1f}, over images; p = {pair['p_value']:.2g})"
         )
     if len(rows) > 1 and not comparison["pairs"] and not comparison["masks"]:

@@ -34,6 +34,7 @@ from clead.data.flips import SAMPLE
 from clead.data.label_sampling import stratified
 from clead.data.survey import TITLES, Survey, summarise
 from clead.errors import MissingExtra, UserError
+from clead.tasks import fitting_tasks
 
 NEAR = 20_000
 """Nearly equal images are looked for among so many."""
@@ -61,6 +62,7 @@ class DataReport:
         survey: the numbers by which a training is planned; None if there is nothing to train on.
         problems: why training would refuse the data; empty if it would not.
         options: what must be added to ``--data.path`` to train on it.
+        task: what the labels are for.
     """
 
     layout: str
@@ -76,6 +78,7 @@ class DataReport:
     survey: Survey | None
     problems: list[str]
     options: list[str]
+    task: str = "classification"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -143,6 +146,7 @@ def inspect(data: InMemoryDataset) -> tuple[DataReport, bytes]:
         summary,
         problems,
         options,
+        fitting_tasks(raw.train.labels if len(raw.train.labels) else raw.test.labels),
     )
     return report, _contact_sheet(raw.classes, parts, looked)
 
@@ -239,7 +243,7 @@ def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple
         rows = looked[name].rows
         names = [subset.names[row] for row in rows] if subset.names else ()
         if rows:
-            labels = subset.labels[torch.tensor(rows)].tolist()
+            labels = [hash(subset.labels[row].numpy().tobytes()) for row in rows]  # of masks and several labels, too
             splits[TITLES[name]] = Split(looked[name].small, labels, names, looked[name].digests)
     total = sum(len(split.images) for split in splits.values())
     if total > NEAR:
@@ -252,10 +256,14 @@ def _duplicates(parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> tuple
 
 
 def _training_sample(raw: RawSplits, looked: dict[str, _Looked]) -> tuple[list[np.ndarray], Tensor] | None:
-    """Return some training images of each class and their rows; None if there are none, or labels that are no class."""
+    """Return some training images of each class and their rows; None if there are none, or labels that are not a class each."""
     train = looked.get("train", _Looked())
     rows = torch.tensor(train.rows, dtype=torch.int64)
-    if not len(rows) or not 0 <= int(raw.train.labels.min()) <= int(raw.train.labels.max()) < len(raw.classes):
+    if (
+        not len(rows)
+        or raw.train.labels.dim() > 1
+        or not 0 <= int(raw.train.labels.min()) <= int(raw.train.labels.max()) < len(raw.classes)
+    ):
         return None
     chosen = stratified(raw.train.labels[rows], min(SAMPLE, len(rows)), 0, spare=0)[0]
     return at(train.small, chosen), rows[chosen]
@@ -277,20 +285,33 @@ def _options(
 
 
 def _class_counts(raw: RawSplits, parts: dict[str, RawSplit]) -> dict[str, dict[str, int]]:
-    k = len(raw.classes)
-    counts = {name: torch.bincount(split.labels.clamp(0, k - 1), minlength=k).tolist() for name, split in parts.items()}
-    return {raw.classes[j]: {name: counts[name][j] for name in parts} for j in range(k)}
+    most = len(raw.classes) - 1
+    labels = {
+        name: each.labels if each.labels.dim() > 1 else each.labels.clamp(0, most) for name, each in parts.items()
+    }
+    members = {name: _members(each, len(raw.classes)) for name, each in labels.items()}
+    return {each: {name: len(members[name][k]) for name in parts} for k, each in enumerate(raw.classes)}
+
+
+def _members(labels: Tensor, num_classes: int) -> list[list[int]]:
+    """Return the images of each class: of masks those with a pixel of it, of several labels those that have it."""
+    columns = (
+        labels.T == 1
+        if labels.dim() == 2
+        else ((labels == k).reshape(len(labels), -1).any(1) for k in range(num_classes))
+    )
+    return [column.nonzero()[:, 0].tolist() for column in columns]
 
 
 def _contact_sheet(classes: tuple[str, ...], parts: dict[str, RawSplit], looked: dict[str, _Looked]) -> bytes:
     """Return a PNG: one line per class with its name and its first images."""
     by_class: dict[int, list[np.ndarray]] = {}
     for name, split in parts.items():
-        for row, image in zip(looked[name].rows, looked[name].small, strict=True):
-            shown = by_class.setdefault(int(split.labels[row]), [])
-            if len(shown) < _SHOWN_IMAGES:
-                shown.append(image)
-    labels = [label for label in sorted(by_class) if 0 <= label < len(classes)][:_SHOWN_CLASSES]
+        small = dict(zip(looked[name].rows, looked[name].small, strict=True))
+        for k, rows in enumerate(_members(split.labels, len(classes))):
+            images = [small[row] for row in rows if row in small]
+            by_class[k] = [*by_class.get(k, []), *images][:_SHOWN_IMAGES]
+    labels = [k for k, images in by_class.items() if images][:_SHOWN_CLASSES]
     cell = _SMALL + 4
     sheet = Image.new("RGB", (_CAPTION + _SHOWN_IMAGES * cell, max(1, len(labels)) * cell), "white")
     draw = ImageDraw.Draw(sheet)

@@ -90,10 +90,8 @@ def _attacked(plan: EvaluationPlan, attack: MaskAPGD, threat: Threat, x: Tensor,
 
 
 def _counts(plan: EvaluationPlan, x: Tensor, y: Tensor) -> Counts:
-    confusion = run_microbatched(
-        lambda x, y: SEGMENTATION.confusion(logits_of(plan.model, x), y), x, y, plan.microbatch
-    ).cpu()
-    return Counts(*(each.numpy() for each in (confusion.diagonal(dim1=1, dim2=2), confusion.sum(1), confusion.sum(2))))
+    counts = run_microbatched(lambda x, y: SEGMENTATION.counts(logits_of(plan.model, x), y), x, y, plan.microbatch)
+    return Counts(*counts.cpu().movedim(1, 0).numpy())
 
 
 def _score(plan: EvaluationPlan, x: Tensor, y: Tensor) -> Tensor:

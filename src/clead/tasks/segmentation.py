@@ -133,6 +133,11 @@ class Segmentation:
         """Count each image's pixels by class and ``answers``, (B, K, K) int64; see ``confusion`` of this module."""
         return confusion(self.answers(outputs, target), target, outputs.shape[1])
 
+    def counts(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Count each image's pixels by class, (B, 3, K) int64: those taken for it and of it, taken for it, of it."""
+        cells = self.confusion(outputs, target)
+        return torch.stack([cells.diagonal(dim1=1, dim2=2), cells.sum(1), cells.sum(2)], 1)
+
     def as_target(self, value: Tensor, images: int) -> Tensor:
         """Return masks as (N, H, W) int64; raises UserError where another shape or type leaves it open what they mean."""
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:

@@ -196,11 +196,9 @@ def _attack(plan: EvaluationPlan, batch: int, stage: int, lowest: dict[int, Tens
 
 def _judged(logits: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return ``counts`` (B, 3, K): pixels right, predicted and true; and ``objects`` (B, 3, 2): number and sum of IoU by size."""
-    confusion = SEGMENTATION.confusion(logits, y)
     answers, masks = SEGMENTATION.answers(logits, y).cpu().numpy(), y.cpu().numpy()
     objects = np.stack([object_scores(*pair) for pair in zip(answers, masks, strict=True)])
-    counts = torch.stack([confusion.diagonal(dim1=1, dim2=2), confusion.sum(1), confusion.sum(2)], 1)
-    return {"counts": counts.cpu(), "objects": torch.from_numpy(objects)}
+    return {"counts": SEGMENTATION.counts(logits, y).cpu(), "objects": torch.from_numpy(objects)}
 
 
 def _accuracy(counts: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, ClassVar, cast
 import numpy as np
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from clead.attacks.runner import check_inputs, logits_of
 from clead.errors import UserError
 from clead.evaluation.correctness import exact_float32
+from clead.evaluation.mask_record import estimate_pixels
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import ImageSet
 from clead.measurements import MEASUREMENTS
@@ -39,12 +40,14 @@ from clead.models.split import wrapped
 from clead.progress import Tick, progress
 from clead.results.figure import ESTIMATED, Drawing, cell, cell_axes, draw, estimated, head, new_axes, style
 from clead.results.format import percent
+from clead.results.masks import Counts, mean_iou
 from clead.results.record import Estimate, RecordModel
 from clead.results.section import Details, Plot, Row, Section, Table
 from clead.results.statistics import estimate
 from clead.settings import setting, settings
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION, Classification
+from clead.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from rich.table import Table as TerminalTable
@@ -53,11 +56,12 @@ __all__ = ["CORRUPTIONS", "SEVERITIES", "CommonCorruptions", "CorruptionResult",
 
 
 class CorruptionCell(RecordModel):
-    """Accuracy on all images under one corruption of one severity."""
+    """Accuracy on all images, of masks that of pixels and the mIoU, under one corruption of one severity."""
 
     name: str
     severity: int = Field(ge=1, le=5)
     accuracy: Estimate
+    miou: float | None = Field(None, ge=0, le=1)
 
 
 class CorruptionResult(Result):
@@ -74,6 +78,7 @@ class CorruptionResult(Result):
     clean: Estimate
     cells: list[CorruptionCell]
     mean_accuracy: float = Field(ge=0, le=1)
+    clean_miou: float | None = Field(None, ge=0, le=1)
 
     def accuracies(self) -> dict[str, list[float]]:
         """Return corruption -> accuracy at each of ``severities``."""
@@ -86,26 +91,43 @@ class CorruptionResult(Result):
         """Return corruption, as it is written in text, -> mean accuracy over the severities."""
         return {name.replace("_", " "): sum(row) / len(row) for name, row in self.accuracies().items()}
 
+    def mious(self) -> dict[str, float]:
+        """Return corruption, as it is written in text, -> mean mIoU over the severities, and ``mean`` of all; {} without masks."""
+        rows: dict[str, list[float]] = {}
+        for each in self.cells:
+            if each.miou is not None:
+                rows.setdefault(each.name.replace("_", " "), []).append(each.miou)
+                rows.setdefault("mean", []).append(each.miou)
+        return {name: sum(row) / len(row) for name, row in rows.items()}
+
     def table(self, record: MeasurementRecord) -> TerminalTable:
-        """Return accuracy by corruption and severity, and the means."""
-        levels = [f"severity {severity}" for severity in self.severities]
-        table = new_table(record, "common corruptions", "corruption", *levels, "mean")
-        table.add_row("none (clean)", *[f"{self.clean.accuracy:.1%}"] * (len(levels) + 1))
+        """Return accuracy by corruption and severity, and the means; of masks the mean mIoU, too."""
+        levels, mious = [f"severity {severity}" for severity in self.severities], self.mious()
+        heads = ["mean", "mean mIoU"] if mious else ["mean"]
+        table = new_table(record, "common corruptions", "corruption", *levels, *heads)
+
+        def last(name: str) -> list[str]:
+            return [f"{mious[name]:.1%}"] if mious else []
+
+        clean = [] if self.clean_miou is None else [f"{self.clean_miou:.1%}"]
+        table.add_row("none (clean)", *[f"{self.clean.accuracy:.1%}"] * (len(levels) + 1), *clean)
         for (name, mean), row in zip(self.means().items(), self.accuracies().values(), strict=True):
-            table.add_row(name, *[f"{value:.1%}" for value in row], f"{mean:.1%}")
+            table.add_row(name, *[f"{value:.1%}" for value in row], f"{mean:.1%}", *last(name))
         columns = [[each.accuracy.accuracy for each in self.cells if each.severity == s] for s in self.severities]
         means = [f"{sum(column) / len(column):.1%}" for column in columns]
-        table.add_row("mean", *means, f"{self.mean_accuracy:.1%}", style="bold")
+        table.add_row("mean", *means, f"{self.mean_accuracy:.1%}", *last("mean"), style="bold")
         return table
 
     def sentence(self, record: MeasurementRecord) -> str:
         """Return the mean accuracy and the worst corruption."""
         means = self.means()
         worst = min(means, key=lambda name: means[name])
+        what = "mean accuracy" if self.clean_miou is None else "mean share of right pixels"
+        miou = "" if self.clean_miou is None else f" mIoU {self.mious()['mean']:.1%}, {self.clean_miou:.1%} when clean."
         return (
-            f"{record.about}: mean accuracy {self.mean_accuracy:.1%} under {len(self.names)} common corruptions at severity "
+            f"{record.about}: {what} {self.mean_accuracy:.1%} under {len(self.names)} common corruptions at severity "
             f"{', '.join(map(str, self.severities))}, {self.clean.accuracy:.1%} when clean; worst is "
-            f"{worst} with {means[worst]:.1%}."
+            f"{worst} with {means[worst]:.1%}.{miou}"
         )
 
     @classmethod
@@ -121,11 +143,15 @@ class CorruptionResult(Result):
                 f"{percent(result.mean_accuracy)} in the mean of all cells; worst is {worst} with {percent(means[worst])}."
             )
             plots.append(Plot(_draw(one, result, f"Accuracy under common corruptions. {caption}"), caption))
+            mious = result.mious()
             rows = [
-                [name, *map(percent, row), percent(mean)]
+                [name, *map(percent, row), percent(mean), *([percent(mious[name])] if mious else [])]
                 for (name, mean), row in zip(means.items(), result.accuracies().values(), strict=True)
             ]
             columns = ["Corruption", *(f"severity {severity}" for severity in result.severities), "mean"]
+            columns += ["mean mIoU"] if mious else []
+            if result.clean_miou is not None:
+                caption += f" Right are pixels; mIoU {percent(mious['mean'])}, {percent(result.clean_miou)} when clean."
             label = f"Accuracy of {one.name} under corruptions"
             tables.append(Table(columns, rows, caption=one.name, label=label, strong=["mean"]))
         intro = (
@@ -146,7 +172,7 @@ class CommonCorruptions(Measurement):
     """
 
     result: ClassVar = CorruptionResult
-    tasks: ClassVar[tuple[str, ...]] = ("multilabel",)
+    tasks: ClassVar[tuple[str, ...]] = ("multilabel", "segmentation")
 
     severities: tuple[int, ...] = setting(SEVERITIES, "Which of 1 to 5, with commas.")
     names: tuple[str, ...] | None = setting(None, "Which corruptions, with commas; all 15 if not given.")
@@ -182,7 +208,7 @@ def evaluate_corruptions(
         how: batch size, seed of noise, directions and textures, device; its state has finished pairs of corruption and severity.
         severities: which of 1 to 5.
         names: which of ``CORRUPTIONS``; all 15 if None.
-        task: what is right; of several labels an image counts if all are.
+        task: what is right; of several labels an image counts if all are, of masks its pixels count.
 
     Raises UserError on unknown names or severities, images of another kind, or a model that returns no logits (B, K).
     """
@@ -202,16 +228,16 @@ def evaluate_corruptions(
     cells = []
     with state.opened(), exact_float32(), progress("corruptions", total, show=how.show) as tick:
 
-        def accuracy(key: str, corrupted: Callable[[int], Pixels]) -> Estimate:
+        def figures(key: str, corrupted: Callable[[int], Pixels]) -> tuple[Estimate, float | None]:
             if key in state.parts:
                 tick(len(arrays))
             else:
                 begun = time.monotonic()
-                flags = _flags(model, task, corrupted, images.labels.to(device), how.batch_size, tick)
-                state.save(key, {"flags": torch.tensor(flags)}, {"seconds": time.monotonic() - begun})
-            return estimate(state.parts[key][0]["flags"].tolist())
+                saved = _judged(model, task, corrupted, images.labels.to(device), how.batch_size, tick)
+                state.save(key, saved, {"seconds": time.monotonic() - begun})
+            return _accuracy_and_miou(state.parts[key][0], seed)
 
-        clean = accuracy("clean", lambda index: arrays[index])
+        clean, clean_miou = figures("clean", lambda index: arrays[index])
         for name in names:
             position = list(CORRUPTIONS).index(name)
             for severity in severities:
@@ -219,7 +245,8 @@ def evaluate_corruptions(
                 def corrupted(index: int, name: str = name, place: tuple[int, int] = (position, severity)) -> Pixels:
                     return CORRUPTIONS[name](arrays[index], place[1], np.random.default_rng([seed, *place, index]))
 
-                each = CorruptionCell(name=name, severity=severity, accuracy=accuracy(f"{name}-{severity}", corrupted))
+                accuracy, miou = figures(f"{name}-{severity}", corrupted)
+                each = CorruptionCell(name=name, severity=severity, accuracy=accuracy, miou=miou)
                 tick(0, corruption=f"{name} {severity}", accuracy=each.accuracy.accuracy)
                 cells.append(each)
     return CorruptionResult(
@@ -230,6 +257,7 @@ def evaluate_corruptions(
         clean=clean,
         cells=cells,
         mean_accuracy=float(np.mean([each.accuracy.accuracy for each in cells])),
+        clean_miou=clean_miou,
     )
 
 
@@ -259,19 +287,28 @@ def _check_images(model: nn.Module, images: ImageSet, device: torch.device, task
         )
 
 
-def _flags(
-    model: nn.Module, task: Task, corrupted: Callable[[int], Pixels], labels: torch.Tensor, batch_size: int, tick: Tick
-) -> list[bool]:
-    """Return which images, corrupted, are classified right; ``labels`` are on the device."""
-    flags: list[bool] = []
+def _accuracy_and_miou(saved: dict[str, Tensor], seed: int) -> tuple[Estimate, float | None]:
+    """Return the accuracy of a finished part, and of masks the mIoU."""
+    if "flags" in saved:
+        return estimate(saved["flags"].tolist()), None
+    counts = Counts(*saved["counts"].movedim(1, 0).numpy())
+    return estimate_pixels(counts, seed), float(mean_iou(counts.total()))
+
+
+def _judged(
+    model: nn.Module, task: Task, corrupted: Callable[[int], Pixels], labels: Tensor, batch_size: int, tick: Tick
+) -> dict[str, Tensor]:
+    """Return ``flags`` (N,), which images, corrupted, are right, or of masks ``counts`` (N, 3, K); ``labels`` are on the device."""
+    masks = isinstance(task, Segmentation)
+    results = []
     for start in range(0, len(labels), batch_size):
         y = labels[start : start + batch_size]
         batch = np.stack([corrupted(index) for index in range(start, start + len(y))])
         x = torch.from_numpy(batch).permute(0, 3, 1, 2).to(y.device).float() / 255
         with attack_mode(model), torch.no_grad():
-            flags += task.correct(model(x), y).tolist()  # synchronises the device
+            results.append((task.counts if masks else task.correct)(model(x), y).cpu())  # synchronises the device
         tick(len(batch))
-    return flags
+    return {"counts" if masks else "flags": torch.cat(results)}
 
 
 def _draw(one: Measured, result: CorruptionResult, label: str) -> Drawing:
