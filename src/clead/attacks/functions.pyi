@@ -336,6 +336,7 @@ def patch(
     stride: int = 2,
     restarts: int = 5,
     place: Literal["anywhere", "corner"] = "anywhere",
+    object: str | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Maximise the margin over the content and the place of one square patch per image.
@@ -358,6 +359,8 @@ def patch(
         stride: how far the patch moves at once; 0: it stays where it started (pixels).
         restarts: independent random places and contents (starts).
         place: where it may be: anywhere, or in one of the four corners, where it stays.
+        object: a class of masks, by name: the patch lies off its pixels, and these alone count; else all outside
+            the patch.
         seed: of all randomness, a model's own draws included; the global generators are restored.
 
     Returns:

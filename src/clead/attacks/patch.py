@@ -42,6 +42,10 @@ class Patch:
     place: Literal["anywhere", "corner"] = setting(
         "anywhere", "where it may be: anywhere, or in one of the four corners, where it stays"
     )
+    object: str | None = setting(
+        None,
+        "a class of masks, by name: the patch lies off its pixels, and these alone count; else all outside the patch",
+    )
 
     def side(self, height: int, width: int) -> int:
         """Return the patch's side in pixels, at least 1; raises UserError if it does not fit into the image."""
@@ -54,7 +58,11 @@ class Patch:
         return side
 
     def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return each image with a patch that it falls to, else with the patch of the largest margin."""
+        """Return each image with a patch that it falls to, else with the patch of the largest margin; of masks see ``worst_patch``."""
+        if self.object is not None:
+            raise UserError(
+                f"attack.object: {self.object!r} is a class of pixels, and here one is of an image; leave it out"
+            )
         side = self.side(*x.shape[2:])
         result, largest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
         rows = torch.arange(len(x), device=x.device)

@@ -13,7 +13,7 @@ from clead.interfaces import ImageSet
 from clead.measurements.base import Computation, Measured, MeasurementRecord, Result, cells, new_table, span
 from clead.progress import Tick
 from clead.results.format import count, settings_text
-from clead.results.record import Estimate, Flags
+from clead.results.record import Estimate, Flags, Metric
 from clead.results.section import Section, Table
 from clead.results.statistics import estimate
 
@@ -24,7 +24,10 @@ FlagPair = tuple[Tensor, Tensor]
 
 
 class AttackedResult(Result):
-    """Clean accuracy and accuracy under one attack; flags are per image, in the order of the images."""
+    """Clean accuracy and accuracy under one attack; flags are per image, in the order of the images.
+
+    Of masks accuracies are shares of pixels, there are no flags, and ``metrics`` has the mIoU.
+    """
 
     attack: str
     settings: dict[str, Any]
@@ -34,6 +37,7 @@ class AttackedResult(Result):
     clean_flags: Flags
     robust: Estimate
     robust_flags: Flags
+    metrics: list[Metric] = Field(default_factory=list)
     seconds: float
 
     def table(self, record: MeasurementRecord) -> TerminalTable:
@@ -41,14 +45,18 @@ class AttackedResult(Result):
         table = new_table(record, self.attack, "attack", "accuracy", "95 % interval", "seconds")
         table.add_row("none (clean)", *cells(self.clean), "")
         table.add_row(self.attack, *cells(self.robust), f"{self.seconds:.1f}", style="bold")
+        for metric in self.metrics:
+            table.add_row(f"{metric.name}, clean → attacked", f"{metric.clean:.2%} → {metric.robust:.2%}", "", "")
         return table
 
     def sentence(self, record: MeasurementRecord) -> str:
         """Return how many images withstand the attack."""
         settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        whose = "" if self.clean_flags else "of the pixels "
+        more = "".join(f" {each.name}: {each.robust:.1%}, {each.clean:.1%} when clean." for each in self.metrics)
         return (
-            f"{record.about}: {self.robust.accuracy:.1%} (95 % interval {span(self.robust)}) withstand the "
-            f"{self.attack} attack ({settings}); {self.clean.accuracy:.1%} are right when clean."
+            f"{record.about}: {self.robust.accuracy:.1%} (95 % interval {span(self.robust)}) {whose}withstand the "
+            f"{self.attack} attack ({settings}); {self.clean.accuracy:.1%} are right when clean.{more}"
         )
 
     @classmethod

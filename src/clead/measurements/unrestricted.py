@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clead.attacks import UNRESTRICTED
+from clead.attacks.patch import Patch
 from clead.attacks.runner import (
     AttackError,
     check_finite,
@@ -29,11 +30,13 @@ from clead.interfaces import ImageSet, Unrestricted
 from clead.measurements import MEASUREMENTS
 from clead.measurements.attack_accuracy import AttackedResult, FlagPair, attack_accuracy
 from clead.measurements.base import Computation, Measurement, MeasurementTarget, check_classes, plain_settings
+from clead.measurements.mask_patch import evaluate_mask_patch
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
 from clead.progress import progress
 from clead.settings import setting, settings
 from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.segmentation import SEGMENTATION
 
 
 @MEASUREMENTS.register("attack")
@@ -45,12 +48,19 @@ class UnrestrictedAttack(Measurement):
     """
 
     result: ClassVar = AttackedResult
+    tasks: ClassVar = ("segmentation",)
     keys: ClassVar = ("attack", "eval.batch_size")
 
     attack: Unrestricted = setting(..., "The attack, such as ``clead.attacks.spatial.Spatial()``.")
 
     def run(self, target: MeasurementTarget, state: ResumableResults) -> AttackedResult:
-        """Attack each image that is right when clean."""
+        """Attack each image that is right when clean; of masks all."""
+        if target.about.task == SEGMENTATION:
+            if not isinstance(self.attack, Patch):
+                raise UserError(
+                    f"attack.name: {described(self.attack)[0]} moves the image and not its mask; give --attack.name patch"
+                )
+            return evaluate_mask_patch(self.attack, target, state)
         return evaluate_unrestricted(
             target.model, target.images, self.attack, target.computation(state), classes=target.num_classes
         )
