@@ -58,7 +58,7 @@ class Patch:
         return side
 
     def worst(self, model: Model, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return each image with a patch that it falls to, else with the patch of the largest margin; of masks see ``worst_patch``."""
+        """Return each image with a patch that it falls to, else with that of the largest margin; of masks see ``worst_patch``."""
         if self.object is not None:
             raise UserError(
                 f"attack.object: {self.object!r} is a class of pixels, and here one is of an image; leave it out"
