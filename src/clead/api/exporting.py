@@ -124,7 +124,7 @@ class _Export:
         self.remeasured: Remeasured | None = None
 
     def write_onnx(self, folder: Path) -> nn.Module:
-        """Write the ONNX file and return it as a model; raises UserError if its logits are not those of PyTorch."""
+        """Write the ONNX file and return what rounding left of the model; raises UserError if its logits are not PyTorch's."""
         from clead.export.onnx import AGREE, difference, to_int8, to_onnx
 
         metadata, x = self.metadata, to_float(self.opened.images.images[:_CHECKED])
@@ -144,7 +144,7 @@ class _Export:
         if self.precision == "int8":
             content = to_int8(content, to_float(self.opened.splits.train.images[:CALIBRATION]).split(64))
         (folder / self.file).write_bytes(content)
-        return OnnxModel(folder / self.file)
+        return self.model if self.precision == "float32" else OnnxModel(folder / self.file)
 
     def write_safetensors(self, folder: Path, twin: nn.Module) -> nn.Module:
         """Write the weights and return ``twin``, another copy of the model, with the weights that were written."""

@@ -36,8 +36,12 @@ def card(facts: Mapping[str, Any], *, record: Record | None, remeasured: Remeasu
     environment.filters["json"] = _json
     environment.filters["inert"] = _inert
     environment.filters["fence"] = lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    masks = facts["task"] == "segmentation"
     return environment.get_template("card.md.jinja").render(
         record=record,
+        masks=masks,
+        pipeline="image-segmentation" if masks else "image-classification",
+        miou=record.metrics[0] if record is not None and masks else None,
         remeasured=remeasured,
         notes=notes,
         suite=in_words(record) if record else "",
