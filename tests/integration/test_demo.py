@@ -18,7 +18,7 @@ SHORT = (
 
 @pytest.mark.slow
 def test_the_demo_leaves_a_summary_and_a_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_QUICK", SHORT)
+    monkeypatch.setitem(demo.DEMOS, "classification", demo.DEMOS["classification"]._replace(quick=SHORT))
     monkeypatch.setattr(sys, "argv", ["clead", "demo", "--quick", "--out", str(tmp_path / "demo")])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 
 import clead
@@ -17,8 +21,11 @@ from clead.attacks.masks import MaskAPGD
 from clead.cli.app import Stopped, app
 from clead.errors import UserError
 from clead.losses.pixels import VOID
+from clead.report.sections.masks import colours
 from clead.results.masks import Counts, counts_of, mean_iou, pixel_accuracy
 from clead.runs.loading import open_run
+from clead.serving import ServeSettings, create_app
+from clead.serving.schemas import PredictAnswer
 from clead.tasks.segmentation import SEGMENTATION
 from support import generator
 
@@ -157,3 +164,46 @@ def test_what_masks_have_no_place_for_is_refused_in_one_line(run, tmp_path, argu
         command(*(each.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for each in arguments))
     assert message in str(refused.value) and "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exported_file_has_logits_of_pixels_for_any_number_of_images(run, tmp_path):
+    command("export", run, "--out", tmp_path / "onnx")
+    answer = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    x, _ = split_of(run)
+    for count in (1, 5):
+        (logits,) = answer.run(["logits"], {"images": x[:count].numpy()})
+        with torch.no_grad():
+            expected = clead.load(run)(x[:count])
+        assert logits.shape == (count, K, 16, 16) and np.abs(logits - expected.numpy()).max() < 1e-4
+    assert json.loads(answer.get_modelmeta().custom_metadata_map["task"]) == {"name": "segmentation"}
+    card, miou = (tmp_path / "onnx" / "README.md").read_text(), read_record(run).metrics[0]
+    assert f"| **mIoU, worst case** | **{miou.robust:.1%}" in card and "pipeline_tag: image-segmentation" in card
+    command("export", run, "--format", "safetensors", "--out", tmp_path / "weights")
+    with torch.no_grad():
+        assert torch.equal(clead.load(tmp_path / "weights")(x), clead.load(run)(x))
+
+
+def test_the_server_answers_with_masks(run):
+    app = create_app([run], ServeSettings(threads=1, max_images=4))
+    x, _ = split_of(run)
+    buffer = io.BytesIO()
+    np.save(buffer, (x[:3] * 255).round().byte().numpy())
+    with torch.no_grad():
+        expected = clead.load(run)(x[:3]).softmax(1)
+    with TestClient(app) as client:
+        kind = {"content-type": "application/octet-stream"}
+        answer = client.post("/v1/predict", content=buffer.getvalue(), headers=kind).json()
+        refused = client.post("/v1/explain", content=buffer.getvalue(), headers=kind)
+        np.save(buffer := io.BytesIO(), np.zeros((5, 3, 16, 16), np.uint8))
+        too_many = client.post("/v1/predict", content=buffer.getvalue(), headers=kind)
+        assert client.get("/openapi.json").status_code == 200
+    PredictAnswer.model_validate(answer)
+    for one, probabilities in zip(answer["predictions"], expected, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(one["mask"].partition(",")[2]))) as picture:
+            mask = np.asarray(picture)
+            assert picture.mode == "P" and np.array_equal(np.asarray(picture.convert("RGB")), colours(mask))
+        assert np.array_equal(mask, probabilities.argmax(0).numpy())
+        assert one["shares"] == pytest.approx([(mask == k).mean() for k in range(K)], abs=1e-6)
+        assert one["probability"] == pytest.approx(probabilities.amax(0).mean().item(), abs=1e-5)
+    assert refused.status_code == 422 and refused.json()["detail"].endswith("has no detector; ask /v1/predict")
+    assert too_many.status_code == 422 and "\n" not in too_many.json()["detail"]

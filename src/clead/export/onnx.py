@@ -35,7 +35,7 @@ class _Outputs(nn.Module):
 def to_onnx(
     model: SplitModel, shape: tuple[int, int, int], *, features: bool = False, metadata: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Return ``model`` in the ONNX format: images (B, C, H, W) float32 in [0, 1] -> logits (B, K), or (B, K, H, W) of masks, any B ≥ 1.
+    """Return ``model`` in the ONNX format: images (B, C, H, W) float32 in [0, 1] -> logits (B, K) or (B, K, H, W), any B ≥ 1.
 
     Args:
         model: in eval mode.

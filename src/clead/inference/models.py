@@ -37,13 +37,14 @@ from clead.runs.loading import evaluated_images, load_model
 from clead.tasks import Task
 from clead.tasks.classification import Classification
 from clead.tasks.retrieval import check_gallery
+from clead.tasks.segmentation import SEGMENTATION, upsampled
 from clead.weights.files import fingerprint, load_weights
 
 log = logging.getLogger(__name__)
 
 
 class Outputs(NamedTuple):
-    """What a model says of n images: probabilities (n, K), features (n, D), and suspicion (n,) or None, float32."""
+    """What a model says of n images: probabilities (n, K) or (n, K, H, W), features (n, D), suspicion (n,) or None, float32."""
 
     probabilities: np.ndarray
     features: np.ndarray
@@ -184,6 +185,10 @@ class ServedModel:
         elif settings.detector is not None:
             self._fit_detector(settings)
         self.gallery: Reference | None = None
+        if settings.gallery is not None and self.task == SEGMENTATION:
+            raise UserError(
+                f"--gallery: {name} answers with masks, and images are sought by features of whole images; leave it out"
+            )
         if settings.gallery is not None:
             items, names = read_gallery(settings.gallery, self.shape)
             with progress(f"{self.name}: reading the gallery", len(items), show=len(items) > 2000) as tick:
@@ -240,13 +245,17 @@ class ServedModel:
         """Return the outputs of images, each array (n, C, H, W) uint8, or float32 in [0, 1].
 
         The arrays never change, whatever the model does with its input. Raises ValueError if the model does not answer each image
-        with one row of K logits: rows that are missing would be another request's.
+        with one row of K logits, of masks K in each pixel: rows that are missing would be another request's.
         """
         # New memory, whatever the arrays were.
         x = torch.cat([to_float(torch.from_numpy(array).to(self.device)) for array in images])
         with exact_float32(), torch.inference_mode():
             features, logits = self.network.features_and_logits(x.clone())
-            if logits.shape != (len(x), len(self.classes)) or features.ndim != 2 or len(features) != len(x):
+            if self.task == SEGMENTATION and logits.ndim == features.ndim == 4:
+                logits, features, rest = upsampled(logits, x.shape[2:]), features.mean((2, 3)), x.shape[2:]
+            else:
+                rest = ()
+            if logits.shape != (len(x), len(self.classes), *rest) or features.ndim != 2 or len(features) != len(x):
                 raise ValueError(
                     f"{self.name} answered {len(x)} images of {len(self.classes)} classes with logits {tuple(logits.shape)} and "
                     f"features {tuple(features.shape)}"

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from clead.report.sections.masks import palette
+
 
 def to_array(image: Tensor) -> np.ndarray:
     """Return (C, H, W), uint8 or float in [0, 1], as (H, W) or (H, W, 3) uint8."""
@@ -21,4 +23,12 @@ def png_uri(image: Tensor) -> str:
     """Return (C, H, W), uint8 or float in [0, 1], as a PNG in a data URI, in its own size."""
     buffer = io.BytesIO()
     Image.fromarray(to_array(image)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def mask_uri(mask: np.ndarray) -> str:
+    """Return a mask (H, W) uint8 as a palette PNG in a data URI: its values are class numbers, shown in the report's colours."""
+    picture, buffer = Image.fromarray(mask), io.BytesIO()
+    picture.putpalette(palette().tobytes())
+    picture.save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

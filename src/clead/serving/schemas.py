@@ -57,12 +57,25 @@ class Prediction(BaseModel):
     suspicion: Suspicion | None = Field(description="null: the server has no detector.")
 
 
+class MaskPrediction(BaseModel):
+    """One image of a model of masks: the class of each pixel, and how much of the image each class takes."""
+
+    mask: str = Field(
+        description="Palette PNG of the model's size as data URI: each pixel's value is the number of a class in ``classes``."
+    )
+    shares: list[float] = Field(
+        description="Share of the pixels with each class, in the order of ``classes``, rounded to 6 decimals."
+    )
+    probability: float = Field(ge=0, le=1, description="Mean over the pixels of the most probable class's.")
+    suspicion: None = Field(description="Detectors go by one class per image: always null.")
+
+
 class PredictAnswer(BaseModel):
     """Predictions in the order of the images."""
 
     model: str
     classes: list[str]
-    predictions: list[Prediction]
+    predictions: list[Prediction] | list[MaskPrediction]
 
 
 class NeighbourAnswer(BaseModel):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from fastapi import FastAPI, Query, Request, Response
 from pydantic_core import to_json
@@ -15,12 +16,14 @@ from pydantic_core import to_json
 from clead import __version__
 from clead.errors import did_you_mean
 from clead.inference.models import FittedDetector, Outputs, ServedModel
+from clead.inference.png import mask_uri
 from clead.inference.problems import Problem
 from clead.inference.request_parsing import Buffers, body_kind, read_body, read_images, run
 from clead.inference.settings import ServeSettings
 from clead.serving.batching import Batcher
 from clead.serving.metrics import CONTENT_TYPE_LATEST, Metrics
 from clead.serving.schemas import ExplainQuery, Health, PredictQuery, SearchQuery
+from clead.tasks import task_name
 
 _MAX_SHOWN = 640  # training images in one answer; with 32×32 pixels some 2 MB
 _DEAD = 10  # a worker counts as dead when a batch takes so many times as long as a request may
@@ -68,6 +71,9 @@ class Service:
         """Answer with predictions, the nearest training images, and what the detector is worth."""
         model = self._model(query)
         label = _class_index(model.name, model.classes, query.of)
+        if model.detector is None:
+            text = f"model: {model.name} is of the task {task_name(model.task)}, which has no detector; ask /v1/predict"
+            raise Problem(422, text)
 
         def explained(outputs: Outputs) -> dict[str, Any]:
             count = len(outputs.probabilities)
@@ -179,8 +185,11 @@ class Service:
             raise Problem(503, text, {"Retry-After": "1", "Connection": "close"})
 
     def _predictions(self, model: ServedModel, outputs: Outputs, query: PredictQuery) -> list[dict[str, Any]]:
-        """Return one ``Prediction`` per image, as plain data."""
-        answers = model.task.decide(torch.from_numpy(outputs.probabilities)).tolist()
+        """Return one ``Prediction``, or ``MaskPrediction``, per image, as plain data."""
+        decided = model.task.decide(torch.from_numpy(outputs.probabilities))
+        if decided.ndim == 3:
+            return [_mask(*pair) for pair in zip(decided.numpy(), outputs.probabilities, strict=True)]
+        answers = decided.tolist()
         rows = outputs.probabilities.astype("float64").round(6).tolist()
         predictions: list[dict[str, Any]] = [
             {**_named(answer, model.classes, row), "probabilities": row, "suspicion": None}
@@ -211,6 +220,18 @@ def _named(answer: int | list[int], classes: Sequence[str], probabilities: list[
         return {"label": classes[answer], "probability": probabilities[answer]}
     present = [name for name, is_present in zip(classes, answer, strict=True) if is_present]
     return {"label": None, "labels": present, "probability": max(probabilities)}
+
+
+def _mask(mask: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Return a ``MaskPrediction`` of classes (H, W) and probabilities (K, H, W)."""
+    shares = np.bincount(mask.ravel(), minlength=len(probabilities)) / mask.size
+    sure = float(probabilities.max(0).astype("float64").mean())
+    return {
+        "mask": mask_uri(mask.astype(np.uint8)),
+        "shares": shares.round(6).tolist(),
+        "probability": min(1.0, sure),
+        "suspicion": None,
+    }
 
 
 def _about(detector: FittedDetector) -> dict[str, Any]:

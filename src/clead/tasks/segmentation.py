@@ -119,6 +119,14 @@ class Segmentation:
         """Return each image's part of right pixels, void left out, (B,) float64; NaN of an image that is all void."""
         return (correct & (target != VOID)).sum((1, 2)).double() / (target != VOID).sum((1, 2))
 
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return softmax(outputs) of each pixel, (B, K, h, w)."""
+        return outputs.softmax(1)
+
+    def decide(self, probabilities: Tensor) -> Tensor:
+        """Return the most probable class of each pixel, (B, h, w) int64."""
+        return probabilities.argmax(1)
+
     def predict(self, outputs: Tensor) -> Tensor:
         """Return the class of the largest logit of each pixel, (B, h, w) int64; of equal ones the first."""
         return outputs.argmax(1)
