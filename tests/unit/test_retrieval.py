@@ -257,7 +257,29 @@ def test_an_image_is_never_asked_for_where_it_is_an_item_itself(tmp_path):
     data = ImageSet(images, torch.arange(6) % 2)
     made = make_gallery(task, data, ("cat", "dog"))
     assert (
-        torch.equal(made.queries.images, images[4:]) and "4 images that are items of the gallery, too" in made.notes[1]
+        torch.equal(made.queries.images, images[4:])
+        and "4 images that are items of the gallery, or nearly" in made.notes[1]
     )
     with pytest.raises(UserError, match="all 4 images to ask with are items of .*would find themselves"):
         make_gallery(task, data.subset(torch.arange(4)), ("cat", "dog"))
+
+
+def test_a_copy_that_was_resized_and_saved_with_loss_is_seen(tmp_path):
+    """Of smooth pictures: a JPEG of twice the size among the items is no query; in a gallery that is cut it is said."""
+    from PIL import Image
+
+    coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1)
+    images = (255 * smooth).round().to(torch.uint8)
+    for number in range(4):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        picture = Image.fromarray(images[number].permute(1, 2, 0).numpy()).resize((64, 64), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number}.jpg", quality=80)
+    data = ImageSet(images, torch.arange(6) % 2)
+    made = make_gallery(Retrieval(gallery=tmp_path), data, ("cat", "dog"))
+    assert torch.equal(made.queries.images, images[4:])
+    twice = ImageSet(torch.cat([images, (images.int() + 1).clamp_max(255).to(torch.uint8)]), torch.arange(12) % 2)
+    notes = make_gallery(Retrieval(items=3), twice, ("cat", "dog")).notes
+    assert len(notes) == 2 and "queries are copies of items" in notes[1]
+    assert len(make_gallery(Retrieval(items=1), data, ("cat", "dog")).notes) == 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import match_names
 from clead.data.datasets.auto import Auto
+from clead.data.duplicates import equal_or_near
 from clead.data.loaders import make_generator, to_float
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -26,6 +27,7 @@ from clead.weights.files import load_weights
 
 _ORDER = 0  # of the images of a class; which are items does not depend on the seed
 _CHUNK = 256  # images at once
+_COMPARED = 8192  # queries that are compared with the items at once
 _NAMED = 3  # classes that a note names
 Opened = TypeVar("Opened", bound=OpenedModel)
 
@@ -71,19 +73,24 @@ def make_gallery(task: Retrieval, images: ImageSet, classes: Sequence[str]) -> G
     """Return the gallery that ``task`` names, or that is cut from ``images``; raises UserError if there is no query left."""
     if task.gallery is None:
         items, queries = cut_gallery(images, task.items)
-        note = f"the gallery is {len(items)} of the images, {task.items} of each class; the other {len(queries)} are the queries"
-        return Gallery(items, queries, tuple(classes), (note,))
+        notes = [
+            f"the gallery is {len(items)} of the images, {task.items} of each class; the other {len(queries)} are the queries"
+        ]
+        if copies := int(_copies(queries, items).sum()):
+            notes.append(
+                f"{copies} queries are copies of items, equal or nearly so, and find themselves: the figures are too good"
+            )
+        return Gallery(items, queries, tuple(classes), tuple(notes))
     items, names = read_gallery(task.gallery, tuple(images.images.shape[1:]))
     numbers, _ = match_names(classes, [(name,) for name in names])
     known = torch.tensor([numbers.get(name, -1) for name in classes])[images.labels]
     queries = dataclasses.replace(images, labels=known).subset((known >= 0).nonzero()[:, 0])
-    content = {image.numpy().tobytes() for image in items.images}
-    asked = torch.tensor([image.numpy().tobytes() not in content for image in queries.images], dtype=torch.bool)
+    asked = ~_copies(queries, items)
     same = int((~asked).sum())
     if same and same == len(queries):
         raise UserError(
-            f"task.gallery: all {same} images to ask with are items of {task.gallery}, and would find themselves; give one of "
-            "other images, or leave --task.gallery out"
+            f"task.gallery: all {same} images to ask with are items of {task.gallery} or copies, and would find themselves; "
+            "give one of other images, or leave --task.gallery out"
         )
     queries = queries.subset(asked.nonzero()[:, 0])
     if not len(queries):
@@ -93,12 +100,23 @@ def make_gallery(task: Retrieval, images: ImageSet, classes: Sequence[str]) -> G
         )
     notes = [f"the gallery is {len(items)} images of {len(names)} classes in {task.gallery}"]
     if same:
-        notes.append(f"{same} images that are items of the gallery, too, are left out: they would find themselves")
+        notes.append(
+            f"{same} images that are items of the gallery, or nearly equal ones, are left out: they would find themselves"
+        )
     if len(queries) + same < len(images):
         notes.append(
             f"{len(images) - len(queries) - same} images of classes that the gallery has no item of are left out"
         )
     return Gallery(items, queries, names, tuple(notes))
+
+
+def _copies(queries: ImageSet, items: ImageSet) -> Tensor:
+    """Return which queries are among the items, or are nearly equal to one: resized, or saved with loss, (Q,) bool."""
+    flags = [torch.zeros(0, dtype=torch.bool)]
+    for start in range(0, len(queries), _COMPARED):
+        equal, near = equal_or_near(queries.images[start : start + _COMPARED], items.images[:])
+        flags.append(equal | near)
+    return torch.cat(flags)
 
 
 def cut_gallery(images: ImageSet, per_class: int) -> tuple[ImageSet, ImageSet]:
