@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from layouts import LAYOUTS  # noqa: E402  the samples that tests/integration/test_layouts.py reads
 from model_kinds import KINDS  # noqa: E402  the samples that tests/integration/test_external_models.py tries
 from onnx_kinds import ONNX_KINDS  # noqa: E402  tried by tests/integration/test_onnx_wild.py
-from rooms import ROOMS  # noqa: E402  the order that tests/contract/test_architecture.py holds
+from rooms import ROOMS, TASK_FILES  # noqa: E402  the order that tests/contract/test_architecture.py holds
 
 REFERENCE = Path(__file__).parent / "reference"
 STUBS = Path(__file__).parent.parent / "src/clead/attacks"
@@ -66,15 +66,40 @@ def pages() -> dict[str, str]:
 
 
 def contributing() -> str:
-    """Return the text of CONTRIBUTING.md with its list of rooms, between the two markers, written anew."""
-    begin, end = "<!-- rooms: written by docs/generate.py from tests/rooms.py -->", "<!-- end of rooms -->"
-    before, _, rest = CONTRIBUTING.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    if not after:
-        raise SystemExit(f"{CONTRIBUTING} lacks the line {begin!r} or {end!r}")
-    rows = [f"| `{name}` | {_cell(about)} |" for name, about in ROOMS.items()]
-    table = "\n".join(["| room | what it does |", "|---|---|", *rows])
-    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    """Return the text of CONTRIBUTING.md with its lists of rooms and of what tasks touch, between markers, written anew."""
+    text = CONTRIBUTING.read_text()
+    rooms = [f"| `{name}` | {_cell(about)} |" for name, about in ROOMS.items()]
+    tasks = []
+    for name, files in TASK_FILES.items():
+        cells = (", ".join(f"`{file}`" for file in each) for each in (files, touched(name, files)))
+        tasks.append(f"| `{name}` | {' | '.join(cells)} |")
+    heads = {
+        "rooms": "| room | what it does |\n|---|---|",
+        "tasks": "| task | files of its own | others that know it |\n|---|---|---|",
+    }
+    for kind, rows in (("rooms", rooms), ("tasks", tasks)):
+        begin, end = f"<!-- {kind}: written by docs/generate.py from tests/rooms.py -->", f"<!-- end of {kind} -->"
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        if not after:
+            raise SystemExit(f"{CONTRIBUTING} lacks the line {begin!r} or {end!r}")
+        table = "\n".join([heads[kind], *rows])
+        text = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+    return text
+
+
+def touched(task: str, files: list[str]) -> list[str]:
+    """Return the other files of the program that import a task or a file of its own, or compare a task's name with it."""
+    source = CONTRIBUTING.parent / "src" / "clead"
+    modules = "|".join(re.escape(f"clead.{file.replace('/', '.')}") for file in (f"tasks/{task}", *files))
+    known = re.compile(rf"(?:from|import) (?:{modules})\b|(?i:task).*\"{task}\"|\"{task}\".*(?i:task)")
+    paths = ((path, path.relative_to(source).with_suffix("").as_posix()) for path in sorted(source.rglob("*.py")))
+    kept_apart = ("tasks/", "evaluation/tasks/", *files)
+    return [
+        name.removesuffix("/__init__")
+        for path, name in paths
+        if not name.startswith(kept_apart) and known.search(path.read_text())
+    ]
 
 
 def stubs() -> dict[str, str]:

@@ -42,3 +42,23 @@ ROOMS = {
     "cli": "the command line, one file per command",
 }
 """Room → what it does, in one line. A room is a folder or file of ``src/clead``; one with a dot is a file of a folder."""
+
+TASK_FILES = {
+    "binary": ["models/threshold"],
+    "multilabel": ["models/one_label", "data/datasets/multilabel"],
+    "segmentation": [
+        *("data/masks", "data/mask_layouts", "data/datasets/masks", "data/datasets/digit_scenes", "losses/pixels"),
+        *(
+            "models/segmentation",
+            "models/unet",
+            "models/deeplab",
+            "methods/clead_pixels",
+            "attacks/masks",
+            "attacks/mask_patch",
+        ),
+        *("evaluation/mask_checks", "evaluation/mask_record", "evaluation/objects", "measurements/mask_patch"),
+        *("results/masks", "report/sections/masks"),
+    ],
+    "retrieval": ["models/nearest", "runs/gallery"],
+}
+"""What is there for one task alone, beside its files in ``tasks`` and ``evaluation/tasks``."""

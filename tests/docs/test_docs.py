@@ -459,10 +459,12 @@ def test_extras_that_pages_name_exist():
 
 def test_generated_pages_are_up_to_date():
     """In a process of its own: other tests register attacks that are not shipped. It reads the package beside the tests."""
-    code = "import json, generate; print(json.dumps(generate.pages()))"
+    code = "import json, generate; print(json.dumps([generate.pages(), generate.contributing()]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("docs", "src"))}
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    for name, text in json.loads(made.stdout.splitlines()[-1]).items():
+    pages, contributing = json.loads(made.stdout.splitlines()[-1])
+    assert (ROOT / "CONTRIBUTING.md").read_text() == contributing, "run: python docs/generate.py"
+    for name, text in pages.items():
         assert (ROOT / "docs" / "reference" / name).read_text() == text, f"{name} is old; run: python docs/generate.py"
 
 

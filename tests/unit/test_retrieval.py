@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import nn
 
+import clead
 from clead.attacks.apgd import APGD
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
@@ -21,7 +22,7 @@ from clead.evaluation.state import ResumableResults
 from clead.evaluation.tasks.retrieval import GalleryAttack, measure_gallery, metrics
 from clead.interfaces import ImageSet
 from clead.models.nearest import TEMPERATURE, NearestItem
-from clead.models.split import SplitModel
+from clead.models.split import SplitModel, adapt
 from clead.runs.gallery import cut_gallery, make_gallery
 from clead.tasks.classification import TOWARDS_CLASS
 from clead.tasks.retrieval import Retrieval, average_precision, check_gallery, class_similarity, verification_roc
@@ -283,3 +284,11 @@ def test_a_copy_that_was_resized_and_saved_with_loss_is_seen(tmp_path):
     notes = make_gallery(Retrieval(items=3), twice, ("cat", "dog")).notes
     assert len(notes) == 2 and "queries are copies of items" in notes[1]
     assert len(make_gallery(Retrieval(items=1), data, ("cat", "dog")).notes) == 1
+
+
+def test_of_a_model_from_elsewhere_the_record_says_what_is_compared():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 4))
+    model, images = adapt(net, sample_shape=(1, 4, 4)), torch.rand(12, 1, 4, 4)
+    short = {"suite": "pgd", "steps": 1, "curve_points": 0, "check_images": 0, "gallery": 0}
+    record = clead.evaluate(model, images, torch.arange(12) % 3, task=Retrieval(items=1), eps=0.01, **short)
+    assert "what is compared are the features that the layer '3' gets, not what the model returns" in record.notes

@@ -65,7 +65,8 @@ def with_gallery(opened: Opened) -> Opened:
         splits, train=gallery.items, val=queries.subset(torch.arange(0)), test=queries, classes=gallery.classes
     )
     target = dataclasses.replace(opened.target, classes=gallery.classes, total=len(gallery.queries))
-    all_notes = (*opened.notes, *notes, *gallery.notes, *_seen_note(seen, splits.classes))
+    seen_note = _seen_note(seen, splits.classes)
+    all_notes = (*opened.notes, *notes, *gallery.notes, *features_note(opened.model), *seen_note)
     return dataclasses.replace(opened, model=model, images=queries, splits=splits, target=target, notes=all_notes)
 
 
@@ -161,6 +162,13 @@ def nearest_item(model: nn.Module, items: ImageSet, classes: Sequence[str], devi
         )
     gallery = embed(model.to(device), items, device)
     return NearestItem(model, gallery, items.labels, classes, items.images)
+
+
+def features_note(model: nn.Module) -> list[str]:
+    """Say which layer's input is compared, of a model from elsewhere: a network whose output is the embedding may mean that."""
+    if (name := getattr(model, "classifier_name", None)) is None:
+        return []
+    return [f"what is compared are the features that the layer {name!r} gets, not what the model returns"]
 
 
 def embed(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ from clead.progress import progress
 from clead.results.record import Metric
 from clead.results.statistics import estimate
 from clead.results.target import EvaluationTarget, digest
-from clead.runs.gallery import make_gallery, nearest_item
+from clead.runs.gallery import features_note, make_gallery, nearest_item
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.retrieval import Retrieval, average_precision, verification_roc
 
@@ -62,7 +62,8 @@ def evaluate(
         known = [*target.classes, *map(str, range(len(target.classes), int(images.labels.max()) + 1))]
         items, images, classes, notes = make_gallery(target.task, images, known)
         device = options.device or next((p.device for p in model.parameters()), torch.device("cpu"))
-        model = nearest_item(wrapped(model), items, classes, device)
+        encoder = wrapped(model)
+        model, notes = nearest_item(encoder, items, classes, device), (*notes, *features_note(encoder))
         target = dataclasses.replace(target, classes=tuple(classes))
     plain = dataclasses.replace(target, task=CLASSIFICATION)
     wanted = dataclasses.replace(options, keep_adversarial=True)
