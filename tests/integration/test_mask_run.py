@@ -20,12 +20,19 @@ from clead.api.results import read_record
 from clead.attacks.masks import MaskAPGD
 from clead.cli.app import Stopped, app
 from clead.errors import UserError
+from clead.inference.models import open_models
+from clead.inference.png import png_uri
 from clead.losses.pixels import VOID
+from clead.playground import masks
+from clead.playground.choices import AttackSettings
+from clead.playground.comparison import open_comparison
 from clead.report.sections.masks import colours
+from clead.results.format import percent
 from clead.results.masks import Counts, counts_of, mean_iou, pixel_accuracy
 from clead.runs.loading import open_run
 from clead.serving import ServeSettings, create_app
 from clead.serving.schemas import PredictAnswer
+from clead.settings import Ratio
 from clead.tasks.segmentation import SEGMENTATION
 from support import generator
 
@@ -207,3 +214,23 @@ def test_the_server_answers_with_masks(run):
         assert one["probability"] == pytest.approx(probabilities.amax(0).mean().item(), abs=1e-5)
     assert refused.status_code == 422 and refused.json()["detail"].endswith("has no detector; ask /v1/predict")
     assert too_many.status_code == 422 and "\n" not in too_many.json()["detail"]
+
+
+def test_the_playground_paints_masks(run):
+    served = open_models([run], ServeSettings(threads=1))
+    comparison = open_comparison(served)
+    images = comparison.images
+    for attack in masks.MASK_OPTIONS:
+        settings = AttackSettings(attack=attack, norm="linf", eps=Ratio("8/255"), steps=4)
+        (outcome,) = masks.attack_mask(comparison.pair, images.images[0], images.labels[0], settings)
+        x, y = images.images[0].float() / 255, images.labels[0].numpy()
+        with torch.no_grad():
+            answers = clead.load(run)(torch.stack([x, outcome.x_adv])).argmax(1).numpy()
+        assert (outcome.x_adv - x).abs().max() <= 8 / 255 + 1e-6
+        assert np.array_equal(answers, [outcome.clean, outcome.adversarial])
+        assert outcome.right == pytest.approx([(each == y)[y != VOID].mean() for each in answers])
+        assert outcome.right[1] < outcome.right[0]
+    html = masks.cards([outcome], images.images[0], images.labels[0], comparison.classes)
+    painted = png_uri(torch.from_numpy(colours(np.where(y == VOID, VOID, answers[1]))).permute(2, 0, 1))
+    assert painted in html and "void: does not count" in html and html.count("<img") == 6
+    assert f"{percent(outcome.right[1])} of the pixels right" in masks.verdict([outcome], settings)

@@ -29,7 +29,7 @@ from clead.inference.problems import Problem
 from clead.inference.request_parsing import count_pixels
 from clead.interfaces import Attack, ImageSet, Search, Threat
 from clead.measurements.distances import distances
-from clead.models.split import SplitModel, copied
+from clead.models.split import SplitModel, adapt, copied
 from clead.models.threshold import AtThreshold, judged
 from clead.playground.choices import (
     ATTACK_SECONDS,
@@ -46,8 +46,9 @@ from clead.results.record import Estimate, Record
 from clead.results.statistics import estimate
 from clead.runs.loading import evaluated_images
 from clead.settings import Ratio
-from clead.tasks import task_name
+from clead.tasks import Task, task_name
 from clead.tasks.classification import CLASSIFICATION, Classification
+from clead.tasks.segmentation import SEGMENTATION
 from clead.threats import THREATS
 
 Report = Callable[[float, str], None]
@@ -122,12 +123,15 @@ class CountedModel(nn.Module):
             self.report((index + min(self.passes / self.expected, 1.0)) / count, self.text)
         return self.model(x)
 
-    def attack(self, attack: Attack | Search, x: Tensor, y: Tensor, threat: Threat, seed: int) -> Tensor:
+    def attack(
+        self, attack: Attack | Search, x: Tensor, y: Tensor, threat: Threat, seed: int, task: Task = CLASSIFICATION
+    ) -> Tensor:
         """Return x_adv on the CPU, verified to be in the threat set."""
         generator = torch.Generator(self.device).manual_seed(seed)
         x, y = x.to(self.device), y.to(self.device)
         with exact_float32():
-            x_adv = run_attack(attack, self, x, y, threat, generator=generator, checked=True, precision=None)
+            model = self if task == CLASSIFICATION else adapt(self, sample_shape=tuple(x.shape[1:]))
+            x_adv = run_attack(attack, model, x, y, threat, generator=generator, checked=True, precision=None, task=task)
         check_finite(x_adv, type(attack).__name__)
         return x_adv.cpu()
 
@@ -166,7 +170,8 @@ class Comparison:
 def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
     """Return the comparison of ``served`` models.
 
-    Raises UserError if there are more than eight, or if they differ in classes, shape or test images: one image is shown to all.
+    Raises UserError if there are more than eight, or if they differ in task, classes, shape or test images: one image is shown to
+    all.
     """
     if not 1 <= len(served) <= MAX_RUNS:
         raise UserError(f"the playground takes 1 to {MAX_RUNS} runs, got {len(served)}; leave some out")
@@ -186,10 +191,13 @@ def open_comparison(served: Mapping[str, ServedModel]) -> Comparison:
         if read[key][1] != next(iter(read.values()))[1]:
             text = f"{each.name} has other test images than {first.name}"
             raise UserError(f"{text}; give runs of the same data and split")
-        if not isinstance(each.task, Classification):
+        if (each.task == SEGMENTATION) != (first.task == SEGMENTATION):
+            tasks = f"{each.name} is of the task {task_name(each.task)}, {first.name} of {task_name(first.task)}"
+            raise UserError(f"{tasks}; give runs of the same task")
+        if not isinstance(each.task, Classification) and each.task != SEGMENTATION:
             raise UserError(
-                f"{each.name} is of the task {task_name(each.task)}, and the playground shows one class per image; attack it with "
-                f"clead attack {each.run.path}"
+                f"{each.name} is of the task {task_name(each.task)}, and the playground shows one class per image, or masks; "
+                f"attack it with clead attack {each.run.path}"
             )
         model = cast(SplitModel, judged(copied(each.model), each.task)).requires_grad_(False).eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

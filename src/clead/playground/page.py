@@ -15,8 +15,8 @@ from starlette.middleware import Middleware
 
 from clead.errors import UserError
 from clead.inference.settings import ServeSettings
-from clead.playground import pictures
-from clead.playground.choices import ATTACK_SECONDS, MAX_FILE, MAX_IMAGES, MAX_SEED, query, read_query
+from clead.playground import masks, pictures
+from clead.playground.choices import ATTACK_SECONDS, MAX_FILE, MAX_IMAGES, MAX_SEED, integer, query, read_query
 from clead.playground.comparison import (
     Comparison,
     Report,
@@ -34,7 +34,9 @@ from clead.playground.widgets import (
     ChosenImage,
     ImageChooser,
     errors_on_page,
+    test_images,
 )
+from clead.tasks.segmentation import SEGMENTATION
 
 PATH = "/playground"
 MAX_WAITING = 16
@@ -69,7 +71,8 @@ def add_playground(app: FastAPI, settings: ServeSettings | None = None) -> None:
 
     Raises UserError if the runs do not go together.
     """
-    blocks = Page(open_comparison(app.state.models)).blocks
+    comparison = open_comparison(app.state.models)
+    blocks = (MaskPage if comparison.served.task == SEGMENTATION else Page)(comparison).blocks
     # Else gradio leaves out its own check of the files that an event names; the filter checks them too.
     blocks.has_launched = True
     gr.mount_gradio_app(
@@ -112,11 +115,14 @@ class Page:
         self.one_at_a_time = threading.Lock()
         with gr.Blocks(title="clead playground", analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
             gr.HTML(_head(comparison))
-            with gr.Tab("Attack an image"), gr.Row(equal_height=False):
-                self._add_image_tab()
-            with gr.Tab("Attack the leaderboard"):
-                self._add_leaderboard_tab()
+            self._add_tabs()
         self.blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=4, api_open=False)
+
+    def _add_tabs(self) -> None:
+        with gr.Tab("Attack an image"), gr.Row(equal_height=False):
+            self._add_image_tab()
+        with gr.Tab("Attack the leaderboard"):
+            self._add_leaderboard_tab()
 
     def _add_image_tab(self) -> None:
         start = self.comparison.start
@@ -221,6 +227,44 @@ class Page:
         steps = gr.Slider(value=settings.steps, label=option.steps_label)
         values = (settings.attack, settings.norm, eps, steps, settings.seed)
         return image.index, state, html, truth, *values, pictures.note(option.about), linked.image is not None
+
+
+class MaskPage(Page):
+    """The page of models of masks: a test image, an attack, and the masks painted before and after it."""
+
+    def _add_tabs(self) -> None:
+        start = self.comparison.start
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=4, min_width=330):
+                gallery, index = test_images(self.comparison)
+                self.controls = controls = AttackControls(self.comparison, start.steps, options=masks.MASK_OPTIONS)
+                seed = gr.Number(
+                    start.seed, precision=0, minimum=0, maximum=MAX_SEED, label="Seed of what is random", elem_id="seed"
+                )
+                names = " and ".join(model.name for model in self.comparison.pair)
+                run = gr.Button(f"Attack {names}", variant="primary", elem_id="run")
+            with gr.Column(scale=7, min_width=330):
+                shown = [gr.HTML(_INVITATION, elem_id="verdict"), gr.HTML("", elem_id="results")]
+        gallery.select(self.chosen, None, index, **QUICK)
+        controls.connect()
+        inputs = [index, controls.attack, controls.norm, controls.eps, controls.steps, seed]
+        run.click(self.attack_mask, inputs, shown, show_progress_on=[shown[0]], **_WORK)
+
+    @errors_on_page()
+    def chosen(self, event: gr.SelectData) -> int:
+        """Return the number of a test image of the gallery."""
+        return integer("image", event.index, 0, len(self.comparison.images) - 1)
+
+    @errors_on_page()
+    def attack_mask(self, index: Any, *values: Any, progress: gr.Progress = _PROGRESS) -> tuple[str, str]:
+        """Attack a test image on the first two models and show what they answer."""
+        images, pair = self.comparison.images, self.comparison.pair
+        settings = self.controls.read(*values)
+        number = integer("image", index, 0, len(images) - 1)
+        image, mask = images.images[number], images.labels[number]
+        with self.one_at_a_time:
+            outcomes = masks.attack_mask(pair, image, mask, settings, _reporter(progress, 0.0, 1.0))
+        return masks.verdict(outcomes, settings), masks.cards(outcomes, image, mask, self.comparison.classes)
 
 
 def _link(text: str) -> gr.Textbox:

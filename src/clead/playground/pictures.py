@@ -60,7 +60,7 @@ def change(delta: Tensor) -> tuple[Tensor, float]:
 def chosen(image: Tensor, lines: Sequence[str]) -> str:
     """Return the chosen image beside ``lines`` of plain text."""
     text = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    return f'<div class="clead"><div class="row">{_picture(image, "the chosen image: " + lines[0])}<div>{text}</div></div></div>'
+    return f'<div class="clead"><div class="row">{picture(image, "the chosen image: " + lines[0])}<div>{text}</div></div></div>'
 
 
 def note(text: str) -> str:
@@ -72,7 +72,7 @@ def verdict(outcomes: Sequence[Outcome], classes: Sequence[str], settings: Attac
     """Return one sentence per model: what it says now, and what it said before."""
     sentences = " ".join(_sentence(outcome, classes) for outcome in outcomes)
     return (
-        f'<div class="clead" role="status"><p class="verdict">Under {escape(_attack(settings))}: {sentences}</p>'
+        f'<div class="clead" role="status"><p class="verdict">Under {escape(attack_text(settings))}: {sentences}</p>'
         '<p class="muted">The attack was run on each model by itself, with full access to it (white-box). Where a model holds, a '
         "stronger attack may still break it.</p></div>"
     )
@@ -142,7 +142,7 @@ def leaderboard(rows: Sequence[LeaderboardRow], settings: AttackSettings | None 
         body.append(f"<tr>{''.join(cells)}</tr>")
     ranked = "the recorded worst case. Choose an attack above to rank the models by what holds against it."
     if settings is not None:
-        ranked = f"what holds here, under {escape(_attack(settings))}."
+        ranked = f"what holds here, under {escape(attack_text(settings))}."
     return (
         f'<div class="clead" role="status"><p>Ranked by {ranked}</p>'
         f'<div class="wide"><table><thead><tr>{"".join(f"<th scope=col>{column}</th>" for column in columns)}</tr></thead>'
@@ -159,7 +159,8 @@ def _estimate(value: Estimate | None) -> str:
     return f'<td class="n">{percent(value.accuracy)}<br>{span}</td>'
 
 
-def _attack(settings: AttackSettings) -> str:
+def attack_text(settings: AttackSettings) -> str:
+    """Return an attack with its norm, radius and steps."""
     option = ATTACK_OPTIONS[settings.attack]
     steps = f", {settings.steps} {option.steps}" if option.steps else ""
     return f"{option.label.partition(' – ')[0]} ({norm_of(settings.norm)}, ε = {settings.eps.text}{steps})"
@@ -193,10 +194,10 @@ def _card(outcome: Outcome, classes: Sequence[str], image: Tensor, settings: Att
     return (
         f'<section class="card" aria-label="{name}"><h3>{name} <span class="badge {kind}">{badge}</span></h3>'
         f'<p class="muted">{escape(trained(outcome.model))}; {escape(target)}</p>'
-        f'<div class="three"><figure><figcaption>clean</figcaption>{_picture(image, f"the clean image, {right}")}'
+        f'<div class="three"><figure><figcaption>clean</figcaption>{picture(image, f"the clean image, {right}")}'
         f"{_bars(outcome.clean, outcome, classes)}</figure>"
-        f"<figure><figcaption>change ×{k:g}</figcaption>{_picture(drawn, 'what the attack changed')}{facts}</figure>"
-        f"<figure><figcaption>adversarial</figcaption>{_picture(outcome.x_adv, 'the image after the attack')}"
+        f"<figure><figcaption>change ×{k:g}</figcaption>{picture(drawn, 'what the attack changed')}{facts}</figure>"
+        f"<figure><figcaption>adversarial</figcaption>{picture(outcome.x_adv, 'the image after the attack')}"
         f"{_bars(outcome.adversarial, outcome, classes)}</figure></div>{_detected(outcome)}</section>"
     )
 
@@ -216,7 +217,8 @@ def _facts(outcome: Outcome, classes: Sequence[str], settings: AttackSettings) -
     return facts
 
 
-def _picture(image: Tensor, alt: str) -> str:
+def picture(image: Tensor, alt: str) -> str:
+    """Return an image (C, H, W), uint8 or float in [0, 1], with sharp pixels."""
     _, height, width = image.shape
     return (
         f'<img class="pixels" style="--ratio:{width}/{height}" src="{png_uri(image)}" alt="{escape(alt, quote=True)}">'

@@ -5,7 +5,7 @@ gradio checks that a choice is in its list and a number in its range, whatever a
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -25,6 +25,7 @@ from clead.playground.choices import (
     MAX_PIXELS,
     MAX_STEPS,
     NORM_RULES,
+    AttackOption,
     AttackSettings,
     checked,
     integer,
@@ -70,20 +71,7 @@ class ImageChooser:
         first = self.test_image(0)
         self.state = gr.State(first)
         with gr.Tab("Test image"):
-            examples = min(_EXAMPLES, self.count)
-            self.gallery = gr.Gallery(
-                [_enlarged(image) for image in comparison.images.images[:examples]],
-                format="png",
-                columns=8,
-                allow_preview=False,
-                object_fit="contain",
-                buttons=[],
-                label=f"The first {examples} of {self.count} test images",
-                interactive=False,
-                elem_id="gallery",
-            )
-            label = f"Number of the test image, 0 to {self.count - 1}"
-            self.index = gr.Number(0, precision=0, minimum=0, maximum=self.count - 1, label=label, elem_id="index")
+            self.gallery, self.index = test_images(comparison)
         with gr.Tab("Upload"):
             limits = f"up to {MAX_FILE // 2**20} MiB and {MAX_PIXELS / 1e6:g} megapixels"
             label = f"An image file: PNG, JPEG, WebP, BMP or PPM, {limits}"
@@ -164,14 +152,42 @@ class ImageChooser:
         )
 
 
-class AttackControls:
-    """Which attack, in which norm, how far, in how many steps. ``prefix`` begins the names of the widgets in the page."""
+def test_images(comparison: Comparison) -> tuple[gr.Gallery, gr.Number]:
+    """Return the widgets that choose a test image: the first ones to click at, and the number."""
+    count = len(comparison.images)
+    examples = min(_EXAMPLES, count)
+    gallery = gr.Gallery(
+        [_enlarged(image) for image in comparison.images.images[:examples]],
+        format="png",
+        columns=8,
+        allow_preview=False,
+        object_fit="contain",
+        buttons=[],
+        label=f"The first {examples} of {count} test images",
+        interactive=False,
+        elem_id="gallery",
+    )
+    label = f"Number of the test image, 0 to {count - 1}"
+    return gallery, gr.Number(0, precision=0, minimum=0, maximum=count - 1, label=label, elem_id="index")
 
-    def __init__(self, comparison: Comparison, steps: int, prefix: str = "") -> None:
-        self.comparison = comparison
+
+class AttackControls:
+    """Which attack, in which norm, how far, in how many steps.
+
+    ``prefix`` begins the names of the widgets in the page, ``options`` are the attacks to choose from.
+    """
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        steps: int,
+        prefix: str = "",
+        options: Mapping[str, AttackOption] = ATTACK_OPTIONS,
+    ) -> None:
+        self.comparison, self.options = comparison, options
         start = comparison.start
-        option = ATTACK_OPTIONS[start.attack]
-        attacks = [(option.label, name) for name, option in ATTACK_OPTIONS.items()]
+        option = options[start.attack]
+        attacks = [(option.label, name) for name, option in options.items()]
         norms = [(norm_of(norm), norm) for norm in NORM_RULES]
         label = "Norm: how a change is measured"
         self.attack = gr.Dropdown(attacks, value=start.attack, label="Attack", elem_id=f"{prefix}attack")
@@ -187,7 +203,7 @@ class AttackControls:
 
     def for_attack(self, attack: str) -> tuple[Any, ...]:
         """Say what the attack does, and what its steps are."""
-        option = ATTACK_OPTIONS[attack]
+        option = self.options[attack]
         return pictures.note(option.about), gr.Slider(label=option.steps_label)
 
     def for_norm(self, norm: str) -> gr.Slider:
@@ -200,6 +216,8 @@ class AttackControls:
             ratio = Ratio(f"{eps:g}/255") if self._in_255ths(norm) else Ratio(float(f"{eps:.6g}"))
         except (TypeError, ValueError):
             raise UserError(f"eps: must be a finite number, got {str(eps)[:40]!r}; type one") from None
+        if attack not in self.options:
+            raise UserError(f"attack: must be one of {', '.join(self.options)}, got {str(attack)[:40]!r}; change it")
         values = {"attack": attack, "norm": norm, "eps": ratio, "steps": steps, "seed": seed}
         return checked(values, self.comparison.radii)
 
