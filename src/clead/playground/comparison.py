@@ -130,8 +130,10 @@ class CountedModel(nn.Module):
         generator = torch.Generator(self.device).manual_seed(seed)
         x, y = x.to(self.device), y.to(self.device)
         with exact_float32():
-            model = self if task == CLASSIFICATION else adapt(self, sample_shape=tuple(x.shape[1:]))
-            x_adv = run_attack(attack, model, x, y, threat, generator=generator, checked=True, precision=None, task=task)
+            model = self if task == CLASSIFICATION else adapt(self, sample_shape=(x.shape[1], x.shape[2], x.shape[3]))
+            x_adv = run_attack(
+                attack, model, x, y, threat, generator=generator, checked=True, precision=None, task=task
+            )
         check_finite(x_adv, type(attack).__name__)
         return x_adv.cpu()
 
