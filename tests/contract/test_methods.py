@@ -11,17 +11,26 @@ import torch
 from clead.attacks.pgd import PGD
 from clead.interfaces import Batch, StepOutput
 from clead.methods import METHODS
+from clead.methods.base import StepContext
 from clead.methods.free import Free
 from clead.models.build import build_model
 from clead.models.small_cnn import SmallCNN
 from clead.models.split import SplitModel
+from clead.models.unet import UNet
+from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.segmentation import Segmentation
 from clead.threats import THREATS
 
 RADII = {"linf": 0.1, "l2": 0.6, "l1": 2.0, "l0": 3}
 
 
+def for_masks(method: Any) -> bool:
+    return method.task_problem(CLASSIFICATION) is not None
+
+
 def make_model(method: Any) -> SplitModel:
-    model = build_model(SmallCNN(width=3, features=6), 1, 4, (0.4,), (0.3,), seed=0, sample_shape=(1, 8, 8))
+    network = UNet(width=4, levels=2) if for_masks(method) else SmallCNN(width=3, features=6)
+    model = build_model(network, 1, 4, (0.4,), (0.3,), seed=0, sample_shape=(1, 8, 8))
     if method.uses_embedding:
         model.add_projection(method.embedding_dim)
     return model.train()
@@ -30,7 +39,10 @@ def make_model(method: Any) -> SplitModel:
 def make_batch(method: Any) -> Batch:
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     stored = (0.9 * x + 0.05).contiguous() if method.uses_stored else None
-    return Batch(x, torch.arange(6) % 4, x.flip(3) if method.uses_second_view else None, stored=stored)
+    labels = torch.arange(6) % 4
+    if for_masks(method):
+        labels = (x[:, 0] * 4).long()
+    return Batch(x, labels, x.flip(3) if method.uses_second_view else None, stored=stored)
 
 
 @pytest.fixture(params=METHODS.names())
@@ -41,7 +53,9 @@ def method(request: pytest.FixtureRequest) -> Any:
 def call(method: Any, model: SplitModel, batch: Batch, threat: Any, seed: int = 0) -> StepOutput:
     generator = torch.Generator().manual_seed(seed)
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if method.needs_teacher else None
-    return method(model, batch, threat=threat, attack=PGD(steps=2), generator=generator, teacher=teacher)
+    task = Segmentation() if for_masks(method) else CLASSIFICATION
+    step = StepContext(threat, PGD(steps=2), generator, teacher=teacher, task=task)
+    return method.loss(model, method.views(model, batch, step), step)
 
 
 @pytest.mark.slow

@@ -195,7 +195,9 @@ def test_a_multi_label_model_is_exported_and_served(labelled, tmp_path):
         assert prediction["labels"] == [
             name for name, value in zip(("zero", "one", "two"), row, strict=True) if value > 0
         ]
-    with pytest.raises(UserError, match="multilabel, and the playground shows one class per image; attack it with"):
+    with pytest.raises(
+        UserError, match="multilabel, and the playground shows one class per image, or masks; attack it with"
+    ):
         open_comparison(open_models([labelled], ServeSettings(threads=1, detector=None)))
     with pytest.raises(UserError, match="of the task multilabel; give --precision float32"):
         clead.export_run(labelled, out=tmp_path / "int8", precision="int8")

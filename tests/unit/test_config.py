@@ -398,7 +398,7 @@ def test_shared_keys_are_printed_once():
         "--attack.random_start",
     ):
         assert text.count(f"{key}  (") == 1
-    assert "default clead/trades 6.0, else 0.0; ≥ 0" in text
+    assert "default clead/clead_pixels/trades 6.0, else 0.0; ≥ 0" in text
     assert "--data.channels  (default null; 1 | 3)" in text
     assert "--optim.lr  (default 0.1; > 0)" in text and "--train.ema  (default 0.0; ≥ 0, < 1)" in text
     assert "--train.checkpoint_seconds  (default 60.0; ≥ 0; seconds)" in text
