@@ -31,7 +31,7 @@ _SCENES = (
     *("--data.name", "digit_scenes", "--data.batch_size", "8", "--task", "segmentation"),
     *("--model.name", "unet", "--model.levels", "3", "--threat.eps", "8/255", "--attack.steps", "2"),
     *("--optim.lr", "0.01", "--train.budget", "null", "--train.epochs", "10", "--train.validate_every", "5"),
-    *("--eval.suite", "sea-quick", "--eval.images", "50", "--eval.curve_points", "4", "--eval.check_images", "4"),
+    *("--eval.suite", "sea-quick", "--eval.images", "40", "--eval.curve_points", "3", "--eval.check_images", "4"),
 )
 _QUICK_SCENES = (
     *("--train.epochs", "3", "--train.validate_every", "3", "--eval.steps", "15", "--eval.images", "20"),

@@ -83,7 +83,7 @@ def _pictures(run: RunResult, budget: int) -> list[Row | Note]:
 
 
 def palette() -> np.ndarray:
-    """Return a colour for each class, (256, 3) uint8, far apart for neighbours; void is black.
+    """Return a colour for each class, (256, 3) uint8, far apart for neighbours; class 0, often the background, is grey, void black.
 
     >>> palette()[VOID].tolist()
     [0, 0, 0]
@@ -92,7 +92,7 @@ def palette() -> np.ndarray:
     level = np.choose(np.arange(256) // 3 % 3, [0.95, 0.7, 0.45])[:, None]
     rainbow = np.clip(np.abs((hue[:, None] + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     result = (255 * level * (0.25 + 0.75 * rainbow)).round().astype(np.uint8)
-    result[VOID] = 0
+    result[0], result[VOID] = (203, 213, 225), 0
     return result
 
 
