@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from clead.api.training import _check_start
 from clead.attacks.pgd import PGD
+from clead.config import load_recipe
+from clead.errors import UserError
 from clead.interfaces import Batch
 from clead.losses.contrastive import supcon
 from clead.losses.pixels import VOID
@@ -19,6 +22,8 @@ from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.segmentation import Segmentation
 from clead.threats.linf import Linf
 from support import generator
+
+MASKS = ("--data.name", "digit_scenes", "--task", "segmentation")
 
 
 def step_of(seed=0):
@@ -93,3 +98,27 @@ def test_it_is_for_masks_alone_and_refuses_what_knows_no_pixels():
     assert "supcon" in CLeadPixels(inner="supcon").task_problem(Segmentation())
     with pytest.raises(ValueError, match="second augmentation"):
         CLeadPixels(augmented_view=True)
+
+
+@pytest.mark.parametrize(
+    "words, remedy",
+    [
+        (["--method.name", "clead_pixels"], "for masks alone; give --method.name acl or"),
+        (["--method.name", "clead", *MASKS], "--method.contrastive_weight 0 or --method.name"),
+        (["--method.name", "pgd_at", "--method.inner", "embedding", *MASKS], "give --method.inner cross_entropy or"),
+        (["--method.name", "clead_pixels", "--method.inner", "supcon", *MASKS], "give --method.inner cross_entropy or"),
+        (
+            ["--method.name", "pgd_at", "--method.inner", "supcon", "--task", "multilabel"],
+            "--method.inner cross_entropy or",
+        ),
+        (
+            ["--method.name", "pgd_at", "--method.inner_contrastive_weight", "1", *MASKS],
+            "give --method.inner_contrastive_weight 0 or",
+        ),
+    ],
+)
+def test_the_remedy_is_of_the_setting_that_does_not_go_with_the_task(words, remedy):
+    config = load_recipe("digits-trades", [*words, "--train.device", "cpu"])
+    with pytest.raises(UserError) as raised:
+        _check_start(config)
+    assert remedy in str(raised.value) and "\n" not in str(raised.value)

@@ -218,14 +218,10 @@ def _check_start(config: RunConfig) -> None:
     """Raise UserError if the method does not know the task, or if the inner attack has no objective or starts where it is flat."""
     task, method = config.task, config.method
     if problem := method.task_problem(task):
-        able = [f"--method.name {other}" for other, kind in METHODS.items() if task_name(task) in kind.tasks]
-        if not able:
-            raise UserError(
-                f"{problem}, and no method does: a model that was trained elsewhere can be evaluated, with "
-                f'clead.evaluate(model, images, targets, task="{task_name(task)}"); leave --task out to train a classifier'
-            )
-        if task_name(task) in method.tasks:  # it is its contrast that needs one class per image
-            able.insert(0, "--method.contrastive_weight 0")
+        able = [f"--method.name {name}" for name, kind in METHODS.items() if kind().task_problem(task) is None]
+        key = problem.partition(":")[0]
+        if key != "method.name":  # it is one of the method's settings that does not go with the task
+            able.insert(0, f"--{key} {'cross_entropy' if key == 'method.inner' else 0}")
         raise UserError(f"{problem}; give {' or '.join(able)}")
     if not isinstance(task, Classification):
         data = config.data

@@ -154,12 +154,29 @@ class CLead(Method):
 
     def task_problem(self, task: Task) -> str | None:
         """Return why this method cannot train for ``task``: with several labels, or a mask, there is no class to contrast by."""
-        by_label = self.contrastive_weight > 0 and self.contrastive_loss in _BY_LABEL
-        if isinstance(task, MultiLabel) and (by_label or self.inner in _BY_LABEL):
-            return "method.contrastive_loss: supcon and neighbours go by one class per image, which multilabel has not"
-        if isinstance(task, Segmentation) and (self.contrasts or self.inner not in PER_PIXEL):
-            return "method.contrastive_weight: images are contrasted as wholes, and a mask has a class for each pixel"
+        if isinstance(task, MultiLabel):
+            rule = "supcon and neighbours go by one class per image, which multilabel has not"
+            if self.contrastive_weight > 0 and self.contrastive_loss in _BY_LABEL:
+                return f"method.contrastive_weight: {rule}"
+            if self.inner in _BY_LABEL:
+                return f"method.inner: {rule}"
+        if isinstance(task, Segmentation):
+            return self.pixel_problem()
         return super().task_problem(task)
+
+    def pixel_problem(self) -> str | None:
+        """Return why this method cannot train for masks: what contrasts whole images."""
+        if self.contrastive_weight > 0:
+            return "method.contrastive_weight: images are contrasted as wholes, and a mask has a class for each pixel"
+        return self.inner_problem()
+
+    def inner_problem(self) -> str | None:
+        """Return why the inner attack does not go with masks."""
+        if self.inner not in PER_PIXEL:
+            return f"method.inner: must have a value for every pixel, which {' and '.join(PER_PIXEL)} have, got {self.inner}"
+        if self.inner_contrastive_weight > 0:
+            return "method.inner_contrastive_weight: the attack on a mask knows no contrast of whole images"
+        return None
 
     def state(self, model: SplitModel, shape: tuple[int, ...]) -> nn.Module | None:
         """Return the δ that goes on from step to step, or None."""

@@ -13,7 +13,7 @@ from clead.losses.contrastive import supcon
 from clead.losses.pixels import VOID
 from clead.methods import METHODS
 from clead.methods.base import StepContext
-from clead.methods.clead import PER_PIXEL, CLead
+from clead.methods.clead import CLead
 from clead.methods.labels import distinct, mean_of
 from clead.settings import setting, settings
 from clead.tasks import Task
@@ -50,11 +50,9 @@ class CLeadPixels(CLead):
 
     def task_problem(self, task: Task) -> str | None:
         """Return why this method cannot train for ``task``: it is for masks alone."""
-        if not isinstance(task, Segmentation):
-            return "method.name: clead_pixels contrasts the pixels of masks"
-        if self.inner not in PER_PIXEL or self.inner_contrastive_weight:
-            return f"method.inner: must have a value for every pixel, which {' and '.join(PER_PIXEL)} have, got {self.inner}"
-        return None
+        return (
+            self.inner_problem() if isinstance(task, Segmentation) else "method.name: clead_pixels is for masks alone"
+        )
 
     def contrast(self, z: list[Tensor], batch: Batch, step: StepContext) -> Tensor:
         """Return SupCon between the drawn cells of the views, which are (B, d, h, w) of unit length."""
