@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import clead
 from clead import cli
@@ -71,6 +72,12 @@ def test_masks_are_measured_pixel_by_pixel():
     measured = Validation(eps=0.05, task="segmentation").measure(net, [(x, y)])
     assert measured["clean_accuracy"] == pytest.approx((margin > 0).double().mean().item())
     assert measured["robust_accuracy"] == pytest.approx((margin > 0.05).double().mean().item())
+    for name, robust in (
+        ("clean_miou", margin > 0),
+        ("robust_miou", margin > 0.05),
+    ):  # every lost pixel lowers both classes
+        expected = multiclass_jaccard_index(torch.where(robust, y, 1 - y), y, num_classes=2)
+        assert measured[name] == pytest.approx(expected.item(), abs=1e-6)
     with pytest.raises(UserError, match='for masks give task="segmentation"'):
         Validation(eps=0.05).measure(net, [(x, y)])
     with pytest.raises(UserError, match="each pixel has a class, give --task segmentation"):

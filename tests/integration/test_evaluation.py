@@ -213,18 +213,21 @@ def test_a_perturbation_that_makes_the_logits_nan_breaks_the_image():
     images = ImageSet(values, torch.zeros(20, dtype=torch.long))
     record = evaluate(images, model=Brittle(), attacks=[NamedAttack("up", Shift(1, 0.99))]).record
     assert record.clean_accuracy == 1 and record.robust_accuracy == 0
-    pair = accuracy_under_attack(
+    figures = accuracy_under_attack(
         Brittle(), images, Linf(eps="20/255"), Shift(1, 0.99), "margin", seed=0, device=torch.device("cpu")
     )
-    assert pair == (1, 0)
+    assert figures == {"clean_accuracy": 1, "robust_accuracy": 0}
 
 
 def test_accuracy_under_attack_is_the_same_verdict():
     images, right, robust = made()
-    pair = accuracy_under_attack(
+    figures = accuracy_under_attack(
         Threshold(), images, Linf(eps="20/255"), PGD(steps=3), "margin", seed=0, device=torch.device("cpu")
     )
-    assert pair == (right.double().mean().item(), robust.double().mean().item())
+    assert figures == {
+        "clean_accuracy": right.double().mean().item(),
+        "robust_accuracy": robust.double().mean().item(),
+    }
 
 
 @pytest.mark.parametrize("points", [1, 6])

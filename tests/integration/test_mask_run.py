@@ -98,6 +98,14 @@ def test_a_run_is_evaluated_and_its_report_has_pictures(run):
     assert set(map(int, pictures)) == set(range(1, N + 1))
 
 
+def test_validation_of_a_training_logs_the_miou_and_the_report_draws_it(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (validated,) = (line for line in lines if line["kind"] == "validation")
+    assert 0 <= validated["robust_miou"] <= validated["clean_miou"] <= validated["clean_accuracy"] <= 1
+    page = (run / "report.html").read_text()
+    assert f"Robust mIoU, last: scenes {percent(validated['robust_miou'])}" in page
+
+
 def test_a_stopped_evaluation_goes_on_and_its_suite_is_of_the_task(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run")
     attack, calls = MaskAPGD.perturb, []

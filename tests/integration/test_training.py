@@ -384,7 +384,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 def planned(monkeypatch, values):
     """Let the validations of a run say what is planned, (clean, robust) each."""
     left = iter(values)
-    monkeypatch.setattr(trainer, "accuracy_under_attack", lambda *args, **keys: next(left))
+    names = ("clean_accuracy", "robust_accuracy")
+    monkeypatch.setattr(
+        trainer, "accuracy_under_attack", lambda *args, **keys: dict(zip(names, next(left), strict=True))
+    )
 
 
 def test_catastrophic_overfitting_is_detected_and_said(tmp_path, monkeypatch, caplog):

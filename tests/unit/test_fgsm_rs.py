@@ -240,7 +240,7 @@ def test_the_count_of_the_double_backward_agrees_with_multiplications():
 
 def test_catastrophic_overfitting_is_detected_and_the_weights_before_are_kept(tmp_path, monkeypatch):
     """Robust accuracy soars on training batches, as it does when the one step has become too weak, while validation's falls."""
-    plan = iter([(0.9, 0.5), (0.9, 0.6), (0.9, 0.02), (0.9, 0.0)])
+    plan = ({"clean_accuracy": 0.9, "robust_accuracy": robust} for robust in (0.5, 0.6, 0.02, 0.0))
     monkeypatch.setattr(trainer, "accuracy_under_attack", lambda *args, **keys: next(plan))
     monkeypatch.setattr(trainer, "LOG_STEPS", 1)
     real = FGSMRS.loss

@@ -59,7 +59,7 @@ class Validation:
         self._set: ImageSet | None = None
 
     def measure(self, model: nn.Module, data: Any) -> dict[str, float]:
-        """Return clean and robust accuracy of ``model`` (pixels in [0, 1] → logits), which is left as it is.
+        """Return clean and robust accuracy of ``model`` (pixels in [0, 1] → logits), of masks the mIoU, too; it is left as it is.
 
         Args:
             model: on any device, in any mode.
@@ -75,11 +75,10 @@ class Validation:
             with fork_rng(self.seed):
                 self.task.check(logits_of(model, self._set.images[:1].to(device)), self._set.labels)
             with exact_float32():
-                clean, robust = accuracy_under_attack(
+                return accuracy_under_attack(
                     *(model, self._set, self.threat, self.attack, "margin"),
                     **{"seed": self.seed, "device": device, "task": self.task},
                 )
-        return {"clean_accuracy": clean, "robust_accuracy": robust}
 
     def keep(self, model: nn.Module, accuracies: dict[str, float], write: bool = True) -> None:
         """Write the weights if no robust accuracy before was larger: of equals the later one, which has learnt longer.

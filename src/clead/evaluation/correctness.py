@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +17,10 @@ from clead.interfaces import Attack, ImageSet, Threat
 from clead.losses.precision import exact_float32 as exact_float32
 from clead.models.modes import attack_mode
 from clead.models.split import wrapped
+from clead.results.masks import Counts, lowest_mean_iou, mean_iou
 from clead.tasks import Task
 from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.segmentation import SEGMENTATION
 
 _CPU_PIXELS = 64 * 3 * 32 * 32  # pixels of the images that go together on a CPU
 
@@ -80,30 +83,46 @@ def accuracy_under_attack(
     seed: int,
     device: torch.device,
     task: Task = CLASSIFICATION,
-) -> tuple[float, float]:
-    """Return (clean accuracy, robust accuracy) under one attack; for the validation inside training.
+) -> dict[str, float]:
+    """Return ``clean_accuracy`` and ``robust_accuracy`` under one attack; for the validation inside training.
 
-    Where images can be right in part, both are the means of the part of each that is right.
+    Where images can be right in part, both are the means of the part of each that is right. Of masks there are ``clean_miou``
+    and ``robust_miou``, too, of all images together; the latter takes each image attacked or clean, so that it is low.
     """
     right = robust = 0.0
+    counted: list[Tensor] = []
     for number, (x, y) in enumerate(batches(images, 256, device)):
         generator = make_generator(device, seed, number)
-        scores = _scores(model, x, y, task)
+        scores, counts = _judged(model, x, y, task)
+        attacked = counts.clone()
         right += float(scores.sum())  # synchronises the device
         if (flags := scores > 0).any():
             x, y = x[flags], y[flags]
             x_adv = run_attack(
                 attack, model, x, y, threat, objective=objective, task=task, generator=generator, checked=True
             )
-            robust += float(torch.minimum(scores[flags], _scores(model, x_adv, y, task)).sum())
-    return right / len(images), robust / len(images)
+            after, attacked[flags] = _judged(model, x_adv, y, task)
+            robust += float(torch.minimum(scores[flags], after).sum())
+        counted.append(torch.stack([counts, attacked], 1).cpu())
+    figures = {"clean_accuracy": right / len(images), "robust_accuracy": robust / len(images)}
+    if task == SEGMENTATION:
+        candidates = Counts(*torch.cat(counted).movedim(2, 0).numpy())
+        clean, lowest = np.zeros(len(images), np.int64), lowest_mean_iou(candidates)
+        for name, choice in (("clean_miou", clean), ("robust_miou", lowest)):
+            figures[name] = float(mean_iou(candidates.chosen(choice).total()))
+    return figures
 
 
-def _scores(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> Tensor:
-    """Return the part of each image that is right, (B,) in [0, 1]; 0 of an image that is not finite."""
+def _judged(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """Return the part of each image that is right, (B,) in [0, 1], 0 of an image that is not finite, and the counts of masks.
+
+    The counts are (B, 3, K), as ``Segmentation.counts`` has them; of other tasks (B, 0).
+    """
     model = wrapped(model)
     with attack_mode(model), torch.no_grad():
-        return task.score(model(x), y) * finite_images(x)
+        outputs = model(x)
+        counts = SEGMENTATION.counts(outputs, y) if task == SEGMENTATION else y.new_zeros(len(y), 0)
+        return task.score(outputs, y) * finite_images(x), counts
 
 
 def batches(images: ImageSet, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

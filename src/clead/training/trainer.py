@@ -527,8 +527,10 @@ class Trainer:
                 task=self.config.task,
             )
         if self.config.method.uses_classifier:
-            clean, robust = self._accuracies(eval_model)
+            figures = self._accuracies(eval_model)
+            clean, robust = figures["clean_accuracy"], figures["robust_accuracy"]
             shown = {"validation_robust": robust, "validation_clean": clean}
+            shown |= {f"validation_{name}": value for name, value in figures.items() if name.endswith("miou")}
             # A method that never sees an attack is selected by clean accuracy: by robust accuracy its least trained weights win.
             score = robust if self.config.method.uses_attack else clean
         else:
@@ -552,11 +554,11 @@ class Trainer:
         state.stopped_early = patience is not None and state.validations_since_best >= patience
         return shown
 
-    def _accuracies(self, eval_model: SplitModel) -> tuple[float, float]:
-        """Return clean and robust validation accuracy; warn if robust accuracy on training batches is far above it."""
+    def _accuracies(self, eval_model: SplitModel) -> dict[str, float]:
+        """Return what ``accuracy_under_attack`` says of the validation images; warn if training batches are far more robust."""
         config = self.config
         attack = PGD(steps=self.settings.validate_steps, step_schedule="linear")
-        clean, robust = self.world.broadcast(
+        figures = self.world.broadcast(
             accuracy_under_attack(
                 eval_model,
                 self.validation,
@@ -568,17 +570,18 @@ class Trainer:
                 task=config.task,
             )
             if self.world.is_main
-            else (0.0, 0.0)
+            else {}
         )
-        self._log("validation", clean_accuracy=clean, robust_accuracy=robust, images=len(self.validation))
+        self._log("validation", **figures, images=len(self.validation))
+        robust = figures["robust_accuracy"]
         if self.callbacks.after_validation is not None and self.world.is_main:
-            self.callbacks.after_validation(self.progress, clean, robust)
+            self.callbacks.after_validation(self.progress, figures["clean_accuracy"], robust)
         if warning := self._overfitting_warning(robust, eval_model):
             kind, message = warning
             self._log("warning", message=message, cause=kind)
             if self.world.is_main:
                 _log.warning(message)
-        return clean, robust
+        return figures
 
     def _overfitting_warning(self, robust: float, eval_model: SplitModel) -> tuple[str, str] | None:
         """Return the cause, and what to say, if robust accuracy on training batches and validation images parts; once for each."""

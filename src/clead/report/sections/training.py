@@ -37,7 +37,10 @@ def training(runs: Sequence[RunResult]) -> dict[str, Any] | None:
     if not axes:
         return None
     x, xlabel = axes[0]
-    wanted = [("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Robust accuracy"), ("loss", "Loss")]
+    wanted = [
+        *(("clean_accuracy", "Clean accuracy"), ("robust_accuracy", "Robust accuracy")),
+        *(("clean_miou", "Clean mIoU"), ("robust_miou", "Robust mIoU"), ("loss", "Loss")),
+    ]
     plots = []
     for metric, title in wanted:
         last = [
@@ -94,7 +97,7 @@ def _is_number(value: object) -> bool:
 def _curves(runs: Sequence[RunResult], metric: str, *, x: str, xlabel: str, title: str, label: str) -> Drawing:
     """Draw one metric of every run against ``x``: validation strong with markers, training thin.
 
-    Keys that end in ``accuracy`` get a percent axis.
+    All but the loss get a percent axis.
     """
     figure, axes = new_axes(390, 250)
     rows = []
@@ -107,12 +110,12 @@ def _curves(runs: Sequence[RunResult], metric: str, *, x: str, xlabel: str, titl
                   markevery=max(1, len(val[0]) // 12))  # fmt: skip
         for images, series in (("training batches", train), ("validation", val)):
             rows += [(run.name, images, *point) for point in zip(*series, strict=True)]
-    unit = "fraction" if metric.endswith("accuracy") else "no unit"
+    unit = "no unit" if metric == "loss" else "fraction"
     if unit == "fraction":
         percent_axis(axes)
     axes.margins(x=0.02)
     head(axes, title, xlabel)
-    columns = ("run", "images", xlabel, f"{title.lower()} ({unit})")
+    columns = ("run", "images", xlabel, f"{title[0].lower()}{title[1:]} ({unit})")
     key = [(run.name, i) for i, run in enumerate(runs)]
     return draw(figure, f"training-{metric.replace('_', '-')}", label, columns, rows, key)
 
