@@ -180,6 +180,15 @@ def test_what_the_other_records_hold(alone):
     assert alone["attack-patch"]["result"]["settings"]["size"] == "3"
 
 
+@pytest.mark.parametrize("read", [api.read_record, lambda path: api.compare([path, path])])
+def test_a_measurement_is_not_compared_and_the_reason_is_one_line(read, alone, tmp_path):
+    (path := tmp_path / "attack-patch.json").write_text(json.dumps(alone["attack-patch"]))
+    with pytest.raises(UserError) as refused:
+        read(path)
+    reason = "is the measurement attack-patch of run, which has no worst case over a suite to compare; use clead report"
+    assert reason in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_what_is_printed(alone):
     expected = {
         "certify": ("noise σ 0.1", "right and certified", "abstains", "at L2 radius 0", "was trained with noise σ 0"),

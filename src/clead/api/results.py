@@ -36,7 +36,17 @@ def read_record(source: str | Path) -> Record:
         raise UserError(
             f"no run directory or record at {source}; give the folder that clead train made, or its results/evaluation.json"
         )
-    return _read(Record, path, "a record of clead evaluate")
+    try:
+        return _read(Record, path, "a record of clead evaluate")
+    except UserError as error:
+        try:
+            measured = _read(MeasurementRecord, path, "a measurement")
+        except UserError:
+            raise error from None
+        raise UserError(
+            f"{path} is the measurement {measured.kind} of {measured.run}, which has no worst case over a suite to compare; "
+            "use clead report RUN RUN, which draws measurements beside each other"
+        ) from None
 
 
 def _results(folder: Path) -> Path:
