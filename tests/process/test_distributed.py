@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clead
 from clead import distributed
@@ -74,7 +75,8 @@ CASES |= {
     "awp": words("digits-trades-awp", "--train.ema 0.9 --optim.clip_norm 0.5"),
     "few_labels": words("digits-clead", CLEAD + "--data.labelled 0.3 --data.labelled_share 0.5"),
     "cutmix": words("digits-pgd-at", "--data.cutmix 1"),
-    "extra": words("digits-trades", "--data.sampling balanced --data.extra EXTRA --data.extra_share 0.25"),
+    "extra": words("digits-trades", "--data.sampling balanced --data.extra FOLDER/extra.npz --data.extra_share 0.25"),
+    "multilabel": words("digits-trades", "--task multilabel --data.name multilabel --data.path FOLDER/labels.csv"),
     "shard_trades": words("digits-trades", "--train.shard true --optim.clip_norm 0.5"),
     "shard_clead": words("digits-clead", CLEAD + "--train.shard true --method.augmented_view true"),
     "shard_free": words("digits-free", "--train.shard true --method.replays 3"),
@@ -97,7 +99,7 @@ SHORT = (
     "acl",
     "clead_embed",
 )
-SHORT += ("clead_finetune", "clead_pixels", "neighbours", "awp", "few_labels", "extra", "shard_clead")
+SHORT += ("clead_finetune", "clead_pixels", "neighbours", "awp", "few_labels", "extra", "multilabel", "shard_clead")
 BY_FOUR = ("trades", "clead", "acl", "free", "few_labels")  # on two cores
 
 
@@ -126,6 +128,11 @@ def trained(tmp_path_factory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("distributed")
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8)).astype(np.uint8)
     np.savez(folder / "extra.npz", x_train=images, y_train=np.arange(30) % 10, x_test=images[:1], y_test=[0])
+    rows = ["path,split,dark,even"]  # a label is unknown more often in one half of a batch than in the other
+    for k, image in enumerate(np.tile(images, (2, 1, 1))):
+        Image.fromarray(image).save(folder / f"{k}.png")
+        rows.append(f"{k}.png,{'train' if k % 6 else 'test'},{int(image[:4].mean() < 128) if k % 3 else ''},{k % 2}")
+    (folder / "labels.csv").write_text("\n".join(rows))
     return started(folder, SHORT, 1, 2)
 
 
@@ -144,7 +151,7 @@ def started(folder: Path, names: Iterable[str], *counts: int) -> dict[int, Path]
     """Run the cases ``names`` by as many processes as ``counts`` say."""
     for count in counts:
         cases = folder / f"cases-{count}.json"
-        words = {name: [word.replace("EXTRA", str(folder / "extra.npz")) for word in CASES[name]] for name in names}
+        words = {name: [word.replace("FOLDER", str(folder)) for word in CASES[name]] for name in names}
         cases.write_text(json.dumps(words | ({"straight": STRAIGHT} if count == 2 else {})))
         arguments = (str(HERE / "distributed_worker.py"), str(folder / str(count)), str(cases))
         if count == 1:
