@@ -28,19 +28,19 @@ def for_masks(method: Any) -> bool:
     return method.task_problem(CLASSIFICATION) is not None
 
 
-def make_model(method: Any) -> SplitModel:
-    network = UNet(width=4, levels=2) if for_masks(method) else SmallCNN(width=3, features=6)
+def make_model(method: Any, masks: bool = False) -> SplitModel:
+    network = UNet(width=4, levels=2) if masks or for_masks(method) else SmallCNN(width=3, features=6)
     model = build_model(network, 1, 4, (0.4,), (0.3,), seed=0, sample_shape=(1, 8, 8))
     if method.uses_embedding:
         model.add_projection(method.embedding_dim)
     return model.train()
 
 
-def make_batch(method: Any) -> Batch:
+def make_batch(method: Any, masks: bool = False) -> Batch:
     x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     stored = (0.9 * x + 0.05).contiguous() if method.uses_stored else None
     labels = torch.arange(6) % 4
-    if for_masks(method):
+    if masks or for_masks(method):
         labels = (x[:, 0] * 4).long()
     return Batch(x, labels, x.flip(3) if method.uses_second_view else None, stored=stored)
 
@@ -50,10 +50,10 @@ def method(request: pytest.FixtureRequest) -> Any:
     return METHODS.get(request.param)()
 
 
-def call(method: Any, model: SplitModel, batch: Batch, threat: Any, seed: int = 0) -> StepOutput:
+def call(method: Any, model: SplitModel, batch: Batch, threat: Any, seed: int = 0, masks: bool = False) -> StepOutput:
     generator = torch.Generator().manual_seed(seed)
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if method.needs_teacher else None
-    task = Segmentation() if for_masks(method) else CLASSIFICATION
+    task = Segmentation() if masks or for_masks(method) else CLASSIFICATION
     step = StepContext(threat, PGD(steps=2), generator, teacher=teacher, task=task)
     return method.loss(model, method.views(model, batch, step), step)
 
@@ -93,6 +93,19 @@ def test_a_step(method, norm):
     assert {name: value.item() for name, value in again.metrics.items()} == {
         name: value.item() for name, value in output.metrics.items()
     }
+
+
+def test_a_method_refuses_masks_or_makes_a_step_of_them(method):
+    if problem := method.task_problem(Segmentation()):
+        assert problem.startswith("method.")
+        return
+    output = call(method, make_model(method, True), make_batch(method, True), THREATS.get("linf")(eps=0.1), masks=True)
+    assert output.loss.shape == () and torch.isfinite(output.loss) and output.loss.requires_grad
+
+
+@pytest.mark.parametrize("name", ["clead_finetune", "fgsm_rs", "liet", "nuat"])
+def test_what_goes_by_one_class_per_image_refuses_masks(name):
+    assert METHODS.get(name)().task_problem(Segmentation()) == "method.name: this method knows no segmentation"
 
 
 def test_the_random_starts_follow_the_generator(method):

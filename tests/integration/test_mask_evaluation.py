@@ -147,12 +147,14 @@ def short_checks(monkeypatch):
     return {"check_images": 3, "steps": 8}
 
 
-def test_a_healthy_model_passes_the_checks(short_checks):
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "8/255"), ("l2", 0.5), ("l1", 12)])
+def test_a_healthy_model_passes_the_checks(norm, eps, short_checks):
     model = nn.Conv2d(3, K, 1).eval()
     model.weight.data = torch.tensor([[3.0, -1, 0], [0, 3, -1], [-1, 0, 3]]).reshape(3, 3, 1, 1)
     images = scenes()
     masks = model(images.images / 255).argmax(1).to(torch.uint8)
-    checks = evaluated(model, ImageSet(images.images, masks), **short_checks).record.checks
+    threat = THREATS.get(norm)(eps=eps)
+    checks = evaluated(model, ImageSet(images.images, masks), threat=threat, **short_checks).record.checks
     assert [check for check in checks if not check.passed] == []
     names = {"noise", "steps", "black box", "unbounded", "monotone", "gradients", "logits", "deterministic"}
     assert {check.name for check in checks} == names

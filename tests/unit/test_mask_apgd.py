@@ -122,8 +122,8 @@ def test_an_image_whose_gradient_is_not_finite_comes_back_as_nan():
     assert x_adv.isnan().flatten(1).all(1).all()
 
 
-@pytest.mark.parametrize("eps", [0, 0.9])
-def test_radii_at_the_ends(eps):
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0), ("linf", 0.9), ("l2", 20), ("l1", 255)])
+def test_radii_at_the_ends(norm, eps):
     model, (x, y) = curved(), pictures(classes=4)
-    x_adv = MaskAPGD(steps=6).perturb(model, x, y, THREATS.get("linf")(eps=eps))
+    x_adv = MaskAPGD(steps=6).perturb(model, x, y, THREATS.get(norm)(eps=eps))
     assert torch.equal(x_adv, x) == (eps == 0) and math.isfinite(x_adv.sum())

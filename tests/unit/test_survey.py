@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 import clead
 from clead.cli import app
 from clead.data.datasets.auto import Auto
+from clead.data.datasets.digit_scenes import DigitScenes
 from clead.data.flips import Flips, look_at_flips
 from clead.data.survey import sides_of, survey
 from clead.errors import UserError
@@ -230,6 +231,13 @@ def test_the_line_to_type_leaves_flips_out_where_they_look_unsafe(tmp_path, phot
         out = capsys.readouterr().out
         assert ("--data.augment.flip false" in out.splitlines()[-1]) == expected
         assert f"mirroring looks {'unsafe' if expected else 'safe (data.augment.flip)'}: " in out
+
+
+def test_masks_are_not_planned_for():
+    with pytest.raises(
+        UserError, match="one class per image, got data for the task segmentation; give clead train a recipe"
+    ):
+        survey(DigitScenes())
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path):

@@ -136,7 +136,7 @@ class MaskAPGD:
 def _path(x: Tensor, y: Tensor, point: Tensor, norm: str, radius: float) -> SmoothPath | SparsePath:
     """Return the way of all images from the nearest points to ``point`` in a ball of this radius."""
     rows = torch.arange(len(x), device=x.device)
-    radius = min(radius, 1.0 if norm == "linf" else 255.0)
+    radius = min(radius, THREATS.get(norm).largest)
     ball = THREATS.get(norm)(eps=radius)
     if norm == "l1":
         return SparsePath(rows, x, y, y, point, ball)

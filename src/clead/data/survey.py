@@ -22,6 +22,7 @@ from clead.data.duplicates import Duplicates, Split, digest, digests_of, find_du
 from clead.data.flips import SAMPLE, Flips, look_at_flips
 from clead.data.label_sampling import stratified
 from clead.errors import UserError, first_line
+from clead.tasks import fitting_tasks
 
 TITLES = {"train": "training", "val": "validation", "test": "test"}
 _SIDES = (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -96,6 +97,10 @@ def survey(data: InMemoryDataset) -> Survey:
     raw = data.read()
     raw, origin = assign_splits(data.grouped(data.selected(raw)), training=True)
     check(raw, limit_train=data.limit_train)
+    if (task := fitting_tasks(raw.train.labels)) != "classification":
+        raise UserError(
+            f"clead harden plans for one class per image, got data for the task {task}; give clead train a recipe and --task {task}"
+        )
     if data.classes is not None:
         order = renumber(raw, data.classes)
         train = dataclasses.replace(raw.train, labels=order(raw.train.labels))

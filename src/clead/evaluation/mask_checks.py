@@ -24,13 +24,14 @@ from clead.interfaces import Threat
 from clead.results.format import percent
 from clead.results.masks import Counts, bootstrap
 from clead.results.record import Check, CurvePoint, Estimate
+from clead.settings import Ratio
 from clead.tasks.segmentation import SEGMENTATION
+from clead.threats.linf import Linf
 
 CURVE_STEPS, STEPS, FEWER_STEPS, QUERIES = 20, 100, 50, 100
 _IMAGES, _QUICK_IMAGES = 32, 8
 _POINT = 0.01  # share of pixels that is not counted as a difference
 _FALLEN = 0.1  # share of pixels that may stay right where everything is allowed
-_WIDEST = {"linf": 1.0, "l2": 255.0, "l1": 255.0}
 _STREAM = 2000  # number of the random stream, past those of the attacks
 
 
@@ -126,7 +127,7 @@ class _Probe:
     def threat(self, factor: float) -> Threat:
         """Return the threat at eps times ``factor``, or as wide as the norm allows."""
         threat = cast(Any, self.plan.threat)
-        return replace(threat, eps=min(float(threat.eps) * factor, _WIDEST[threat.norm]))
+        return replace(threat, eps=min(float(threat.eps) * factor, threat.largest))
 
 
 def _deterministic(probe: _Probe) -> Check:
@@ -240,7 +241,7 @@ def _steps(probe: _Probe) -> Check:
 
 
 def _unbounded(probe: _Probe) -> Check:
-    value = probe.under(probe.threat(1e9), FEWER_STEPS, 1)
+    value = probe.under(Linf(eps=Ratio(1.0)), FEWER_STEPS, 1)  # any image at all, which a ball of another norm is not
     passed = value <= _FALLEN
     explanation = f"Where an attack may change the image at will, {percent(value)} of the pixels stay right: " + (
         "it reaches its end."

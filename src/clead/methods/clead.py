@@ -160,7 +160,7 @@ class CLead(Method):
                 return f"method.contrastive_weight: {rule}"
             if self.inner in _BY_LABEL:
                 return f"method.inner: {rule}"
-        if isinstance(task, Segmentation):
+        if isinstance(task, Segmentation) and "segmentation" in self.tasks:
             return self.pixel_problem()
         return super().task_problem(task)
 

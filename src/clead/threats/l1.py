@@ -13,8 +13,6 @@ from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
 from clead.threats.geometry import box_slack, flat, sign
 
-_LARGEST = 255.0
-
 
 @THREATS.register("l1")
 @settings
@@ -27,15 +25,18 @@ class L1:
     """
 
     norm: ClassVar[str] = "l1"
+    largest: ClassVar[float] = 255.0
     eps: Ratio = setting(Ratio("12"), "radius of the ball", unit="sum of absolute changes of pixels in [0, 1]")
     sparsity: float = setting(0.05, "fraction of the pixels that one ascent step moves", gt=0, le=1)
 
     @field_validator("eps")
     @classmethod
     def _in_pixel_units(cls, eps: Ratio) -> Ratio:
-        if not 0 <= eps <= _LARGEST:
-            hint = f"; did you mean {eps.text}/255?" if 0 < eps <= 255 * _LARGEST and "/" not in eps.text else ""
-            raise ValueError(f"l1 eps must be in [0, {_LARGEST:g}] because pixels are in [0, 1], got {eps.text}{hint}")
+        if not 0 <= eps <= cls.largest:
+            hint = f"; did you mean {eps.text}/255?" if 0 < eps <= 255 * cls.largest and "/" not in eps.text else ""
+            raise ValueError(
+                f"l1 eps must be in [0, {cls.largest:g}] because pixels are in [0, 1], got {eps.text}{hint}"
+            )
         return eps
 
     def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -12,8 +12,6 @@ from clead.settings import Ratio, setting, settings
 from clead.threats import THREATS
 from clead.threats.geometry import box_slack, flat, per_image
 
-_LARGEST = 32.0
-
 
 @THREATS.register("l2")
 @settings
@@ -26,14 +24,17 @@ class L2:
     """
 
     norm: ClassVar[str] = "l2"
+    largest: ClassVar[float] = 32.0
     eps: Ratio = setting(Ratio("0.5"), "radius of the ball", unit="Euclidean length over pixels in [0, 1]")
 
     @field_validator("eps")
     @classmethod
     def _in_pixel_units(cls, eps: Ratio) -> Ratio:
-        if not 0 <= eps <= _LARGEST:
-            hint = f"; did you mean {eps.text}/255?" if 0 < eps <= 255 * _LARGEST and "/" not in eps.text else ""
-            raise ValueError(f"l2 eps must be in [0, {_LARGEST:g}] because pixels are in [0, 1], got {eps.text}{hint}")
+        if not 0 <= eps <= cls.largest:
+            hint = f"; did you mean {eps.text}/255?" if 0 < eps <= 255 * cls.largest and "/" not in eps.text else ""
+            raise ValueError(
+                f"l2 eps must be in [0, {cls.largest:g}] because pixels are in [0, 1], got {eps.text}{hint}"
+            )
         return eps
 
     def random_start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -24,12 +24,13 @@ class Linf:
     """
 
     norm: ClassVar[str] = "linf"
+    largest: ClassVar[float] = 1.0
     eps: Ratio = setting(Ratio("8/255"), "radius of the ball", unit="pixels in [0, 1]; 8/255 is understood")
 
     @field_validator("eps")
     @classmethod
     def _in_pixel_units(cls, eps: Ratio) -> Ratio:
-        if not 0 <= eps <= 1:
+        if not 0 <= eps <= cls.largest:
             hint = f"; did you mean {eps.text}/255?" if 1 < eps <= 255 and "/" not in eps.text else ""
             raise ValueError(f"linf eps must be in [0, 1] because pixels are, got {eps.text}{hint}")
         return eps
