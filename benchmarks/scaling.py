@@ -1,15 +1,16 @@
 """Data-parallel training on 1, 2 and 4 processes of this machine, and a model of cost that predicts more.
 
-    python benchmarks/scaling.py --out benchmarks/scaling.json            (6 minutes on 2 cores)
+    python benchmarks/scaling.py --out benchmarks/scaling.json            (20 minutes on 2 cores)
 
 The C-LEAD step of the recipe cifar10-small-clead (ResNet-8, PGD, generated images) with a fixed number of images per process, one
-thread each, gloo on the loopback. Measured per step: seconds, collectives, and the bytes that a process gives into each kind.
-**Model**: a step of n processes takes ``compute + calls · latency + carried / bandwidth``. Nothing is fitted to the trainings that
-it predicts: compute is the step of n trainings that know nothing of each other on the same machine (they share its cores and
-memory), calls and bytes are counted, latency is that of a small all-reduce between n processes, bandwidth that of a large one
-between 2. A ring carries 2 (n − 1) / n times the bytes of an all-reduce and (n − 1) times those of an all-gather. What the model
-leaves out is waiting for each other. Then the same for GPUs, whose step time is given by ``--gpu-step``, over NVLink inside a
-machine of 8 and 50 GB/s between machines.
+thread each, gloo on the loopback, for each of ``CASES``: 32 images or 64 per process, statistics of batch-norm of all or of
+each. Measured per step: seconds, collectives, and the bytes that a process gives into each kind. **Model**: a step of n processes
+takes ``compute + calls · latency + carried / bandwidth``. Nothing is fitted to the trainings that it predicts: compute is the step
+of n trainings that know nothing of each other on the same machine (they share its cores and memory), calls and bytes are counted,
+bandwidth is that of a large all-reduce between 2 processes. Latency is what a small all-reduce adds to n processes that compute for
+``SEGMENT`` seconds before each: it holds waking up and waiting for the slower one. A ring carries 2 (n − 1) / n times the bytes of
+an all-reduce and (n − 1) times those of an all-gather. Then the same for GPUs, whose step time is given by ``--gpu-step``, over
+NVLink inside a machine of 8 and 50 GB/s between machines. ``efficiency`` is images per second over n times those of one process.
 """
 
 import argparse
@@ -27,12 +28,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-IMAGES = 32
+CASES = {
+    "32 images": (32, ""),
+    "64 images": (64, ""),
+    "64 images, own statistics": (64, "--train.sync_batch_norm false"),
+}
+SEGMENT = 0.005
 GATHERED, REDUCED = ("join", "gather", "statistics"), ("average", "sums")
 GPU = {"latency_s": 20e-6, "inside_bytes_per_s": 300e9, "between_bytes_per_s": 50e9}
 
 
-def worker(folder, steps):
+def worker(folder, steps, case):
     """Train some steps; process 0 leaves what a step took and sent."""
     from clead import distributed
     from clead.config import load_recipe
@@ -41,10 +47,10 @@ def worker(folder, steps):
     from clead.training.trainer import Callbacks, fit
 
     torch.set_num_threads(1)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    words = f"--data.name npz --data.path {folder}/images.npz --data.batch_size {IMAGES * size} --train.device cpu"
-    words += f" --train.precision float32 --train.epochs {steps * IMAGES * size / 2000}"
-    words += " --train.validate_images 2 --train.validate_every 1000"
+    size, (images, more) = int(os.environ.get("WORLD_SIZE", "1")), CASES[case]
+    words = f"--data.name npz --data.path {folder}/images.npz --data.batch_size {images * size} --train.device cpu"
+    words += f" --train.precision float32 --train.epochs {steps * images * size / 2000}"
+    words += f" --train.validate_images 2 --train.validate_every 1000 {more}"
     config = load_recipe("cifar10-small-clead", words.split())
     splits = config.data.load(0)
     run = RunDir(Path(tempfile.mkdtemp(dir=folder)))
@@ -70,22 +76,36 @@ def messages(folder):
     """Measure latency and bandwidth of all-reduce between processes."""
     import torch.distributed as dist
 
+    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {}
-    for size in (64, 2**22):
-        tensor, spent = torch.zeros(size // 4), []
-        for _ in range(30):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_reduce(tensor)
-            spent.append(time.perf_counter() - begin)
-        found[size] = statistics.median(spent)
+    small, large, square = torch.zeros(16), torch.zeros(2**20), torch.rand(256, 256)
+    begin = time.perf_counter()
+    for _ in range(200):
+        square @ square
+    products = max(1, round(SEGMENT / (time.perf_counter() - begin) * 200))
+    latency = seconds_of(lambda: dist.all_reduce(small), square, products) - seconds_of(None, square, products)
+    wide = []
+    for _ in range(30):
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(large)
+        wide.append(time.perf_counter() - begin)
     if dist.get_rank() == 0:
-        latency = found[64]
         (Path(folder) / "messages.json").write_text(
-            json.dumps({"latency_s": latency, "bytes_per_s": 2**22 / (found[2**22] - latency)})
+            json.dumps({"latency_s": latency, "bytes_per_s": 2**22 / statistics.median(wide)})
         )
     dist.destroy_process_group()
+
+
+def seconds_of(call, square, products, repeats=200):
+    """Return the mean seconds of some matrix products and then ``call``, over ``repeats`` of both."""
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        for _ in range(products):
+            square @ square
+        if call:
+            call()
+    return (time.perf_counter() - begin) / repeats
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -97,14 +117,14 @@ def together(count, *arguments):
     subprocess.run([sys.executable, *launch, __file__, *arguments], check=True, env=ENVIRONMENT)
 
 
-def apart(count, folder, steps):
+def apart(count, folder, steps, case):
     """Start ``count`` trainings at the same time; return the median seconds of their steps."""
     folders = [Path(folder) / f"apart-{number}" for number in range(count)]
     for each in folders:
         each.mkdir(exist_ok=True)
         shutil.copy(Path(folder) / "images.npz", each)
     started = [
-        subprocess.Popen([sys.executable, __file__, "--worker", str(each), str(steps)], env=ENVIRONMENT)
+        subprocess.Popen([sys.executable, __file__, "--worker", str(each), str(steps), case], env=ENVIRONMENT)
         for each in folders
     ]
     if any([process.wait() for process in started]):
@@ -123,23 +143,55 @@ def carried(sent, count):
     return 2 * (count - 1) / count * reduced + (count - 1) * gathered
 
 
+def rows_of(case, folder, arguments, latency, bandwidth):
+    """Return what one case took on 1, 2 and 4 processes, in turns, and what the model says."""
+    runs, computes = {count: [] for count in (1, 2, 4)}, {count: [] for count in (1, 2, 4)}
+    for _ in range(arguments.rounds):
+        for count in runs:
+            together(count, "--worker", folder, str(arguments.steps), case)
+            runs[count].append(json.loads(Path(folder, "result.json").read_text()))
+            computes[count].append(apart(count, folder, arguments.steps, case))
+    seconds = {count: statistics.median(run["seconds"] for run in each) for count, each in runs.items()}
+    compute = {count: statistics.median(values) for count, values in computes.items()}
+    rows = []
+    for count, each in runs.items():
+        sent = each[0]["sent"]
+        guess = predicted(compute[count], sent, count, latency.get(count), bandwidth)
+        rows.append(
+            {
+                "processes": count,
+                "steps_per_second": round(1 / seconds[count], 3),
+                "images_per_second": round(CASES[case][0] * count / seconds[count], 1),
+                "efficiency": round(seconds[1] / seconds[count], 3),
+                "sent_per_step": sent,
+                "predicted_steps_per_second": round(1 / guess, 3),
+                "predicted_parts_s": {
+                    "compute": round(compute[count], 4),
+                    "latency": round(sent["calls"] * latency[count], 4) if sent else 0,
+                    "carried": round(carried(sent, count) / bandwidth, 4) if sent else 0,
+                },
+            }
+        )
+        print(case, rows[-1], flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpu-step", type=float, default=0.05, help="seconds of a step on one GPU")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--messages", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        worker(arguments.worker[0], int(arguments.worker[1]))
+        worker(arguments.worker[0], int(arguments.worker[1]), arguments.worker[2])
         return
     if arguments.messages:
         messages(arguments.messages)
         return
-    cores = os.cpu_count() or 1
-    found = {count: [] for count in (1, 2, 4)}
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.default_rng(0)
         labels = np.arange(2300) % 10
@@ -151,35 +203,11 @@ def main():
             link = json.loads(Path(folder, "messages.json").read_text())
             latency[count] = link["latency_s"]
             widths.append(link["bytes_per_s"])
-        bandwidth = widths[0]
-        computes = {count: [] for count in found}
-        for _ in range(arguments.rounds):
-            for count in found:
-                together(count, "--worker", folder, str(arguments.steps))
-                found[count].append(json.loads(Path(folder, "result.json").read_text()))
-                computes[count].append(apart(count, folder, arguments.steps))
-    seconds = {count: statistics.median(part["seconds"] for part in parts) for count, parts in found.items()}
-    compute = {count: statistics.median(values) for count, values in computes.items()}
-    rows = []
-    for count in found:
-        sent = found[count][0]["sent"]
-        guess = predicted(compute[count], sent, count, latency.get(count), bandwidth)
-        rows.append(
-            {
-                "processes": count,
-                "steps_per_second": round(1 / seconds[count], 3),
-                "images_per_second": round(IMAGES * count / seconds[count], 1),
-                "sent_per_step": sent,
-                "predicted_steps_per_second": round(1 / guess, 3),
-                "predicted_parts_s": {
-                    "compute": round(compute[count], 4),
-                    "latency": round(sent["calls"] * latency[count], 4) if sent else 0,
-                    "carried": round(carried(sent, count) / bandwidth, 4) if sent else 0,
-                },
-            }
-        )
-        print(rows[-1], flush=True)
-    gpus, sent = [], found[2][0]["sent"]
+        print(latency, widths, flush=True)
+        for case in CASES:
+            measured[case] = rows_of(case, folder, arguments, latency, widths[0])
+    sent = measured["32 images"][1]["sent_per_step"]
+    gpus = []
     for count in (8, 64):
         width = GPU["inside_bytes_per_s"] if count <= 8 else GPU["between_bytes_per_s"]
         guess = predicted(arguments.gpu_step, sent, count, GPU["latency_s"], width)
@@ -189,11 +217,10 @@ def main():
         print(gpus[-1])
     result = {
         "command": "python benchmarks/scaling.py --out benchmarks/scaling.json",
-        "machine": {"cores": cores, "system": platform.system()},
+        "machine": {"cores": os.cpu_count(), "system": platform.system()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "images_per_process": IMAGES,
-        "link": {"latency_s": latency, "bytes_per_s": bandwidth},
-        "measured": rows,
+        "link": {"latency_s": latency, "bytes_per_s": widths[0]},
+        "measured": measured,
         "predicted_gpus": {"assumed": {**GPU, "step_s": arguments.gpu_step}, "rows": gpus},
     }
     if arguments.out:

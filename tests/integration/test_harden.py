@@ -336,6 +336,12 @@ LEVEL = [0.4] * 10
         ),
         (record(0.7, 0.4), log([0.9] * 10, LEVEL), "too few images: 90% of the training images"),
         (record(0.7, 0.4), log([0.9] * 10, LEVEL, ["weak attack"]), "the attack of the training is too weak: 90%"),
+        (record(0.7, 0.4), log([0.5] * 10, LEVEL, ["weak attack"]), "nothing stands out"),  # it was, and is no longer
+        (
+            record(0.7, 0.3, curve=[(4 / 255, "4/255", 0.5), (8 / 255, "8/255", 0.4)]),
+            log([0.8] * 10, [0.7] * 10, ["weak attack"]),
+            "70% of the validation images, a part of the training's, withstand PGD, and 40% of 100 test images PGD-20",
+        ),
         (record(0.7, 0.4), log(LEVEL, [*LEVEL[:8], 0.4, 0.45]), "robust validation accuracy rose by 5.0 points"),
         (
             record(0.7, 0.1, curve=[(4 / 255, "4/255", 0.4)]),
@@ -354,10 +360,12 @@ def test_the_limit_is_the_largest_number_that_stands_out(robust, history, limit)
     assert limit in made.limit
     assert made.gained.startswith(f"{robust.worst.accuracy:.1%} of 100 test images")
     right = robust.clean.accuracy
-    assert (
-        f"{90 - 100 * right:.1f} points of clean accuracy less: {right:.1%}, the plainly trained model 90.0%"
-        in made.paid
-    )
+    assert made.paid == f"{90 - 100 * right:.1f} points of clean accuracy: {right:.1%}, the plainly trained model 90.0%"
+
+
+def test_what_costs_nothing_is_said_so():
+    made = verdict.verdict(record(0.7, 0.0), record(0.72, 0.4), log(LEVEL, LEVEL), minutes=20)
+    assert made.paid == "nothing, 2.0 points more clean accuracy: 72.0%, the plainly trained model 70.0%"
 
 
 # -------------------------------------------------------------------------------------- EfficientNet-Lite0

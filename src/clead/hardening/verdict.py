@@ -49,13 +49,14 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
     if (mean := unbalanced(robust)) is not None:
         gained += f"; as a mean over the classes, which differ in size, {mean.robust.accuracy:.1%}"
     paid = (
-        f"{abs(cost):.1f} points of clean accuracy {'less' if cost >= 0 else 'more'}: {robust.clean.accuracy:.1%}, "
-        f"the plainly trained model {baseline.clean.accuracy:.1%}"
+        f"{f'{cost:.1f} points of' if cost > 0 else f'nothing, {-cost:.1f} points more'} clean accuracy: "
+        f"{robust.clean.accuracy:.1%}, the plainly trained model {baseline.clean.accuracy:.1%}"
     )
     measured = (
         learnt_nothing(robust, baseline),
         weak_attack(history),
         too_few_images(history),
+        other_photographs(robust, history),
         too_little_time(history, minutes),
         too_large_eps(robust, baseline),
         weak_class(robust),
@@ -78,11 +79,11 @@ def learnt_nothing(robust: Record, baseline: Record) -> Limit | None:
 
 
 def weak_attack(history: History) -> Limit | None:
-    """Look whether training and validation parted because the attack of the training is weak: that comes before what follows."""
+    """Look whether training and validation are still apart because the attack of the training is weak: before what follows."""
     causes = [line.get("cause") for line in history if line["kind"] == "warning"]
-    if not causes or causes[-1] != "weak attack":
-        return None
     training, held_out = _robust(history)
+    if not causes or causes[-1] != "weak attack" or training - held_out <= _GAP:
+        return None
     text = (
         f"the attack of the training is too weak: {training:.0%} of the training images withstand it, {held_out:.0%} of the "
         "validation images multi-step PGD; try --attack.steps 7"
@@ -98,6 +99,21 @@ def too_few_images(history: History) -> Limit | None:
         "validation images theirs; more images will help more than more time"
     )
     return _limit(training - held_out, _GAP, text)
+
+
+def other_photographs(robust: Record, history: History) -> Limit | None:
+    """Compare robust accuracy on validation images, which are a part of the training's, and on test images, under PGD both."""
+    points = [point for point in robust.curve if math.isclose(point.eps, robust.threat.eps, rel_tol=1e-3)]
+    if robust.data.split != "test" or not points:
+        return None
+    point, (_, held_out) = points[0], _robust(history)
+    text = (
+        f"the test images are unlike those of the training: {held_out:.0%} of the validation images, a part of the training's, "
+        f"withstand PGD, and {point.robust.accuracy:.0%} of {point.robust.n} test images {point.attack}; photographs of other "
+        "people, places and cameras will help more than more of the same, and --data.group_by keeps what belongs together out of "
+        "the validation part"
+    )
+    return _limit(held_out - point.robust.accuracy, _GAP, text)
 
 
 def too_little_time(history: History, minutes: float) -> Limit | None:
