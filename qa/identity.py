@@ -11,7 +11,8 @@ the committed CIFAR-10 models are attacked as in ``tests/data/records``, on the 
 compared with the record's. What ``--out`` holds already is not computed again.
 
 Digests are of one machine: another processor rounds otherwise. Compare only what one machine made. ``qa/identity.json`` was made on
-one machine by commit abc5f45 and those up to 2482fbe; commit a83ec3c, before the code was reordered, gave the same values there.
+one machine by commit abc5f45 and those up to 2482fbe; a83ec3c, before the code was reordered, and a563cfd, after it, gave the same
+values there.
 """
 
 import argparse

@@ -219,6 +219,28 @@ def test_a_training_by_the_clock_ends_in_time_and_its_rates_follow_the_time(tmp_
     assert [line["kind"] for line in RunDir(run.path).history()][-1] == "validation"
 
 
+def test_validations_take_a_twentieth_of_the_minutes_at_most(tmp_path, monkeypatch):
+    cpu = [0.0]
+    monkeypatch.setattr(trainer.time, "process_time", lambda: cpu[0])
+    step, validate = trainer.Trainer.train_step, trainer.Trainer.validate
+
+    def train_step(self, interrupted):
+        cpu[0] += 1
+        return step(self, interrupted)
+
+    def timed_validation(self):
+        cpu[0] += 2
+        return validate(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setattr(trainer.Trainer, "validate", timed_validation)
+    overrides = shlex.split("--train.minutes 2 --train.clock cpu --train.validate_every 0.001")
+    run = fit(tmp_path / "run", *overrides)
+    steps = [line["step"] for line in RunDir(run.path).history() if line["kind"] == "validation"]
+    # After the first step, then every 40 s of training, the last at the end: 120 s = 112 steps and 4 validations of 2 s.
+    assert steps == [1, 41, 81, 112]
+
+
 def test_a_training_by_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch):
     Clock(monkeypatch)
     save, saves = Checkpoints.save, []

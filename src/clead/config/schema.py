@@ -120,7 +120,12 @@ class Train:
         "contrast and batch-norm see one part; random numbers are those of the whole batch",
         ge=1,
     )
-    validate_every: float = setting(1.0, "time between validations", gt=0, unit="epochs")
+    validate_every: float = setting(
+        1.0,
+        "time between validations; with minutes at least so much that they take a twentieth of the time",
+        gt=0,
+        unit="epochs",
+    )
     validate_images: int = setting(512, "most validation images to attack", ge=1)
     validate_steps: int = setting(10, "PGD steps of the validation attack", ge=1)
     patience: int | None = setting(

@@ -58,6 +58,7 @@ from clead.weights.files import check_weights, save_weights
 
 _log = logging.getLogger("clead")
 LOG_STEPS = 10
+_VALIDATION_SHARE = 0.05
 _TICKS = 10_000  # of the clock, for the learning rate
 _PERTURBATION = 7  # the stream of random starts, apart from the loader's streams
 PARTS = ("data", "views", "loss", "backward", "optimiser")
@@ -86,6 +87,7 @@ class TrainState:
     seconds: float = 0.0
     clock: float = 0.0
     validation_seconds: float = 0.0
+    validated_at: float = 0.0
     best: float = -1.0
     best_step: int = -1
     validations_since_best: int = 0
@@ -344,7 +346,7 @@ class Trainer:
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
                 finished = self.progress >= 1
-                due = state.step % self.validate_every == 0 or finished
+                due = finished or (state.step % self.validate_every == 0 and not self._validated_lately())
                 if state.step % LOG_STEPS == 0 or due or stop or checkpoint_due:
                     self._read_metrics()
                 if state.step % LOG_STEPS == 0 or finished:
@@ -380,9 +382,15 @@ class Trainer:
             state.clock = self._clock_before + self.world.world_size * float(mean)
         if after_validation:
             state.validation_seconds = min(state.clock - before, state.validation_seconds or math.inf)
+            state.validated_at = state.clock
         while self.schedule.last_epoch < int(self.progress * _TICKS):
             self.schedule.step()
         return state.clock - before
+
+    def _validated_lately(self) -> bool:
+        """Return whether a validation now would take more than its share of the time, if the length is one in minutes."""
+        trained = self.state.clock - self.state.validated_at
+        return self.settings.minutes is not None and trained < self.state.validation_seconds / _VALIDATION_SHARE
 
     def train_step(self, interrupted: bool) -> list[bool]:
         """Take one step; return whether to stop, and whether a checkpoint is due, which all processes agree on."""
