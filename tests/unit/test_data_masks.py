@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from clead.data.classes import align_classes
 from clead.data.datasets import DATASETS
+from clead.data.inspection import inspect
 from clead.data.loaders import Loader, ViewSettings
+from clead.data.mask_layouts import MaskedImages
 from clead.data.mask_layouts.cityscapes import CLASSES as CITYSCAPES
+from clead.data.masks import decode_masks
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import ImageSet
@@ -152,6 +157,60 @@ def test_images_and_masks_are_resized_alike(tmp_path):
 
 def test_names_may_be_given_and_may_be_more_than_are_seen(tmp_path):
     assert load(pairs(tmp_path), classes=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    report, _ = inspect(DATASETS.get("masks")(path=tmp_path, classes=["a", "b", "c"]))
+    assert report.problems == [] and list(report.classes) == ["a", "b", "c"]
+
+
+def test_a_list_of_names_puts_named_classes_into_its_order(tmp_path):
+    pairs(tmp_path)
+    (tmp_path / "classes.txt").write_text("sky\nroad\ntree\n")
+    splits = load(tmp_path, classes=["car", "tree", "Sky", "road"])
+    assert splits.classes == ("car", "tree", "Sky", "road") and splits.train.labels.dtype == torch.uint8
+    table = np.full(256, VOID, np.uint8)
+    table[:3] = 2, 3, 1
+    assert every(splits) == {(picture(i).transpose(2, 0, 1).tobytes(), table[numbers(i)].tobytes()) for i in range(6)}
+    assert "data.classes lacks 'tree'" in refused(tmp_path, classes=["sky", "road"])
+    scenes = DATASETS.get("digit_scenes")(limit_train=40, limit_test=20, classes=[*"0123456789", "canvas"]).load(0)
+    assert scenes.test.labels.flatten(1).mode(1).values.unique().tolist() == [10]
+
+
+def test_test_images_alone_take_names_and_the_order_of_a_model(tmp_path):
+    pairs(tmp_path, split="test")
+    data = DATASETS.get("masks")(path=tmp_path, classes=["a", "b", "c"])
+    splits = data.load(0, training=False)
+    assert splits.classes == ("a", "b", "c") and len(splits.test) == 6
+    aligned, _ = align_classes(splits, ("c", "d", "a", "b"), names_must_agree=True)
+    table = np.full(256, VOID, np.uint8)
+    table[:3] = 2, 3, 0
+    assert aligned.classes == ("c", "d", "a", "b")
+    assert {mask for _, mask in every(aligned)} == {table[numbers(i)].tobytes() for i in range(6)}
+    with pytest.raises(UserError, match="the data has b, which it does not know"):
+        align_classes(splits, ("a", "c"), names_must_agree=True)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_hold_class_numbers(bits, tmp_path):
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    mask = np.random.default_rng(0).integers(0, min(2**bits, 5), SIZE, dtype=np.uint8)
+    lines = np.unpackbits(mask[..., None], axis=2)[..., -bits:].reshape(SIZE[0], -1)
+    rows = b"".join(b"\0" + np.packbits(line).tobytes() for line in lines)
+    header = SIZE[1].to_bytes(4, "big") + SIZE[0].to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    png = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    files = MaskedImages([encoded(picture(0))], [b"\x89PNG\r\n\x1a\n" + png], ["a"], ["b"])
+    assert np.array_equal(decode_masks(files, None, None)[0].numpy(), mask)
+
+
+def test_numbers_with_gaps_are_noted(tmp_path):
+    for i in range(6):
+        write(tmp_path, f"images/{i}.png", picture(i))
+        write(tmp_path, f"masks/{i}.png", np.where(numbers(i) == VOID, VOID, numbers(i) % 2 * 100).astype(np.uint8))
+    note = (
+        "the masks have the numbers 0, 100, so there are 101 classes, 99 of them without a pixel; if these are no class"
+    )
+    assert [each for each in load(tmp_path).notes if note in each]
+    assert load(tmp_path, classes=[f"c{k}" for k in range(101)]).classes[100] == "c100"
 
 
 SMALLER = {"images": slice(None), "masks": 0}
@@ -175,7 +234,14 @@ WRONG = {
         "JPEG changes the numbers of a mask",
     ),
     "broken": (lambda root: write(root, "masks/1.png", b"\x89PNG"), "not a readable mask"),
-    "many": (lambda root: write(root, "masks/1.png", numbers(1).astype(np.uint16) * 300), "must be at most 255"),
+    "many": (
+        lambda root: write(root, "masks/1.png", numbers(1).astype(np.uint16) * 300),
+        "must be in [0, 255], got 0 to",
+    ),
+    "negative": (
+        lambda root: write(root, "masks/1.png", encoded(-numbers(1).astype(np.int32), "TIFF")),
+        "got -255 to 0",
+    ),
     "twice": (lambda root: write(root, "images/1.jpg", encoded(picture(1), "JPEG")), "remove one: rm "),
     "sizes": (
         lambda root: [write(root, f"{kind}/1.png", picture(1)[:5, :, row]) for kind, row in SMALLER.items()],

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clead.data.bounded import read_file
-from clead.data.classes import ClassNames, Renumbering, match_names, renumbering
+from clead.data.classes import ClassNames, Renumbering, class_counts, match_names, renumbering
 from clead.data.decoding import REMARKS, ResizeSpec, decode, fit_arrays, readable
 from clead.data.duplicates import HASHED, Split, digests_of, find_duplicates, repeats
 from clead.data.groups import cut_groups, group_names, shared_groups
@@ -299,7 +299,7 @@ class InMemoryDataset(ABC):
         raw = raw._replace(classes=tuple(map(printable, raw.classes)))
         raw, origin = assign_splits(self.grouped(self.selected(raw)), training)
         self._check(raw, training)
-        order = None if self.classes is None or raw.train.labels.dim() == 3 else renumber(raw, self.classes)
+        order = None if self.classes is None else renumber(raw, self.classes)
         fit, unreadable = ResizeSpec(self.image_size, self.resize, self.channels, self.background), ()
         remarks: Counter[str] = Counter()
         try:
@@ -468,13 +468,10 @@ def cut(
 
 def renumber(raw: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:
     """Say how the labels become those of a list of names; raises UserError if a class with images is not in it."""
-    labels = torch.cat([split.labels for split in raw.parts.values()])
-    if labels.dim() > 1:
-        raise UserError(
-            "data.classes: names the classes of data with one class per image; leave it out, these have names"
-        )
-    counts = torch.bincount(labels, minlength=len(raw.classes)).tolist()
-    return renumbering(raw.classes, counts, names)
+    labels = [split.labels for split in raw.parts.values()]
+    if any(each.dim() == 2 for each in labels):
+        raise UserError("data.classes: is for data with one class per image or pixel; leave it out, these have names")
+    return renumbering(raw.classes, class_counts(labels, len(raw.classes)), names)
 
 
 def say_remarks(remarks: Mapping[str, int], background: str) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clead.errors import UserError, did_you_mean, first_line
 from clead.interfaces import ImageSet, Splits
+from clead.losses.pixels import VOID
 
 _NAMED = 5  # classes that a note names
 _LARGEST_LIST = 4_000_000  # bytes of a file of class names
@@ -284,13 +285,30 @@ class Renumbering:
     notes: tuple[str, ...] = ()
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """Return the new labels, (N,) int64."""
-        return self.numbers[labels] if len(labels) else labels
+        """Return the new labels, (N,) int64, or masks, (N, H, W) uint8, void where they were."""
+        if labels.dim() < 3:
+            return self.numbers[labels] if len(labels) else labels
+        table = torch.full((VOID + 1,), VOID, dtype=torch.uint8)
+        table[: len(self.numbers)] = self.numbers.where(self.numbers >= 0, VOID).to(torch.uint8)
+        return table[labels.int()]
 
     def of(self, images: ImageSet) -> ImageSet:
         """Return the images with their new labels."""
         pseudo = None if images.pseudo_labels is None else self(images.pseudo_labels)
         return dataclasses.replace(images, labels=self(images.labels), pseudo_labels=pseudo)
+
+
+def class_counts(labels: Iterable[Tensor], num_classes: int) -> list[int]:
+    """Return how many labels of all splits are of each class; of masks how many pixels, void left out.
+
+    >>> class_counts([torch.tensor([2, 0]), torch.tensor([2])], 3)
+    [1, 0, 2]
+    """
+    counts = torch.zeros(num_classes, dtype=torch.int64)
+    for each in labels:
+        for piece in each.split(64) if each.dim() > 1 else [each]:  # pixels become int64 on the way
+            counts += torch.bincount(piece.flatten().long(), minlength=num_classes)[:num_classes]
+    return counts.tolist()
 
 
 def renumbering(
@@ -374,9 +392,9 @@ def align_classes(
     names = None if model_classes is None else tuple(map(class_text, model_classes))
     if names is None or names == splits.classes or (not names_must_agree and _says_nothing(names, splits.classes)):
         return splits, ()
-    if splits.test.labels.dim() > 1:
+    if splits.test.labels.dim() == 2:
         return _columns_in_order(splits, names, source)
-    counts = _counts(splits)
+    counts = class_counts((each.labels for each in (splits.train, splits.val, splits.test)), len(splits.classes))
     filled = [name for name, count in zip(splits.classes, counts, strict=True) if count]
     known = [(name,) for name in names]
     numbers, _ = match_names(filled, known)
@@ -411,10 +429,6 @@ def align_classes(
 
 def _columns_in_order(splits: Splits, names: tuple[str, ...], source: str) -> tuple[Splits, tuple[str, ...]]:
     """Return data of several labels with its columns as the model has them; a label that the data lacks is unknown."""
-    if splits.test.labels.dim() != 2:
-        raise UserError(
-            f"{source} has the classes {_listed(names)}, the data {_listed(splits.classes)}; give data of the model's classes"
-        )
     if lacking := [name for name in splits.classes if name not in names]:
         raise UserError(
             f"{source} knows the labels {_listed(names)}, not {lacking[0]!r} of the data; {did_you_mean(lacking[0], names)}"
@@ -429,11 +443,6 @@ def _columns_in_order(splits: Splits, names: tuple[str, ...], source: str) -> tu
     train, val, test = map(ordered, (splits.train, splits.val, splits.test))
     note = f"the labels are in the order of {source}; those that the data lacks are unknown"
     return dataclasses.replace(splits, train=train, val=val, test=test, classes=names), (note,)
-
-
-def _counts(splits: Splits) -> list[int]:
-    labels = torch.cat([images.labels for images in (splits.train, splits.val, splits.test)])
-    return torch.bincount(labels, minlength=len(splits.classes)).tolist()
 
 
 def _unnamed(names: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clead.data.base import RawSplit, RawSplits
+from clead.data.classes import class_counts
 from clead.data.mask_layouts import MaskedImages, MaskedSplits
 from clead.errors import UserError, first_line, first_of
 from clead.losses.pixels import VOID
@@ -21,6 +22,8 @@ from clead.losses.pixels import VOID
 _FORMATS = ("PNG", "BMP", "GIF", "TIFF", "PPM")  # without loss
 _SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation in which height and width change places
 _ORIENTATION = 0x0112
+_BIT_DEPTH = 24  # where the header of a PNG file has the bits of a pixel
+_SHOWN = 8  # numbers that a note names
 
 
 def to_raw_splits(given: MaskedSplits, names: Sequence[str] | None, size: tuple[int, int] | None) -> RawSplits:
@@ -28,18 +31,19 @@ def to_raw_splits(given: MaskedSplits, names: Sequence[str] | None, size: tuple[
 
     Args:
         given: what a layout found.
-        names: the K class names, instead of the layout's; None: those, else the numbers that masks have.
+        names: the K class names, if the layout has none; None: the numbers that masks have.
         size: (H, W) that masks are enlarged or shrunk to, by the nearest pixel; None: they stay.
 
     Raises:
         UserError: a mask has another size than its image, is no picture of class numbers, or has a number beyond K; all are void.
     """
     masks = {role: decode_masks(each, given.numbers, size) for role, each in given.parts.items() if each.images}
-    classes = _class_names(given, names, masks)
-    parts, notes = {}, []
+    classes, notes = _class_names(given, names, masks)
+    parts = {}
     for role, labels in masks.items():
         files = given.parts[role]
-        _check_numbers(labels, classes, files.mask_names)
+        where = "--data.classes NAMES" if given.classes is None else "where the data names them"
+        _check_numbers(labels, classes, files.mask_names, where)
         seen = (labels != VOID).flatten(1).any(1)
         void = [files.mask_names[i] for i in (~seen).nonzero()[:, 0].tolist()]
         if len(void) == len(labels):
@@ -109,9 +113,10 @@ def _class_numbers(blob: bytes, name: str) -> Image.Image:
         return mask.convert("L").point(lambda value: value // VOID)
     if mask.mode == "I" or mask.mode.startswith("I;16"):
         values = np.asarray(mask)
-        if values.max(initial=0) > VOID:
+        if values.min(initial=0) < 0 or values.max(initial=0) > VOID:
             raise UserError(
-                f"{name}: class numbers of masks must be at most {VOID}, got {values.max()}; number the classes anew"
+                f"{name}: class numbers of masks must be in [0, {VOID}], got {values.min()} to {values.max()}; number the "
+                f"classes from 0 on, and write {VOID} for void"
             )
         return Image.fromarray(values.astype(np.uint8))
     if mask.mode not in ("L", "P"):
@@ -119,7 +124,10 @@ def _class_numbers(blob: bytes, name: str) -> Image.Image:
             f"{name}: a mask must hold class numbers, as a grey or palette PNG, got colours ({mask.mode}); write the numbers: "
             "PIL.Image.fromarray(numbers.astype('uint8')).save('NAME.png')"
         )
-    return Image.fromarray(np.asarray(mask))  # palette indices as they are
+    values = np.asarray(mask)  # palette indices as they are
+    if mask.format == "PNG" and mask.mode == "L" and (bits := blob[_BIT_DEPTH]) < 8:
+        values = values // (255 // (2**bits - 1))  # Pillow spreads grey of 2 and 4 bits over 0 … 255
+    return Image.fromarray(values)
 
 
 def _image_size(blob: bytes) -> tuple[int, int] | None:
@@ -132,28 +140,37 @@ def _image_size(blob: bytes) -> tuple[int, int] | None:
         return None
 
 
-def _class_names(given: MaskedSplits, names: Sequence[str] | None, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the names of the classes, numbers if nothing names them; UserError if there is one class alone."""
-    if classes := tuple(names or given.classes or ()):
-        return classes
-    labelled = [each[each != VOID] for each in masks.values()]
-    count = 1 + max((int(each.max()) for each in labelled if len(each)), default=-1)
+def _class_names(
+    given: MaskedSplits, names: Sequence[str] | None, masks: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the names of the classes, and notes; without names they are numbers. UserError if there is one class alone."""
+    if classes := tuple(given.classes or names or ()):
+        return classes, []
+    pixels = class_counts(masks.values(), VOID)
+    present = [k for k, count in enumerate(pixels) if count]
+    count = 1 + max(present, default=-1)
     if count == 1:
         raise UserError(
             f"{next(iter(given.parts.values())).mask_names[0]}: masks must have 2 classes or more, got 0 and {VOID}, which is "
             f"void; if {VOID} is a class, write 1 for it: PIL.Image.fromarray((mask > 0).astype('uint8')).save('NAME.png')"
         )
-    return tuple(map(str, range(count)))
+    notes = []
+    if unseen := count - len(present):
+        notes.append(
+            f"the masks have the numbers {', '.join(map(str, present[:_SHOWN]))}{', …' * (len(present) > _SHOWN)}, so there are "
+            f"{count} classes, {unseen} of them without a pixel; if these are no class numbers, number the classes from 0 on"
+        )
+    return tuple(map(str, range(count))), notes
 
 
-def _check_numbers(labels: Tensor, classes: Sequence[str], names: Sequence[str]) -> None:
-    """Raise UserError if a mask has a number that is no class, naming it and the number."""
+def _check_numbers(labels: Tensor, classes: Sequence[str], names: Sequence[str], where: str) -> None:
+    """Raise UserError if a mask has a number that is no class, naming it and the number; ``where`` classes are named."""
     wrong = (labels >= len(classes)) & (labels != VOID)
     if wrong.any():
         row = int(wrong.flatten(1).any(1).nonzero()[0, 0])
         raise UserError(
             f"{names[row]}: masks must be in [0, {len(classes)}), one number per class ({first_of(list(classes))}), or {VOID} for "
-            f"void, got {int(labels[row][wrong[row]][0])}; name more classes (--data.classes NAMES), or write {VOID}"
+            f"void, got {int(labels[row][wrong[row]][0])}; name more classes ({where}), or write {VOID}"
         )
 
 
