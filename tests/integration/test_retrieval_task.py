@@ -105,13 +105,12 @@ def test_a_gallery_from_a_folder_must_fit_the_queries(run, tmp_path):
     )
 
 
-def test_models_without_features_are_refused():
-    class Answers(torch.nn.Module):
-        def forward(self, x):
-            return x.flatten(1)[:, :3].sin()
-
-    with pytest.raises(UserError, match="retrieval compares features, and no layer .* --model.classifier NAME"):
-        clead.evaluate(Answers(), torch.rand(20, 1, 4, 4), torch.arange(20) % 4, task=Retrieval(items=2), suite="quick")
+def test_a_run_is_asked_by_its_features_alone(run):
+    config = clead.load_recipe(str(run / "config.yaml"), ["--task", "retrieval", "--task.features", "output"])
+    with pytest.raises(
+        UserError, match="task.features: what a run returns are the logits of its own classes, got output"
+    ):
+        clead.evaluate_run(run, config=config, show=False)
 
 
 def test_a_patch_in_a_corner_is_in_a_corner_and_nowhere_else():

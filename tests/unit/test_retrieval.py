@@ -16,6 +16,7 @@ import clead
 from clead.attacks.apgd import APGD
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import run_attack
+from clead.config import evaluation_config
 from clead.data.base import RawSplit, RawSplits, with_classes
 from clead.errors import UserError
 from clead.evaluation.state import ResumableResults
@@ -291,4 +292,87 @@ def test_of_a_model_from_elsewhere_the_record_says_what_is_compared():
     model, images = adapt(net, sample_shape=(1, 4, 4)), torch.rand(12, 1, 4, 4)
     short = {"suite": "pgd", "steps": 1, "curve_points": 0, "check_images": 0, "gallery": 0}
     record = clead.evaluate(model, images, torch.arange(12) % 3, task=Retrieval(items=1), eps=0.01, **short)
-    assert "what is compared are the features that the layer '3' gets, not what the model returns" in record.notes
+    compared = "what is compared are the features that the layer '3' gets, not what the model returns"
+    assert f"{compared}; if that is the embedding, give --task.features output" in record.notes
+
+
+class Named(nn.Module):
+    """An encoder that returns more than its embedding, and names classes that are none of the gallery's."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 5)
+
+    def forward(self, x):
+        return {"pooler_output": self.layer(x.flatten(1)).tanh(), "pixels": x}
+
+
+FAST = {"suite": "pgd", "steps": 1, "curve_points": 0, "check_images": 0, "gallery": 0}
+
+
+@pytest.mark.parametrize(
+    ("layers", "features"),
+    [([nn.Linear(16, 6), nn.Tanh()], None), ([nn.Linear(16, 6)], "output")],
+    ids=["tanh", "linear"],
+)
+def test_an_encoder_without_a_classifier_is_asked_by_what_it_returns(layers, features):
+    net, images = nn.Sequential(nn.Flatten(), *layers), torch.rand(24, 1, 4, 4)
+    items, queries = cut_gallery(ImageSet(images, torch.arange(24) % 3), 2)
+    task = Retrieval(items=2, features=features)
+    record = clead.evaluate(net, images, torch.arange(24) % 3, task=task, eps=0.01, **FAST)
+    with torch.no_grad():
+        z = [nn.functional.normalize(net(each.images)) for each in (queries, items)]
+    nearest = items.labels[(z[0] @ z[1].T).argmax(1)]
+    assert record.clean_accuracy == (nearest == queries.labels).double().mean().item()
+    assert "what is compared is what the model returns, 6 numbers per image" in record.notes
+    assert record.data.classes == ["0", "1", "2"] and len(record.metrics) == 6
+
+
+def test_a_model_from_elsewhere_is_asked_about_any_classes(tmp_path):
+    overrides = [
+        "--data.name",
+        "digits",
+        "--data.keep_classes",
+        "7,8,9",
+        "--task",
+        "retrieval",
+        "--train.device",
+        "cpu",
+    ]
+    overrides += ["--eval.images", "12", *(f"--eval.{key}={value}" for key, value in FAST.items())]
+    evaluation = clead.evaluate_external(
+        Named(), evaluation_config("evaluation", overrides), out=tmp_path / "out", show=False
+    )
+    record = evaluation.record
+    assert record.data.classes == ["7", "8", "9"] and record.data.n == 12
+    assert "what is compared is what the model returns, 5 numbers per image" in record.notes
+    assert any("'pooler_output' is taken" in note for note in record.notes)
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach().flatten(1).sin()
+
+
+@pytest.mark.parametrize(
+    ("net", "features", "message"),
+    [
+        (
+            nn.Sequential(nn.Flatten(), nn.Tanh()),
+            "classifier",
+            "no layer of the model is known .* --model.classifier NAME",
+        ),
+        (
+            nn.Conv2d(1, 3, 3),
+            None,
+            r"one embedding \(B, d\) per image, got \(3, 1, 4, 4\); return the mean over",
+        ),
+        (Detached(), None, "no gradient goes through the model .*; give the PyTorch module: --model FILE:NAME"),
+    ],
+)
+def test_a_model_without_an_embedding_is_refused(net, features, message):
+    with pytest.raises(UserError, match=message):
+        task = Retrieval(items=1, features=features)
+        clead.evaluate(net, torch.rand(12, 1, 4, 4), torch.arange(12) % 3, task=task, eps=0.01, **FAST)

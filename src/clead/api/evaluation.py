@@ -41,6 +41,7 @@ from clead.settings import validated
 from clead.tasks import TASKS, Task, task_name
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.multilabel import MultiLabel
+from clead.tasks.retrieval import Retrieval
 from clead.tasks.segmentation import SEGMENTATION
 from clead.threats import THREATS
 
@@ -106,7 +107,9 @@ def evaluate(
             given = None if input is None else ModelInput.parse(input)
             model, notes = with_input(model, given, (c, h, w), output=output)
         prepare(model, first)
-    if classes is None:
+    if classes is None and isinstance(judge, Retrieval):
+        classes = ()  # those of the gallery
+    elif classes is None:
         first = first[:1].to(next(model.parameters(), first).device)
         classes = [str(k) for k in range(logits_of(model, first).shape[1])]
     target = EvaluationTarget(name, kind, "given", "given", options.split, "given", tuple(classes), task=judge)

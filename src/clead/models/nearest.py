@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from clead.errors import UserError
 from clead.losses.precision import at_least_float32
 from clead.models.split import SplitModel
 from clead.tasks.retrieval import check_gallery, class_similarity
@@ -50,7 +51,28 @@ class NearestItem(SplitModel):
         return embedding, class_similarity(embedding, self.gallery, self.labels, self.num_classes) / TEMPERATURE
 
 
+class OutputEncoder(SplitModel):
+    """An encoder without a classifier: what ``model`` returns, (B, d), are the features."""
+
+    def __init__(self, model: SplitModel) -> None:
+        super().__init__(model.num_classes, model.num_classes)
+        self.model = model
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        embedding = self.model(x)
+        return embedding, embedding
+
+
 def unit_features(model: SplitModel, x: Tensor) -> Tensor:
-    """Return h / ‖h‖₂ of the features of images (B, C, H, W), (B, d) in float32 at least; 0 stays 0."""
+    """Return h / ‖h‖₂ of the features of images (B, C, H, W), (B, d) in float32 at least; 0 stays 0.
+
+    Raises UserError for features of pixels, (B, d, h, w).
+    """
     with torch.autocast(x.device.type, enabled=False):
-        return F.normalize(at_least_float32(model.features(x)), dim=1)
+        features = model.features(x)
+        if features.dim() != 2:
+            raise UserError(
+                f"retrieval compares one embedding (B, d) per image, got {tuple(features.shape)}; return the mean "
+                "over the pixels: z.mean((2, 3))"
+            )
+        return F.normalize(at_least_float32(features), dim=1)

@@ -24,6 +24,7 @@ from clead.models.user_model import make_module
 from clead.output import tell
 from clead.results.target import EvaluationTarget
 from clead.runs.loading import OpenedModel, chosen_images, data_name, data_notes, image_shape, split_facts
+from clead.tasks.retrieval import Retrieval
 from clead.weights import Weights, load_into, read_weights
 
 
@@ -60,7 +61,10 @@ def open_external_model(
         args=args,
     )
     order_given = getattr(config.data, "classes", None) is not None
-    splits, class_notes = align_classes(splits, external.classes, source=name, order_given=order_given)
+    stated = (
+        None if isinstance(config.task, Retrieval) else external.classes
+    )  # the features are compared with other classes
+    splits, class_notes = align_classes(splits, stated, source=name, order_given=order_given)
     splits = dataclasses.replace(splits, notes=(*splits.notes, *class_notes))
     target = EvaluationTarget(
         name=Path(name).stem if is_onnx(model) else name.rpartition(":")[2],

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from clead.attacks.runner import image_gradient
 from clead.data.base import shuffle_if_sorted
 from clead.data.classes import match_names
 from clead.data.datasets.auto import Auto
@@ -18,9 +19,11 @@ from clead.data.loaders import make_generator, to_float
 from clead.errors import UserError
 from clead.interfaces import ImageSet
 from clead.losses.precision import exact_float32
+from clead.models.external import ExternalModel
 from clead.models.modes import attack_mode
-from clead.models.nearest import NearestItem, unit_features
-from clead.models.split import SplitModel, has_features
+from clead.models.nearest import NearestItem, OutputEncoder, unit_features
+from clead.models.seeding import fork_rng
+from clead.models.split import SplitModel, adapt, has_features
 from clead.runs.loading import OpenedModel, OpenedRun
 from clead.tasks.retrieval import Retrieval
 from clead.weights.files import load_weights
@@ -51,6 +54,13 @@ def with_gallery(opened: Opened) -> Opened:
         return opened
     options, splits = opened.config.eval, opened.splits
     seen = _seen(opened)
+    if isinstance(opened, OpenedRun):
+        if task.features == "output":
+            raise UserError(
+                "task.features: what a run returns are the logits of its own classes, got output; leave it out, which compares "
+                "the features that make them"
+            )
+        task = dataclasses.replace(task, features="classifier")
     sets, notes = [splits.test if options.split == "test" else splits.val], []
     if options.split == "test" and splits.origin == "train" and seen is not None and not seen:
         sets = [splits.train, splits.val, splits.test]
@@ -60,13 +70,14 @@ def with_gallery(opened: Opened) -> Opened:
     queries = gallery.queries
     if options.images is not None:
         queries = queries.subset(torch.arange(min(options.images, len(queries))))
-    model = nearest_item(opened.model, gallery.items, gallery.classes, opened.device)
+    encoder, compared = encoder_of(opened.model, task, images)
+    model = nearest_item(encoder, gallery.items, gallery.classes, opened.device)
     splits = dataclasses.replace(
         splits, train=gallery.items, val=queries.subset(torch.arange(0)), test=queries, classes=gallery.classes
     )
     target = dataclasses.replace(opened.target, classes=gallery.classes, total=len(gallery.queries))
     seen_note = _seen_note(seen, splits.classes)
-    all_notes = (*opened.notes, *notes, *gallery.notes, *features_note(opened.model), *seen_note)
+    all_notes = (*opened.notes, *notes, *gallery.notes, *compared, *seen_note)
     return dataclasses.replace(opened, model=model, images=queries, splits=splits, target=target, notes=all_notes)
 
 
@@ -153,22 +164,41 @@ def read_gallery(path: Path, shape: Sequence[int]) -> tuple[ImageSet, tuple[str,
     return images, splits.classes
 
 
-def nearest_item(model: nn.Module, items: ImageSet, classes: Sequence[str], device: torch.device) -> NearestItem:
-    """Return what answers by the nearest of ``items``; raises UserError if the features are unknown, or for a bad gallery."""
-    if not isinstance(model, SplitModel) or not has_features(model):
+def encoder_of(model: nn.Module, task: Retrieval, images: ImageSet) -> tuple[SplitModel, list[str]]:
+    """Return what makes the features that are compared, and what must be said of them: see ``Retrieval.features``.
+
+    Raises UserError if they are not known, or if no gradient goes through what the model returns.
+    """
+    if isinstance(model, ExternalModel):
+        channels, height, width = images.images.shape[1:]
+        model = adapt(model.module, sample_shape=(channels, height, width), output=model.io.output)
+    if task.features != "output" and isinstance(model, SplitModel) and has_features(model):
+        if (name := getattr(model, "classifier_name", None)) is None:
+            return model, []
+        other = "; if that is the embedding, give --task.features output" if task.features is None else ""
+        note = f"what is compared are the features that the layer {name!r} gets, not what the model returns{other}"
+        return model, [note]
+    if task.features == "classifier":
         raise UserError(
             "task.name: retrieval compares features, and no layer of the model is known that makes logits of features (B, D); "
             "name it: --model.classifier NAME"
         )
-    gallery = embed(model.to(device), items, device)
-    return NearestItem(model, gallery, items.labels, classes, items.images)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with fork_rng(0):
+        gradient = image_gradient(model, to_float(images.images[:1]).to(device))
+    if gradient is None or not isinstance(model, SplitModel):
+        raise UserError(
+            "task.name: retrieval attacks the embedding, and no gradient goes through the model (it detaches its images, or is no "
+            "PyTorch code, such as an ONNX file); give the PyTorch module: --model FILE:NAME"
+        )
+    note = f"what is compared is what the model returns, {model.num_classes} numbers per image"
+    return OutputEncoder(model), [note, *getattr(model, "notes", ())]  # they say which of several outputs that is
 
 
-def features_note(model: nn.Module) -> list[str]:
-    """Say which layer's input is compared, of a model from elsewhere: a network whose output is the embedding may mean that."""
-    if (name := getattr(model, "classifier_name", None)) is None:
-        return []
-    return [f"what is compared are the features that the layer {name!r} gets, not what the model returns"]
+def nearest_item(encoder: SplitModel, items: ImageSet, classes: Sequence[str], device: torch.device) -> NearestItem:
+    """Return what answers by the nearest of ``items``; raises UserError for a bad gallery."""
+    gallery = embed(encoder.to(device), items, device)
+    return NearestItem(encoder, gallery, items.labels, classes, items.images)
 
 
 def embed(model: SplitModel, images: ImageSet, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,11 @@ class Retrieval(Classification):
     gallery: Path | None = setting(
         None,
         "A folder or file of images that are the gallery instead; those of a class bear its name, as --data.path has them.",
+    )
+    features: Literal["classifier", "output"] | None = setting(
+        None,
+        "What is compared of a model from elsewhere: what its classifier gets, or its output, if that is the embedding. none: the "
+        "former where a final linear layer makes the output, else the latter.",
     )
 
     reads: ClassVar[tuple[str, ...]] = ("classification", "retrieval")

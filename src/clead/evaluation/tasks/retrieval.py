@@ -24,13 +24,13 @@ from clead.evaluation.tasks import EVALUATORS
 from clead.interfaces import ImageSet, Objective, Threat
 from clead.losses.precision import exact_float32
 from clead.models.modes import attack_mode
-from clead.models.nearest import NearestItem
+from clead.models.nearest import NearestItem, OutputEncoder
 from clead.models.split import wrapped
 from clead.progress import progress
 from clead.results.record import Metric
 from clead.results.statistics import estimate
 from clead.results.target import EvaluationTarget, digest
-from clead.runs.gallery import features_note, make_gallery, nearest_item
+from clead.runs.gallery import encoder_of, make_gallery, nearest_item
 from clead.tasks.classification import CLASSIFICATION
 from clead.tasks.retrieval import Retrieval, average_precision, verification_roc
 
@@ -59,11 +59,14 @@ def evaluate(
     notes: tuple[str, ...] = ()
     if not isinstance(model, NearestItem):
         assert isinstance(target.task, Retrieval)
-        known = [*target.classes, *map(str, range(len(target.classes), int(images.labels.max()) + 1))]
+        encoder, compared = encoder_of(wrapped(model), target.task, images)
+        # Numbers of an embedding are no classes; logits are, and count though no image may be of them.
+        least = 0 if isinstance(encoder, OutputEncoder) else encoder.num_classes
+        count = max(int(images.labels.max()) + 1, 0 if target.classes else least)
+        known = [*target.classes, *map(str, range(len(target.classes), count))]
         items, images, classes, notes = make_gallery(target.task, images, known)
         device = options.device or next((p.device for p in model.parameters()), torch.device("cpu"))
-        encoder = wrapped(model)
-        model, notes = nearest_item(encoder, items, classes, device), (*notes, *features_note(encoder))
+        model, notes = nearest_item(encoder, items, classes, device), (*notes, *compared)
         target = dataclasses.replace(target, classes=tuple(classes))
     plain = dataclasses.replace(target, task=CLASSIFICATION)
     wanted = dataclasses.replace(options, keep_adversarial=True)
