@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,7 +224,7 @@ def test_an_image_whose_gradient_is_not_finite_counts_as_wrong_throughout():
         def forward(self, x: Tensor) -> Tensor:
             z = self.inner(x)
             flat = (x.amax((1, 2, 3)) > 0.9).float()[:, None, None, None]
-            return z + ((z - z.detach()).abs() + (1 - flat)).sqrt() - (1 - flat)
+            return (z + ((z - z.detach()).abs() + (1 - flat)).sqrt() - (1 - flat)).nan_to_num()
 
     images = scenes()
     pixels = images.images.clamp(max=200)
@@ -236,6 +237,19 @@ def test_an_image_whose_gradient_is_not_finite_counts_as_wrong_throughout():
 
 WRONG_DATA = ImageSet(scenes().images, torch.zeros(N, dtype=torch.int64))
 CLASSES = dataclasses.replace(TARGET, classes=("a", "b"))
+LARGER = ImageSet(scenes().images, nn.functional.pad(scenes().labels, (0, 1)))
+
+
+class Doubled(nn.Module):
+    """Answers at twice the size, or twice."""
+
+    def __init__(self, inner: nn.Module, several: bool = False) -> None:
+        super().__init__()
+        self.inner, self.several = inner, several
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.inner(x)
+        return [z, 2 * z] if self.several else nn.functional.interpolate(z, scale_factor=2)
 
 
 @pytest.mark.parametrize(
@@ -247,12 +261,17 @@ CLASSES = dataclasses.replace(TARGET, classes=("a", "b"))
         (lambda: evaluated(nn.Sequential(network(), nn.Conv2d(K, K + 1, 1))), "4 classes per pixel, the data has 3"),
         (lambda: evaluated(nn.Sequential(network(), nn.Flatten(), nn.Linear(192, K))), "give --task classification"),
         (lambda: evaluated(threat=THREATS.get("l0")(eps=3)), "suite sea-quick is defined for linf, l2 and l1"),
+        (lambda: evaluated(images=LARGER), "masks must have the images' size, got masks of (8, 9) for images of (8, 8)"),
+        (lambda: evaluated(Doubled(network())), "returns logits of (16, 16) for images of (8, 8); let it return the images'"),
+        (lambda: evaluated(nn.Sequential(network(), nn.Conv2d(K, 1, 1))), "torch.cat([torch.zeros_like(z), z], 1)"),
+        (lambda: evaluated(Doubled(network(), several=True)), "name the one: --model.output 0 (in Python: clead.adapt("),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(make, message):
     with pytest.raises(UserError) as refused:
         make()
-    assert message in str(refused.value) and "\n" not in str(refused.value)
+    text = str(refused.value)
+    assert message in text and "\n" not in text and ("give --task segmentation" not in text or "classif" in text)
 
 
 def test_a_classifier_is_not_given_a_suite_for_masks():

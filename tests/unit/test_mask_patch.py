@@ -93,6 +93,18 @@ def test_a_model_that_looks_at_the_whole_image_loses_all_pixels_outside():
     assert ((counted == 64 - 16) | (counted == 63 - 16)).all(), "the void pixel may lie under the patch"
 
 
+def test_the_worst_case_is_never_above_clean():
+    """This model says car everywhere, and rightly road where a patch is bright: it may show the image as it is, too."""
+
+    class Dark(Pixels):
+        def forward(self, x: Tensor) -> Tensor:
+            z = (0.8 - x.amax((1, 2, 3), keepdim=True)) + 0 * x
+            return torch.cat([-z, z], 1)
+
+    result = measured(Patch(size=4, steps=1, restarts=1), Dark())
+    assert result.robust.accuracy <= result.clean.accuracy < 0.2 and result.metrics[0].robust <= result.metrics[0].clean
+
+
 def test_of_a_named_object_the_pixels_beside_the_patch_count():
     attack, state = Patch(size=2, steps=20, restarts=3, step_size=0.2, object="car"), ResumableResults(None, {})
     result = measured(attack, Pixels(40.0), state)

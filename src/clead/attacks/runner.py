@@ -65,6 +65,11 @@ def check_inputs(x: Tensor, y: Tensor, num_classes: int | None = None, task: Tas
         )
         raise UserError(f"pixels must be in [0, 1], got [{low:.4g}, {high:.4g}]; {hint}")
     task.check_target(y, len(x), num_classes)
+    if y.dim() == 3 and y.shape[1:] != x.shape[2:]:
+        raise UserError(
+            f"masks must have the images' size, got masks of {tuple(y.shape[1:])} for images of {tuple(x.shape[2:])}; resize both "
+            'alike: F.interpolate(masks[:, None].float(), images.shape[2:], mode="nearest-exact")[:, 0].long()'
+        )
 
 
 def logits_of(model: nn.Module, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from clead.measurements.base import MeasurementTarget, plain_settings
 from clead.models.modes import attack_mode
 from clead.models.seeding import fork_rng
 from clead.progress import progress
-from clead.results.masks import Counts, mean_iou
+from clead.results.masks import Counts, lowest_accuracy, lowest_mean_iou, mean_iou
 from clead.results.record import Metric
 from clead.tasks.segmentation import SEGMENTATION
 
@@ -60,14 +60,18 @@ def evaluate_mask_patch(patch: Patch, target: MeasurementTarget, state: Resumabl
                 state.save(key, tensors, {"seconds": time.monotonic() - began})
             parts.append(state.parts[key][0])
             tick(len(x))
-    clean, robust = (Counts(*np.moveaxis(torch.cat([p[k] for p in parts]).numpy(), 1, 0)) for k in ("clean", "robust"))
+    both = torch.stack(
+        [torch.cat([p[k] for p in parts]) for k in ("clean", "robust")], 1
+    )  # the patch may show the image
+    counts = Counts(*both.movedim(2, 0).numpy())
+    clean, robust = (counts.chosen(each) for each in (np.zeros(len(images), np.int64), lowest_accuracy(counts)))
     pixels = "pixels outside it" if number is None else f"pixels of {patch.object}, in {len(images)} images, beside it"
     metric = Metric(
         name="mIoU outside the patch",
         about="mean over the classes of intersection over union, of the pixels outside the patch",
         n=len(images),
         clean=float(mean_iou(clean.total())),
-        robust=float(mean_iou(robust.total())),
+        robust=float(mean_iou(counts.chosen(lowest_mean_iou(counts)).total())),
     )
     return AttackedResult(
         attack=f"patch ({pixels})",

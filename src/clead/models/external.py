@@ -123,9 +123,8 @@ class ModelIO:
         elif module.training and _alike([tensors[name] for name in plausible]):
             name = plausible[0]  # auxiliary outputs follow the main one
         else:
-            masks = "; for a class per pixel give --task segmentation" * any(
-                each.dim() == 4 for each in tensors.values()
-            )
+            per_pixel = not self.per_pixel and any(each.dim() == 4 for each in tensors.values())
+            masks = "; for a class per pixel give --task segmentation" * per_pixel
             raise ModelError(
                 f"{kind} returns {_listed(tensors)}, and {'several' if plausible else 'none'} of them can be the logits "
                 f"(B, K) of {_count(images)}; name the one: --model.output {next(iter(plausible or tensors))} "
@@ -357,6 +356,11 @@ def _count(images: int) -> str:
 def _remedy(value: Tensor, images: int) -> str:
     if not value.is_floating_point():
         return "; return the values before argmax or rounding"
+    if value.dim() == 4 and value.shape[:2] == (images, 1):
+        return (
+            "; average over the pixels, z.mean((2, 3)), or, where each pixel has a class, return two logits for it: "
+            "torch.cat([torch.zeros_like(z), z], 1)"
+        )
     if value.dim() == 4 and value.shape[0] == images:
         return "; average over the pixels, z.mean((2, 3)), or, where each pixel has a class, give --task segmentation"
     if value.dim() == 3 and value.shape[0] == images:

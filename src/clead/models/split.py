@@ -243,6 +243,11 @@ class AdaptedModel(SplitModel):
                 _KEPT.wanted, _KEPT.features = False, None
         logits = self.io.logits(self.module, picked)
         if logits.dim() == 4:
+            if logits.shape[2] > x.shape[2] or logits.shape[3] > x.shape[3]:
+                raise ModelError(
+                    f"{type(self.module).__name__} returns logits of {tuple(logits.shape[2:])} for images of {tuple(x.shape[2:])}; "
+                    "let it return the images' size, or a smaller one, which is enlarged"
+                )
             logits = upsampled(logits, x.shape[2:])
         if not self.has_features:
             return logits, logits

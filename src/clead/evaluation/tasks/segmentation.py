@@ -174,8 +174,9 @@ def _attack(plan: EvaluationPlan, batch: int, stage: int, lowest: dict[int, Tens
 
     with CostMeter(plan.model) as meter:
         x_adv = run_microbatched(attacked, x, y, plan.microbatch)
-        tensors = _judged(run_microbatched(lambda x, y: logits_of(plan.model, x), x_adv, y, plan.microbatch), y)
-    finite = finite_images(x_adv)  # elsewhere the gradient is NaN: every pixel counts as wrong
+        logits = run_microbatched(lambda x, y: logits_of(plan.model, x), x_adv, y, plan.microbatch)
+    finite = finite_images(x_adv)  # elsewhere the gradient is NaN: every pixel counts as wrong, whatever the model says
+    tensors = _judged(torch.where(per_image(finite, logits), logits, torch.nan), y)
     if batch == stage == 0:
         check_finite(x_adv, named.name)
     accuracy = _accuracy(tensors["counts"])
