@@ -356,10 +356,21 @@ def test_what_does_not_go_with_masks_is_one_line():
         (pixel_net().net, y, "pgd_at", {"eps": 0.05}, "for a class per pixel give --task segmentation"),
         (pixel_net(), y, "pgd_at", more, "masks must be class numbers.*got torch.int64"),
         (pixel_net(), masks + 3, "pgd_at", more, r"masks must be in \[0, 3\)"),
-        (pixel_net(), masks, "mart", more, 'knows no segmentation; give such as method="pgd_at"'),
+        (pixel_net(), masks, "mart", more, "knows no segmentation; give method='clead_pixels' or .*method='pgd_at'"),
+        (pixel_net(), masks, "clead", more, "method.contrastive_weight: .*; give contrastive_weight=0 or method="),
+        (
+            pixel_net(),
+            masks,
+            "pgd_at",
+            {**more, "inner": "supcon"},
+            "got supcon; give inner='cross_entropy' or method=",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(75, 3)), masks, "pgd_at", more, "give --task classification"),
     ):
         with pytest.raises(UserError, match=line):
             clead.RobustLoss(model, (3, 5, 5), method, **options)(x, target)
         with pytest.raises(UserError):
             clead.robust_loss(model, x, target, method, **options)
+    config = clead.load_recipe("digits-clead", ["--task", "segmentation"])
+    with pytest.raises(UserError, match="method.contrastive_weight: .*; give --method.contrastive_weight 0 or"):
+        clead.RobustLoss(pixel_net(), (3, 5, 5), config=config)

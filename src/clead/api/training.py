@@ -23,7 +23,7 @@ from clead.devices import device_of
 from clead.distributed import World, init_world, local_device
 from clead.errors import UserError, memory_of
 from clead.interfaces import Splits
-from clead.methods import METHODS
+from clead.methods import check_task
 from clead.models.external import backward_of
 from clead.models.library import RANDOM, Library
 from clead.models.modes import attack_mode
@@ -217,12 +217,7 @@ def _check_starts(config: RunConfig) -> None:
 def _check_start(config: RunConfig) -> None:
     """Raise UserError if the method does not know the task, or if the inner attack has no objective or starts where it is flat."""
     task, method = config.task, config.method
-    if problem := method.task_problem(task):
-        able = [f"--method.name {name}" for name, kind in METHODS.items() if kind().task_problem(task) is None]
-        key = problem.partition(":")[0]
-        if key != "method.name":  # it is one of the method's settings that does not go with the task
-            able.insert(0, f"--{key} {'cross_entropy' if key == 'method.inner' else 0}")
-        raise UserError(f"{problem}; give {' or '.join(able)}")
+    check_task(method, task)
     if not isinstance(task, Classification):
         data = config.data
         given = {"cutmix": data.cutmix, "extra": data.extra, "sampling": data.sampling == "balanced"}

@@ -16,7 +16,7 @@ from clead.data.loaders import _SECOND_VIEW, make_generator
 from clead.data.views import Augmentation
 from clead.errors import UserError
 from clead.interfaces import Batch, StepOutput
-from clead.methods import METHODS
+from clead.methods import METHODS, check_task
 from clead.models.external import io_of
 from clead.models.modes import set_forward_mode
 from clead.models.seeding import fork_rng
@@ -168,6 +168,7 @@ class RobustLoss(nn.Module):
             config = step_config(method, {"norm": norm, "eps": eps}, attack, settings, task, **inner)
         else:
             _check_one_step(config)
+            check_task(config.method, config.task)
             view, seed = config.data.view, config.train.seed
         _check_bare(model)
         if config.method.uses_stored:
@@ -288,8 +289,7 @@ def step_config(
         "task": _tree("task", task),
     }
     config = RunConfig.from_dict(tree)
-    if problem := config.method.task_problem(config.task):
-        raise UserError(f'{problem}; give such as method="pgd_at" or "trades"')
+    check_task(config.method, config.task, lambda key, value: f"{'method' if key == 'name' else key}={value!r}")
     if threat["eps"] is None and config.method.uses_attack:
         raise UserError('eps: is required, in pixel units of [0, 1]; give such as eps="8/255"')
     return config
