@@ -34,7 +34,7 @@ from clead.serving import ServeSettings, create_app
 from clead.serving.schemas import PredictAnswer
 from clead.settings import Ratio
 from clead.tasks.segmentation import SEGMENTATION
-from support import generator
+from support import encoded, generator
 
 SHORT = [
     *("--task", "segmentation", "--model.name", "unet", "--model.width", "4", "--model.levels", "2"),
@@ -222,6 +222,29 @@ def test_the_server_answers_with_masks(run):
         assert one["probability"] == pytest.approx(probabilities.amax(0).mean().item(), abs=1e-5)
     assert refused.status_code == 422 and refused.json()["detail"].endswith("has no detector; ask /v1/predict")
     assert too_many.status_code == 422 and "\n" not in too_many.json()["detail"]
+
+
+def test_a_server_resizes_as_the_training_did_also_to_no_square(data, tmp_path):
+    short = [
+        *SHORT[:-6],
+        "--train.epochs",
+        "1",
+        "--attack.steps",
+        "1",
+        "--train.device",
+        "cpu",
+        "--data.limit_train",
+        "4",
+    ]
+    command(
+        "train", "digits-pgd-at", *short, "--data.path", data, "--data.image_size", "[8,12]", "--out", tmp_path / "r"
+    )
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    small = photo.resize((12, 8), Image.Resampling.BILINEAR)
+    with TestClient(create_app([tmp_path / "r"], ServeSettings(threads=1))) as client:
+        kind = {"content-type": "image/png"}
+        first, second = (client.post("/v1/predict", content=encoded(each), headers=kind) for each in (photo, small))
+    assert first.status_code == 200 and first.json()["predictions"] == second.json()["predictions"]
 
 
 def test_the_playground_paints_masks(run):

@@ -91,6 +91,14 @@ def test_a_segmentation_model_begins_with_another_one_of_the_same_kind():
     torch.testing.assert_close(model(x), source(x))
 
 
+def test_a_unet_of_too_many_levels_names_how_many_there_can_be():
+    assert made(UNet(width=2, levels=4), shape=(3, 8, 9))(torch.rand(1, 3, 8, 9)).shape == (1, 5, 8, 9)
+    with pytest.raises(
+        UserError, match="5 levels halve an image 4 times, got images of 9x8 pixels; give --model.levels 4"
+    ):
+        made(UNet(width=2, levels=5), shape=(3, 8, 9))
+
+
 def test_a_backbone_that_is_none_is_refused():
     with pytest.raises(UserError, match=r"model: .*got 'resnet9'; give --model.backbone resnet10"):
         build("model", {"name": "deeplab", "backbone": "resnet9"})

@@ -233,15 +233,17 @@ class Eval:
     )
     curve_images: int | None = setting(
         None,
-        "images of the curve; none: 256, in suite quick (where 256 is none too) as many as are cheap beside the attacks",
+        "images of the curve; none: 256, in suite quick (where 256 is none too) as many as are cheap beside the attacks; of masks "
+        "32, in suite sea-quick 8",
         ge=1,
     )
     curve_steps: int | None = setting(
-        None, "PGD steps of the curve; none: 20, in suite quick (where 20 is none too) 10 or 5", ge=1
+        None, "steps of the curve's attack; none: 20, in suite quick (where 20 is none too) 10 or 5", ge=1
     )
     check_images: int | None = setting(
         None,
-        "images for the checks of gradient masking; none: 128, in suite quick (where 128 is none too) what is cheap; 0: no checks",
+        "images for the checks of gradient masking; none: 128, in suite quick (where 128 is none too) what is cheap; of masks 32, "
+        "in suite sea-quick 8; 0: no checks",
         ge=0,
     )
     gallery: int = setting(24, "images kept for the report's gallery", ge=0)

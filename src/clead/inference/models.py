@@ -174,7 +174,8 @@ class ServedModel:
         channels, height, width = self.shape = tuple(metadata["shape"])
         # The training's own way of resizing; without one its images were of one size already.
         data = self.trained.data
-        self.fit = ResizeSpec(height if height == width else None, data.resize, channels, data.background)
+        size = height if height == width else data.image_size
+        self.fit = ResizeSpec(size, data.resize, channels, data.background)
         self.network: SplitModel = self.model
         if settings.engine == "onnx":
             self.network, self.device = OnnxNetwork(self.model, self.shape), torch.device("cpu")

@@ -234,7 +234,7 @@ def from_files(files: list[bytes], model: ServedModel) -> np.ndarray:
     if tuple(images.shape[1:]) != model.shape:
         (_, height, width), given = model.shape, f"{images.shape[3]}×{images.shape[2]}"
         text = f"images: {model.name} was trained on images of {width}×{height} pixels, got {given}"
-        raise Problem(422, f"{text}; resize them (only square ones are resized here)")
+        raise Problem(422, f"{text}; resize them, as nothing did in its training")
     return images.numpy()
 
 

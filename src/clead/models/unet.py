@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clead.errors import UserError
 from clead.models import MODELS
 from clead.models.build import ModelSettings, first_layer, initialise
 from clead.models.segmentation import SegmentationModel, convolution
@@ -79,7 +80,12 @@ class UNet(ModelSettings):
         std: Sequence[float],
         sample_shape: tuple[int, int, int] | None = None,
     ) -> SplitModel:
-        """Return the model of (B, ``channels``, H, W) images -> logits (B, K, H, W)."""
+        """Return the model of (B, ``channels``, H, W) images -> logits (B, K, H, W); UserError where they are too small."""
+        if sample_shape is not None and (side := min(sample_shape[1:])) < 2 ** (self.levels - 1):
+            raise UserError(
+                f"model.levels: {self.levels} levels halve an image {self.levels - 1} times, got images of "
+                f"{sample_shape[2]}x{sample_shape[1]} pixels; give --model.levels {max(2, side.bit_length())}, or larger images"
+            )
         encoder, _ = self.encoder(channels)
         layer, decoder = first_layer(self.normalize, mean, std), UNetDecoder(self._widths())
         return SegmentationModel(layer, encoder, decoder, self.width, num_classes)

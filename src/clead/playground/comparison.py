@@ -233,7 +233,7 @@ def read_image(content: bytes, comparison: Comparison) -> tuple[Tensor, tuple[in
     if tuple(image.shape) != comparison.shape:
         (_, height, width), given = comparison.shape, f"{image.shape[2]}×{image.shape[1]}"
         text = f"the file: the models were trained on images of {width}×{height} pixels, got {given}"
-        raise UserError(f"{text}; resize it (only square ones are resized here)")
+        raise UserError(f"{text}; resize it, as nothing did in its training")
     with Image.open(io.BytesIO(content)) as opened:
         return image, opened.size
 
