@@ -7,6 +7,7 @@ import pytest
 
 from clead import cli, demo
 from clead.config import load_recipe
+from clead.data.datasets import digit_scenes
 from clead.errors import UserError
 
 SHORT = (
@@ -38,6 +39,55 @@ def test_the_demo_leaves_a_summary_and_a_report(tmp_path, monkeypatch, capsys):
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "C-LEAD demo" in page and "(quick)" in page and "http://" not in page.replace("http://www.w3.org", "")
     assert str(tmp_path / "demo" / "report.html") in out and "McNemar" in out
+
+
+SHORT_MASKS = (
+    *(
+        "--train.epochs",
+        "1",
+        "--train.validate_steps",
+        "1",
+        "--train.validate_images",
+        "4",
+        "--train.validate_every",
+        "1",
+    ),
+    *("--model.width", "4", "--model.levels", "2"),
+    *("--eval.steps", "2", "--eval.curve_points", "0", "--eval.check_images", "0", "--eval.gallery", "2"),
+)
+
+
+@pytest.mark.slow
+def test_the_demo_of_masks_leaves_a_summary_and_a_report_with_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(demo.DEMOS, "segmentation", demo.DEMOS["segmentation"]._replace(quick=SHORT_MASKS))
+    monkeypatch.setattr(digit_scenes, "_TRAIN", 40)  # as many are drawn as are used
+    monkeypatch.setattr(digit_scenes, "_TEST", 6)
+    arguments = ["clead", "demo", "--task", "segmentation", "--quick", "--out", str(tmp_path / "demo")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    rows = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert [row["method"] for row in rows] == ["standard", "pgd-at"]
+    for row in rows:
+        clean, robust = row["metrics"]["mIoU"]
+        assert (row["n"], row["suite"], row["task"]) == (6, "sea-quick", "segmentation")
+        assert 0 <= robust <= clean <= 1 and row["robust_accuracy"] <= min(row["attacks"].values())
+        assert f"{row['run']} falls from {clean:.0%} to {robust:.0%}" in out
+        history = (tmp_path / "demo" / row["method"] / "metrics.jsonl").read_text()
+        assert '"robust_miou"' in history
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "two ways to learn masks" in page and "(quick)" in page
+    assert (
+        page.count("of the pixels right when clean") == 2 * 4
+    )  # two pictures of each run, each named for those who see none
+
+
+def test_a_demo_of_another_task_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--task: there is no demo of 'masks'"):
+        demo.run_demo(tmp_path / "demo", task="masks")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_the_demo_compares_like_with_like():
