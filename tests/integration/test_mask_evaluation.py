@@ -59,11 +59,13 @@ def scenes() -> ImageSet:
     return ImageSet(images, masks.to(torch.uint8))
 
 
-def evaluated(model: nn.Module | None = None, images: ImageSet | None = None, *, threat=THREAT, **changes):
+def evaluated(
+    model: nn.Module | None = None, images: ImageSet | None = None, *, threat=THREAT, target=TARGET, **changes
+):
     given = {key: changes.pop(key) for key in ("attacks", "options") if key in changes}
     options = given.pop("options", EvaluationOptions(show=False))
     settings = Eval(**{**QUICK, **changes})
-    what = (model or network(), images or scenes(), threat, settings, TARGET)
+    what = (model or network(), images or scenes(), threat, settings, target)
     return evaluate_task(*what, options=options, **given)
 
 
@@ -310,6 +312,14 @@ def test_python_evaluates_and_compares_any_module(tmp_path):
         "mean_iou",
     ]
     assert comparison["masks"][0]["difference"] == pytest.approx(records[0].worst.accuracy - records[1].worst.accuracy)
+    more = evaluated(  # it may answer with a class that no mask has
+        nn.Sequential(network(), nn.Conv2d(K, K + 1, 1)),
+        target=dataclasses.replace(TARGET, classes=("a", "b", "c", "d")),
+    ).record
+    fewer = evaluated().record
+    assert counts_of(more.masks.lowest_miou, K + 1).predicted[:, K].sum() > 0
+    one, other = (clead.compare(pair)["masks"][1]["difference"] for pair in ([fewer, more], [more, fewer]))
+    assert one == pytest.approx(-other) == pytest.approx(fewer.metrics[0].robust - more.metrics[0].robust)
     path = write_report([RunResult(record.run, record) for record in records], tmp_path / "report.html", title="Masks")
     html = path.read_text().replace("&nbsp;", " ").replace("\N{NO-BREAK SPACE}", " ")
     assert "IoU of each class" in html and "of the pixels right" in html and "AutoAttack" not in html

@@ -126,7 +126,7 @@ def compare(sources: Sequence[str | Path | Record]) -> dict[str, Any]:
 
 def _compared(a: Record, b: Record) -> list[dict[str, Any]]:
     """Return the differences of two models on the same masks, in the worst case, from the same bootstrap draws of images."""
-    k, results = len(a.data.classes), []
+    k, results = max(len(record.data.classes) for record in (a, b)), []
     for metric, key in (("pixel_accuracy", "lowest_accuracy"), ("mean_iou", "lowest_miou")):
         first, second = (counts_of(getattr(record.masks, key), k) for record in (a, b))
         results.append({"metric": metric, **compare_masks(first, second, metric)._asdict()})

@@ -38,10 +38,11 @@ def balanced_masked_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
     1/|C| Σ_{c ∈ C} 1/N_c Σ_{pixels of c} 1[argmax z = c] · −log p_c, where C are the classes of the image's mask.
     """
-    pixels = F.one_hot(target.where(target != VOID, logits.shape[1]), logits.shape[1] + 1).flatten(1, 2).sum(1)
+    classes = target.where(target != VOID, logits.shape[1]).flatten(1)
+    pixels = classes.new_zeros(len(classes), logits.shape[1] + 1).scatter_add_(1, classes, torch.ones_like(classes))
     pixels[:, -1] = 0
     weights = 1 / (pixels.clamp_min(1) * (pixels > 0).sum(1, keepdim=True).clamp_min(1)).float()
-    weights = weights.gather(1, target.where(target != VOID, logits.shape[1]).flatten(1)).reshape(target.shape)
+    weights = weights.gather(1, classes).reshape(target.shape)
     value = _cross_entropy(logits, target) * (logits.argmax(1) == target)
     return (value * weights).flatten(1).sum(1)
 
