@@ -67,7 +67,7 @@ def evaluate(
     """Attack any classifier on the images and return the record: clean, each attack of the suite, worst case per image.
 
     Args:
-        model: takes pixels in [0, 1], returns logits (B, K); left bit-identical.
+        model: takes pixels in [0, 1], returns logits (B, K), or, of task retrieval, embeddings (B, d); left bit-identical.
         images: (N, C, H, W) float in [0, 1], or uint8; or, without ``labels``, batches of both, such as a DataLoader.
         labels: (N,) integers in [0, K).
         suite: standard (AutoAttack), plus, rand, quick, adaptive, black_box or pgd; of masks sea or sea-quick. None: the first.

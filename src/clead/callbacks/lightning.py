@@ -30,8 +30,8 @@ _Callback: Any = _library().Callback
 class RobustValidation(_Callback):
     """Measure clean and robust accuracy after each validation of a Lightning ``Trainer``, and keep the best weights.
 
-    They are logged as ``val_clean_accuracy`` and ``val_robust_accuracy``, so that ``ModelCheckpoint`` and ``EarlyStopping`` can
-    monitor them. The best robust accuracy so far is part of checkpoints.
+    They are logged as ``val_clean_accuracy`` and ``val_robust_accuracy``, of masks also ``val_clean_miou`` and ``val_robust_miou``,
+    so that ``ModelCheckpoint`` and ``EarlyStopping`` can monitor them. The best robust accuracy so far is part of checkpoints.
 
     Args:
         data: batches of images in [0, 1] and labels; None: the trainer's (first) validation loader.
