@@ -312,10 +312,10 @@ def test_python_evaluates_and_compares_any_module(tmp_path):
         "mean_iou",
     ]
     assert comparison["masks"][0]["difference"] == pytest.approx(records[0].worst.accuracy - records[1].worst.accuracy)
-    more = evaluated(  # it may answer with a class that no mask has
-        nn.Sequential(network(), nn.Conv2d(K, K + 1, 1)),
-        target=dataclasses.replace(TARGET, classes=("a", "b", "c", "d")),
-    ).record
+    one_more = nn.Conv2d(K, K + 1, 1)  # a class that no mask has, and that it answers where no other logit is above 0
+    one_more.weight.data, one_more.bias.data = torch.eye(K + 1, K)[:, :, None, None], torch.zeros(K + 1)
+    target = dataclasses.replace(TARGET, classes=("a", "b", "c", "d"))
+    more = evaluated(nn.Sequential(network(), one_more).eval(), target=target).record
     fewer = evaluated().record
     assert counts_of(more.masks.lowest_miou, K + 1).predicted[:, K].sum() > 0
     one, other = (clead.compare(pair)["masks"][1]["difference"] for pair in ([fewer, more], [more, fewer]))
