@@ -23,6 +23,7 @@ from clead.errors import UserError
 from clead.inference.models import open_models
 from clead.inference.png import png_uri
 from clead.losses.pixels import VOID
+from clead.measurements.base import Measured, MeasurementRecord
 from clead.playground import masks
 from clead.playground.choices import AttackSettings
 from clead.playground.comparison import open_comparison
@@ -155,6 +156,9 @@ def test_corruptions_report_right_pixels_and_miou(run, tmp_path, capsys):
     assert cell["miou"] < result["clean_miou"] and cell["accuracy"]["accuracy"] == result["mean_accuracy"]
     out = capsys.readouterr().out
     assert "mean mIoU" in out and "mean share of right pixels" in out
+    record = MeasurementRecord.model_validate_json((tmp_path / "corruptions.json").read_text())
+    plots = record.result.section([Measured(0, "run", record)]).blocks[0]
+    assert "Right are pixels; mIoU " in plots.plots[0].caption
 
 
 def test_runs_are_compared_by_pixels_and_miou(run, capsys):

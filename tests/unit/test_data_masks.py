@@ -202,6 +202,11 @@ def test_grey_masks_of_few_bits_hold_class_numbers(bits, tmp_path):
     assert np.array_equal(decode_masks(files, None, None)[0].numpy(), mask)
 
 
+def test_few_images_in_groups_leave_a_group_for_validation(tmp_path):
+    splits = load(pairs(tmp_path), group_by="([0-9])[.]png", val_fraction=0.02)
+    assert [len(each) for each in (splits.train, splits.val, splits.test)] == [4, 1, 1]
+
+
 def test_numbers_with_gaps_are_noted(tmp_path):
     for i in range(6):
         write(tmp_path, f"images/{i}.png", picture(i))

@@ -460,10 +460,10 @@ def assign_splits(raw: RawSplits, training: bool) -> tuple[RawSplits, Literal["t
 def cut(
     labels: Tensor, groups: Sequence[str] | None, count: int, seed: int, *, least: int = 1, spare: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Choose ``count`` images, evenly by class (``stratified``); with ``groups`` about so many, and whole groups only."""
+    """Choose ``count`` images, evenly by class (``stratified``); with ``groups`` about so many, and whole groups, at least one."""
     if groups is None:
         return stratified(labels, count, seed, least=least, spare=spare)
-    return cut_groups(labels, groups, count, seed, spare=spare)
+    return cut_groups(labels, groups, max(1, count), seed, spare=spare)
 
 
 def renumber(raw: RawSplits, names: Sequence[str | Sequence[str]]) -> Renumbering:

@@ -142,16 +142,16 @@ class CorruptionResult(Result):
                 f"{one.name}, {result.n:,} {one.record.data.split} images: {percent(result.clean.accuracy)} right when clean, "
                 f"{percent(result.mean_accuracy)} in the mean of all cells; worst is {worst} with {percent(means[worst])}."
             )
-            plots.append(Plot(_draw(one, result, f"Accuracy under common corruptions. {caption}"), caption))
             mious = result.mious()
+            if result.clean_miou is not None:
+                caption += f" Right are pixels; mIoU {percent(mious['mean'])}, {percent(result.clean_miou)} when clean."
+            plots.append(Plot(_draw(one, result, f"Accuracy under common corruptions. {caption}"), caption))
             rows = [
                 [name, *map(percent, row), percent(mean), *([percent(mious[name])] if mious else [])]
                 for (name, mean), row in zip(means.items(), result.accuracies().values(), strict=True)
             ]
             columns = ["Corruption", *(f"severity {severity}" for severity in result.severities), "mean"]
             columns += ["mean mIoU"] if mious else []
-            if result.clean_miou is not None:
-                caption += f" Right are pixels; mIoU {percent(mious['mean'])}, {percent(result.clean_miou)} when clean."
             label = f"Accuracy of {one.name} under corruptions"
             tables.append(Table(columns, rows, caption=one.name, label=label, strong=["mean"]))
         intro = (
