@@ -185,7 +185,7 @@ def test_what_masks_have_no_place_for_is_refused_in_one_line(run, tmp_path, argu
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exported_file_has_logits_of_pixels_for_any_number_of_images(run, tmp_path):
+def test_an_exported_file_has_logits_of_pixels_for_any_number_of_images(run, data, tmp_path):
     command("export", run, "--out", tmp_path / "onnx")
     answer = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     x, _ = split_of(run)
@@ -197,6 +197,11 @@ def test_an_exported_file_has_logits_of_pixels_for_any_number_of_images(run, tmp
     assert json.loads(answer.get_modelmeta().custom_metadata_map["task"]) == {"name": "segmentation"}
     card, miou = (tmp_path / "onnx" / "README.md").read_text(), read_record(run).metrics[0]
     assert f"| **mIoU, worst case** | **{miou.robust:.1%}" in card and "pipeline_tag: image-segmentation" in card
+    chosen = ["--task", "segmentation", "--data.name", "masks", "--data.path", data, "--out", tmp_path / "result"]
+    with pytest.raises(
+        UserError, match="answers for each pixel: .* no gradient, which every attack on masks needs: give"
+    ):
+        command("evaluate", "--model", tmp_path / "onnx" / "model.onnx", *chosen)
     command("export", run, "--format", "safetensors", "--out", tmp_path / "weights")
     with torch.no_grad():
         assert torch.equal(clead.load(tmp_path / "weights")(x), clead.load(run)(x))

@@ -334,6 +334,11 @@ def _no_numbers(path: Path, output: Any, listed: str) -> str:
             f"{path}: the output {output.name!r} is {output.type}, as scikit-learn's converter makes it; convert the model "
             "again with options={'zipmap': False}, so that it is a tensor of probabilities"
         )
+    if output.type in _REAL and len(output.shape or ()) == 4:
+        return (
+            f"{path} answers for each pixel: {listed}; an ONNX file has no gradient, which every attack on masks needs: give "
+            "the run that it was exported from, or the network in PyTorch: --model net.py:Net"
+        )
     return (
         f"{path} has no output that can be logits, floating point (B, K): {listed}; export "
         "the values before argmax, or name the output: --model.output NAME"
