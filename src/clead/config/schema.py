@@ -117,7 +117,7 @@ class Train:
     accumulate: int = setting(
         1,
         "a batch goes in so many equal parts, one after another, whose gradients are averaged, where it does not fit into memory; "
-        "contrast and batch-norm see one part; random numbers are those of the whole batch",
+        "contrast, batch-norm and the mean over known labels see one part; random numbers are those of the whole batch",
         ge=1,
     )
     validate_every: float = setting(
