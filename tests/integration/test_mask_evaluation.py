@@ -24,7 +24,7 @@ from clead.evaluation.objects import object_scores
 from clead.evaluation.plan import EvaluationOptions
 from clead.evaluation.processes import Shard
 from clead.evaluation.suites import NamedAttack
-from clead.evaluation.tasks import evaluate_task
+from clead.evaluation.tasks import evaluate_task, segmentation
 from clead.interfaces import ImageSet
 from clead.losses.pixels import VOID
 from clead.report.html import write_report
@@ -198,6 +198,21 @@ def test_a_stopped_evaluation_continues_to_the_same_record(tmp_path, monkeypatch
     again = evaluated(gallery=2, options=options)
     assert len(calls) == 5 + 5 and same(whole.record, again.record)
     assert all(torch.equal(value, again.artifacts[key]) for key, value in whole.artifacts.items())
+
+
+def test_a_curve_of_other_settings_is_not_taken_up(tmp_path, monkeypatch):
+    def stops(*args):
+        raise KeyboardInterrupt
+
+    options = EvaluationOptions(state=tmp_path / "state", show=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(segmentation, "mask_checks", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated(curve_points=2, curve_images=3, options=options)
+    with pytest.raises(UserError, match="eval.gallery: 24 there, 2 here.*--fresh"):  # pictures would lack their attacks
+        evaluated(gallery=2, options=options)
+    again = evaluated(curve_points=4, curve_images=2, options=options).record
+    assert same(again, evaluated(curve_points=4, curve_images=2).record) and len(again.curve) == 4
 
 
 def test_shards_make_the_record_of_one_process(tmp_path):

@@ -28,6 +28,7 @@ from clead.results.target import EvaluationTarget, digest
 from clead.settings import Ratio
 from clead.tasks import Task, task_name
 from clead.tasks.classification import CLASSIFICATION
+from clead.tasks.segmentation import SEGMENTATION
 from clead.threats.geometry import contains
 from clead.weights.files import fingerprint
 
@@ -159,6 +160,9 @@ class EvaluationPlan:
             "device": self.device.type,
             "clead": __version__,
             **({} if self.task == CLASSIFICATION else {"task": repr(self.task)}),
+            **(
+                {"eval.gallery": self.settings.gallery} if self.task == SEGMENTATION else {}
+            ),  # of masks no more are kept
             # What neither weights nor structure tell: another constant in the model's code gives other answers.
             "answers": [
                 f"{value:.2g}" for value in logits_of(self.model, self.inputs(slice(0, 1))[0]).flatten()[:10].tolist()

@@ -112,7 +112,7 @@ def _attack_all(plan: EvaluationPlan, store: ResumableResults, shard: Shard, tic
     for batch in batches:
         key = plan.key(batch, -1)
         if key in earlier and not _agrees(plan, batch, store.parts[key]):
-            store.drop([other for other in store.parts if other.startswith(key[:6])])
+            store.drop([other for other in store.parts if other.startswith((key[:6], "curve", "checks"))])
         if key not in store.parts:
             with naming(plan, batch):
                 store.save(key, *_clean(plan, batch))
@@ -220,9 +220,9 @@ def _examine(
     plan: EvaluationPlan, store: ResumableResults, has_gradient: bool, ticks: Sequence[Tick]
 ) -> tuple[list[CurvePoint], list[Check], list[str]]:
     """Return right pixels at other radii and the checks of gradient masking, of the first images."""
-    curve, checks = [], []
-    for make, made in ((mask_curve, curve), (mask_checks, checks)):
-        key = make.__name__
+    curve, checks, how = [], [], plan.settings
+    keys = f"curve-{how.curve_points}-{how.curve_images}-{how.curve_steps}", f"checks-{how.check_images}"
+    for key, make, made in zip(keys, (mask_curve, mask_checks), (curve, checks), strict=True):
         if key not in store.parts:
             results: list[Any] = make(plan, store)
             store.save(key, {}, {"results": [each.model_dump() for each in results]})
