@@ -159,6 +159,7 @@ def test_a_healthy_model_passes_the_checks(norm, eps, short_checks):
     threat = THREATS.get(norm)(eps=eps)
     checks = evaluated(model, ImageSet(images.images, masks), threat=threat, **short_checks).record.checks
     assert [check for check in checks if not check.passed] == []
+    assert all("%" in each.explanation and "\\" not in each.explanation for each in checks if each.name == "steps")
     names = {"noise", "steps", "black box", "unbounded", "monotone", "gradients", "logits", "deterministic"}
     assert {check.name for check in checks} == names
 

@@ -21,7 +21,6 @@ from clead.evaluation.curve import radii_around
 from clead.evaluation.plan import EvaluationPlan
 from clead.evaluation.state import ResumableResults
 from clead.interfaces import Threat
-from clead.results.format import percent
 from clead.results.masks import Counts, bootstrap
 from clead.results.record import Check, CurvePoint, Estimate
 from clead.settings import Ratio
@@ -168,7 +167,7 @@ def _gradients(probe: _Probe) -> Check:
     explanation = (
         "The gradient to every image is finite and not zero."
         if usable == 1
-        else f"At {percent(1 - usable)} of the images the gradient is zero or not finite, and attacks that follow it find nothing: "
+        else f"At {1 - usable:.1%} of the images the gradient is zero or not finite, and attacks that follow it find nothing: "
         "look for rounding, argmax or a sign in the model."
     )
     return Check(name="gradients", passed=usable == 1, numbers={"usable": usable}, explanation=explanation)
@@ -212,9 +211,7 @@ def _black_box(probe: _Probe) -> Check:
 def _stronger(probe: _Probe, name: str, value: float, what: str, after: str) -> Check:
     """Return the check that the attacks leave fewer right pixels than something weaker does."""
     passed = value >= probe.worst - _POINT
-    head = (
-        f"{what[:1].upper()}{what[1:]} leaves {percent(value)} of the pixels right, {percent(probe.worst)} are {after}"
-    )
+    head = f"{what[:1].upper()}{what[1:]} leaves {value:.1%} of the pixels right, {probe.worst:.1%} are {after}"
     tail = (
         "as it should be."
         if passed
@@ -226,7 +223,9 @@ def _stronger(probe: _Probe, name: str, value: float, what: str, after: str) -> 
 def _steps(probe: _Probe) -> Check:
     fewer, more = (probe.under(probe.plan.threat, steps, 0) for steps in (FEWER_STEPS, STEPS))
     passed = min(fewer, probe.worst) - more <= 2 * _POINT
-    explanation = f"APGD leaves {percent(fewer)} of the pixels right after {FEWER_STEPS} steps and {percent(more)} after {STEPS}; "
+    explanation = (
+        f"APGD leaves {fewer:.1%} of the pixels right after {FEWER_STEPS} steps and {more:.1%} after {STEPS}; "
+    )
     explanation += (
         "more steps would change little."
         if passed
@@ -243,7 +242,7 @@ def _steps(probe: _Probe) -> Check:
 def _unbounded(probe: _Probe) -> Check:
     value = probe.under(Linf(eps=Ratio(1.0)), FEWER_STEPS, 1)  # any image at all, which a ball of another norm is not
     passed = value <= _FALLEN
-    explanation = f"Where an attack may change the image at will, {percent(value)} of the pixels stay right: " + (
+    explanation = f"Where an attack may change the image at will, {value:.1%} of the pixels stay right: " + (
         "it reaches its end."
         if passed
         else "it should be almost none, so the gradient does not lead to the mistakes there are."
@@ -254,7 +253,7 @@ def _unbounded(probe: _Probe) -> Check:
 def _monotone(probe: _Probe) -> Check:
     values = [probe.under(probe.threat(factor), CURVE_STEPS, 2) for factor in (0.5, 1, 2, 4)]
     passed = all(later <= earlier + _POINT for earlier, later in zip(values, values[1:], strict=False))
-    shares = ", ".join(map(percent, values))
+    shares = ", ".join(f"{value:.1%}" for value in values)
     explanation = f"At eps/2, eps, 2 eps and 4 eps {shares} of the pixels stay right: " + (
         "a larger ball is never harder to attack."
         if passed

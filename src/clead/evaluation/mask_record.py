@@ -144,7 +144,8 @@ def _objects(objects: np.ndarray, choice: np.ndarray) -> list[Metric]:
     return [
         Metric(
             name=f"IoU of {size} objects",
-            about=f"mean IoU of the connected parts of a class that take {limits[size]} of the image",
+            about=f"mean IoU of the connected parts of a class that take {limits[size]} of the image; attacked: on the images "
+            "chosen for a low mIoU",
             n=int(totals[0][k, 0]),
             clean=float(totals[0][k, 1] / totals[0][k, 0]),
             robust=float(totals[1][k, 1] / totals[1][k, 0]),

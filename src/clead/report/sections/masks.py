@@ -46,7 +46,7 @@ def _classes(runs: Sequence[RunResult]) -> Details:
             for each in run.record.masks.classes
         ]
         columns = ["Class", "clean IoU", "worst case", "pixels"]
-        caption = f"{run.name}: intersection over union of each class over all images"
+        caption = f"{run.name}: intersection over union of each class over all images; worst case: that of the mIoU"
         tables.append(Table(columns, rows, caption, f"IoU per class of {run.name}, table", strong=["worst case"]))
     return Details("IoU of each class", tables)
 
