@@ -19,6 +19,7 @@ from clead.attacks.pgd import PGD
 from clead.config import Eval
 from clead.errors import UserError
 from clead.evaluation import mask_checks
+from clead.evaluation.correctness import accuracy_under_attack
 from clead.evaluation.evaluator import evaluate_model
 from clead.evaluation.objects import object_scores
 from clead.evaluation.plan import EvaluationOptions
@@ -224,6 +225,19 @@ def test_shards_make_the_record_of_one_process(tmp_path):
     whole = evaluated(gallery=2)
     assert same(whole.record, merged.record)
     assert all(torch.equal(value, merged.artifacts[key]) for key, value in whole.artifacts.items())
+
+
+def test_a_mask_of_void_alone_changes_no_figure_of_a_validation():
+    images = scenes()
+    more = ImageSet(
+        torch.cat([images.images, images.images[:1]]), nn.functional.pad(images.labels, (0,) * 5 + (1,), value=VOID)
+    )
+    how = {"seed": 0, "device": torch.device("cpu"), "task": SEGMENTATION}
+    figures = [
+        accuracy_under_attack(network(), each, THREAT, PGD(steps=2, random_start=False), "margin", **how)
+        for each in (images, more)
+    ]
+    assert figures[0] == pytest.approx(figures[1]) and figures[0]["robust_accuracy"] < figures[0]["clean_accuracy"]
 
 
 def test_attacks_given_by_hand_meet_every_image():

@@ -86,8 +86,9 @@ def accuracy_under_attack(
 ) -> dict[str, float]:
     """Return ``clean_accuracy`` and ``robust_accuracy`` under one attack; for the validation inside training.
 
-    Where images can be right in part, both are the means of the part of each that is right. Of masks there are ``clean_miou``
-    and ``robust_miou``, too, of all images together; the latter takes each image attacked or clean, so that it is low.
+    Where images can be right in part, both are the means of the part of each that is right, masks of void alone left out. Of masks
+    there are ``clean_miou`` and ``robust_miou``, too, of all images together; the latter takes each image attacked or clean, so
+    that it is low.
     """
     right = robust = 0.0
     counted: list[Tensor] = []
@@ -104,13 +105,14 @@ def accuracy_under_attack(
             after, attacked[flags] = _judged(model, x_adv, y, task)
             robust += float(torch.minimum(scores[flags], after).sum())
         counted.append(torch.stack([counts, attacked], 1).cpu())
-    figures = {"clean_accuracy": right / len(images), "robust_accuracy": robust / len(images)}
+    size, mious = len(images), {}
     if task == SEGMENTATION:
         candidates = Counts(*torch.cat(counted).movedim(2, 0).numpy())
         clean, lowest = np.zeros(len(images), np.int64), lowest_mean_iou(candidates)
         for name, choice in (("clean_miou", clean), ("robust_miou", lowest)):
-            figures[name] = float(mean_iou(candidates.chosen(choice).total()))
-    return figures
+            mious[name] = float(mean_iou(candidates.chosen(choice).total()))
+        size = max(1, int((candidates.true[:, 0].sum(-1) > 0).sum()))
+    return {"clean_accuracy": right / size, "robust_accuracy": robust / size, **mious}
 
 
 def _judged(model: nn.Module, x: Tensor, y: Tensor, task: Task) -> tuple[Tensor, Tensor]:
