@@ -28,6 +28,7 @@ from clead.evaluation.suites import NamedAttack
 from clead.evaluation.tasks import evaluate_task, segmentation
 from clead.interfaces import ImageSet
 from clead.losses.pixels import VOID
+from clead.models.split import adapt
 from clead.report.html import write_report
 from clead.report.run import RunResult
 from clead.results.masks import bootstrap, counts_of, mean_iou, pixel_accuracy
@@ -233,8 +234,9 @@ def test_a_mask_of_void_alone_changes_no_figure_of_a_validation():
         torch.cat([images.images, images.images[:1]]), nn.functional.pad(images.labels, (0,) * 5 + (1,), value=VOID)
     )
     how = {"seed": 0, "device": torch.device("cpu"), "task": SEGMENTATION}
+    model = adapt(network(), sample_shape=(3, 8, 8))
     figures = [
-        accuracy_under_attack(network(), each, THREAT, PGD(steps=2, random_start=False), "margin", **how)
+        accuracy_under_attack(model, each, THREAT, PGD(steps=2, random_start=False), "margin", **how)
         for each in (images, more)
     ]
     assert figures[0] == pytest.approx(figures[1]) and figures[0]["robust_accuracy"] < figures[0]["clean_accuracy"]
