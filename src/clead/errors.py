@@ -30,12 +30,13 @@ def _shortened(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Return ``text`` on one line, without codes that command a terminal.
+    r"""Return ``text`` on one line, without codes that command a terminal; spaces that do not break become plain ones.
 
     >>> print(printable("unknown key 'a\nb\x1b[2J'"))
     unknown key 'a\nb\x1b[2J'
     """
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    plain = text.replace("\N{NO-BREAK SPACE}", " ")
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in plain)
 
 
 class MissingExtra(UserError):

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 import clead
 from clead.cli.printing import print_comparison, print_record, verdict
+from clead.errors import printable
 from clead.results.format import balanced_sentence
 from clead.results.record import Record
 from clead.results.statistics import unbalanced
@@ -91,6 +92,7 @@ def test_balanced_accuracy_is_stated_where_classes_differ_and_of_old_records_too
     )
     assert "55.0\N{NO-BREAK SPACE}% right when clean" in sentence
     assert f"{sentence[0].upper()}{sentence[1:]}." in verdict(record)
+    assert "alike, 30.0 % are robust" in printable(verdict(record)), "as the terminal shows it"
     print_record(record)
     printed = capsys.readouterr().out
     assert "mean over classes (worst case)" in printed and "30.00%" in printed and "55.00%" in printed
