@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py --out benchmarks/scaling.json            (20 minutes on 2 cores)
 
-The C-LEAD step of the recipe cifar10-small-clead (ResNet-8, PGD, generated images) with a fixed number of images per process, one
+The C-LEAD step of the recipe cifar10-small-clead (ResNet-10, PGD, generated images) with a fixed number of images per process, one
 thread each, gloo on the loopback, for each of ``CASES``: 32 images or 64 per process, statistics of batch-norm of all or of
 each. Measured per step: seconds, collectives, and the bytes that a process gives into each kind. **Model**: a step of n processes
 takes ``compute + calls · latency + carried / bandwidth``. Nothing is fitted to the trainings that it predicts: compute is the step
