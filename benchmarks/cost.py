@@ -98,8 +98,8 @@ def standard(size, classes, batch):
     options = {"eps": 1e-7, "suite": "standard", "steps": 5, "batch_size": batch, "curve_points": 0, "check_images": 0}
 
     def attack():
-        record = clead.evaluate(model, x, y, show=False, gallery=0, **options).record
-        if not all(record.robust_flags):
+        record = clead.evaluate(model, x, y, show=False, gallery=0, **options)
+        if record.worst.accuracy < 1:
             raise RuntimeError("an image fell, and did not pay for all attacks")
 
     result = measured(attack, 1)
