@@ -1,12 +1,13 @@
 """One thread per test process: on two cores it is faster than sharing them, and sums do not depend on the machine.
 
-A test that takes more than about two seconds is marked ``slow``, and so are all of the folders of ``SLOW``: ``make quick-test``
-leaves them out.
+A test that takes more than about two seconds is marked ``slow``, and so are all of the folders and of the files of ``SLOW``, which
+take more than about ten together: ``make quick-test`` leaves them out.
 """
 
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,18 +25,23 @@ torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-SLOW = ("process", "browser", "docs")
+SLOW = {
+    *("process", "browser", "docs", "test_harden", "test_libraries", "test_mask_run", "test_masking", "test_measure"),
+    *("test_minimum_norm", "test_report", "test_study", "test_training", "test_tuning", "test_universal"),
+}
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what lies in the folders of ``SLOW``."""
+    """Mark what lies in the folders and files of ``SLOW``."""
     for item in items:
-        if item.path.parent.name in SLOW:
+        if {item.path.parent.name, item.path.stem} & SLOW:
             item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
 def _no_foreign_state(tmp_path_factory, monkeypatch):
-    """Keep caches and data paths of the developer's machine out of the tests."""
+    """Keep caches, data paths and what chance left in PyTorch's generator out of the tests."""
     monkeypatch.setenv("CLEAD_CACHE", str(tmp_path_factory.getbasetemp() / "clead-cache"))
     monkeypatch.delenv("CLEAD_DATA", raising=False)
+    if torch := sys.modules.get("torch"):  # a network that a test builds without a seed is the same every time
+        torch.manual_seed(0)
