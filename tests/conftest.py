@@ -1,7 +1,7 @@
 """One thread per test process: on two cores it is faster than sharing them, and sums do not depend on the machine.
 
 A test that takes more than about two seconds is marked ``slow``, and so are all of the folders and of the files of ``SLOW``, which
-take more than about ten together: ``make quick-test`` leaves them out.
+take more than about five together: ``make quick-test`` leaves them out.
 """
 
 import atexit
@@ -26,8 +26,35 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 SLOW = {
-    *("process", "browser", "docs", "test_harden", "test_libraries", "test_mask_run", "test_masking", "test_measure"),
-    *("test_minimum_norm", "test_report", "test_study", "test_training", "test_tuning", "test_universal"),
+    *(
+        "process",
+        "browser",
+        "docs",
+        "test_acl",
+        "test_bad_input",
+        "test_clead_published",
+        "test_evaluation",
+        "test_export",
+    ),
+    *(
+        "test_external_models",
+        "test_extra",
+        "test_foreign",
+        "test_harden",
+        "test_libraries",
+        "test_mask_run",
+        "test_masking",
+    ),
+    *(
+        "test_measure",
+        "test_minimum_norm",
+        "test_playground",
+        "test_report",
+        "test_security",
+        "test_serving",
+        "test_stages",
+    ),
+    *("test_study", "test_training", "test_tuning", "test_universal", "test_zoo"),
 }
 
 
