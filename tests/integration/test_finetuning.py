@@ -219,21 +219,22 @@ def test_a_training_by_the_clock_ends_in_time_and_its_rates_follow_the_time(tmp_
     assert [line["kind"] for line in RunDir(run.path).history()][-1] == "validation"
 
 
-def test_validations_take_a_twentieth_of_the_minutes_at_most(tmp_path, monkeypatch):
-    cpu = [0.0]
+def count_cpu_time(monkeypatch, *, step, validation):
+    """Let steps and validations take so many seconds of CPU time; return the time, which what came before has begun."""
+    cpu = [1000.0]
     monkeypatch.setattr(trainer.time, "process_time", lambda: cpu[0])
-    step, validate = trainer.Trainer.train_step, trainer.Trainer.validate
+    for name, seconds in (("train_step", step), ("validate", validation)):
 
-    def train_step(self, interrupted):
-        cpu[0] += 1
-        return step(self, interrupted)
+        def timed(self, *arguments, call=getattr(trainer.Trainer, name), seconds=seconds):
+            cpu[0] += seconds
+            return call(self, *arguments)
 
-    def timed_validation(self):
-        cpu[0] += 2
-        return validate(self)
+        monkeypatch.setattr(trainer.Trainer, name, timed)
+    return cpu
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
-    monkeypatch.setattr(trainer.Trainer, "validate", timed_validation)
+
+def test_validations_take_a_twentieth_of_the_minutes_at_most(tmp_path, monkeypatch):
+    count_cpu_time(monkeypatch, step=1, validation=2)
     overrides = shlex.split("--train.minutes 2 --train.clock cpu --train.validate_every 0.001")
     run = fit(tmp_path / "run", *overrides)
     steps = [line["step"] for line in RunDir(run.path).history() if line["kind"] == "validation"]
@@ -265,24 +266,17 @@ def test_a_training_by_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch)
 
 def test_a_training_by_cpu_time_ends_in_time_whatever_the_wall_says_and_over_two_sittings(tmp_path, monkeypatch):
     Clock(monkeypatch)  # the wall: a second at each look
-    cpu = [1000.0]  # spent by what came before in the same process
-    monkeypatch.setattr(trainer.time, "process_time", lambda: cpu[0])
-    step, validate, rates = trainer.Trainer.train_step, trainer.Trainer.validate, []
+    cpu = count_cpu_time(monkeypatch, step=0.25, validation=2)
+    step, rates = trainer.Trainer.train_step, []
 
     def train_step(self, interrupted):
-        cpu[0] += 0.25
         rates.append((self.progress, self.schedule.get_last_lr()[0]))
         if len(rates) == 40:
             self.save_checkpoint()
             raise Killed
         return step(self, interrupted)
 
-    def timed_validation(self):
-        cpu[0] += 2
-        return validate(self)
-
     monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
-    monkeypatch.setattr(trainer.Trainer, "validate", timed_validation)
     overrides = shlex.split("--train.minutes 0.5 --train.clock cpu --train.validate_every 20 --optim.schedule cosine")
     with pytest.raises(Killed):
         fit(tmp_path / "run", *overrides, "--optim.warmup", "0")

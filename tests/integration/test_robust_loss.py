@@ -187,7 +187,7 @@ def test_nothing_of_the_model_changes_before_backward(images):
         set(vars(m)) for m in net.modules()
     ]
     loss.backward()
-    assert net[0].weight.grad is None and net[6].weight.grad is not None
+    assert net[0].weight.grad is None and net[6].weight.grad.abs().sum() > 0
 
 
 def test_seeds_and_settings_objects(images):
