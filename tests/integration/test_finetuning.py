@@ -223,13 +223,16 @@ def count_cpu_time(monkeypatch, *, step, validation):
     """Let steps and validations take so many seconds of CPU time; return the time, which what came before has begun."""
     cpu = [1000.0]
     monkeypatch.setattr(trainer.time, "process_time", lambda: cpu[0])
-    for name, seconds in (("train_step", step), ("validate", validation)):
 
-        def timed(self, *arguments, call=getattr(trainer.Trainer, name), seconds=seconds):
+    def timed(call, seconds):
+        def counting(self, *arguments):
             cpu[0] += seconds
             return call(self, *arguments)
 
-        monkeypatch.setattr(trainer.Trainer, name, timed)
+        return counting
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", timed(trainer.Trainer.train_step, step))
+    monkeypatch.setattr(trainer.Trainer, "validate", timed(trainer.Trainer.validate, validation))
     return cpu
 
 
