@@ -67,6 +67,7 @@ def network(classes):
 def train(size, classes, batch):
     """One step: views, attack, loss, backward, optimiser; seconds per image."""
     from clead.attacks.pgd import PGD
+    from clead.devices import keep_freed_memory
     from clead.interfaces import Batch
     from clead.methods.clead import CLead
     from clead.threats.linf import Linf
@@ -82,6 +83,7 @@ def train(size, classes, batch):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        keep_freed_memory(torch.device("cpu"))  # as the trainer does
 
     result = measured(step, 3)
     return {**result, "seconds": result["seconds"] / batch}

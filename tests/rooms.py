@@ -13,7 +13,7 @@ ROOMS = {
     "settings": "frozen settings: type, default, unit, range and documentation of a key in one place",
     "interfaces": "batches, step outputs, and the protocols of threats, attacks, methods and datasets",
     "distributed": "several processes that train one model",
-    "devices": "the device that a name means",
+    "devices": "the device that a name means, and keeping its memory from step to step",
     "progress": "a progress bar on a terminal, a line now and then in a log",
     "threats": "what an attacker may change: random start, gradient step, exact projection",
     "losses": "pure functions of tensors",

@@ -15,6 +15,7 @@ from clead.attacks import ATTACKS, OBJECTIVES
 from clead.attacks.capabilities import capabilities, check_norm, name_of
 from clead.attacks.objectives import OF_THE_TASK
 from clead.attacks.square_cache import Prepared
+from clead.devices import keep_freed_memory
 from clead.errors import UserError, out_of_memory
 from clead.interfaces import Attack, MinimumNorm, Model, Search, Threat, Unrestricted
 from clead.models.external import ModelError, backward_of
@@ -156,6 +157,7 @@ def run_attack(
                 else:
                     value = OBJECTIVES.get(objective)(model, x, y, **aim)
                     x_adv = cast(Attack, attack)(value, x, threat, generator=generator)
+    keep_freed_memory(x.device)
     if ball:
         x_adv = verified(x_adv, given, threat, name)
     if not checked:

@@ -23,7 +23,7 @@ from clead.data.base import shuffle_if_sorted
 from clead.data.channels import mean_std
 from clead.data.label_sampling import for_method
 from clead.data.loaders import Loader, ViewSettings, make_generator
-from clead.devices import device_of
+from clead.devices import device_of, keep_freed_memory
 from clead.distributed import (
     SlicedThreat,
     World,
@@ -331,7 +331,7 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Train until the last step, or until validation has not improved for ``train.patience`` times."""
-        state, single = self.state, self.world.world_size == 1
+        state, single, kept = self.state, self.world.world_size == 1, False
         self._start = self._last_save = time.monotonic()
         self._seconds_before, self._clock_before = state.seconds, state.clock
         validated: dict[str, float] = {}
@@ -342,6 +342,7 @@ class Trainer:
         with catch_signals(single) as interrupted, log as self._draw, bar as tick:
             while self.progress < 1 and not state.stopped_early:
                 stop, checkpoint_due = self.train_step(interrupted())
+                kept = kept or keep_freed_memory(self.device)
                 advance = self._read_clocks()
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
