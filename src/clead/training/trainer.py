@@ -331,7 +331,7 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Train until the last step, or until validation has not improved for ``train.patience`` times."""
-        state, single, kept = self.state, self.world.world_size == 1, False
+        state, single, keeps_memory = self.state, self.world.world_size == 1, False
         self._start = self._last_save = time.monotonic()
         self._seconds_before, self._clock_before = state.seconds, state.clock
         validated: dict[str, float] = {}
@@ -342,7 +342,7 @@ class Trainer:
         with catch_signals(single) as interrupted, log as self._draw, bar as tick:
             while self.progress < 1 and not state.stopped_early:
                 stop, checkpoint_due = self.train_step(interrupted())
-                kept = kept or keep_freed_memory(self.device)
+                keeps_memory = keeps_memory or keep_freed_memory(self.device)
                 advance = self._read_clocks()
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
