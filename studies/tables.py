@@ -206,6 +206,52 @@ def by_share(name, suite, titles, shares):
     print(f"\nn = {rows[0]['n']} {rows[0]['split']} images, {len(seeds)} seeds")
 
 
+SEARCH = {
+    "trades": "TRADES",
+    "trades shifted": "TRADES, shifted images",
+    "trades supcon": "TRADES + SupCon of the features",
+    "trades supcon shifted": "the same, shifted images",
+}
+
+MASKS = {"plain": "plain training", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD of pixels"}
+
+
+def search(name, titles, against):
+    """Every method's recall@1 and mAP among classes that it never saw, and it minus ``against``, paired over seeds."""
+    by = {}
+    for row in committed(f"{name}.json"):
+        clean, robust = row["metrics"]["mean average precision"]
+        accuracies = {"clean": row["clean_accuracy"], "robust": row["robust_accuracy"]}
+        by.setdefault(row["variant"], {})[row["seed"]] = accuracies | {"mAP": clean, "robust mAP": robust}
+    titled = {"clean": "recall@1 %", "robust": "under attack %", "mAP": "mAP %", "robust mAP": "under attack %"}
+    print("| method | " + " | ".join(f"{title} | − {titles[against]}" for title in titled.values()) + " |")
+    print("|---" + "|---|---" * len(titled) + "|")
+    for key, title in titles.items():
+        cells = [title]
+        for column in titled:
+            gain = "" if key == against else difference(by[key], by[against], column)
+            cells += [percent([one[column] for one in by[key].values()]), gain]
+        print("| " + " | ".join(cells) + " |")
+    print(f"\nn = {row['n']} queries, {len(by[against])} seeds")
+
+
+def masks():
+    """Right pixels and mIoU of every method, from random weights and from a robust encoder, clean and under sea."""
+    rows = committed("segmentation.json")
+    print(
+        "| method | encoder | right pixels % | under attack % | mIoU % | under attack % | of small objects % |\n" + "|---" * 7 + "|"
+    )
+    for key, title in MASKS.items():
+        for start, encoder in (("", "random"), (", robust start", "robust")):
+            mine = [row for row in rows if row["variant"] == key + start]
+            ious = [row["metrics"]["mIoU"] for row in mine]
+            small = [row["metrics"]["IoU of small objects"][1] for row in mine]
+            columns = [[row["clean_accuracy"] for row in mine], [row["robust_accuracy"] for row in mine]]
+            columns += [[clean for clean, _ in ious], [robust for _, robust in ious], small]
+            print("| " + " | ".join([title, encoder, *(spread(column) for column in columns)]) + " |")
+    print(f"\nn = {rows[0]['n']} images, {len({row['seed'] for row in rows})} seeds")
+
+
 def study(rows, against):
     """Every variant under every suite, and ``against`` minus it, paired over seeds, with a 95 % t-interval."""
     names = sorted({suite for row in rows for suite in row.get("suites", {})}) or ["robust"]
@@ -259,6 +305,8 @@ TABLES = {
     "stored images": stored,
     "few labels": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
     "few labels, digits": lambda: by_share("few_labels_digits", "quick", FEW_DIGITS, (10, 5, 2)),
+    "search": lambda: search("retrieval_omniglot", SEARCH, "trades shifted"),
+    "masks": masks,
     "wrong labels": lambda: by_share("label_noise_digits", "quick", NOISE, (20, 40)),
 }
 

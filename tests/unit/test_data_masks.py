@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zlib
 
 import numpy as np
@@ -199,6 +200,19 @@ def test_grey_masks_of_few_bits_hold_class_numbers(bits, tmp_path):
     header = SIZE[1].to_bytes(4, "big") + SIZE[0].to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
     png = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     files = MaskedImages([encoded(picture(0))], [b"\x89PNG\r\n\x1a\n" + png], ["a"], ["b"])
+    assert np.array_equal(decode_masks(files, None, None)[0].numpy(), mask)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_tiff_masks_of_few_bits_hold_class_numbers(bits):
+    mask = np.random.default_rng(0).integers(0, min(2**bits, 5), SIZE, dtype=np.uint8)
+    lines = np.unpackbits(mask[..., None], axis=2)[..., -bits:].reshape(SIZE[0], -1)
+    pixels = b"".join(np.packbits(line).tobytes() for line in lines)
+    # width, height, bits, no compression, 0 is black, where the pixels begin, one channel, rows of a strip, its bytes
+    tags = {256: SIZE[1], 257: SIZE[0], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: SIZE[0], 279: len(pixels)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiff = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + directory + bytes(4)
+    files = MaskedImages([encoded(picture(0))], [tiff], ["a"], ["b"])
     assert np.array_equal(decode_masks(files, None, None)[0].numpy(), mask)
 
 

@@ -23,6 +23,7 @@ _FORMATS = ("PNG", "BMP", "GIF", "TIFF", "PPM")  # without loss
 _SIDEWAYS = (5, 6, 7, 8)  # values of EXIF's orientation in which height and width change places
 _ORIENTATION = 0x0112
 _BIT_DEPTH = 24  # where the header of a PNG file has the bits of a pixel
+_BITS_PER_SAMPLE = 258  # the tag of a TIFF file that has them
 _SHOWN = 8  # numbers that a note names
 
 
@@ -125,7 +126,8 @@ def _class_numbers(blob: bytes, name: str) -> Image.Image:
             "PIL.Image.fromarray(numbers.astype('uint8')).save('NAME.png')"
         )
     values = np.asarray(mask)  # palette indices as they are
-    if mask.format == "PNG" and mask.mode == "L" and (bits := blob[_BIT_DEPTH]) < 8:
+    if mask.mode == "L" and mask.format in ("PNG", "TIFF"):
+        bits = blob[_BIT_DEPTH] if mask.format == "PNG" else mask.getexif().get(_BITS_PER_SAMPLE, 8)
         values = values // (255 // (2**bits - 1))  # Pillow spreads grey of 2 and 4 bits over 0 … 255
     return Image.fromarray(values)
 
