@@ -45,6 +45,7 @@ def test_loss_and_margin_are_the_closed_forms():
 @pytest.mark.parametrize(
     "target, words",
     [
+        (torch.zeros(3, 2, 2, dtype=torch.long), "a mask per image is for clead.evaluate"),
         (torch.zeros(3, 2), "give y.argmax(1)"),
         (torch.zeros(3, 1, dtype=torch.long), "give y.squeeze(1)"),
         (torch.zeros(3), "give y.long()"),

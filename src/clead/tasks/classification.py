@@ -104,6 +104,8 @@ class Classification:
             hint = "; give one class number per image"
             if len(target.shape) == 2 and len(target) == images:
                 hint = "; give y.argmax(1)" if target.shape[1] > 1 else "; give y.squeeze(1)"
+            elif len(target.shape) == 3:
+                hint = '; a mask per image is for clead.evaluate(model, x, masks, task="segmentation") and clead.robust_loss'
             elif target.shape == (images,):
                 hint = "; give y.long()"
             raise UserError(
