@@ -83,6 +83,10 @@ def run(
     return {**row, "seconds": time.time() - start}
 
 
+KEYS = {"recipe", "set", "seeds", "suites", "needs", "evaluate"}
+"""What a variant may say."""
+
+
 def stop(*_) -> None:
     """On SIGTERM: the workers end with their queue, at once; runs go on from what they last saved."""
     for worker in multiprocessing.active_children():
@@ -108,6 +112,11 @@ def main() -> None:
     work = arguments.work or Path("runs") / f"study-{arguments.study.stem}"
     rows = json.loads(out.read_text()) if out.exists() else []
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name, each in study["variants"].items():
+        if unknown := set(each) - KEYS:  # such as what follows a comma of a text without quotes
+            sys.exit(
+                f"{arguments.study}: variant {name!r} has {', '.join(unknown)}; a variant takes {', '.join(sorted(KEYS))}"
+            )
     variants = {name: each for name, each in study["variants"].items() if not arguments.only or name in arguments.only}
 
     def given(name):

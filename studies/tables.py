@@ -220,15 +220,19 @@ def search(name, titles, against):
     """Every method's recall@1 and mAP among classes that it never saw, and it minus ``against``, paired over seeds."""
     by = {}
     for row in committed(f"{name}.json"):
-        clean, robust = row["metrics"]["mean average precision"]
-        accuracies = {"clean": row["clean_accuracy"], "robust": row["robust_accuracy"]}
-        by.setdefault(row["variant"], {})[row["seed"]] = accuracies | {"mAP": clean, "robust mAP": robust}
-    titled = {"clean": "recall@1 %", "robust": "under attack %", "mAP": "mAP %", "robust mAP": "under attack %"}
-    print("| method | " + " | ".join(f"{title} | − {titles[against]}" for title in titled.values()) + " |")
-    print("|---" + "|---|---" * len(titled) + "|")
+        metrics = {metric: values[1] for metric, values in row["metrics"].items()}
+        by.setdefault(row["variant"], {})[row["seed"]] = {
+            "recall@1": row["clean_accuracy"],
+            "query attacked": row["robust_accuracy"],
+            "item attacked": metrics["recall@1 with an attacked item"],
+            "mAP, query attacked": metrics["mean average precision"],
+        }
+    columns = list(by[against][0])
+    print("| method | " + " | ".join(f"{column} % | − {titles[against]}" for column in columns) + " |")
+    print("|---" + "|---|---" * len(columns) + "|")
     for key, title in titles.items():
         cells = [title]
-        for column in titled:
+        for column in columns:
             gain = "" if key == against else difference(by[key], by[against], column)
             cells += [percent([one[column] for one in by[key].values()]), gain]
         print("| " + " | ".join(cells) + " |")
@@ -239,7 +243,9 @@ def masks():
     """Right pixels and mIoU of every method, from random weights and from a robust encoder, clean and under sea."""
     rows = committed("segmentation.json")
     print(
-        "| method | encoder | right pixels % | under attack % | mIoU % | under attack % | of small objects % |\n" + "|---" * 7 + "|"
+        "| method | encoder | right pixels % | under attack % | mIoU % | under attack % | of small objects % |\n"
+        + "|---" * 7
+        + "|"
     )
     for key, title in MASKS.items():
         for start, encoder in (("", "random"), (", robust start", "robust")):

@@ -51,6 +51,15 @@ def test_a_failed_run_is_reported_and_the_others_go_on(queue):
     assert all(len(row["robust_flags"]) == 10 for row in rows.values())
 
 
+def test_what_no_variant_takes_is_refused(tmp_path):
+    """In braces YAML ends a text at its comma: the rest would be a key of its own, and left out without a word."""
+    classes = "{recipe: digits-standard, evaluate: --data.keep_classes 1,2 --eval.images 5}"
+    (tmp_path / "queue.yaml").write_text(f"seeds: [0]\nvariants: {{unquoted: {classes}}}\n")
+    done = study(tmp_path)
+    assert done.returncode == 1 and "variant 'unquoted' has 2 --eval.images 5; a variant takes evaluate" in done.stderr
+    assert not (tmp_path / "queue.json").exists()
+
+
 def test_what_a_run_needs_counts_in_its_compute(queue):
     rows = {row["variant"]: row for row in json.loads((queue[0] / "queue.json").read_text())}
     # 3 forward-equivalents each; the length is rounded to whole steps.
