@@ -66,12 +66,15 @@ ROWS = {
     "wrong labels": 7,
     "few labels": 5,
     "mnist": 8,
+    "search": 7,
+    "masks": 8,
 }
 """Of the tables that studies/tables.py prints."""
 RESULTS = {
     **dict.fromkeys(("digits", "cifar10", "mnist", "stored images"), "docs/results/headline.md"),
     **dict.fromkeys(("few labels", "few labels, digits", "wrong labels"), "docs/results/few-labels.md"),
     **dict.fromkeys(("unforeseen", "transfer"), "docs/results/transfer.md"),
+    **dict.fromkeys(("search", "masks"), "docs/results/tasks.md"),
     "forms": "docs/results/ablations.md",
 }
 """The page of each."""
@@ -80,6 +83,8 @@ FEW = (
     "the same without contrast",
 )
 """Of its rows for few labels, those that the pages quote."""
+SEARCH = (("TRADES", 0.15), ("with SupCon", 0.125))
+"""Of its rows for a search: the best without contrast, and the one with it that the pages quote."""
 NOT_RUN = {
     ". .venv/bin/activate": "the environment of the reader, not that of the tests",
     "pip install -c constraints.txt '.[demo]'": "needs a package registry; test_extras_that_pages_name_exist looks at it",
@@ -96,6 +101,8 @@ NOT_RUN = {
     "python studies/study.py studies/screen_digits.yaml": "takes an hour",
     "python studies/study.py studies/few_labels_digits.yaml": "takes an hour",
     "python studies/study.py studies/label_noise_digits.yaml": "takes an hour",
+    "OMNIGLOT=FOLDER python studies/study.py studies/retrieval_omniglot.yaml": "takes an hour, and Omniglot",
+    "CLEAD_DATA=FOLDER python studies/study.py studies/segmentation.yaml": "takes three hours, and CamVid",
     "python studies/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 "
     "RUNS/clead-s1": "needs the runs of the study",
     "python studies/transfer.py studies/study_headline/digits.yaml --only standard pgd-at trades clead": "takes a "
@@ -599,8 +606,12 @@ def quoted() -> list[tuple[str, str]]:
     gain = {name: digits[name][4].lstrip("+") for name in ("TRADES", "free AT")}
     published = [digits[f"C-LEAD as published, {name}"][3].split()[0] for name in ("linear head", "all fine-tuned")]
     own_digits = digits["C-LEAD"][3].split()[0]
+    search = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()["search"]}
+    without, contrast = (search[f"{name}, shifted, trained at ε {eps}"] for name, eps in SEARCH)
     record = api.read_record(ROOT / "tests" / "data" / "records" / "cifar10-small-clead-s0-standard.json")
-    headline, few_labels, ablations = (f"docs/results/{name}.md" for name in ("headline", "few-labels", "ablations"))
+    headline, few_labels, ablations, tasks = (
+        f"docs/results/{name}.md" for name in ("headline", "few-labels", "ablations", "tasks")
+    )
     return [
         (
             "docs/speed.md",
@@ -622,6 +633,12 @@ def quoted() -> list[tuple[str, str]]:
         ),
         (few_labels, f"keeps {plain[3]} % on a tenth of the labels: C-LEAD minus it is {plain[4]},"),
         (few_labels, f"against that the difference is {half[4].lstrip('+')}"),
+        *(
+            (page, f"{contrast[2].split()[0]} % of clean queries find their {what} where {without[2].split()[0]} % do")
+            for page, what in (("README.md", "character"), (tasks, "class"))
+        ),
+        ("README.md", f"{contrast[4].split()[0]} % of attacked ones where {without[4].split()[0]} % do"),
+        (tasks, f"{contrast[4].split()[0]} % where {without[4].split()[0]} % are ({contrast[5]})"),
         ("docs/index.md", verdict(record)),
     ]
 
