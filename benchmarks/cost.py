@@ -5,7 +5,8 @@
 
 ResNet-10 of width 16 with random weights and the stem for small images, float32, one thread. **train**: the C-LEAD step of
 ``clead`` with PGD-3. **standard**: every attack with a twentieth of its steps or queries, times 20; eps is tiny and the labels are
-the model's own answers, so that every image stands and pays for all attacks. **images**: what it takes to open N images of 32
+the model's own answers, so that every image stands and pays for all attacks. Batches have 32 and 8 images, 16 and 4 where the size
+grows. **images**: what it takes to open N images of 32
 pixels and to draw batches of 128 from them, in memory (uint8) and streamed from Parquet. Every point is a process of its own:
 CPU seconds (median of the repetitions), and the largest memory of the process above that of its imports. ``slope`` is that of a
 straight line through the logarithms of the last two points: 1 where twice as much costs twice as much.
@@ -212,6 +213,11 @@ def plot(measurements, file):
                 )
         for row, text in enumerate(("CPU seconds per image", "memory, MiB")):
             axes[row, column].set(xscale="log", yscale="log", ylabel=text if not column else "", xlabel=titles[axis])
+            ticks = sorted({value for rows in groups.values() for value, _ in rows})
+            axes[row, column].set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            axes[row, column].minorticks_off()
+            low, high = axes[row, column].get_ylim()
+            axes[row, column].set_ylim(low / 3, high * 3)  # what hardly changes looks flat
         axes[0, column].legend(fontsize=8)
     figure.savefig(file, dpi=110)
 

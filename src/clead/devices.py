@@ -30,7 +30,7 @@ def device_of(name: str) -> torch.device:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _MEMORY_FACTOR = 2
-"""What has to be free for freed memory to be kept, in multiples of the most that the process ever took; keeping took up to 1.3."""
+"""What has to be free for freed memory to be kept, in multiples of the most that the process ever took; keeping took up to 1.8."""
 
 
 def keep_freed_memory(device: torch.device) -> bool:
