@@ -115,7 +115,7 @@ def main() -> None:
     for name, each in study["variants"].items():
         if unknown := set(each) - KEYS:  # such as what follows a comma of a text without quotes
             sys.exit(
-                f"{arguments.study}: variant {name!r} has {', '.join(unknown)}; a variant takes {', '.join(sorted(KEYS))}"
+                f"{arguments.study}: variant {name!r} has {', '.join(map(str, unknown))}; a variant takes {', '.join(sorted(KEYS))}"
             )
     variants = {name: each for name, each in study["variants"].items() if not arguments.only or name in arguments.only}
 

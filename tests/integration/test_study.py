@@ -4,6 +4,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,6 +50,13 @@ def test_a_failed_run_is_reported_and_the_others_go_on(queue):
     assert all(row["n"] == 10 and 0 <= row["suites"]["pgd"]["robust_accuracy"] <= 1 for row in rows.values())
     assert all(row["robust_flags"].count("1") / 10 == row["robust_accuracy"] for row in rows.values())
     assert all(len(row["robust_flags"]) == 10 for row in rows.values())
+
+
+def test_committed_results_name_no_path_of_a_machine():
+    """They are for readers elsewhere."""
+    for path in [each for folder in ("studies", "benchmarks", "qa") for each in (ROOT / folder).rglob("*.json")]:
+        found = re.findall(r"(?:^|[\s\"(])(/(?!proc/|dev/)(?:[\w.-]+/){2,}[\w.-]*)", path.read_text())
+        assert not found, f"{path.relative_to(ROOT)} names {found[0]}"
 
 
 def test_what_no_variant_takes_is_refused(tmp_path):

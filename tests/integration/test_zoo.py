@@ -19,6 +19,7 @@ from clead.inference.settings import ServeSettings
 from clead.models.split import weights
 from clead.runs.directory import RunDir
 from clead.runs.zoo import located, zoo_names
+from clead.training.freezing import start_from
 from clead.weights.files import fingerprint
 from support import ROOT, same
 
@@ -126,3 +127,10 @@ def test_an_unknown_name_is_one_line(run):
     assert "no model 'digit' in the zoo; did you mean 'digits'" in run("evaluate", "zoo:digit", code="2")
     with pytest.raises(UserError, match="^train.start_from: no model 'digit' in the zoo"):
         clead.train(clead.load_recipe("digits-clead", ["--train.start_from", "zoo:digit"]), out="mine", show=False)
+
+
+def test_a_start_from_the_zoo_is_told_by_its_name():
+    """Where the package is installed says nothing to a reader of the run's notes."""
+    net = RunDir.open(Path("zoo:digits")).config().model.build(1, 3, [0.5], [0.25])  # three classes instead of ten
+    notes = start_from(net, Path("zoo:digits"))
+    assert any("zoo:digits" in note for note in notes) and not any(str(located("zoo:digits")) in note for note in notes)

@@ -86,13 +86,15 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
     Raises UserError if there are no weights, or of another architecture (less than half of them fit).
     """
     try:
-        path = located(path)
+        stated, path = path, located(path)
         is_run = (path / "config.yaml").is_file()
         if is_run:
             run = RunDir.open(path)
             file = run.weights(which or run.config().eval.weights)
             content, _ = load_weights(file)
-            notes = _load_own(model, content, str(file))
+            notes = _load_own(
+                model, content, str(file if path == stated else stated)
+            )  # zoo:NAME, not where it is installed
         else:
             given = read_weights(path)
             model.drop_projection()
