@@ -128,6 +128,7 @@ NOT_RUN = {
     "python benchmarks/pgd.py --out benchmarks/pgd.json": "takes minutes on a quiet machine",
     "python benchmarks/train_step.py --out benchmarks/train_step.json": "takes minutes on a quiet machine",
     "python benchmarks/cost.py --out benchmarks/cost.json --plot docs/cost.png": "takes a quarter of an hour",
+    "python benchmarks/kept_memory.py --out benchmarks/kept_memory.json": "takes a quarter of an hour",
     "cp -r tests/data/models/digits-clead runs/committed": "goes with the next",
     **{
         f"python examples/{name}.py 1": "tests/docs/test_examples.py runs it"
