@@ -655,17 +655,21 @@ def test_gradient_clipping_bounds_the_step(tmp_path):
     )
 
 
-def test_ema_is_the_average_of_the_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("decay", [0.2, 0.9995])
+def test_ema_is_the_average_of_the_weights_and_forgets_the_first_of_them_in_a_short_training(
+    tmp_path, monkeypatch, decay
+):
     seen = []
     real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, s: (seen.append(copy.deepcopy(s["model"])), real(self, s)))
-    fit(tmp_path / "run", "--train.ema", "0.7", "--train.checkpoint_seconds", "0")
+    fit(tmp_path / "run", "--train.ema", str(decay), "--train.checkpoint_seconds", "0")
     assert len(seen) == 6
     last = saved_weights(tmp_path / "run")
     for name, value in last.items():
         average = seen[0][name].double()
-        for state in seen[1:]:
-            average = 0.7 * average + 0.3 * state[name].double()
+        for n, state in enumerate(seen[1:], start=1):
+            share = min(decay, (1 + n) / (10 + n))
+            average = share * average + (1 - share) * state[name].double()
         if value.is_floating_point():
             assert torch.allclose(value.double(), average, atol=1e-6), name
     assert not torch.equal(last["classifier.weight"], seen[-1]["classifier.weight"])

@@ -90,7 +90,11 @@ class Train:
     channels_last: bool = setting(False, "channels-last memory format, faster with convolutions in bfloat16")
     compile: bool = setting(False, "compile the encoder with torch.compile")
     ema: float = setting(
-        0.0, "decay of the exponential moving average of the weights, which is then what is kept; 0: off", ge=0, lt=1
+        0.0,
+        "decay of the exponential moving average of the weights, which is then what is kept; (1 + n)/(10 + n) at most after n "
+        "steps, so that the first weights of a short training do not stay in it; 0: off",
+        ge=0,
+        lt=1,
     )
     swa_start: float | None = setting(
         None,

@@ -319,8 +319,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "float16")
         self.average: AveragedModel | None = None
         if settings.ema:
-            ema = get_ema_multi_avg_fn(settings.ema)
-            self.average = AveragedModel(copied(self.model), multi_avg_fn=ema, use_buffers=True)
+            self.average = AveragedModel(copied(self.model), multi_avg_fn=self._move_average, use_buffers=True)
         elif settings.swa_start is not None:  # its multi_avg_fn refuses integer buffers
             self.average = AveragedModel(copied(self.model), avg_fn=get_swa_avg_fn(), use_buffers=True)
         lower = settings.precision != "float32"
@@ -463,6 +462,11 @@ class Trainer:
         whole = len(batch.labels) * self.world.world_size
         positions = self.loader.positions(whole).chunk(count)
         return [cast(Threat, SlicedThreat(threat, each, whole)) for each in positions]
+
+    def _move_average(self, averaged: Any, current: Any, _: Any) -> None:
+        """Move the average towards the weights: early by so much that a short training's first weights do not stay in it."""
+        taken = self.state.step - 1
+        get_ema_multi_avg_fn(min(self.settings.ema, (1 + taken) / (10 + taken)))(averaged, current, taken)
 
     def _averages_now(self) -> bool:
         """Say whether stochastic weight averaging takes the weights in: after every epoch from its start on, and at the end."""
