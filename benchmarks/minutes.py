@@ -6,10 +6,12 @@
 
 ``--base``, one of our recipes, says which images, which network (with its first weights) and which threat. Peers train with their
 own classes, settings and schedules, unmodified; what is replaced is the data path: batches are made by our loader, which is faster
-than theirs. Their length is in epochs: a trial of a few steps says what a step costs, and the epochs that they are told of are so
-many, of so many batches, that the steps take the minutes; whatever they do at a given epoch is scaled with that. They are given
-more than we are: their validation (1,000 images, after each epoch) is outside their minutes, ours is inside. ``cpu_minutes`` is
-what each really used, of one thread. Ours follow the clock: ``train.minutes`` with ``train.clock cpu``.
+than theirs. Their length is in epochs: a trial says what a step costs, and they are told of as many epochs as the minutes have room
+for, but of ``EPOCHS`` at least, since their rate is that of the epoch and all but 0 in the last; whatever they do at a given epoch
+is scaled with that. An epoch ends when it has taken its share of the minutes, that of MAIR, which wants to know how many batches it
+has, after as many as the trial says. They are given more than we are: their validation (1,000 images, after each epoch) is outside
+their minutes, ours is inside. ``cpu_minutes`` is what each really used, of one thread. Ours follow the clock, too:
+``train.minutes`` with ``train.clock cpu``.
 
 Every model is then attacked by the same suite on the same test images. One job after another, contenders interleaved, each in a
 fresh process; the JSON file is written after each, and the same command goes on where it was stopped (ours within a training, too).
@@ -19,6 +21,7 @@ Rows of other settings than those now given are refused.
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -37,26 +40,45 @@ OURS = {
     "pgd_at": "cifar10-small-pgd-at --train.ema 0.9995 --method.label_smoothing 0.4",
 }
 FASTAT = ("fgsm_rs", "n_fgsm", "nu_at", "fgsm_pgi", "fgsm_rs_cs", "liet", "pgd_at_wa")
-TRIAL, EPOCHS = 8, 10  # steps of a trial epoch; least epochs that a peer is told of
+TRIAL, EPOCHS = 8, 20  # steps of a trial epoch; least epochs that a peer is told of
 
 
 class Batches:
-    """A loader as the peers want one: ``len``, ``dataset``, and batches (images, labels), led by their index if asked for."""
+    """A loader as the peers want one: ``len``, ``dataset``, and batches (images, labels), led by their index if asked for.
+
+    ``step_seconds`` is what a step of the last epoch took, ``outside`` the CPU seconds that do not count.
+    """
 
     def __init__(self, splits, augment, batch_size: int, seed: int, *, indexed: bool = False) -> None:
         from clead.data.loaders import Loader, ViewSettings
 
         self.loader = Loader(splits.train, batch_size, seed=seed, drop_last=True, views=ViewSettings(first=augment))
-        self.dataset, self.indexed, self.steps, self.taken = Images(splits.train), indexed, TRIAL, 0
+        self.dataset, self.indexed, self.step_seconds = Images(splits.train), indexed, 0.0
+
+    def begin(self, steps: int, seconds: float = math.inf) -> None:
+        """Begin a training whose epochs have so many steps, but end when each so far has had so many CPU seconds."""
+        self.steps, self.seconds, self.epoch, self.taken = steps, seconds, 0, 0
+        self.outside, self.begun = 0.0, time.process_time()
+
+    def spent(self) -> float:
+        """Return the CPU seconds of the training so far."""
+        return time.process_time() - self.begun - self.outside
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self):
-        for _ in range(self.steps):
-            batch = self.loader.batch(*divmod(self.taken, self.loader.steps_per_epoch))
-            self.taken += 1
-            yield (batch.index, batch.images, batch.labels) if self.indexed else (batch.images, batch.labels)
+        self.epoch += 1
+        start, before = self.spent(), self.taken
+        try:
+            while self.taken < before + self.steps:
+                if self.taken > before and self.spent() >= self.epoch * self.seconds:
+                    return
+                batch = self.loader.batch(*divmod(self.taken, self.loader.steps_per_epoch))
+                self.taken += 1
+                yield (batch.index, batch.images, batch.labels) if self.indexed else (batch.images, batch.labels)
+        finally:  # MAIR leaves at the last batch
+            self.step_seconds = (self.spent() - start) / max(1, self.taken - before)
 
 
 class Images:
@@ -96,45 +118,47 @@ def import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-def fastat(checkout: Path, method: str, model, loaders, job: dict, epochs: int, folder: Path) -> dict:
-    """Train ``model`` by the FastAT benchmark's own class for ``epochs`` epochs of the loader; return CPU seconds and weights."""
+def fastat(checkout: Path, method: str, model, loaders, job: dict, epochs: int, folder: Path) -> Path:
+    """Train ``model`` by the FastAT benchmark's own class for ``epochs`` epochs of the loader; return where its weights are."""
     import main as peer
     import torch
 
     train, validation = loaders
     configs = checkout / "configs" / "cifar10"
     config = peer.load_config(str(configs / "common.yaml"), str(configs / f"{method}.yaml"))
+    scale = epochs / config["total_epoch"]
     config |= {"log_dir": str(folder), "total_epoch": epochs, "eps": job["eps"]}
     if "epochs_reset" in config:
-        config["epochs_reset"] = max(1, round(config["epochs_reset"] * epochs / 100))
+        config["epochs_reset"] = max(1, round(config["epochs_reset"] * scale))
+    if "decay_arr" in config:
+        config["decay_arr"] = [round(each * scale) for each in config["decay_arr"]]
     optimizer, scheduler = peer.get_optimizer_and_scheduler(model, config, train)
     trainer = peer.METHOD_MAP[method](model, config=config, name=method, device=torch.device("cpu"), seed=job["seed"])
-    outside = [0.0]
 
     def timed(function):
         def call(*arguments):
             start = time.process_time()
             result = function(*arguments)
-            outside[0] += time.process_time() - start
+            train.outside += time.process_time() - start
             return result
 
         return call
 
     name = "_validate_with_weight_average" if config["weight_average"] else "_validate_model"
     setattr(trainer, name, timed(getattr(trainer, name)))
-    start = time.process_time()
     trainer.train(optimizer, scheduler, train, validation)
-    seconds = time.process_time() - start - outside[0]
-    return {"cpu_seconds": seconds, "weights": str(Path(trainer.output_dir) / "best.pth")}
+    return Path(trainer.output_dir) / "best.pth"
 
 
-def mair(checkout: Path, method: str, model, loaders, job: dict, epochs: int, folder: Path) -> dict:
-    """Train ``model`` by MAIR's AT, as its README does it, for ``epochs`` epochs of the loader; it validates nothing."""
+def mair(checkout: Path, method: str, model, loaders, job: dict, epochs: int, folder: Path) -> Path:
+    """Train ``model`` by MAIR's AT, as its README does it, with weight decay besides, for ``epochs`` epochs of the loader.
+
+    It validates nothing; the last weights count.
+    """
     import torch
     from mair import RobModel
     from mair.defenses import AT
 
-    start = time.process_time()
     trainer = AT(RobModel(model, n_classes=job["classes"]), eps=job["eps"], alpha=2 / 255, steps=10)
     milestones = [round(epochs * part) for part in (0.5, 0.75)]
     trainer.setup(
@@ -145,7 +169,7 @@ def mair(checkout: Path, method: str, model, loaders, job: dict, epochs: int, fo
     )
     trainer.fit(loaders[0], n_epochs=epochs, record_type=None, save_type=None)
     torch.save(model.state_dict(), folder / "last.pth")
-    return {"cpu_seconds": time.process_time() - start, "weights": str(folder / "last.pth")}
+    return folder / "last.pth"
 
 
 def train_peer(job: dict, config, splits, model, folder: Path) -> dict:
@@ -163,14 +187,18 @@ def train_peer(job: dict, config, splits, model, folder: Path) -> dict:
     validation = list(zip(images.split(128), splits.val.labels[: len(images)].split(128), strict=True))
     run = {"fastat": fastat, "mair": mair}[peer]
     trial, few = copy.deepcopy(model), [tuple(each[:2] for each in validation[0])]
-    run(checkout, method, trial, (loader, few), job, 2, folder)  # the first steps of a process take longer
-    step = run(checkout, method, trial, (loader, few), job, 2, folder)["cpu_seconds"] / (2 * TRIAL)
-    steps = 60 * job["minutes"] / step
-    epochs = max(EPOCHS, round(steps / loader.loader.steps_per_epoch))
-    loader.steps, loader.taken = max(1, round(steps / epochs)), 0
-    done = run(checkout, method, model.train(), (loader, validation), job, epochs, folder)
-    model.load_state_dict(torch.load(done["weights"], weights_only=True))
-    return {"cpu_minutes": done["cpu_seconds"] / 60, "steps": loader.taken, "told_epochs": epochs}
+    loader.begin(TRIAL)
+    run(checkout, method, trial, (loader, few), job, 2, folder)  # the second epoch counts: first steps take longer
+    seconds = 60 * job["minutes"]
+    epochs = max(EPOCHS, round(seconds / loader.step_seconds / loader.loader.steps_per_epoch))
+    if peer == "mair":
+        loader.begin(max(1, round(seconds / loader.step_seconds / epochs)))
+    else:
+        loader.begin(sys.maxsize, seconds / epochs)
+    weights = run(checkout, method, model.train(), (loader, validation), job, epochs, folder)
+    figures = {"cpu_minutes": loader.spent() / 60, "steps": loader.taken, "told_epochs": epochs}
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return figures
 
 
 def train_ours(job: dict, config, splits, model, folder: Path) -> dict:
@@ -242,7 +270,7 @@ def main() -> None:
     parser.add_argument("--fastat", type=Path, help="a checkout of the FastAT benchmark")
     parser.add_argument("--mair", type=Path, help="a checkout of MAIR")
     parser.add_argument("--ours", nargs="*", default=list(OURS), help="of OURS in this file")
-    parser.add_argument("--methods", nargs="*", default=list(FASTAT), help="of the FastAT benchmark")
+    parser.add_argument("--methods", nargs="*", default=list(FASTAT), choices=FASTAT, help="of the FastAT benchmark")
     parser.add_argument("--base", default="cifar10-small-pgd-at")
     parser.add_argument("--overrides", default="", help="of the base, and of all our recipes")
     parser.add_argument("--minutes", type=float, nargs="+", default=[10, 20, 40])
