@@ -14,8 +14,8 @@ their minutes, ours is inside. ``cpu_minutes`` is what each really used, of one 
 ``train.minutes`` with ``train.clock cpu``.
 
 Every model is then attacked by the same suite on the same test images. One job after another, contenders interleaved, each in a
-fresh process; the JSON file is written after each, and the same command goes on where it was stopped (ours within a training, too).
-Rows of other settings than those now given are refused.
+fresh process; the JSON file is written after each, and the same command goes on where it was stopped (within an attack; ours within
+a training, too). Rows of other settings than those now given are refused.
 """
 
 import argparse
@@ -173,9 +173,16 @@ def mair(checkout: Path, method: str, model, loaders, job: dict, epochs: int, fo
 
 
 def train_peer(job: dict, config, splits, model, folder: Path) -> dict:
-    """Train by a peer's code for the minutes of the job, and leave its weights in ``model``."""
+    """Train by a peer's code for the minutes of the job, or find it trained, and leave its weights in ``model``."""
     import torch
 
+    trained, what = folder / "trained.pth", {key: job[key] for key in ("base", "overrides", "validation")}
+    if trained.exists():
+        weights, figures, before = torch.load(trained, weights_only=True)
+        if before != what:
+            raise ValueError(f"{folder} was trained with {before}, now given {what}; give the same, or another --work")
+        model.load_state_dict(weights)
+        return figures
     peer, method = job["contender"].split(" ")
     checkout = Path(job["checkout"])
     sys.path.insert(0, str(checkout))
@@ -198,6 +205,8 @@ def train_peer(job: dict, config, splits, model, folder: Path) -> dict:
     weights = run(checkout, method, model.train(), (loader, validation), job, epochs, folder)
     figures = {"cpu_minutes": loader.spent() / 60, "steps": loader.taken, "told_epochs": epochs}
     model.load_state_dict(torch.load(weights, weights_only=True))
+    torch.save((model.state_dict(), figures, what), trained.with_suffix(".new"))
+    trained.with_suffix(".new").replace(trained)
     return figures
 
 
@@ -224,11 +233,12 @@ def carry_out(job: dict, folder: Path) -> dict:
     import clead
     from clead.data.base import shuffle_if_sorted
 
+    folder = folder.resolve()  # peers change the directory
     folder.mkdir(parents=True, exist_ok=True)
     config, splits, model = setting(job["base"], job["overrides"], job["seed"])
     eps = float(config.threat.eps)
     job = job | {"eps": eps, "classes": len(splits.classes)}
-    done = (train_ours if "recipe" in job else train_peer)(job, config, splits, model, folder.resolve())
+    done = (train_ours if "recipe" in job else train_peer)(job, config, splits, model, folder)
     test = shuffle_if_sorted(splits.test)
     record = clead.evaluate(
         model.eval(),

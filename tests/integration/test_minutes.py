@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support import ROOT
+import clead
+from support import ROOT, Killed
 
 JOB = {
     "contender": "fastat slow_start",
@@ -102,3 +103,25 @@ def test_a_loader_of_so_many_batches_says_what_a_step_takes_and_leaves_the_outsi
             if count == len(loader):  # as MAIR does
                 break
     assert (loader.taken, loader.step_seconds) == (6, 2.5) and loader.spent() == 115 - 3
+
+
+def test_a_peer_that_is_trained_is_not_trained_again_when_its_attack_was_stopped(minutes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    states = []
+
+    def evaluate(model, images, labels, *, state, **keys):
+        states.append((state, Peer.trained))
+        if len(states) == 1:
+            raise Killed
+        return SimpleNamespace(clean_accuracy=1.0, robust_accuracy=0.5, robust=[True, False])
+
+    monkeypatch.setattr(clead, "evaluate", evaluate)
+    with pytest.raises(Killed):
+        minutes.carry_out(JOB, Path("work/peer"))
+    monkeypatch.chdir(tmp_path)
+    row = minutes.carry_out(JOB, Path("work/peer"))
+    assert states == [(tmp_path / "work" / "peer" / "evaluation", 2)] * 2 and row["robust_flags"] == "10"
+    assert 2 <= row["cpu_minutes"] < 2 + 3 / 60
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="give the same, or another --work"):
+        minutes.carry_out(JOB | {"validation": 8}, Path("work/peer"))
