@@ -125,3 +125,17 @@ def test_a_peer_that_is_trained_is_not_trained_again_when_its_attack_was_stopped
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="give the same, or another --work"):
         minutes.carry_out(JOB | {"validation": 8}, Path("work/peer"))
+
+
+@pytest.mark.parametrize("given", ["", " --train.checkpoint_seconds 7"])
+def test_ours_saves_seldom_and_ends_by_cpu_time(minutes, tmp_path, monkeypatch, given):
+    def train(config, **keys):
+        assert (config.train.minutes, config.train.clock, config.train.seed) == (2, "cpu", 3)
+        assert config.train.checkpoint_seconds == (7 if given else 300)
+        raise Killed
+
+    monkeypatch.setattr(clead, "train", train)
+    config, splits, model = minutes.setting(JOB["base"], JOB["overrides"], 3)
+    job = JOB | {"recipe": "digits-pgd-at" + given, "seed": 3}
+    with pytest.raises(Killed):
+        minutes.train_ours(job, config, splits, model, tmp_path)
