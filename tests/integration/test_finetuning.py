@@ -292,6 +292,21 @@ def test_a_training_by_cpu_time_ends_in_time_whatever_the_wall_says_and_over_two
     assert all(lr == pytest.approx(0.005 * (1 + math.cos(math.pi * p)), abs=1e-5) for p, lr in rates)
 
 
+def test_the_mean_of_the_weights_has_the_last_ones_of_a_training_by_the_clock(tmp_path, monkeypatch):
+    Clock(monkeypatch)
+    steps, update = [], trainer.AveragedModel.update_parameters
+    step = trainer.Trainer.train_step
+    monkeypatch.setattr(trainer.Trainer, "train_step", lambda self, stop: (steps.append("step"), step(self, stop))[1])
+    monkeypatch.setattr(
+        trainer.AveragedModel, "update_parameters", lambda self, model: (steps.append("taken"), update(self, model))
+    )
+    overrides = shlex.split("--train.minutes 0.5 --train.swa_start 0.95 --train.validate_every 99")
+    run = fit(tmp_path / "run", *overrides)
+    per_epoch = round(run.outcome.steps / run.outcome.epochs)
+    assert run.outcome.steps % per_epoch  # and none of the epochs ends after the start
+    assert steps.count("taken") == 1 and steps[-2:] == ["step", "taken"]
+
+
 def test_cpu_time_is_refused_where_it_says_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(api_training, "device_of", lambda name: torch.device("cuda"))
     with pytest.raises(UserError, match="CPU time says little where cuda computes, got cpu; set --train.clock wall"):

@@ -346,6 +346,8 @@ class Trainer:
                 if self.callbacks.after_step is not None:
                     self.callbacks.after_step()
                 finished = self.progress >= 1
+                if finished:
+                    self._average_the_last()
                 due = finished or (state.step % self.validate_every == 0 and not self._validated_lately())
                 if state.step % LOG_STEPS == 0 or due or stop or checkpoint_due:
                     self._read_metrics()
@@ -473,6 +475,12 @@ class Trainer:
         step, start = self.state.step, self.settings.swa_start or 0
         begun = step >= start * self.steps if self.steps else self.progress >= start
         return step == self.steps or (step % self.steps_per_epoch == 0 and begun)
+
+    def _average_the_last(self) -> None:
+        """Take the last weights of a training by the clock into the mean: their step did not know that it was the last."""
+        by_the_clock = self.settings.minutes is not None and self.settings.swa_start is not None
+        if by_the_clock and self.average is not None and self.state.step % self.steps_per_epoch:
+            self.average.update_parameters(self.model)
 
     # ------------------------------------------------------------------------------------------------- metrics
 
