@@ -32,8 +32,9 @@ class FGSMPGI(CLead):
 
     η and m of every training image are kept in bfloat16, in memory and in checkpoints: 4 bytes per value of a pixel.
     Departures: an image's perturbation stays where it is though its crop and mirroring change, as in the FastAT benchmark, not as
-    in the authors' code; the gradient is taken in evaluation mode (``train.attack_mode``); both points go forward in one batch; the
-    steps are the threat's own, so that they exist in every norm.
+    in the authors' code; what of η leads out of [0, 1] is lost before the steps, not after them; the gradient is taken in
+    evaluation mode (``train.attack_mode``); both points go forward in one batch; the steps are the threat's own, so that they exist
+    in every norm.
     """
 
     adversarial_weight: float = setting(1.0, "α: weight of the cross-entropy of adversarial images", ge=0)
