@@ -17,7 +17,7 @@ from clead.cli import main
 from clead.config import load_recipe
 from clead.errors import UserError
 from clead.hardening import HardenOptions, command, make_plan, plan, timing, verdict
-from clead.hardening.candidates import Candidate
+from clead.hardening.candidates import Candidate, candidates
 from clead.hardening.timing import StepTime
 from clead.models import MODELS, efficientnet_lite0
 from clead.models.build import build_model
@@ -157,6 +157,89 @@ def test_the_recipe_is_the_plan_with_a_reason_behind_its_keys(tmp_path, fast_tim
     (tmp_path / "recipe.yaml").write_text(text)
     config = load_recipe(str(tmp_path / "recipe.yaml"))
     assert config.train.minutes == pytest.approx(made.seconds["robust"] / 60) and config.train.precision == "bfloat16"
+
+
+def plan_of(folder, *overrides, **options):
+    return make_plan(HardenOptions(str(folder), overrides=overrides, **options))[0]
+
+
+def test_steps_of_the_attack_make_it_pgd_with_its_own_step_size(tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+    for overrides in (("--attack.steps", "7"), ("--attack.name", "pgd", "--attack.steps", "7")):
+        made = plan_of(folder, *overrides)
+        assert made.robust["attack"] == {"name": "pgd", "steps": 7}, "1.25, FGSM's multiple of eps, would be pixels"
+        assert made.robust["method"]["name"] == "pgd_at"
+
+
+def test_the_plain_training_stays_plain_whatever_method_is_named(tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+    made = plan_of(
+        folder, "--method.name", "trades", "--method.kl_weight", "3", "--attack.steps", "2", "--optim.lr", "0.02"
+    )
+    assert made.robust["method"] == {"name": "trades", "kl_weight": 3}
+    assert made.baseline["method"] == {"name": "standard"} and "attack" not in made.baseline
+    assert made.baseline["optim"]["lr"] == made.robust["optim"]["lr"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("override", "option"),
+    [
+        (("--data.image_size", "16"), "give --image-size 16"),
+        (("--data.augment.flip", "true"), "give --flip yes"),
+        (("--model.name", "resnet18"), "give --model resnet18"),
+        (("--threat.norm", "l2"), "give --norm l2"),
+        (("--threat.eps", "4/255"), "give --eps 4/255"),
+        (("--train.seed", "3"), "give --seed 3"),
+        (("--train.start_from", "zoo:digits"), "give --weights zoo:digits"),
+        (("--eval.suite", "standard"), "give it to clead evaluate"),
+    ],
+)
+def test_a_key_that_the_plan_goes_by_is_given_as_its_option(override, option, tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+    with pytest.raises(UserError, match=option):
+        plan_of(folder, *override)
+
+
+FACTORY = """
+from torch import nn
+
+
+def make(num_classes, pretrained=False):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pretrained"),
+    [
+        ((), False),
+        (("--model.args.pretrained", "true"), True),
+        (("--model.args.pretrained", "false"), False),
+    ],
+)
+def test_arguments_of_a_network_say_whether_it_is_pretrained(overrides, pretrained, tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+    (tmp_path / "net.py").write_text(FACTORY)
+    made = plan_of(folder, *overrides, model=f"{tmp_path}/net.py:make")
+    assert (made.robust["train"].get("forward_mode") == "eval") is pretrained
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "pretrained"),
+    [
+        ("efficientnet_lite0", (), True),
+        ("efficientnet_lite0", ("--model.pretrained", "false"), False),
+        ("hf:vit", (), False),
+        ("hf:somebody/vit", (), True),
+        ("hf:somebody/vit", ("--model.args.pretrained", "false"), False),
+        ("torchvision:resnet18", (), False),
+        ("torchvision:resnet18", ("--model.args.weights", "IMAGENET1K_V1"), True),
+    ],
+)
+def test_random_weights_are_not_frozen_in_evaluation_mode(model, overrides, pretrained):
+    told = plan._has_weights(HardenOptions("photos", overrides=overrides))
+    (candidate,) = candidates(None, model, has_weights=told)
+    assert candidate.pretrained is pretrained
 
 
 def test_a_length_of_the_users_own_is_refused(tmp_path, fast_timing):

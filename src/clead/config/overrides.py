@@ -56,28 +56,31 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
 def apply_overrides(tree: Any, overrides: Sequence[str]) -> RunConfig:
     """Return the configuration of a recipe's tree, which overrides change in place; raises UserError that lists every problem."""
     if isinstance(tree, dict):
-        changes = parse_overrides(overrides)
-        keys = [path for path, _ in changes]
-        if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):
-            changes.append((["data", "name"], "auto"))
-        # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
-        # What is given for all stages comes before what is given for one.
-        changes.sort(
-            key=lambda change: (change[0][0] == "stages", not _chooses(change[0]) and not _chooses(change[0][2:]))
-        )
-        for path, value in changes:
-            if tuple(path[-2:]) in RETIRED:
-                problem = retired_problem(*path[-2:], value)
-                raise UserError(f"--{'.'.join([*path[:-2], ''])}{problem}")
-            if path[0] == TUNE:
-                raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
-            if path[0] == "stages":
-                _override_stage(tree, path, value)
-                continue
-            _override(tree, path, value)
-            _override_stages(tree, path)
-        _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
+        change(tree, parse_overrides(overrides))
     return RunConfig.from_dict(tree)
+
+
+def change(tree: dict[str, Any], changes: Iterable[tuple[list[str], Any]]) -> None:
+    """Put pairs of ``parse_overrides`` into a recipe's tree, in place; raises UserError for a key that cannot be changed so."""
+    changes = list(changes)
+    keys = [path for path, _ in changes]
+    if ["data", "path"] in keys and ["data", "name"] not in keys and not _has_path(tree):
+        changes.append((["data", "name"], "auto"))
+    # A choice drops the other choice's keys: choices first, so that keys given beside one stay, in any order.
+    # What is given for all stages comes before what is given for one.
+    changes.sort(key=lambda pair: (pair[0][0] == "stages", not _chooses(pair[0]) and not _chooses(pair[0][2:])))
+    for path, value in changes:
+        if tuple(path[-2:]) in RETIRED:
+            problem = retired_problem(*path[-2:], value)
+            raise UserError(f"--{'.'.join([*path[:-2], ''])}{problem}")
+        if path[0] == TUNE:
+            raise UserError(f"--{'.'.join(path)}: changes nothing here; give it to clead tune")
+        if path[0] == "stages":
+            _override_stage(tree, path, value)
+            continue
+        _override(tree, path, value)
+        _override_stages(tree, path)
+    _one_length(tree, {path[1] for path, value in changes if path[0] == "train" and value is not None})
 
 
 def _has_path(tree: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clead.data.survey import Survey
+from clead.models.library import is_kind
 
 _DIGITS = 28  # grey images up to so many pixels a side are like MNIST's
 
@@ -26,7 +27,7 @@ class Candidate:
     pretrained: bool
 
 
-def candidates(data: Survey, model: str | None, *, has_weights: bool) -> list[Candidate]:
+def candidates(data: Survey, model: str | None, *, has_weights: bool | None) -> list[Candidate]:
     """Return what could be trained: the user's network alone, if there is one; else networks from scratch, the smallest first.
 
     A pre-trained one has to be named: it is not shown to be better (docs/harden.md).
@@ -34,10 +35,10 @@ def candidates(data: Survey, model: str | None, *, has_weights: bool) -> list[Ca
     Args:
         data: what is known of the images.
         model: that the user named, if any.
-        has_weights: whether that begins with weights which the user named, too.
+        has_weights: whether the user has it begin with weights; None: not said, so that the network's name says it.
     """
     if model is not None:
-        return [Candidate(model, {"name": model}, has_weights or _brings_weights(model))]
+        return [Candidate(model, {"name": model}, _brings_weights(model) if has_weights is None else has_weights)]
     if max(data.sides) <= _DIGITS and data.channels == 1:
         return [
             Candidate(f"small_cnn of width {width}", {"name": "small_cnn", "width": width}, False) for width in (16, 32)
@@ -50,15 +51,20 @@ def candidates(data: Survey, model: str | None, *, has_weights: bool) -> list[Ca
 
 
 def _brings_weights(model: str) -> bool:
-    """Say whether a network is known to come with weights: one of ours that does, or one of a hub."""
-    return model == "efficientnet_lite0" or model.startswith("hf:")
+    """Say whether a network is known to come with weights: one of ours that does, a folder, or one of a hub."""
+    library, _, name = model.partition(":")
+    return model == "efficientnet_lite0" or (library == "hf" and not is_kind(name))
 
 
-def training(candidate: Candidate, norm: str, *, robust: bool) -> dict[str, dict[str, Any]]:
+def training(candidate: Candidate, *, one_step: bool, robust: bool) -> dict[str, dict[str, Any]]:
     """Return the groups ``attack``, ``method``, ``optim`` and part of ``train``.
 
-    What is chosen for a pre-trained network, and why, stands in docs/harden.md: modes frozen in evaluation, a radius that rises, a
-    smaller rate for the encoder. One from scratch is trained by one-step attacks in the L∞ norm, by three-step PGD in others.
+    What is chosen for a pre-trained network, and why, stands in docs/harden.md: frozen in evaluation mode, a radius that rises.
+
+    Args:
+        candidate: the network.
+        one_step: whether one from scratch is trained by one-step attacks, as suffices in the L∞ norm, not by three-step PGD.
+        robust: for the robust training, not the plain one.
     """
     if candidate.pretrained:
         optim = {"name": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.1}
@@ -74,7 +80,7 @@ def training(candidate: Candidate, norm: str, *, robust: bool) -> dict[str, dict
     optim = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.3}
     if not robust:
         return {"method": {"name": "standard"}, "optim": optim, "train": {"channels_last": True}}
-    if norm == "linf":
+    if one_step:
         attack: dict[str, Any] = {"name": "fgsm", "random_start": True, "step_size": 1.25}
         method = {"name": "fgsm_rs", "fold_batch_norm": True}
     else:

@@ -119,8 +119,9 @@ def harden(
         flip: whether training mirrors images; None: unless that looks unsafe.
         image_size: pixels a side; None: chosen.
         seed: of everything that is drawn.
-        overrides: ``--group.key VALUE`` for both trainings. With ``--train.clock cpu`` all minutes are those of CPU time, of all
-            threads together, so that a machine that does other things as well changes nothing.
+        overrides: ``--group.key VALUE`` for both trainings; attack, method and teacher for the robust one alone. With
+            ``--train.clock cpu`` all minutes are those of CPU time, of all threads together, so that a machine that does other
+            things as well changes nothing.
         out: a new or empty folder; ``runs/harden-NAME-TIME`` if None.
         resume: go on with what is in ``out``.
         show: show progress on stderr.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clead.config import RunConfig
-from clead.config.overrides import parse_overrides
+from clead.config.overrides import change, parse_overrides
 from clead.config.schema import LENGTHS
 from clead.data.survey import Survey, survey
 from clead.devices import device_of
@@ -36,6 +36,18 @@ SMALL_BATCH, ENOUGH_STEPS = 32, 3000
 _VALIDATION = 0.05  # of the training time
 _SMALLEST = 32  # pixels a side, below which images are not made smaller to save time
 _QUICK_STEPS = 240  # gradient steps per image of suite quick, its checks and its curve included
+_OPTIONS = {
+    "data.image_size": "--image-size",
+    "data.augment.flip": "--flip",
+    "model.name": "--model",
+    "threat.norm": "--norm",
+    "threat.eps": "--eps",
+    "train.seed": "--seed",
+    "train.start_from": "--weights",
+}
+"""Keys that the plan goes by, and the option that says the same to it."""
+_ROBUST_ALONE = ("attack.", "method.", "train.teacher")
+"""Keys that the plain training, which is compared with, does not take over."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class HardenOptions:
         flip: whether training mirrors images; None: as the survey says.
         image_size: pixels a side; None: chosen.
         seed: of everything that is drawn.
-        overrides: ``--group.key VALUE`` for both trainings.
+        overrides: ``--group.key VALUE`` for both trainings; ``attack``, ``method`` and ``train.teacher`` for the robust one alone.
     """
 
     path: str
@@ -106,11 +118,9 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         raise UserError(f"--minutes must be at least 1, got {options.minutes:g}; give such as --minutes 30")
     allow(options)
     data = {"name": "auto", "path": str(Path(options.path).absolute())}
-    described = survey(_config({"data": data, "train": {"minutes": 1}}, options).data)
+    described = survey(_config({"data": data, "train": {"minutes": 1}}, options, only="data.").data)
     data, reasons = _data_group(data, described, options)
-    given = {key: value for (*_, key), value in parse_overrides(options.overrides)}
-    has_weights = options.weights is not None or given.get("pretrained") is True
-    choices = candidates(described, options.model, has_weights=has_weights)
+    choices = candidates(described, options.model, has_weights=_has_weights(options))
     limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
     smaller = [size for size in described.image_sizes if _SMALLEST <= size < data.get("image_size", described.sides[1])]
     while True:
@@ -143,7 +153,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     plain = _tree(chosen.candidate, data, options, robust=False)
     plan = Plan(
         chosen.candidate.name,
-        _complete(plain, {**train, "minutes": seconds["baseline"] / 60}, options),
+        _complete(plain, {**train, "minutes": seconds["baseline"] / 60}, options, without=_ROBUST_ALONE),
         _complete(tree, {**train, "minutes": seconds["robust"] / 60}, options),
         reasons,
         (*described.sentences(), *described.notes),
@@ -199,26 +209,59 @@ def _timed(
     return _Timed(candidate, step, limit / (step.seconds * len(splits.train)))
 
 
-def _config(tree: Mapping[str, Any], options: HardenOptions) -> RunConfig:
-    return RunConfig.from_dict(_overridden(tree, options))
+def _config(tree: Mapping[str, Any], options: HardenOptions, *, only: str = "") -> RunConfig:
+    return RunConfig.from_dict(_overridden(tree, options, only=only))
 
 
-def _overridden(tree: Mapping[str, Any], options: HardenOptions) -> dict[str, Any]:
-    """Return a recipe with the user's own keys in it."""
+def _overridden(
+    tree: Mapping[str, Any], options: HardenOptions, *, only: str = "", without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return a recipe with the user's own keys in it: those that begin with ``only``, and with none of ``without``."""
     tree = copy.deepcopy(dict(tree))
-    for (*parents, last), value in parse_overrides(options.overrides):
-        group = tree
-        for parent in parents:
-            group = group.setdefault(parent, {})
-        if parents == ["train"] and last in LENGTHS:
-            raise UserError(f"--train.{last}: --minutes says how long, got {value}; leave it out")
-        group[last] = _as_written(value)
+    changes = [(".".join(path), path, _as_written(value)) for path, value in parse_overrides(options.overrides)]
+    for key, _, value in changes:
+        _refuse_planned(key, value)
+    taken = [each for each in changes if each[0].startswith(only) and not each[0].startswith(without)]
+    change(tree, [(path, value) for _, path, value in taken])
     return tree
+
+
+def _refuse_planned(key: str, value: Any) -> None:
+    """Raise UserError for a key that the plan decides."""
+    if key in [f"train.{length}" for length in LENGTHS]:
+        raise UserError(f"--{key}: --minutes says how long, got {value}; leave it out")
+    if option := _OPTIONS.get(key):
+        value = ("no", "yes")[value] if isinstance(value, bool) else value
+        raise UserError(f"--{key}: the plan goes by {option}, got {value}; give {option} {value}")
+    if key == "data.path":
+        raise UserError(f"--{key}: the images are named first, got {value}; give clead harden {value}")
+    if key in ("eval.suite", "eval.images"):
+        raise UserError(
+            f"--{key}: the plan has time for suite quick on some images, got {value}; leave it out, and give it to clead evaluate "
+            "afterwards"
+        )
+
+
+def _given(options: HardenOptions) -> dict[str, Any]:
+    """Return the user's own keys, as in ``optim.lr``, and their values."""
+    return {".".join(path): value for path, value in parse_overrides(options.overrides)}
+
+
+def _has_weights(options: HardenOptions) -> bool | None:
+    """Say whether the user has the network begin with weights; None: not said."""
+    given = _given(options)
+    if options.weights is not None:
+        return True
+    for key in ("model.args.pretrained", "model.pretrained", "model.args.weights"):
+        if key in given:
+            return bool(given[key])
+    return None
 
 
 def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions, *, robust: bool) -> dict[str, Any]:
     """Return the recipe of a network without its length."""
-    groups = training(candidate, options.norm, robust=robust)
+    one_step = options.norm == "linf" and not {"attack.name", "attack.steps"} & _given(options).keys()
+    groups = training(candidate, one_step=one_step, robust=robust)
     train = {"minutes": 1.0, "start_from": options.weights, **groups.pop("train")}
     size = PRETRAINED_BATCH if candidate.pretrained else BATCH
     return {
@@ -240,8 +283,10 @@ def _as_written(value: Any) -> Any:
     return value if number is None else number(value)
 
 
-def _complete(tree: dict[str, Any], train: Mapping[str, Any], options: HardenOptions) -> dict[str, Any]:
-    return _overridden({**tree, "train": {**tree["train"], **train}}, options)
+def _complete(
+    tree: dict[str, Any], train: Mapping[str, Any], options: HardenOptions, *, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    return _overridden({**tree, "train": {**tree["train"], **train}}, options, without=without)
 
 
 def _data_group(

@@ -97,7 +97,7 @@ class Library(ForeignModel):
     def described(self) -> Library:
         """Return the settings with all that has to be read to make the network again, but for weights."""
         library, _, name = self.network.partition(":")
-        if library != "hf" or self.description is not None or _is_kind(name):
+        if library != "hf" or self.description is not None or is_kind(name):
             return self
         description = _hf_description(name)
         config = {key: value for key, value in description["config"].items() if key not in ("id2label", "label2id")}
@@ -115,7 +115,7 @@ class Library(ForeignModel):
         wanted = Wanted(channels, size, num_classes)
         if library != "hf":
             return _LIBRARIES[library](name, dict(self.args), wanted)
-        description = self.description or (None if _is_kind(name) else _hf_description(name))
+        description = self.description or (None if is_kind(name) else _hf_description(name))
         return _transformers(name, dict(self.args), wanted, description)
 
     def build(
@@ -310,7 +310,7 @@ def _harmless(values: dict[str, Any]) -> dict[str, Any]:
     return {key: each for key, each in values.items() if key not in _NOT_CONFIGURED and not key.startswith("_")}
 
 
-def _is_kind(name: str) -> bool:
+def is_kind(name: str) -> bool:
     """Say whether ``hf:name`` is a kind of network, such as vit, not a folder or a name of the hub."""
     return "/" not in name and not Path(name).is_dir()
 
