@@ -22,6 +22,7 @@ from clead.interfaces import Splits
 from clead.models import is_library
 from clead.runs.loading import build
 from clead.settings import Ratio, WrittenFloat, WrittenInt
+from clead.training.freezing import start_from
 
 BASELINE, EVALUATION, REST = 0.08, 0.2, 0.06
 """Shares of the minutes, the evaluation's at most; the rest is reading, timing, report and export. Training has what is left."""
@@ -114,11 +115,15 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
 
     Raises UserError if the data cannot be read, or nothing can be trained in the time.
     """
-    if options.minutes < 1:
-        raise UserError(f"--minutes must be at least 1, got {options.minutes:g}; give such as --minutes 30")
+    if not 1 <= options.minutes < math.inf:
+        raise UserError(f"--minutes must be at least 1, and finite, got {options.minutes:g}; give such as --minutes 30")
+    if options.weights is not None and options.model is None:
+        raise UserError(
+            f"--weights: the network that they are of is not named, got {options.weights}; add --model, such as --model resnet18"
+        )
     allow(options)
     data = {"name": "auto", "path": str(Path(options.path).absolute())}
-    described = survey(_config({"data": data, "train": {"minutes": 1}}, options, only="data.").data)
+    described = survey(_config({"data": data, "train": _train(options)}, options, only="data.").data)
     data, reasons = _data_group(data, described, options)
     choices = candidates(described, options.model, has_weights=_has_weights(options))
     limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
@@ -141,11 +146,14 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     fast = {"precision": step.precision, "channels_last": step.channels_last, "compile": step.compile}
     reasons |= _training_reasons(chosen, timed, options, len(splits.train))
     config = _config(tree, options)
-    gradient = attack_seconds(config, splits, build(config, splits))
+    model = build(config, splits)
+    if options.weights is not None:
+        start_from(model, Path(options.weights))  # raises before anything is written
+    gradient = attack_seconds(config, splits, model)
     affordable = int(60 * options.minutes * EVALUATION / (_QUICK_STEPS * gradient))
     evaluated = max(min(50, len(splits.test)), min(affordable, len(splits.test)))
     validated, every = _validation(splits, chosen, gradient, limit)
-    train = {**fast, "validate_images": validated, "validate_every": every, "seed": options.seed}
+    train = {**fast, "validate_images": validated, "validate_every": every}
     seconds = _seconds(options.minutes, evaluated * _QUICK_STEPS * gradient)
     data["batch_size"] = _batch_size(chosen, len(splits.train))
     reasons["data.batch_size"] = f"so that about {STEPS:,} steps or more are taken, if the batch is not to be below 16"
@@ -258,11 +266,16 @@ def _has_weights(options: HardenOptions) -> bool | None:
     return None
 
 
+def _train(options: HardenOptions) -> dict[str, Any]:
+    """Return what every recipe's ``train`` has; the length is another later."""
+    return {"minutes": 1.0, "start_from": options.weights, "seed": options.seed}
+
+
 def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions, *, robust: bool) -> dict[str, Any]:
     """Return the recipe of a network without its length."""
     one_step = options.norm == "linf" and not {"attack.name", "attack.steps"} & _given(options).keys()
     groups = training(candidate, one_step=one_step, robust=robust)
-    train = {"minutes": 1.0, "start_from": options.weights, **groups.pop("train")}
+    train = {**_train(options), **groups.pop("train")}
     size = PRETRAINED_BATCH if candidate.pretrained else BATCH
     return {
         "name": "robust" if robust else "baseline",
@@ -297,10 +310,11 @@ def _data_group(
     images = described.images["train"]
     if not described.one_size or options.image_size is not None or described.sides[1] > _largest_side(options):
         fitting = [size for size in described.image_sizes if size <= _largest_side(options)]
-        data["image_size"] = options.image_size or max(fitting or described.image_sizes[:1])
+        asked = options.image_size is not None
+        data["image_size"] = options.image_size if asked else max(fitting or described.image_sizes[:1])
         reasons["data.image_size"] = (
             "you asked for it"
-            if options.image_size
+            if asked
             else f"the largest that enlarges few images and can be trained in the time; larger: --image-size "
             f"{2 * data['image_size']}"
         )
