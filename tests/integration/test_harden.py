@@ -400,7 +400,7 @@ def record(clean, robust, *, curve=(), classes=()):
         threat=SimpleNamespace(norm="linf", eps=8 / 255, eps_text="8/255"),
         data=SimpleNamespace(split="test", n=20 * max(1, len(classes))),
         curve=[SimpleNamespace(eps=e, eps_text=text, attack="PGD-20", robust=estimate(v)) for e, text, v in curve],
-        per_class=[SimpleNamespace(name=name, n=20, robust_accuracy=value) for name, value in classes],
+        per_class=[SimpleNamespace(name=name, n=20, clean_accuracy=clean, robust_accuracy=v) for name, v in classes],
     )
 
 
@@ -455,6 +455,34 @@ def test_the_limit_is_the_largest_number_that_stands_out(robust, history, limit)
 def test_what_costs_nothing_is_said_so():
     made = verdict.verdict(record(0.7, 0.0), record(0.72, 0.4), log(LEVEL, LEVEL), minutes=20)
     assert made.paid == "nothing, 2.0 points more clean accuracy: 72.0%, the plainly trained model 70.0%"
+
+
+def test_what_costs_exactly_nothing_is_no_negative_zero():
+    made = verdict.verdict(record(0.7, 0.0), record(0.7, 0.4), log(LEVEL, LEVEL), minutes=20)
+    assert made.paid == "nothing of the clean accuracy: 70.0%, the plainly trained model 70.0%"
+
+
+def unequal(clean, frequent, rare):
+    """Return the record of 90 images of one class and 10 of another."""
+    made = record(clean, 0.1)
+    made.data.n = 100
+    made.per_class = [
+        SimpleNamespace(name=name, n=n, clean_accuracy=value, robust_accuracy=0.1)
+        for name, n, value in (("frequent", 90, frequent), ("rare", 10, rare))
+    ]
+    return made
+
+
+def test_fewer_right_than_the_largest_class_has_may_be_much_that_was_learnt():
+    plain = unequal(0.86, 0.86, 0.86)
+    assert verdict.learnt_nothing(unequal(0.80, 0.80, 0.80), plain) is None
+    limit = verdict.learnt_nothing(unequal(0.85, 0.94, 0.0), plain)
+    assert limit is not None and limit[1].endswith("or more --minutes")
+
+
+def test_what_neither_model_learnt_is_said():
+    limit = verdict.learnt_nothing(unequal(0.9, 1.0, 0.0), unequal(0.9, 1.0, 0.0))
+    assert limit is not None and "nor did the plainly trained model" in limit[1]
 
 
 # -------------------------------------------------------------------------------------- EfficientNet-Lite0

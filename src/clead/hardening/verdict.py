@@ -48,9 +48,15 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
     )
     if (mean := unbalanced(robust)) is not None:
         gained += f"; as a mean over the classes, which differ in size, {mean.robust.accuracy:.1%}"
+    price = (
+        "nothing of the"
+        if abs(cost) < 0.05
+        else f"{cost:.1f} points of"
+        if cost > 0
+        else f"nothing, {-cost:.1f} points more"
+    )
     paid = (
-        f"{f'{cost:.1f} points of' if cost > 0 else f'nothing, {-cost:.1f} points more'} clean accuracy: "
-        f"{robust.clean.accuracy:.1%}, the plainly trained model {baseline.clean.accuracy:.1%}"
+        f"{price} clean accuracy: {robust.clean.accuracy:.1%}, the plainly trained model {baseline.clean.accuracy:.1%}"
     )
     measured = (
         learnt_nothing(robust, baseline),
@@ -66,16 +72,34 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
 
 
 def learnt_nothing(robust: Record, baseline: Record) -> Limit | None:
-    """Look whether the hardened model is right of clean images no more often than the largest class is: before all else."""
-    largest = max(each.n for each in robust.per_class) / robust.data.n if robust.per_class else 0.0
-    error = 2 * math.sqrt(largest * (1 - largest) / robust.data.n)
-    if not largest or robust.clean.accuracy > largest + error or robust.clean.accuracy >= baseline.clean.accuracy:
+    """Look whether the hardened model answers clean images as by a guess: before all else."""
+    nor_baseline = _guesses(baseline)
+    if not _guesses(robust) or (robust.clean.accuracy >= baseline.clean.accuracy and not nor_baseline):
         return None
+    largest = max(each.n for each in robust.per_class) / robust.data.n
+    remedy = "try --optim.lr at a third of the recipe's, a smaller --eps, or more --minutes"
+    if nor_baseline:
+        remedy = "nor did the plainly trained model: look at the images and their classes, and try more --minutes"
     text = (
         f"it learnt nothing: {robust.clean.accuracy:.0%} of the clean images are right, and {largest:.0%} are of the largest "
-        "class; try --optim.lr at a third of the recipe's, a smaller --eps, or more --minutes"
+        f"class; {remedy}"
     )
     return math.inf, text
+
+
+def _guesses(record: Record) -> bool:
+    """Say whether clean images are right no more often than by always answering the largest class, nor as a mean over the classes.
+
+    Where classes are drawn equally often, a model that tells a rare one apart may have fewer right than the largest class has.
+    """
+    sizes = [each.n for each in record.per_class]
+    if len(sizes) < 2:
+        return False
+    largest, chance = max(sizes) / record.data.n, 1 / len(sizes)
+    error = 2 * math.sqrt(largest * (1 - largest) / record.data.n)
+    error_of_mean = 2 * chance * math.sqrt(chance * (1 - chance) * sum(1 / size for size in sizes))
+    mean = _mean([each.clean_accuracy for each in record.per_class])
+    return record.clean.accuracy <= largest + error and mean <= chance + error_of_mean
 
 
 def weak_attack(history: History) -> Limit | None:
