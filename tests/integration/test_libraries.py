@@ -191,6 +191,15 @@ def test_what_is_given_replaces_what_the_library_states():
         )
 
 
+def test_a_size_inside_the_model_leaves_the_training_sets_mean_and_std_in_place():
+    x = images()
+    shifted = (x - torch.tensor([0.1, 0.2, 0.3]).view(-1, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(-1, 1, 1)
+    for text, expected in (("size=32", shifted), ("size=32 channels=bgr", shifted.flip(1))):
+        made = built("hf:resnet", args=NETWORKS["hf:resnet"], input=ModelInput.parse(text))
+        torch.testing.assert_close(made.normalize(x), expected)
+        assert any("normalised by the training set's" in note for note in made.origin)
+
+
 def test_a_transformer_is_built_for_the_size_that_it_gets():
     model = built("timm:test_vit", args={"patch_size": 4})
     assert model.module.pos_embed.shape[1] - model.module.num_prefix_tokens == 64

@@ -166,7 +166,10 @@ class Library(ForeignModel):
                 return nn.Identity(), ["pixels in [0, 1] are not normalised"]
             return Normalize(mean, std), [f"pixels are normalised by {source} {numbers}"]
         given, notes = self.input, []
-        if stated and not given.normalizes and given.range is None and given.dtype in (None, "float32"):
+        free = not given.normalizes and given.range is None and given.dtype in (None, "float32")
+        if self.normalize == "model" and free:
+            if given.channels == "bgr" and not stated:  # colours are turned round before the mean is subtracted
+                mean, std = mean[::-1], std[::-1]
             given = dataclasses.replace(given, mean=tuple(mean), std=tuple(std))
             notes = [f"pixels are normalised by {source} {numbers}"]
         layer = InputLayer(given)
