@@ -1,6 +1,7 @@
 """``clead harden``: plans for the folders that people have, a whole road by a fake clock, resume, verdicts."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -157,6 +158,15 @@ def test_the_recipe_is_the_plan_with_a_reason_behind_its_keys(tmp_path, fast_tim
     (tmp_path / "recipe.yaml").write_text(text)
     config = load_recipe(str(tmp_path / "recipe.yaml"))
     assert config.train.minutes == pytest.approx(made.seconds["robust"] / 60) and config.train.precision == "bfloat16"
+
+
+def test_the_plan_says_which_test_images_are_training_images_and_what_is_not_read(tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+    shutil.copy(folder / "train" / "kind00" / "0.png", folder / "test" / "kind00" / "again.png")
+    (folder / "train" / "kind00" / "notes.doc").write_text("no image")
+    facts = " ".join(plan_of(folder).facts)
+    assert "1 test images are training images too (equal pixels)" in facts
+    assert "1 files of the data set not read" in facts
 
 
 def plan_of(folder, *overrides, **options):

@@ -20,7 +20,7 @@ from clead.hardening.candidates import Candidate, candidates, training
 from clead.hardening.timing import StepTime, attack_seconds, time_steps
 from clead.interfaces import Splits
 from clead.models import is_library
-from clead.runs.loading import build
+from clead.runs.loading import build, data_notes
 from clead.settings import Ratio, WrittenFloat, WrittenInt
 from clead.training.freezing import start_from
 
@@ -164,7 +164,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         _complete(plain, {**train, "minutes": seconds["baseline"] / 60}, options, without=_ROBUST_ALONE),
         _complete(tree, {**train, "minutes": seconds["robust"] / 60}, options),
         reasons,
-        (*described.sentences(), *described.notes),
+        (*described.sentences(), *data_notes(splits)),
         tuple((each.candidate.name, each.step, each.passes) for each in timed),
         seconds,
         evaluated,
