@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 import clead
@@ -205,6 +205,20 @@ def test_large_photographs_are_sampled_and_seen_small(tmp_path, monkeypatch):
     seen = survey(Auto(path=tmp_path / "large"))
     assert seen.sides == (480, 480, 480) and seen.image_sizes[-1] == 256 and seen.images["train"] == 80
     assert len(shapes) == 30 and set(shapes) == {(120, 150, 3)}  # a quarter of each side
+
+
+def test_sizes_are_those_of_upright_images(tmp_path):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for label in ("cat", "dog"):
+        folder = tmp_path / "photos" / label
+        folder.mkdir(parents=True)
+        for number in range(6):
+            exif = turned if number % 2 else Image.Exif()
+            for ending in ("jpg", "png"):
+                Image.new("RGB", (60, 40), (40 * number, 9, 90)).save(folder / f"{number}.{ending}", exif=exif)
+    seen = survey(Auto(path=tmp_path / "photos"))
+    assert seen.sides == (40, 40, 40) and not seen.one_size, "half of them are 40 wide"
 
 
 def test_groups_order_of_classes_and_other_layouts(photos, tmp_path):

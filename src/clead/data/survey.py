@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from clead.data.base import InMemoryDataset, RawSplit, RawSplits, assign_splits, at, check, renumber
@@ -176,14 +176,18 @@ def repeats_of(duplicates: Duplicates) -> dict[str, int]:
 
 
 def _sizes(split: RawSplit, unreadable: list[str]) -> list[str]:
-    """Return width and height of the images, by their headers; adds those that have none to ``unreadable``."""
+    """Return width and height of the upright images, by their headers; adds those that have none to ``unreadable``."""
     if isinstance(split.images, Tensor):
         height, width = split.images.shape[2:]
         return [f"{width}x{height}"] * len(split.images)
     sizes = []
     for row, blob in enumerate(split.images):
         try:
-            width, height = Image.open(io.BytesIO(blob), formats=FORMATS).size
+            image = Image.open(io.BytesIO(blob), formats=FORMATS)
+            # Other formats would decode the whole image to look for EXIF that comes behind it.
+            tells = image.format in ("JPEG", "TIFF", "WEBP") or "exif" in image.info
+            lies = tells and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            width, height = image.size[::-1] if lies else image.size
             sizes.append(f"{width}x{height}")
         except Exception as error:  # Pillow's decoders raise whatever a broken file makes them raise
             unreadable.append(f"{_name(split, row)}: not a readable image ({first_line(error)})")
