@@ -366,6 +366,10 @@ def test_one_command_goes_from_photographs_to_a_hardened_model(tmp_path, monkeyp
         (["photos", "--minutes", "0.2"], "--minutes must be at least 1, and finite, got 0.2"),
         (["photos", "--minutes", "nan"], "--minutes must be at least 1, and finite, got nan"),
         (["photos", "--minutes", "inf"], "--minutes must be at least 1, and finite, got inf"),
+        (
+            ["photos", "--resume"],
+            "--resume: goes on with a folder, got none; give the one that was begun: --out FOLDER",
+        ),
         (["photos", "--seed", "-1"], "train.seed: input should be greater than or equal to 0, got -1"),
         (["photos", "--image-size", "0"], "data.image_size: input should be greater than or equal to 1, got 0"),
         (["photos", "--weights", "zoo:digits"], "--weights: the network that they are of is not named"),
@@ -383,6 +387,22 @@ def test_what_is_wrong_is_said_on_one_line_and_nothing_is_written(arguments, rul
     error = capsys.readouterr().err
     assert ended.value.code == 2 and rule in error and len(error.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_plan_that_was_kept_goes_on_whenever_it_was_stopped(tmp_path, monkeypatch, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:  # the first file after the plan
+        patch.setattr(command, "recipe_yaml", killed)
+        with pytest.raises(Killed):
+            command.harden(folder, minutes=1, out=tmp_path / "out", show=False)
+    monkeypatch.setattr(command, "_train", killed)
+    with pytest.raises(Killed):
+        command.harden(folder, minutes=1, out=tmp_path / "out", resume=True, show=False)
+    assert (tmp_path / "out" / "baseline.yaml").exists()
 
 
 def test_a_dry_run_prints_plan_and_recipe_and_writes_nothing(tmp_path, monkeypatch, capsys, fast_timing):

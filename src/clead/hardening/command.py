@@ -134,6 +134,8 @@ def harden(
     folder = (
         Path(out) if out is not None else Path("runs") / f"harden-{Path(path).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
+    if resume and out is None:
+        raise UserError("--resume: goes on with a folder, got none; give the one that was begun: --out FOLDER")
     stages = _Stages(folder, options, show=show)
     if resume and (folder / _STATE).exists():
         stages.load()
@@ -144,7 +146,6 @@ def harden(
             )
         stages.plan, _ = make_plan(options)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "baseline.yaml", recipe_yaml(stages.plan, "baseline").encode())
         stages.save()
     if show:
         for line in describe(stages.plan):
@@ -158,6 +159,8 @@ def harden(
 def _run(stages: _Stages) -> Hardened:
     folder, plan, options = stages.folder, stages.plan, stages.options
     stages.say(1, f"plain training of {plan.network}, for comparison")
+    if not (folder / "baseline.yaml").exists():
+        write_atomically(folder / "baseline.yaml", recipe_yaml(plan, "baseline").encode())
     _train(stages, "baseline", folder / "baseline.yaml")
     stages.say(2, f"robust training of {plan.network}")
     recipe = folder / "recipe.yaml"
