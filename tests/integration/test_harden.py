@@ -173,6 +173,13 @@ def plan_of(folder, *overrides, **options):
     return make_plan(HardenOptions(str(folder), overrides=overrides, **options))[0]
 
 
+def test_the_image_size_goes_by_the_device_that_is_asked_for(tmp_path, fast_timing, monkeypatch):
+    folder = photographs(tmp_path / "photos", [12] * 3, (128, 128))
+    monkeypatch.setattr(plan, "device_of", lambda name: torch.device("cuda" if name == "auto" else name))
+    assert plan_of(folder, "--train.device", "cpu", minutes=5).robust["data"]["image_size"] == 64
+    assert "image_size" not in plan_of(folder, minutes=5).robust["data"]
+
+
 def test_steps_of_the_attack_make_it_pgd_with_its_own_step_size(tmp_path, fast_timing):
     folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
     for overrides in (("--attack.steps", "7"), ("--attack.name", "pgd", "--attack.steps", "7")):

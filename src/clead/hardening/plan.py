@@ -156,7 +156,9 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     train = {**fast, "validate_images": validated, "validate_every": every}
     seconds = _seconds(options.minutes, evaluated * _QUICK_STEPS * gradient)
     data["batch_size"] = _batch_size(chosen, len(splits.train))
-    reasons["data.batch_size"] = f"so that about {STEPS:,} steps or more are taken, if the batch is not to be below 16"
+    reasons["data.batch_size"] = (
+        f"the largest usual one with which about {STEPS:,} steps are taken, but 16 at least, and half of the images at most"
+    )
     tree = _tree(chosen.candidate, data, options, robust=True)
     plain = _tree(chosen.candidate, data, options, robust=False)
     plan = Plan(
@@ -334,7 +336,7 @@ def _data_group(
 
 def _largest_side(options: HardenOptions) -> int:
     """Return the largest image size that is chosen without being asked for."""
-    if device_of("auto").type == "cuda":
+    if device_of(_given(options).get("train.device", "auto")).type == "cuda":
         return 224
     return 64 if options.minutes < 120 else 96 if options.minutes < 480 else 128
 
