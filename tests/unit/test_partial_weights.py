@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clead.errors import UserError
+from clead.models import MODELS
+from clead.models.build import build_model
 from clead.models.partial_weights import load_matching
 from clead.weights.matching import load_into
 from clead.weights.reading import Weights
@@ -62,6 +64,18 @@ def test_positions_are_resized_and_other_tokens_stay(old, new, prefixes, seed):
     torch.testing.assert_close(grid[..., 0], torch.full((new, new), 2.5))
     assert (grid[:, :1, 1] - grid[..., 1]).abs().max() < 1e-4 and (grid[:1, :, 2] - grid[..., 2]).abs().max() < 1e-4
     assert (grid[1:, 0, 1] > grid[:-1, 0, 1]).all() and (grid[0, 1:, 2] > grid[0, :-1, 2]).all()
+
+
+def test_weights_of_other_pixels_are_said_so():
+    """A run with model.normalize none is the start of one that normalises: the same weights get other numbers."""
+
+    def made(normalize: str) -> nn.Module:
+        settings = MODELS.get("resnet10")(width=4, normalize=normalize)
+        return build_model(settings, 3, 4, [0.5] * 3, [0.2] * 3, seed=0, sample_shape=(3, 8, 8))
+
+    notes = load_matching(made("data"), made("none").state_dict(), "RUN", 4)
+    assert notes[1].startswith("RUN lacks normalize.mean, normalize.std: pixels are normalised as this model does it")
+    assert len(load_matching(made("data"), made("data").state_dict(), "RUN", 4)) == 1
 
 
 def test_all_that_is_not_taken_is_listed():

@@ -37,7 +37,8 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
     heads = sorted(
         {name.rpartition(".")[0] for name in other if _is_head(expected[name], given[name], num_classes)},
     )
-    constant = ("num_batches_tracked", "normalize.mean", "normalize.std")
+    pixels = [name for name in ("normalize.mean", "normalize.std") if name in expected and name not in given]
+    constant = ("num_batches_tracked", *pixels)
     parts = getattr(module, "new_parts", ())
     new = tuple(f"{piece}." for piece in parts if not any(name.startswith(f"{piece}.") for name in given))
     lacking = [
@@ -65,6 +66,10 @@ def load_matching(module: nn.Module, given: Mapping[str, Tensor], source: str, n
         name = next(name for name in expected if name.rpartition(".")[0] == head and name in given)
         notes.append(f"the head {head} is new, drawn from the seed: {given[name].shape[0]} → {num_classes} classes")
     notes += [f"the {piece.removesuffix('.')} is new, drawn from the seed" for piece in new]
+    if pixels:
+        notes.append(
+            f"{source} lacks {first_of(pixels)}: pixels are normalised as this model does it, perhaps not as there"
+        )
     module.load_state_dict(content, strict=False)
     return [loaded, *notes, *details]
 
