@@ -498,3 +498,19 @@ def test_images_that_lie_class_by_class_are_mixed_and_others_kept():
     assert set(found.labels[:20].tolist()) == {0, 1, 2} and torch.equal(found.labels, shuffle_if_sorted(blocks).labels)
     shuffled = ImageSet(images, torch.arange(60) % 3)
     assert shuffle_if_sorted(shuffled) is shuffled
+
+
+@pytest.mark.parametrize("odd", [[], [0], [2, 1, 2]])
+def test_sorted_files_one_behind_the_other_are_mixed_too(odd):
+    labels = torch.tensor([0] * 40 + [1] * 40 + [2] * 40 + [0] * 40 + [1] * 40 + [2] * 40 + odd)
+    mixed = shuffle_if_sorted(ImageSet(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels))
+    assert set(mixed.labels[:20].tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("count", [1, 6, 40, 1000])
+def test_images_in_no_order_stay(count):
+    labels = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(3))
+    images = ImageSet(torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1), labels)
+    assert count < 2 or shuffle_if_sorted(images) is images
+    empty = images.subset(torch.zeros(0, dtype=torch.int64))
+    assert len(shuffle_if_sorted(empty)) == 0

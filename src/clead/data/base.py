@@ -602,10 +602,13 @@ def _alike(name: str, known: Sequence[str]) -> str:
 def shuffle_if_sorted(image_set: ImageSet) -> ImageSet:
     """Return images that lie class by class (as folders hold them) in a fixed random order, others as they are.
 
-    So the first n of them stand for all classes.
+    So the first n of them stand for all classes. Several files that are sorted each, one behind the other, count as sorted too:
+    the class changes less than a quarter as often from image to image as in a random order.
     """
     labels = strata(image_set.labels).numpy()
-    if np.count_nonzero(np.diff(labels)) != len(np.unique(labels)) - 1:
+    changes, counts = np.count_nonzero(np.diff(labels)), np.unique(labels, return_counts=True)[1]
+    by_chance = len(labels) - (counts**2).sum() / max(1, len(labels))
+    if changes != len(counts) - 1 and changes >= by_chance / 4:
         return image_set
     random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(_LIMIT_SEED)))
     return image_set.subset(torch.from_numpy(random.permutation(len(labels))))
