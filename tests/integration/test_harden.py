@@ -226,6 +226,28 @@ def make(num_classes, pretrained=False):
 """
 
 
+ONE_SIZE = """
+from torch import nn
+
+
+def make(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 8, stride=8), nn.Flatten(), nn.Linear(8 * 8 * 8, num_classes))
+"""
+
+
+def test_a_network_of_one_size_gets_it_or_the_option_is_named(tmp_path, monkeypatch, fast_timing):
+    (tmp_path / "net.py").write_text(ONE_SIZE)
+    monkeypatch.setattr(
+        plan, "time_steps", lambda *_: [StepTime("float32", False, False, 100.0, 4.0)]
+    )  # all is too slow
+    fitting = plan_of(photographs(tmp_path / "photos", [12] * 3, (64, 64)), model=f"{tmp_path}/net.py:make")
+    assert "image_size" not in fitting.robust["data"] and "data.image_size" not in fitting.reasons
+    other = photographs(tmp_path / "others", [12] * 3, (48, 48))
+    with pytest.raises(UserError, match=r"if it is made for images of another size, add --image-size"):
+        plan_of(other, model=f"{tmp_path}/net.py:make")
+    assert plan_of(other, model=f"{tmp_path}/net.py:make", image_size=64).robust["data"]["image_size"] == 64
+
+
 @pytest.mark.parametrize(
     ("overrides", "pretrained"),
     [

@@ -20,6 +20,7 @@ from clead.hardening.candidates import Candidate, candidates, training
 from clead.hardening.timing import StepTime, attack_seconds, time_steps
 from clead.interfaces import Splits
 from clead.models import is_library
+from clead.models.external import ModelError
 from clead.runs.loading import build, data_notes
 from clead.settings import Ratio, WrittenFloat, WrittenInt
 from clead.training.freezing import start_from
@@ -128,15 +129,12 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     choices = candidates(described, options.model, has_weights=_has_weights(options))
     limit = 60 * options.minutes * (1 - BASELINE - EVALUATION - REST)
     smaller = [size for size in described.image_sizes if _SMALLEST <= size < data.get("image_size", described.sides[1])]
-    while True:
-        trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
-        splits = _config(trees[0], options).data.load(options.seed)
-        timed = [_timed(trees[0], choices[0], splits, options, limit)]
-        if timed[0].passes >= 3 * PASSES or not smaller or options.image_size is not None or choices[0].pretrained:
-            break
-        data["image_size"] = smaller.pop()
-        data["augment"]["crop"] = max(1, data["image_size"] // 8)
+    if options.image_size is not None or choices[0].pretrained:
+        smaller = []
+    data, trees, splits, first = _at_affordable_size(data, choices, smaller, options, limit)
+    if data.get("image_size") in smaller:
         reasons["data.image_size"] = "larger images leave too few passes in the time: more --minutes, or --image-size"
+    timed = [first]
     for tree, each in zip(trees[1:], choices[1:], strict=True):
         if timed[-1].passes >= passes_needed(len(splits.train)):  # a larger network is not taken otherwise
             timed.append(_timed(tree, each, splits, options, limit))
@@ -172,6 +170,36 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
         evaluated,
     )
     return plan, splits
+
+
+def _at_affordable_size(
+    data: dict[str, Any], choices: Sequence[Candidate], smaller: Sequence[int], options: HardenOptions, limit: float
+) -> tuple[dict[str, Any], list[dict[str, Any]], Splits, _Timed]:
+    """Return the ``data`` group, each network's recipe, the images, and the first network, timed.
+
+    The images are as large as ``data`` says, or of the largest size of ``smaller`` at which the first network passes often enough
+    over them, or else of the smallest. A network that takes no other size gets the one that it takes.
+    """
+
+    def at(data: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], Splits, _Timed]:
+        trees = [_tree(candidate, data, options, robust=True) for candidate in choices]
+        splits = _config(trees[0], options).data.load(options.seed)
+        return data, trees, splits, _timed(trees[0], choices[0], splits, options, limit)
+
+    try:
+        made = at(data)
+    except ModelError as error:
+        if options.image_size is not None:
+            raise
+        raise ModelError(f"{error}; if it is made for images of another size, add --image-size") from error
+    for size in sorted(smaller, reverse=True):
+        if made[-1].passes >= 3 * PASSES:
+            break
+        try:
+            made = at({**data, "image_size": size, "augment": {**data["augment"], "crop": max(1, size // 8)}})
+        except UserError:
+            break
+    return made
 
 
 def allow(options: HardenOptions) -> None:
