@@ -516,6 +516,13 @@ def test_what_costs_nothing_is_said_so():
     assert made.paid == "nothing, 2.0 points more clean accuracy: 72.0%, the plainly trained model 70.0%"
 
 
+def test_more_steps_are_named_than_there_were():
+    history = log([0.9] * 10, LEVEL, ["weak attack"])
+    for steps, more in ((1, 7), (2, 7), (7, 14)):
+        made = verdict.verdict(record(0.9, 0.0), record(0.7, 0.4), history, 20, steps)
+        assert made.limit.endswith(f"try --attack.steps {more}")
+
+
 def test_what_costs_exactly_nothing_is_no_negative_zero():
     made = verdict.verdict(record(0.7, 0.0), record(0.7, 0.4), log(LEVEL, LEVEL), minutes=20)
     assert made.paid == "nothing of the clean accuracy: 70.0%, the plainly trained model 70.0%"

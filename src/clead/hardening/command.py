@@ -181,7 +181,8 @@ def _run(stages: _Stages) -> Hardened:
     if not (folder / "model").exists():
         export_run(folder / "robust", out=folder / "model", show=False)
     history = RunDir.open(folder / "robust").history()
-    outcome = verdict(records["baseline"], records["robust"], history, plan.robust["train"]["minutes"])
+    minutes, steps = plan.robust["train"]["minutes"], plan.robust["attack"].get("steps", 1)
+    outcome = verdict(records["baseline"], records["robust"], history, minutes, steps)
     write_atomically(folder / "verdict.txt", "\n".join([*outcome.lines(), ""]).encode())
     return Hardened(folder, plan, records["baseline"], records["robust"], outcome, stages.elapsed)
 

@@ -31,7 +31,7 @@ class Verdict:
         return [f"gained: {self.gained}", f"paid: {self.paid}", f"limit: {self.limit}"]
 
 
-def verdict(baseline: Record, robust: Record, history: History, minutes: float) -> Verdict:
+def verdict(baseline: Record, robust: Record, history: History, minutes: float, steps: int = 1) -> Verdict:
     """Return the verdict on a hardened model.
 
     Args:
@@ -39,6 +39,7 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
         robust: of the hardened one.
         history: the log of its training.
         minutes: that its training took.
+        steps: of the attack of its training.
     """
     worst, cost = robust.worst, 100 * (baseline.clean.accuracy - robust.clean.accuracy)
     gained = (
@@ -60,7 +61,7 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float) 
     )
     measured = (
         learnt_nothing(robust, baseline),
-        weak_attack(history),
+        weak_attack(history, steps),
         too_few_images(history),
         other_photographs(robust, history),
         too_little_time(history, minutes),
@@ -102,7 +103,7 @@ def _guesses(record: Record) -> bool:
     return record.clean.accuracy <= largest + error and mean <= chance + error_of_mean
 
 
-def weak_attack(history: History) -> Limit | None:
+def weak_attack(history: History, steps: int) -> Limit | None:
     """Look whether training and validation are still apart because the attack of the training is weak: before what follows."""
     causes = [line.get("cause") for line in history if line["kind"] == "warning"]
     training, held_out = _robust(history)
@@ -110,7 +111,7 @@ def weak_attack(history: History) -> Limit | None:
         return None
     text = (
         f"the attack of the training is too weak: {training:.0%} of the training images withstand it, {held_out:.0%} of the "
-        "validation images multi-step PGD; try --attack.steps 7"
+        f"validation images multi-step PGD; try --attack.steps {max(7, 2 * steps)}"
     )
     return math.inf, text
 
