@@ -96,6 +96,16 @@ def test_a_plan_for_mixed_sizes_enlarges_few_images(tmp_path, fast_timing):
     assert asked.robust["threat"]["eps"] == "4/255"
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", "8/255"), ("l2", "0.5"), ("l1", "12"), ("l0", "10")])
+def test_the_radius_is_the_usual_one_of_the_norm(norm, eps, tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (32, 32))
+    made = plan_of(folder, norm=norm)
+    assert made.robust["threat"] == made.baseline["threat"] == {"norm": norm, "eps": eps}
+    assert made.reasons["threat.eps"] == f"the usual radius in {norm} for small photographs"
+    asked = plan_of(folder, norm=norm, eps="1")
+    assert asked.robust["threat"]["eps"] == "1" and asked.reasons["threat.eps"] == "you asked for it"
+
+
 def test_arrows_are_not_mirrored_unless_the_user_says_so(tmp_path, fast_timing):
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -403,6 +413,7 @@ def test_one_command_goes_from_photographs_to_a_hardened_model(tmp_path, monkeyp
         (["photos", "--image-size", "0"], "data.image_size: input should be greater than or equal to 1, got 0"),
         (["photos", "--weights", "zoo:digits"], "--weights: the network that they are of is not named"),
         (["photos", "--model", "small_cnn", "--weights", "no.pt"], "train.start_from: no weights at no.pt"),
+        (["photos", "--norm", "l7"], "--norm: unknown threat 'l7'; did you mean 'l2'"),
         (["photos", "--eps", "8"], "linf eps must be in [0, 1] because pixels are, got 8; did you mean 8/255?"),
         (["photos", "--model", "resnet10x"], "did you mean 'resnet10'"),
     ],

@@ -24,7 +24,12 @@ def harden(
     ] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="A file or a run that it begins with.")] = None,
     norm: Annotated[str, typer.Option("--norm", help="linf, l2 or l1.")] = "linf",
-    eps: Annotated[str, typer.Option("--eps", help="Radius, in pixels of [0, 1].")] = "8/255",
+    eps: Annotated[
+        str | None,
+        typer.Option(
+            "--eps", help="Radius, in pixels of [0, 1]; by default the usual one: 8/255 of linf, 0.5 of l2, 12 of l1."
+        ),
+    ] = None,
     flip: Annotated[
         str | None,
         typer.Option("--flip", help="yes or no: mirror images in training; by default unless that looks unsafe."),

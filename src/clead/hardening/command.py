@@ -98,7 +98,7 @@ def harden(
     model: str | None = None,
     weights: str | None = None,
     norm: str = "linf",
-    eps: str | float = "8/255",
+    eps: str | float | None = None,
     flip: bool | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -115,7 +115,7 @@ def harden(
         model: a network, such as ``resnet18``, ``timm:resnet18`` or ``net.py:make``; None: chosen by data and time.
         weights: a file or a run that it begins with.
         norm: linf, l2 or l1.
-        eps: radius in pixel units of [0, 1].
+        eps: radius in pixel units of [0, 1]; None: the usual one of the norm, 8/255 of linf.
         flip: whether training mirrors images; None: unless that looks unsafe.
         image_size: pixels a side; None: chosen.
         seed: of everything that is drawn.
@@ -128,9 +128,8 @@ def harden(
 
     Raises UserError if the data or the network cannot be used; Ctrl-C leaves a folder that ``resume`` goes on with.
     """
-    options = HardenOptions(
-        str(path), minutes, model, weights, norm, str(eps), flip, image_size, seed, tuple(overrides)
-    )
+    radius = None if eps is None else str(eps)
+    options = HardenOptions(str(path), minutes, model, weights, norm, radius, flip, image_size, seed, tuple(overrides))
     folder = (
         Path(out) if out is not None else Path("runs") / f"harden-{Path(path).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     )

@@ -15,14 +15,15 @@ from clead.config.overrides import change, parse_overrides
 from clead.config.schema import LENGTHS
 from clead.data.survey import Survey, survey
 from clead.devices import device_of
-from clead.errors import UserError
+from clead.errors import UserError, did_you_mean
 from clead.hardening.candidates import Candidate, candidates, training
 from clead.hardening.timing import StepTime, attack_seconds, time_steps
 from clead.interfaces import Splits
 from clead.models import is_library
 from clead.models.external import ModelError
 from clead.runs.loading import build, data_notes
-from clead.settings import Ratio, WrittenFloat, WrittenInt
+from clead.settings import WrittenFloat, WrittenInt
+from clead.threats import THREATS
 from clead.training.freezing import start_from
 
 BASELINE, EVALUATION, REST = 0.08, 0.2, 0.06
@@ -61,7 +62,7 @@ class HardenOptions:
         minutes: for everything.
         model: a network: a registered name, ``timm:NAME`` and the like, or ``file.py:factory``; None: chosen.
         weights: a file or run that it begins with.
-        norm, eps: the threat.
+        norm, eps: the threat; eps None: the usual radius of its norm.
         flip: whether training mirrors images; None: as the survey says.
         image_size: pixels a side; None: chosen.
         seed: of everything that is drawn.
@@ -73,7 +74,7 @@ class HardenOptions:
     model: str | None = None
     weights: str | None = None
     norm: str = "linf"
-    eps: str = "8/255"
+    eps: str | None = None
     flip: bool | None = None
     image_size: int | None = None
     seed: int = 0
@@ -118,6 +119,8 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     """
     if not 1 <= options.minutes < math.inf:
         raise UserError(f"--minutes must be at least 1, and finite, got {options.minutes:g}; give such as --minutes 30")
+    if options.norm not in THREATS.names():
+        raise UserError(f"--norm: unknown threat {options.norm!r}; {did_you_mean(options.norm, THREATS.names())}")
     if options.weights is not None and options.model is None:
         raise UserError(
             f"--weights: the network that they are of is not named, got {options.weights}; add --model, such as --model resnet18"
@@ -311,7 +314,7 @@ def _tree(candidate: Candidate, data: Mapping[str, Any], options: HardenOptions,
         "name": "robust" if robust else "baseline",
         "data": {**data, "batch_size": min(size, data["batch_size"])},
         "model": dict(candidate.model),
-        "threat": {"norm": options.norm, "eps": options.eps},
+        "threat": {"norm": options.norm, "eps": options.eps or THREATS.get(options.norm)().eps.text},
         **groups,
         "train": train,
         "eval": {"suite": "quick"},
@@ -387,8 +390,8 @@ def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOp
     reasons = {
         "model": f"{why}; about {chosen.passes:.0f} passes in the time",
         "threat.eps": "you asked for it"
-        if Ratio(options.eps).text != "8/255"
-        else "the usual radius for small photographs",
+        if options.eps
+        else f"the usual radius in {options.norm} for small photographs",
         "train.precision": f"{step.precision} and {layout} had the fastest step: {1000 * step.seconds:.1f} ms an image",
         "train.minutes": "learning rate and radius follow the clock; for a length that repeats write epochs instead",
     }
