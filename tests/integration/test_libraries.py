@@ -299,6 +299,12 @@ def test_a_folder_of_transformers_is_hardened_and_not_needed_again(hub, capsys):
     assert "description" not in str(raised.value)
 
 
+def test_one_mean_for_all_channels(hub):
+    Path("hub/preprocessor_config.json").write_text('{"do_normalize": true, "image_mean": 0.5, "image_std": 0.25}')
+    made = built("hf:hub").normalize
+    assert made.mean.tolist() == [0.5] * 3 and made.std.tolist() == [0.25] * 3
+
+
 def test_a_folder_of_transformers_at_its_own_size_answers_as_its_own_library(hub):
     x = images(side=64)
     model = built("hf:hub", side=64, classes=2)

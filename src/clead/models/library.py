@@ -436,6 +436,6 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def _per_channel(values: Any, channels: int) -> list[float]:
-    """Return a number per channel: those stated, or where there are another number of channels, their mean for each."""
-    numbers = [float(value) for value in values]
+    """Return a number per channel: those stated, or where one or another number of them is, their mean for each."""
+    numbers = [float(value) for value in (values if isinstance(values, Sequence) else [values])]
     return numbers if len(numbers) == channels else [sum(numbers) / len(numbers)] * channels
