@@ -25,6 +25,7 @@ from clead.runs.directory import RunDir
 from clead.runs.resume import Checkpoints
 from clead.threats.linf import Linf
 from clead.training import stages, trainer
+from clead.training.freezing import start_from
 from clead.training.signals import Interrupted
 from clead.weights.files import load_weights, save_weights
 from support import Killed, history, same, saved_weights
@@ -568,6 +569,20 @@ def test_a_run_of_other_classes_and_sizes_is_a_start(done, tmp_path, capsys):
     assert "the head classifier is new, drawn from the seed: 10 → 3 classes" in noted and "100% of the weights" in noted
     again = clead.train(config, out=tmp_path / "again", show=False)
     assert same(saved_weights(again.path), learnt)
+
+
+def test_a_head_whose_outputs_stood_for_other_classes_is_said_so(done, tmp_path, capsys):
+    x = torch.randint(0, 256, (60, 8, 8), dtype=torch.uint8).numpy()
+    y = torch.arange(60).numpy() % 10
+    names = ["1", "0", *map(str, range(2, 10))]
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y, classes=names)
+    data = ["--data.name", "npz", "--data.path", str(tmp_path / "d.npz"), "--train.start_from", str(done.path)]
+    clead.train(load_recipe("digits-standard", [*SMALL, *data]), out=tmp_path / "run", show=False)
+    said = "is taken, although its outputs stood for other classes, or in another order: output 0 for '0', here for '1'"
+    assert said in capsys.readouterr().err
+    assert said in (tmp_path / "run" / "notes.txt").read_text()
+    start_from(clead.load(done.path), done.path, classes=list(map(str, range(10))))
+    assert said not in capsys.readouterr().err
 
 
 def test_mistakes_of_start_from_are_one_line(done, tmp_path):

@@ -172,7 +172,7 @@ def _beginning(
     if not drawn:
         first = config.trainings()[0].method
         dim = first.embedding_dim if first.uses_embedding else None
-        notes += start_from(made, Path(config.train.start_from), dim=dim)
+        notes += start_from(made, Path(config.train.start_from), dim=dim, classes=splits.classes)
     for training in config.trainings():
         if training.train.teacher not in (None, START):
             load_teacher(training, made, splits)

@@ -149,7 +149,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     config = _config(tree, options)
     model = build(config, splits)
     if options.weights is not None:
-        start_from(model, Path(options.weights))  # raises before anything is written
+        start_from(model, Path(options.weights), classes=splits.classes)  # raises before anything is written
     gradient = attack_seconds(config, splits, model)
     affordable = int(60 * options.minutes * EVALUATION / (_QUICK_STEPS * gradient))
     evaluated = max(min(50, len(splits.test)), min(affordable, len(splits.test)))

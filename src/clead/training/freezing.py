@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,7 +73,14 @@ def unfrozen_afterwards(model: nn.Module) -> Generator[None, None, None]:
             parameter.requires_grad_(flag)
 
 
-def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: int | None = None) -> list[str]:
+def start_from(
+    model: SplitModel,
+    path: Path,
+    *,
+    which: str | None = None,
+    dim: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> list[str]:
     """Load the weights of ``path`` into ``model``, in place, say what fits in part only, and return what was said.
 
     Args:
@@ -82,6 +89,7 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
         which: ``best`` or ``last`` weights of a run directory; None: those that its ``eval.weights`` names.
         dim: d of the projection head that training will need, or None; the last one of a run directory is taken up if it has
             this size.
+        classes: the data's class names; None: they are those that were trained.
 
     Raises UserError if there are no weights, or of another architecture (less than half of them fit).
     """
@@ -91,10 +99,9 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
         if is_run:
             run = RunDir.open(path)
             file = run.weights(which or run.config().eval.weights)
-            content, _ = load_weights(file)
-            notes = _load_own(
-                model, content, str(file if path == stated else stated)
-            )  # zoo:NAME, not where it is installed
+            content, metadata = load_weights(file)
+            source = str(file if path == stated else stated)  # zoo:NAME, not where it is installed
+            notes = [*_load_own(model, content, source), *_other_classes(metadata.get("classes"), classes, source)]
         else:
             given = read_weights(path)
             model.drop_projection()
@@ -114,6 +121,17 @@ def start_from(model: SplitModel, path: Path, *, which: str | None = None, dim: 
         else:
             model.drop_projection()  # another size: the training draws a new one
     return notes
+
+
+def _other_classes(trained: Sequence[str] | None, classes: Sequence[str] | None, source: str) -> list[str]:
+    """Say so where the head is taken, because it has as many outputs, and each stands for another class."""
+    if trained is None or classes is None or len(trained) != len(classes) or list(trained) == list(classes):
+        return []
+    k = next(k for k, (one, other) in enumerate(zip(trained, classes, strict=True)) if one != other)
+    return [
+        f"the head of {source} is taken, although its outputs stood for other classes, or in another order: output {k} for "
+        f"{trained[k]!r}, here for {classes[k]!r}"
+    ]
 
 
 def _load_own(model: SplitModel, content: dict[str, Tensor], source: str) -> list[str]:
