@@ -557,6 +557,15 @@ def test_fewer_right_than_the_largest_class_has_may_be_much_that_was_learnt():
     assert limit is not None and limit[1].endswith("or more --minutes")
 
 
+def test_of_few_images_three_quarters_are_no_guess():
+    robust, plain = unequal(0.75, 0.75, 0.75), unequal(0.9, 0.9, 0.9)
+    for made in (robust, plain):
+        made.data.n = 12
+        for each in made.per_class:
+            each.n = 6
+    assert verdict.learnt_nothing(robust, plain) is None, "although chance alone could explain it"
+
+
 def test_what_neither_model_learnt_is_said():
     limit = verdict.learnt_nothing(unequal(0.9, 1.0, 0.0), unequal(0.9, 1.0, 0.0))
     assert limit is not None and "nor did the plainly trained model" in limit[1]
