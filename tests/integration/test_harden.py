@@ -291,6 +291,12 @@ def test_random_weights_are_not_frozen_in_evaluation_mode(model, overrides, pret
     assert candidate.pretrained is pretrained
 
 
+def test_a_key_of_the_users_own_has_no_other_reason(tmp_path, fast_timing):
+    folder = photographs(tmp_path / "photos", [12] * 3, (32, 32))
+    text = plan.recipe_yaml(plan_of(folder, "--data.batch_size", "24", "--train.precision", "float32"), "robust")
+    assert "  batch_size: 24  # you asked for it" in text and "  precision: float32  # you asked for it" in text
+
+
 def test_a_length_of_the_users_own_is_refused(tmp_path, fast_timing):
     folder = photographs(tmp_path / "photos", [12] * 3, (16, 16))
     with pytest.raises(UserError, match=r"--train.epochs: --minutes says how long, got 3; leave it out"):

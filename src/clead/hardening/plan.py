@@ -160,6 +160,7 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     reasons["data.batch_size"] = (
         f"the largest usual one with which about {STEPS:,} steps are taken, but 16 at least, and half of the images at most"
     )
+    reasons |= dict.fromkeys(reasons.keys() & _given(options).keys(), "you asked for it")
     tree = _tree(chosen.candidate, data, options, robust=True)
     plain = _tree(chosen.candidate, data, options, robust=False)
     plan = Plan(
