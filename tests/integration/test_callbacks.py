@@ -98,6 +98,13 @@ def test_the_best_weights_are_kept_and_of_equals_the_later(tmp_path):
     assert about["attack"].startswith("PGD-10")
 
 
+@pytest.mark.parametrize("images", [0, -3])
+def test_images_are_one_or_more(images):
+    """-3 was all but the last three of a batch."""
+    with pytest.raises(UserError, match=f"images must be at least 1, got {images}"):
+        Validation(eps=0.05, images=images)
+
+
 def test_mistakes_and_order(caplog):
     x, y = loader().dataset.tensors
     with pytest.raises(UserError, match=r"pixels must be in \[0, 1\].*let the model normalise"):

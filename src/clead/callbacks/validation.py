@@ -12,6 +12,7 @@ from torch import nn
 from clead.api.batches import images_and_labels
 from clead.attacks.pgd import PGD
 from clead.attacks.runner import check_inputs, logits_of
+from clead.errors import UserError
 from clead.evaluation.correctness import accuracy_under_attack, exact_float32, to_float
 from clead.interfaces import ImageSet
 from clead.models.external import ExternalModel, unwrapped
@@ -54,6 +55,8 @@ class Validation:
         self.task: Task = TASKS.get(task)() if isinstance(task, str) else task
         self.threat = validated(THREATS.get(norm), {"eps": eps})
         self.attack = validated(PGD, {"steps": steps, "step_schedule": "linear"}, "PGD")
+        if images < 1:
+            raise UserError(f"images must be at least 1, got {images}; give such as images=512")
         self.images, self.seed, self.path = images, seed, Path(best)
         self.best = -1.0
         self._set: ImageSet | None = None
