@@ -253,8 +253,12 @@ def test_a_network_of_one_size_gets_it_or_the_option_is_named(tmp_path, monkeypa
     fitting = plan_of(photographs(tmp_path / "photos", [12] * 3, (64, 64)), model=f"{tmp_path}/net.py:make")
     assert "image_size" not in fitting.robust["data"] and "data.image_size" not in fitting.reasons
     other = photographs(tmp_path / "others", [12] * 3, (48, 48))
-    with pytest.raises(UserError, match=r"if it is made for images of another size, add --image-size"):
+    with pytest.raises(UserError, match=r"if it is made for other images, add --image-size or --data.channels 3"):
         plan_of(other, model=f"{tmp_path}/net.py:make")
+    grey = photographs(tmp_path / "grey", [12] * 3, (64, 64), grey=True)
+    with pytest.raises(UserError, match="add --image-size or --data.channels 3"):
+        plan_of(grey, model=f"{tmp_path}/net.py:make")
+    assert plan_of(grey, "--data.channels", "3", model=f"{tmp_path}/net.py:make").robust["data"]["channels"] == 3
     assert plan_of(other, model=f"{tmp_path}/net.py:make", image_size=64).robust["data"]["image_size"] == 64
 
 

@@ -195,7 +195,7 @@ def _at_affordable_size(
     except ModelError as error:
         if options.image_size is not None:
             raise
-        raise ModelError(f"{error}; if it is made for images of another size, add --image-size") from error
+        raise ModelError(f"{error}; if it is made for other images, add --image-size or --data.channels 3") from error
     for size in sorted(smaller, reverse=True):
         if made[-1].passes >= 3 * PASSES:
             break
