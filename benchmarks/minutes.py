@@ -317,7 +317,7 @@ def main() -> None:
     ]
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.workers, mp_context=spawned, max_tasks_per_child=1) as pool:
-        started = []
+        started, failed = [], False
         for job in jobs:
             name = f"{job['contender']}-{job['minutes']:g}-s{job['seed']}".replace(" ", "-")
             started.append((job, pool.submit(carry_out, job, given.work / name)))
@@ -325,12 +325,14 @@ def main() -> None:
             about = {key: value for key, value in job.items() if key not in ("checkout", "validation")}
             if result.exception() is not None:
                 print(f"{job['contender']} failed: {result.exception()!r}", flush=True)
+                failed = True
                 continue
             rows.append(about | result.result())
             write_atomically(given.out, (json.dumps(rows, indent=1) + "\n").encode())
             short = {key: value for key, value in result.result().items() if key != "robust_flags"}
             print(f"{job['contender']}, {job['minutes']:g} minutes, seed {job['seed']}: {short}", flush=True)
     print(table(rows))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
