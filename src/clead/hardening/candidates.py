@@ -73,7 +73,7 @@ def training(candidate: Candidate, *, one_step: bool, robust: bool) -> dict[str,
             return {"method": {"name": "standard"}, "optim": optim, "train": modes}
         return {
             "attack": {"name": "pgd", "steps": 2},
-            "method": {"name": "pgd_at"},
+            "method": {"name": "pgd_at", "fold_batch_norm": True},
             "optim": optim,
             "train": {**modes, "eps_ramp": [0.0, 0.5]},
         }
