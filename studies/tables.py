@@ -216,6 +216,14 @@ SEARCH = {
     "trades supcon 0.3 wider": "with SupCon of weight 0.3, shifted, trained at ε 0.2",
 }
 
+SEARCH_CIFAR10 = {
+    "fgsm-rs": "FGSM-RS",
+    "pgd-at": "PGD-AT",
+    "trades": "TRADES",
+    "fgsm-rs supcon": "FGSM-RS with SupCon",
+    "trades supcon": "TRADES, κ = 12, with SupCon",
+}
+
 MASKS = {"plain": "plain training", "pgd-at": "PGD-AT", "trades": "TRADES", "clead": "C-LEAD of pixels"}
 
 
@@ -234,7 +242,7 @@ def search(name, titles, against):
     print("| method | " + " | ".join(f"{column} % | − best without" for column in columns) + " |")
     print("|---" + "|---|---" * len(columns) + "|")
     for key, title in titles.items():
-        cells = [title]
+        cells = [title + (f" ({len(by[key])} seeds)" if len(by[key]) != len(by[against]) else "")]
         for column in columns:
             gain = "" if key == against else difference(by[key], by[against], column)
             cells += [percent([one[column] for one in by[key].values()]), gain]
@@ -315,6 +323,7 @@ TABLES = {
     "few labels": lambda: by_share("few_labels_cifar10", "standard", FEW_LABELS, (10, 5)),
     "few labels, digits": lambda: by_share("few_labels_digits", "quick", FEW_DIGITS, (10, 5, 2)),
     "search": lambda: search("retrieval_omniglot", SEARCH, "trades wider"),
+    "search, cifar10": lambda: search("retrieval_cifar10", SEARCH_CIFAR10, "fgsm-rs"),
     "masks": masks,
     "wrong labels": lambda: by_share("label_noise_digits", "quick", NOISE, (20, 40)),
 }

@@ -67,6 +67,7 @@ ROWS = {
     "few labels": 5,
     "mnist": 8,
     "search": 7,
+    "search, cifar10": 5,
     "masks": 8,
 }
 """Of the tables that studies/tables.py prints."""
@@ -74,7 +75,7 @@ RESULTS = {
     **dict.fromkeys(("digits", "cifar10", "mnist", "stored images"), "docs/results/headline.md"),
     **dict.fromkeys(("few labels", "few labels, digits", "wrong labels"), "docs/results/few-labels.md"),
     **dict.fromkeys(("unforeseen", "transfer"), "docs/results/transfer.md"),
-    **dict.fromkeys(("search", "masks"), "docs/results/tasks.md"),
+    **dict.fromkeys(("search", "search, cifar10", "masks"), "docs/results/tasks.md"),
     "forms": "docs/results/ablations.md",
 }
 """The page of each."""
@@ -102,6 +103,7 @@ NOT_RUN = {
     "python studies/study.py studies/few_labels_digits.yaml": "takes an hour",
     "python studies/study.py studies/label_noise_digits.yaml": "takes an hour",
     "OMNIGLOT=FOLDER python studies/study.py studies/retrieval_omniglot.yaml": "takes an hour, and Omniglot",
+    "CLEAD_DATA=FOLDER python studies/study.py studies/retrieval_cifar10.yaml": "takes three hours, and CIFAR-10",
     "CLEAD_DATA=FOLDER python studies/study.py studies/segmentation.yaml": "takes three hours, and CamVid",
     "python studies/stored_images.py RUNS/clead-published-s0 --models RUNS/clead-published-s0 RUNS/standard-s1 "
     "RUNS/clead-s1": "needs the runs of the study",
@@ -610,6 +612,9 @@ def quoted() -> list[tuple[str, str]]:
     own_digits = digits["C-LEAD"][3].split()[0]
     search = {row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")] for row in tables()["search"]}
     without, contrast = (search[f"{name}, shifted, trained at ε {eps}"] for name, eps in SEARCH)
+    seen_six = {row.split("|")[1].strip(): row.split("|") for row in tables()["search, cifar10"]}
+    supcon, fgsm = (seen_six[name] for name in ("FGSM-RS with SupCon", "FGSM-RS"))
+    clean, attacked = ([row[column].split()[0] for row in (supcon, fgsm)] for column in (2, 4))
     record = api.read_record(ROOT / "tests" / "data" / "records" / "cifar10-small-clead-s0-standard.json")
     headline, few_labels, ablations, tasks = (
         f"docs/results/{name}.md" for name in ("headline", "few-labels", "ablations", "tasks")
@@ -640,6 +645,9 @@ def quoted() -> list[tuple[str, str]]:
             for page, what in (("README.md", "character"), (tasks, "class"))
         ),
         ("README.md", f"{contrast[4].split()[0]} % of attacked ones where {without[4].split()[0]} % do"),
+        ("README.md", f"{clean[0]} % of clean queries do so with contrast and {clean[1]} % without"),
+        ("README.md", f"of attacked ones {attacked[0]} % with it and {attacked[1]} % without"),
+        ("docs/retrieval.md", f"lost attacked queries ({supcon[5].strip()})"),
         (tasks, f"{contrast[4].split()[0]} % where {without[4].split()[0]} % are ({contrast[5]})"),
         ("docs/index.md", verdict(record)),
     ]
