@@ -150,6 +150,8 @@ def test_the_network_goes_by_the_time(passes, images, chosen):
         (30, 1318, False, 32),
         (40, 50_000, False, 128),
         (40, 50_000, True, 64),
+        (100, 1318, True, 32),
+        (11, 1318, True, 16),
         (500, 20, False, 10),
     ],
 )

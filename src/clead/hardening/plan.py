@@ -33,9 +33,10 @@ PASSES = 20
 BALANCED = 3
 """Classes are drawn equally often where the largest has more than so many times the images of the smallest."""
 BATCH, PRETRAINED_BATCH, STEPS = 128, 64, 1000
+"""The usual batches, from scratch and pre-trained, and the steps below which a smaller one is taken from scratch."""
 SMALL_BATCH, ENOUGH_STEPS = 32, 3000
-"""A network from scratch has to take so many steps, of so small a batch if need be (docs/harden.md has the trial)."""
-"""The usual batches, from scratch and pre-trained, and the steps below which a smaller one is taken."""
+"""A network from scratch has to take so many steps, of so small a batch if need be, and a pre-trained one gets a smaller batch
+below them (docs/harden.md has the trials)."""
 _VALIDATION = 0.05  # of the training time
 _SMALLEST = 32  # pixels a side, below which images are not made smaller to save time
 _QUICK_STEPS = 240  # gradient steps per image of suite quick, its checks and its curve included
@@ -158,7 +159,8 @@ def make_plan(options: HardenOptions) -> tuple[Plan, Splits]:
     seconds = _seconds(options.minutes, evaluated * _QUICK_STEPS * gradient)
     data["batch_size"] = _batch_size(chosen, len(splits.train))
     reasons["data.batch_size"] = (
-        f"the largest usual one with which about {STEPS:,} steps are taken, but 16 at least, and half of the images at most"
+        f"the largest usual one with which about {_steps(chosen.candidate):,} steps are taken, but 16 at least, and half of the "
+        "images at most"
     )
     reasons |= dict.fromkeys(reasons.keys() & _given(options).keys(), "you asked for it")
     tree = _tree(chosen.candidate, data, options, robust=True)
@@ -236,10 +238,15 @@ def choose(timed: Sequence[_Timed], images: int) -> _Timed:
     return enough[-1] if enough else timed[0]
 
 
+def _steps(candidate: Candidate) -> int:
+    """Return the steps for which a batch is made smaller than the usual one."""
+    return ENOUGH_STEPS if candidate.pretrained else STEPS
+
+
 def _batch_size(chosen: _Timed, images: int) -> int:
-    """Return a power of two: the largest, up to the usual one, with which ``STEPS`` steps fit into the passes; 16 or more."""
+    """Return a power of two: the largest, up to the usual one, with which enough steps fit into the passes; 16 or more."""
     usual = PRETRAINED_BATCH if chosen.candidate.pretrained else BATCH
-    fitting = max(1.0, chosen.passes * images / STEPS)
+    fitting = max(1.0, chosen.passes * images / _steps(chosen.candidate))
     return min(usual, max(16, 2 ** int(math.log2(fitting))), max(2, images // 2))
 
 
