@@ -578,6 +578,11 @@ def test_of_few_images_three_quarters_are_no_guess():
     assert verdict.learnt_nothing(robust, plain) is None, "although chance alone could explain it"
 
 
+def test_a_plain_model_that_learnt_nothing_is_no_measure_of_the_price():
+    made = verdict.verdict(unequal(0.9, 1.0, 0.0), record(0.7, 0.4), log(LEVEL, LEVEL), minutes=20)
+    assert made.paid.startswith("not known: the plainly trained model learnt nothing in its part of the time, 90.0% of")
+
+
 def test_what_neither_model_learnt_is_said():
     limit = verdict.learnt_nothing(unequal(0.9, 1.0, 0.0), unequal(0.9, 1.0, 0.0))
     assert limit is not None and "nor did the plainly trained model" in limit[1]

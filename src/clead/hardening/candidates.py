@@ -67,15 +67,15 @@ def training(candidate: Candidate, *, one_step: bool, robust: bool) -> dict[str,
         robust: for the robust training, not the plain one.
     """
     if candidate.pretrained:
-        optim = {"name": "adamw", "lr": 3e-4, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.1}
+        optim = {"name": "adamw", "lr": 1e-3, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.1}
         modes = {"forward_mode": "eval", "channels_last": True}
         if not robust:
-            return {"method": {"name": "standard"}, "optim": optim, "train": modes}
+            return {"method": {"name": "standard"}, "optim": {**optim, "lr": 3e-4}, "train": modes}
         return {
             "attack": {"name": "pgd", "steps": 3},
             "method": {"name": "pgd_at", "fold_batch_norm": True},
             "optim": optim,
-            "train": {**modes, "eps_ramp": [0.0, 0.5]},
+            "train": {**modes, "eps_ramp": [0.05, 0.6]},
         }
     optim = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "schedule": "one_cycle", "warmup": 0.3}
     if not robust:

@@ -60,6 +60,11 @@ def verdict(baseline: Record, robust: Record, history: History, minutes: float, 
     paid = (
         f"{price} clean accuracy: {robust.clean.accuracy:.1%}, the plainly trained model {baseline.clean.accuracy:.1%}"
     )
+    if _guesses(baseline):
+        paid = (
+            f"not known: the plainly trained model learnt nothing in its part of the time, {baseline.clean.accuracy:.1%} of the "
+            f"clean images are right, {robust.clean.accuracy:.1%} of the hardened one's; more --minutes"
+        )
     measured = (
         learnt_nothing(robust, baseline),
         weak_attack(history, steps),
