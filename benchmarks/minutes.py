@@ -41,9 +41,8 @@ OURS = {
 }
 FASTAT = ("fgsm_rs", "n_fgsm", "nu_at", "fgsm_pgi", "fgsm_rs_cs", "liet", "pgd_at_wa")
 TRIAL, EPOCHS = 8, 20  # steps of a trial epoch; least epochs that a peer is told of
-SAVE_SELDOM = (
-    "--train.checkpoint_seconds=300"  # what fgsm_pgi remembers takes 3 s of CPU to save, and peers save nothing
-)
+SAVE_SELDOM = "--train.checkpoint_seconds=300"
+"""What fgsm_pgi remembers takes 3 s of CPU to save, and peers save nothing."""
 
 
 class Batches:

@@ -407,7 +407,7 @@ def _training_reasons(chosen: _Timed, timed: Sequence[_Timed], options: HardenOp
         reasons |= {
             "train.forward_mode": "batch-norm, dropout and stochastic depth frozen, so that the network that learns is the one "
             "that is attacked and used",
-            "train.eps_ramp": "clean images first, then eps rises: its new classifier would else learn to give one answer",
+            "train.eps_ramp": "clean images first, then eps rises: otherwise its new classifier may learn to give one answer",
         }
     return reasons
 
